@@ -1,0 +1,430 @@
+"""StreamAdapter: online test-time training on a video stream, in the order of the paper.
+
+"Test-Time Training on Video Streams" (Wang et al.), section 4: for each frame, push it into the window, take a gradient
+step on the reconstruction of a batch drawn from the window, then predict the frame with the updated encoder.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttt_adapt.branch import MAEBranch, check_state
+from ttt_adapt.config import StreamConfig
+from ttt_adapt.engine import gradients
+from ttt_adapt.errors import CheckpointError, ConfigError, FrameError, MemoryLimitError, StateError
+from ttt_adapt.frames import Preprocess, default_preprocess, to_model_input
+from ttt_adapt.objectives.base import Objective
+from ttt_adapt.snapshot import Snapshot
+from ttt_adapt.taps import norm_layers
+from ttt_adapt.window import FrameWindow
+
+_adapting: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+ParamGroups = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What `adapt` did with one frame.
+
+    Attributes:
+        frame_index: position of the frame in the stream, from 0.
+        losses: the loss before each gradient step of this frame.
+        grad_norm: norm of the whole gradient before clipping, of the last step; None without a step.
+        adapted: whether the weights were updated.
+        reason: why they were not; "" if they were.
+        ms: wall time of the whole call, in milliseconds.
+    """
+
+    frame_index: int
+    losses: tuple[float, ...]
+    grad_norm: float | None
+    adapted: bool
+    reason: str
+    ms: float
+
+
+class StreamAdapter:
+    """Keeps a model learning from the video it is watching: `prediction = adapter.step(frame)`.
+
+    While attached, the model is in eval mode and its encoder's weights change in place. `detach()` (or leaving the
+    `with` block) gives it back with its source weights and its own flags.
+
+    Args:
+        model: the trained model.
+        branch: an `MAEBranch` or any other `Objective` on this model. Without it, `encoder` and the other keywords of
+            `MAEBranch.attach` make one.
+        config: the choices of the algorithm.
+        preprocess: uint8 RGB [H, W, 3] -> float [1, 3, H, W] as the model takes it; for timm models the model's own.
+        predict: how the model is called on one preprocessed frame [1, 3, H, W]; `model(x)` by default.
+        optimizer: parameter groups -> optimizer; AdamW by default. The groups carry `lr`, `weight_decay` and `name`.
+
+    Raises:
+        ConfigError: neither or both of `branch` and `encoder`, a branch of another model, or an unknown keyword.
+        EncoderError: see `MAEBranch.attach`.
+        StateError: the model already has an adapter.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        branch: Objective | None = None,
+        *,
+        config: StreamConfig | None = None,
+        preprocess: Preprocess | None = None,
+        predict: Callable[[Tensor], Any] | None = None,
+        optimizer: Callable[[ParamGroups], torch.optim.Optimizer] | None = None,
+        **attach: Any,
+    ) -> None:
+        config = StreamConfig() if config is None else config
+        _check_arguments(model, branch, config, attach)
+        self._owns_branch = branch is None
+        self._branch: Objective = MAEBranch.attach(model, **attach) if branch is None else branch
+        self._model, self.config = model, config
+        encoder = dict(self._branch.encoder_parameters())
+        own = {name: p for name, p in self._branch.named_parameters() if p.requires_grad}
+        self._device = next(iter(encoder.values())).device
+        self._parameters = [*encoder.values(), *own.values()]
+        self._frozen = [p for p in encoder.values() if not p.requires_grad]
+        self._norms = norm_layers(model)
+        self._preprocess = default_preprocess(model, self._device) if preprocess is None else preprocess
+        self._predict = model if predict is None else predict
+        self._groups = _parameter_groups(encoder, own, model, config)
+        self._optimizer = (optimizer or _adamw)([dict(group) for group in self._groups])
+        self._tensors = _adapted_tensors(encoder, own, self._norms if config.norm_stats != "frozen" else [])
+        self._source = Snapshot(self._tensors)
+        self._window = FrameWindow(config.window)
+        self._generator = torch.Generator(self._device).manual_seed(config.seed)
+        self._flags = {module: module.training for module in model.modules()}
+        self._attached = True
+        self._frame_index = 0
+        self.last: StepReport | None = None
+        _adapting.add(model)
+        model.eval()
+        self._branch.train(False)
+
+    @property
+    def branch(self) -> Objective:
+        """The objective that the stream is adapted with."""
+        return self._branch
+
+    def step(self, frame: Any) -> Any:
+        """Adapt to a frame, then predict it.
+
+        Args:
+            frame: uint8 RGB [H, W, 3] (NumPy or tensor), or float [3, H, W] or [1, 3, H, W] as the model takes it.
+
+        Returns:
+            Exactly what the model (or `predict`) returns.
+
+        Raises:
+            FrameTypeError, FrameError: a frame that cannot be used; nothing has changed.
+            MemoryLimitError: out of memory; the frame was not taken into the stream.
+        """
+        x = self._take(frame)
+        self._adapt(x)
+        return self._predict_input(x)
+
+    def adapt(self, frame: Any) -> StepReport:
+        """Take the frame into the window and the gradient steps on it; arguments and errors as in `step`."""
+        return self._adapt(self._take(frame))
+
+    def predict(self, frame: Any) -> Any:
+        """Predict a frame with the weights as they are; it does not enter the stream."""
+        return self._predict_input(self._take(frame))
+
+    def stream(self, frames: Iterable[Any]) -> Iterator[Any]:
+        """Predictions for `frames`, one by one as they come: lazy, nothing is kept but the window."""
+        for frame in frames:
+            yield self.step(frame)
+
+    def reset(self) -> None:
+        """Begin a new video: source weights, empty window, fresh optimizer, the seed again, counters at 0."""
+        self._check_attached()
+        self._source.restore()
+        self._forget_optimizer_state()
+        self._window.clear()
+        self._generator.manual_seed(self.config.seed)
+        self._frame_index = 0
+        self.last = None
+
+    def detach(self, keep_adapted: bool = False) -> nn.Module:
+        """Give the model back as it was, with its source weights; may be called twice.
+
+        Args:
+            keep_adapted: keep the adapted weights instead, in the model and in the branch.
+        """
+        if self._attached:
+            if not keep_adapted:
+                self._source.restore()
+            for parameter in self._parameters:
+                parameter.grad = None
+            for module, training in self._flags.items():
+                module.training = training
+            if self._owns_branch:
+                self._branch.detach()
+            _adapting.discard(self._model)
+            self._attached = False
+        return self._model
+
+    def __enter__(self) -> StreamAdapter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    # ---- one frame, in the paper's order
+
+    def _adapt(self, x: Tensor) -> StepReport:
+        started = time.perf_counter()
+        with self._undone_if_it_fails():
+            self._window.stage(x[0])
+            losses: list[float] = []
+            norm, reason = None, "" if self._frame_index % self.config.every == 0 else "every"
+            if not reason:
+                self._recall_source()
+                self._renew_norm_stats(x)
+                if self.config.restart_optimizer:
+                    self._forget_optimizer_state()
+                for _ in range(self.config.iterations):
+                    loss, norm, reason = self._iterate()
+                    losses.append(loss)
+        self._window.commit()
+        ms = (time.perf_counter() - started) * 1e3
+        self.last = StepReport(self._frame_index, tuple(losses), norm, not reason, reason, ms)
+        self._frame_index += 1
+        return self.last
+
+    def _recall_source(self) -> None:
+        """Implicit memory: carry the weights on, pull them toward the source, or start from it."""
+        self._source.pull(self.config.source_pull if self.config.carry_weights else 1.0)
+
+    def _iterate(self) -> tuple[float, float, str]:
+        """One gradient step; returns the loss, the gradient norm and why there was no update ("" if there was)."""
+        config = self.config
+        batch = self._window.draw(config.batch_size, self._generator, config.crop_size)  # type: ignore[arg-type]
+        with self._learning():
+            loss = gradients(
+                lambda: self._branch.loss(batch, generator=self._generator),
+                self._parameters,
+                config.precision,
+                self._device,
+            )
+            limit = float("inf") if config.grad_clip is None else config.grad_clip
+            norm = nn.utils.clip_grad_norm_(self._parameters, limit)
+            value, total = torch.stack([loss.float(), norm.float()]).tolist()  # the one wait for the device
+            if total != total or total == float("inf"):
+                return value, total, "non-finite gradient"
+            self._optimizer.step()
+        return value, total, ""
+
+    def _predict_input(self, x: Tensor) -> Any:
+        with torch.no_grad(), _out_of_memory(self.config):
+            return self._predict(x)
+
+    @torch.no_grad()
+    def _renew_norm_stats(self, x: Tensor) -> None:
+        """Let clean frames into the running statistics of BatchNorm, if asked for."""
+        if self.config.norm_stats == "frozen" or not self._norms:
+            return
+        momentum = 1.0 if self.config.norm_stats == "batch" else self.config.norm_momentum
+        with updating_norms(self._norms, momentum):
+            self._predict(x)
+
+    # ---- what surrounds it
+
+    def _take(self, frame: Any) -> Tensor:
+        self._check_attached()
+        with torch.inference_mode(False), torch.no_grad():
+            x = to_model_input(frame, self._preprocess, self._device)
+            if x.is_inference():
+                x = x.clone()
+        known = self._window.frame_shape
+        if known is not None and known != tuple(x.shape[1:]):
+            raise FrameError(
+                f"the frame became {tuple(x.shape[2:])} (H, W) as the model takes it, and the stream so far is "
+                f"{known[1:]}: call reset() where a new video begins, or resize the frames"
+            )
+        crop: Any = self.config.crop_size
+        if crop is not None and (crop[0] > x.shape[2] or crop[1] > x.shape[3]):
+            raise FrameError(f"crop_size {crop} does not fit into a frame of {tuple(x.shape[2:])} (H, W): lower it")
+        return x
+
+    @contextmanager
+    def _undone_if_it_fails(self) -> Iterator[None]:
+        """Outside of inference mode; random state and gradients as before if the block raises."""
+        random_state = self._generator.get_state()
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                with _out_of_memory(self.config):
+                    yield
+            except BaseException:
+                self._generator.set_state(random_state)
+                raise
+            finally:
+                for parameter in self._parameters:
+                    parameter.grad = None
+
+    @contextmanager
+    def _learning(self) -> Iterator[None]:
+        """requires_grad on, and stochastic depth if asked for, during a gradient step."""
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        if self.config.drop_path:
+            self._model.train()
+            for norm in self._norms:
+                norm.training = False
+        try:
+            yield
+        finally:
+            if self.config.drop_path:
+                self._model.eval()
+            for parameter in self._frozen:
+                parameter.requires_grad_(False)
+
+    def _forget_optimizer_state(self) -> None:
+        self._optimizer.state.clear()
+
+    def _check_attached(self) -> None:
+        if not self._attached:
+            raise StateError("this adapter is detached and its model is free: make a new StreamAdapter")
+
+    # ---- saving mid-stream
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of the stream's state: weights, optimizer, window, random state, counters. Copies; torch.save takes it."""
+        self._check_attached()
+        return {
+            "config": asdict(self.config),
+            "weights": {name: tensor.detach().clone() for name, tensor in self._tensors.items()},
+            "optimizer": _copied(self._optimizer.state_dict()),
+            "window": self._window.state_dict(),
+            "random": self._generator.get_state(),
+            "frame_index": self._frame_index,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken; a state that does not fit changes nothing.
+
+        Raises:
+            CheckpointError: the state is of another model or configuration.
+        """
+        self._check_attached()
+        missing = [k for k in ("config", "weights", "optimizer", "window", "random", "frame_index") if k not in state]
+        if missing:
+            raise CheckpointError(f"this is no state of a StreamAdapter: {', '.join(missing)} missing")
+        other = {k: v for k, v in state["config"].items() if asdict(self.config).get(k) != v}
+        if other:
+            raise CheckpointError(
+                f"the state was saved with {other}, this adapter has "
+                f"{ {k: asdict(self.config).get(k) for k in other} }: make the adapter with the same StreamConfig"
+            )
+        check_state(self._tensors, state["weights"], "this adapter's model")
+        with torch.inference_mode(False), torch.no_grad():
+            self._optimizer.load_state_dict(state["optimizer"])
+            for name, tensor in self._tensors.items():
+                tensor.detach().copy_(state["weights"][name])
+            self._window.load_state_dict(state["window"], self._device)
+        self._generator.set_state(state["random"].cpu())
+        self._frame_index = state["frame_index"]
+        self.last = None
+
+
+@contextmanager
+def updating_norms(norms: list[nn.Module], momentum: float) -> Iterator[None]:
+    """Inside the block, passes blend their statistics into the running ones with weight `momentum`."""
+    saved = [(norm.training, norm.momentum) for norm in norms]
+    for norm in norms:
+        norm.training, norm.momentum = True, momentum  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for norm, (training, before) in zip(norms, saved, strict=True):
+            norm.training, norm.momentum = training, before
+
+
+def _check_arguments(
+    model: nn.Module, branch: Objective | None, config: StreamConfig, attach: Mapping[str, Any]
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    if not isinstance(config, StreamConfig):
+        raise ConfigError(f"config is a {type(config).__name__}; expected a StreamConfig")
+    if branch is None and "encoder" not in attach:
+        raise ConfigError("pass a branch from MAEBranch.attach(model, ...), or encoder=... to attach one here")
+    if branch is not None and attach:
+        raise ConfigError(f"{', '.join(attach)} belong to MAEBranch.attach and a branch was given: pass one or the other")
+    if branch is not None and branch.model is not model:
+        raise ConfigError("the branch is attached to another model: attach one to this model")
+    if model in _adapting:
+        raise StateError("this model already has a StreamAdapter: detach() that one first, or copy the model")
+
+
+def _parameter_groups(
+    encoder: Mapping[str, nn.Parameter], own: Mapping[str, nn.Parameter], model: nn.Module, config: StreamConfig
+) -> ParamGroups:
+    """Encoder and decoder, each with and without weight decay."""
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    groups = []
+    for part, named, lr in (
+        ("encoder", encoder, config.lr * config.encoder_lr_scale),
+        ("decoder", own, config.lr),
+    ):
+        bare = [p for n, p in named.items() if _no_decay(n, p) or id(p) in embeddings]
+        rest = [p for n, p in named.items() if not (_no_decay(n, p) or id(p) in embeddings)]
+        groups.append({"name": part, "params": rest, "lr": lr, "weight_decay": config.weight_decay})
+        groups.append({"name": f"{part}_no_decay", "params": bare, "lr": lr, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
+
+
+def _no_decay(name: str, parameter: Tensor) -> bool:
+    """Norms, biases, tokens, position embeddings and relative position tables are not decayed."""
+    return parameter.ndim <= 1 or any(word in name for word in ("token", "pos_embed", "position", "embed_", "_embed."))
+
+
+def _adamw(groups: ParamGroups) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, fused=True)
+
+
+def _adapted_tensors(
+    encoder: Mapping[str, nn.Parameter], own: Mapping[str, nn.Parameter], norms: list[nn.Module]
+) -> dict[str, Tensor]:
+    """Everything that adaptation changes, by name: the weights, and the running statistics where they move."""
+    tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in encoder.items()}
+    tensors |= {f"branch.{name}": p for name, p in own.items()}
+    for i, norm in enumerate(norms):
+        tensors |= {f"norm.{i}.{name}": buffer for name, buffer in norm.named_buffers()}
+    return tensors
+
+
+@contextmanager
+def _out_of_memory(config: StreamConfig) -> Iterator[None]:
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            if "allocate memory" not in str(error):
+                raise
+        raise MemoryLimitError(
+            f"out of memory in a step with batch_size={config.batch_size}, crop_size={config.crop_size}, "
+            f"window={config.window}: lower batch_size or crop_size first, then window, or use precision='bf16'"
+        ) from error
+
+
+def _copied(value: Any) -> Any:
+    """A nested state with every tensor cloned."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(item) for item in value)
+    return value

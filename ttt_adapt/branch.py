@@ -1,0 +1,341 @@
+"""MAEBranch: masking, decoder and reconstruction loss, attached to the encoder of an existing model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ttt_adapt.decoders import Decoder, build_decoder
+from ttt_adapt.encoder import EncoderInfo, evaluating, inspect_encoder
+from ttt_adapt.errors import CheckpointError, ConfigError, EncoderError, FrameError, StateError
+from ttt_adapt.features import Features, to_maps
+from ttt_adapt.masking import pad_to_multiple, patchify, random_mask, unpatchify, upsample_mask
+from ttt_adapt.taps import frozen_norms, hidden_channel, run_encoder, visible_tokens
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What the branch makes of masked images.
+
+    Attributes:
+        prediction: [B, 3, H, W], in the units of the images.
+        mask: bool [B, 1, H, W], True = visible.
+        loss: scalar, the reconstruction loss of this mask.
+    """
+
+    prediction: Tensor
+    mask: Tensor
+    loss: Tensor
+
+
+class MAEBranch(nn.Module):
+    """A masked-autoencoder branch (He et al., 2022) on the encoder of an existing model.
+
+    Make one with `MAEBranch.attach`. The branch reads the model through hooks that exist only during its own passes,
+    so an attached model is the model it was. `parameters()` and `state_dict()` hold the decoder and the mask channel
+    or mask token; the encoder's weights stay in the model.
+    """
+
+    def __init__(
+        self,
+        info: EncoderInfo,
+        decoder: nn.Module,
+        *,
+        tokens: bool,
+        patch_size: int,
+        mask_ratio: float,
+        loss_on: str,
+        norm_pix_loss: bool,
+    ) -> None:
+        super().__init__()
+        self._info: EncoderInfo | None = info
+        self.masking = "tokens" if tokens else "pixels"
+        self.patch_size, self.mask_ratio = patch_size, mask_ratio
+        self.loss_on, self.norm_pix_loss = loss_on, norm_pix_loss
+        self.decoder = decoder
+        if tokens:
+            assert info.tokens is not None
+            self.mask_token = nn.Parameter(torch.empty(_token_width(info)).normal_(std=0.02))
+        else:
+            assert info.stem is not None
+            self.mask_channel = MaskChannel(info.stem)
+        self.to(next(iter(info.parameters.values())))
+
+    @classmethod
+    def attach(
+        cls,
+        model: nn.Module,
+        encoder: str | nn.Module,
+        decoder: Decoder = "auto",
+        masking: str = "auto",
+        patch_size: int = 16,
+        mask_ratio: float = 0.8,
+        loss_on: str = "masked",
+        *,
+        norm_pix_loss: bool = False,
+        image_size: int | tuple[int, int] | None = None,
+    ) -> MAEBranch:
+        """Attach a branch to `model`; the model itself stays as it is.
+
+        Args:
+            model: any module that takes images [B, 3, H, W].
+            encoder: dotted path of the module where the encoder ends, or the module. All that the model runs up to
+                and including it is the encoder.
+            decoder: "conv", "transformer", "copy_head", a module or a factory; "auto" takes "transformer" with token
+                masking and "conv" with pixel masking.
+            masking: "pixels" (patches filled with 0, told to the stem by a mask channel), "tokens" (hidden tokens
+                are never encoded; plain ViTs only), or "auto": tokens where the encoder allows it.
+            patch_size: side of a mask patch in pixels. Token masking hides whole tokens, so there it is rounded to
+                the nearest multiple of the model's own patch.
+            mask_ratio: share of patches hidden, in (0, 1).
+            loss_on: "masked" (hidden patches only) or "all" pixels.
+            norm_pix_loss: reconstruct patches normalised to zero mean and unit variance each.
+            image_size: (H, W) or side of the images that the model is looked at with; found from it by default.
+
+        Raises:
+            ConfigError: a setting out of range.
+            EncoderError: the encoder or its stem cannot be used; nothing was changed.
+        """
+        _check_settings(masking, patch_size, mask_ratio, loss_on)
+        info = inspect_encoder(model, encoder, image_size)
+        tokens = _choose_masking(masking, info)
+        if tokens:
+            assert info.tokens is not None
+            patch_size = max(round(patch_size / info.tokens.patch_size), 1) * info.tokens.patch_size
+        with evaluating(model):
+            built = build_decoder(decoder, info.maps, model, info.path, info.probe_images(), tokens)
+        branch = cls(
+            info,
+            built,
+            tokens=tokens,
+            patch_size=patch_size,
+            mask_ratio=mask_ratio,
+            loss_on=loss_on,
+            norm_pix_loss=norm_pix_loss,
+        )
+        branch._check_decoder()
+        return branch
+
+    @property
+    def info(self) -> EncoderInfo:
+        """What the branch is attached to."""
+        if self._info is None:
+            raise StateError("this branch is detached: attach a new one with MAEBranch.attach(model, ...)")
+        return self._info
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's model."""
+        return self.info.model
+
+    def encoder_parameters(self) -> dict[str, nn.Parameter]:
+        """Name in the model -> parameter, for all parameters that the encoder's features depend on."""
+        return self.info.parameters
+
+    def loss(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Reconstruction loss of freshly masked images, with its graph.
+
+        Args:
+            images: [B, 3, H, W] as the model takes them, any H x W.
+            generator: random source for the masks, on the images' device.
+
+        Returns:
+            Mean squared error, a scalar, over the hidden pixels or all of them (`loss_on`).
+        """
+        mask = self.draw_mask(images, generator)
+        return self._loss(self._predict(images, mask), images, mask)
+
+    @torch.no_grad()
+    def reconstruct(
+        self, images: Tensor, *, mask: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Reconstruction:
+        """Reconstruct images from their visible patches, without a graph.
+
+        Args:
+            images: [B, 3, H, W] as the model takes them.
+            mask: bool [B, H / patch_size, W / patch_size] (rounded up), True = visible; drawn without it.
+            generator: random source for the masks, on the images' device.
+        """
+        mask = self.draw_mask(images, generator) if mask is None else mask
+        prediction = self._predict(images, mask)
+        loss = self._loss(prediction, images, mask)
+        if self.norm_pix_loss:
+            prediction = self._denormalise(prediction, images)
+        h, w = images.shape[-2:]
+        return Reconstruction(
+            prediction[..., :h, :w], upsample_mask(mask, self.patch_size)[..., :h, :w], loss
+        )
+
+    def draw_mask(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """One random mask per image: bool [B, ceil(H / p), ceil(W / p)], True = visible."""
+        b, c, h, w = self._checked(images).shape
+        grid = (-(-h // self.patch_size), -(-w // self.patch_size))
+        return random_mask(b, grid, self.mask_ratio, generator=generator, device=images.device)
+
+    def _predict(self, images: Tensor, mask: Tensor) -> Tensor:
+        """g(f(masked images)): [B, 3, >= H, >= W], cropped to the padded frame."""
+        padded = pad_to_multiple(images, self.patch_size)
+        with frozen_norms(self.info.norms):
+            raw = self._encode(padded, mask)
+            size = (padded.shape[-2], padded.shape[-1])
+            prediction = self.decoder(Features(to_maps(raw, self.info.maps, size), raw, size))
+        return prediction[..., : size[0], : size[1]]
+
+    def _encode(self, padded: Tensor, mask: Tensor) -> Any:
+        info = self.info
+        if info.tokens is not None and self.masking == "tokens":
+            order, patches = self._visible_order(mask, info.tokens.patch_size)
+            with visible_tokens(info.tokens, order, patches, self.mask_token):
+                return run_encoder(info.model, info.module, padded)
+        assert info.stem is not None
+        visible = upsample_mask(mask, self.patch_size).to(padded.dtype)
+        with hidden_channel(info.stem, self.mask_channel, 1 - visible):
+            return run_encoder(info.model, info.module, padded * visible)
+
+    def _visible_order(self, mask: Tensor, token: int) -> tuple[Tensor, int]:
+        """The visible tokens of each image in row-major order, int64 [B, n], and the number of all tokens."""
+        times = self.patch_size // token
+        tokens = mask.repeat_interleave(times, 1).repeat_interleave(times, 2).flatten(1) if times > 1 else mask.flatten(1)
+        kept = int(tokens[0].sum())
+        order = tokens.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        return order[:, :kept], tokens.shape[1]
+
+    def _loss(self, prediction: Tensor, images: Tensor, mask: Tensor) -> Tensor:
+        h, w = images.shape[-2:]
+        target = self._normalise(images) if self.norm_pix_loss else images
+        error = (prediction[..., :h, :w] - target[..., :h, :w]).square().mean(1, keepdim=True)
+        if self.loss_on == "all":
+            return error.mean()
+        hidden = ~upsample_mask(mask, self.patch_size)[..., :h, :w]
+        return (error * hidden).sum() / hidden.sum()
+
+    def _statistics(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        padded = pad_to_multiple(images, self.patch_size)
+        patches = patchify(padded, self.patch_size)
+        grid = (padded.shape[-2] // self.patch_size, padded.shape[-1] // self.patch_size)
+        return patches, (patches.var(-1, keepdim=True) + 1e-6).sqrt(), grid
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        patches, std, grid = self._statistics(images)
+        return unpatchify((patches - patches.mean(-1, keepdim=True)) / std, self.patch_size, grid)
+
+    def _denormalise(self, prediction: Tensor, images: Tensor) -> Tensor:
+        patches, std, grid = self._statistics(images)
+        scaled = patchify(prediction, self.patch_size) * std + patches.mean(-1, keepdim=True)
+        return unpatchify(scaled, self.patch_size, grid)
+
+    def _checked(self, images: Tensor) -> Tensor:
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            got = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+            raise FrameError(f"got {got}; expected float images [B, 3, H, W], normalised as the model takes them")
+        return images
+
+    def _check_decoder(self) -> None:
+        images = self.info.probe_images()
+        with evaluating(self.model), evaluating(self), torch.no_grad():
+            generator = torch.Generator(images.device).manual_seed(0)
+            prediction = self._predict(images, self.draw_mask(images, generator))
+        if prediction.shape != pad_to_multiple(images, self.patch_size).shape:
+            raise EncoderError(
+                f"the decoder returned {tuple(prediction.shape)} for images {tuple(images.shape)}; "
+                "expected [B, 3, H, W]: it must predict 3 x s x s channels at its stride s"
+            )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As `torch.nn.Module.load_state_dict`, but a state of another branch changes nothing.
+
+        Raises:
+            CheckpointError: keys or shapes differ; the message names them.
+        """
+        check_state(self.state_dict(), state_dict, "this branch")
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def detach(self) -> None:
+        """Let go of the model. Nothing has to be undone on it; the branch keeps its weights. May be called twice."""
+        self._info = None
+
+    def __enter__(self) -> MAEBranch:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    def extra_repr(self) -> str:
+        """The settings, for `print(branch)`."""
+        return f"masking={self.masking!r}, patch_size={self.patch_size}, mask_ratio={self.mask_ratio}"
+
+
+class MaskChannel(nn.Module):
+    """The fourth input channel of a stem convolution, on its own: 1 = hidden. It starts at zero."""
+
+    def __init__(self, stem: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(stem.out_channels, 1, *stem.kernel_size))
+        self.stride, self.dilation, self.padding = stem.stride, stem.dilation, stem.padding
+        self.same = type(stem).__name__ == "Conv2dSame"  # timm's: padded as TensorFlow does
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, 1, H, W] -> [B, C, h, w], the shape of the stem's output."""
+        if self.same:
+            hidden = self._pad_same(hidden)
+        return F.conv2d(hidden, self.weight, None, self.stride, self.padding, self.dilation)
+
+    def _pad_same(self, hidden: Tensor) -> Tensor:
+        pads: list[int] = []
+        for axis in (1, 0):
+            size, stride, kernel = hidden.shape[-2 + axis], self.stride[axis], self.weight.shape[-2 + axis]
+            total = max((-(-size // stride) - 1) * stride + (kernel - 1) * self.dilation[axis] + 1 - size, 0)
+            pads += [total // 2, total - total // 2]
+        return F.pad(hidden, pads)
+
+
+def check_state(own: Mapping[str, Any], other: Mapping[str, Any], what: str) -> None:
+    """Raise a CheckpointError that names the keys or shapes in which `other` differs from `own`."""
+    missing = [key for key in own if key not in other]
+    unknown = [key for key in other if key not in own]
+    shapes = [
+        f"{key}: {tuple(other[key].shape)}, expected {tuple(own[key].shape)}"
+        for key in own
+        if key in other and isinstance(own[key], Tensor) and own[key].shape != other[key].shape
+    ]
+    problems = [
+        f"{title} ({len(names)}): {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+        for title, names in (("missing", missing), ("unknown", unknown), ("other shapes", shapes))
+        if names
+    ]
+    if problems:
+        raise CheckpointError(f"the weights do not belong to {what}: " + "; ".join(problems))
+
+
+def _token_width(info: EncoderInfo) -> int:
+    return next(spec.channels for spec in info.maps)
+
+
+def _choose_masking(masking: str, info: EncoderInfo) -> bool:
+    """True for token masking."""
+    if masking == "tokens" and info.tokens is None:
+        raise EncoderError(
+            'masking="tokens" needs a plain transformer whose blocks see all tokens at once (ViT, EVA, DINOv2/v3); '
+            f'{type(info.module).__name__} is none: use masking="pixels"'
+        )
+    if masking != "tokens" and info.tokens is None and info.stem is None:
+        raise EncoderError('no convolution over the 3-channel images was found, so masking="pixels" has no stem')
+    if masking == "pixels" and info.stem is None:
+        raise EncoderError('masking="pixels" needs a stem: a convolution over the 3-channel images')
+    return masking == "tokens" or (masking == "auto" and info.tokens is not None)
+
+
+def _check_settings(masking: str, patch_size: int, mask_ratio: float, loss_on: str) -> None:
+    if masking not in ("auto", "pixels", "tokens"):
+        raise ConfigError(f'masking is {masking!r}; expected "auto", "pixels" or "tokens"')
+    if not isinstance(patch_size, int) or patch_size < 1:
+        raise ConfigError(f"patch_size is {patch_size!r}; expected a whole number of pixels, at least 1")
+    if not 0.0 < mask_ratio < 1.0:
+        raise ConfigError(f"mask_ratio is {mask_ratio!r}; expected a number between 0 and 1, such as 0.8")
+    if loss_on not in ("masked", "all"):
+        raise ConfigError(f'loss_on is {loss_on!r}; expected "masked" or "all"')

@@ -1,0 +1,144 @@
+"""StreamConfig: every choice of the streaming algorithm, with the paper's arms as presets."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from ttt_adapt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How a model adapts to a stream. Immutable; `replace` makes a changed copy.
+
+    Attributes:
+        window: explicit memory, the last k frames (the current one included).
+        batch_size: crops or frames drawn from the window, with replacement, for each gradient step.
+        iterations: gradient steps per frame.
+        carry_weights: implicit memory; False starts every frame from the source weights.
+        source_pull: in [0, 1]; before each frame's steps the adapted weights move this fraction of the way back to
+            the source weights. 0 is the paper, 1 is no memory.
+        restart_optimizer: forget the optimizer's state before each frame, as the paper's code does.
+        lr: learning rate of the decoder.
+        encoder_lr_scale: the encoder's learning rate is `lr * encoder_lr_scale`.
+        weight_decay: decoupled weight decay; never on norms, biases, tokens and position embeddings.
+        grad_clip: largest norm of the whole gradient; None: unlimited.
+        crop_size: (H, W) or side of random crops for the gradient step; None: whole frames.
+        precision: of the gradient step: "fp32", or "bf16" by autocast. Predictions are always the model's own.
+        norm_stats: running statistics of BatchNorm: "frozen", "ema" (a moving average over clean frames with
+            `norm_momentum`), or "batch" (those of the current clean frame). Masked frames never enter.
+        norm_momentum: weight of the current frame in "ema".
+        drop_path: stochastic depth and dropout active in the gradient step.
+        engine: how a step runs: "auto" or "eager".
+        every: adapt on every n-th frame only.
+        seed: of masks, draws and crops.
+    """
+
+    window: int = 16
+    batch_size: int = 8
+    iterations: int = 1
+    carry_weights: bool = True
+    source_pull: float = 0.0
+    restart_optimizer: bool = True
+    lr: float = 1e-4
+    encoder_lr_scale: float = 0.1
+    weight_decay: float = 0.05
+    grad_clip: float | None = None
+    crop_size: int | tuple[int, int] | None = None
+    precision: str = "fp32"
+    norm_stats: str = "frozen"
+    norm_momentum: float = 0.05
+    drop_path: bool = False
+    engine: str = "auto"
+    every: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("window", "batch_size", "iterations", "every"):
+            _check_count(name, getattr(self, name))
+        for name in ("source_pull", "norm_momentum"):
+            _check_number(name, getattr(self, name), 0.0, 1.0)
+        for name in ("lr", "encoder_lr_scale", "weight_decay"):
+            _check_number(name, getattr(self, name), 0.0, float("inf"))
+        if self.grad_clip is not None and not self.grad_clip > 0:
+            raise ConfigError(f"grad_clip is {self.grad_clip!r}; expected a positive number, or None for no limit")
+        _check_choice("precision", self.precision, ("fp32", "bf16"))
+        _check_choice("norm_stats", self.norm_stats, ("frozen", "ema", "batch"))
+        _check_choice("engine", self.engine, ("auto", "eager"))
+        if self.crop_size is not None:
+            object.__setattr__(self, "crop_size", _pair(self.crop_size))
+
+    def replace(self, **changes: Any) -> StreamConfig:
+        """A copy with some fields changed, checked again."""
+        unknown = set(changes) - {field.name for field in dataclasses.fields(self)}
+        if unknown:
+            raise ConfigError(f"StreamConfig has no field {', '.join(map(repr, sorted(unknown)))}")
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def online(cls, **changes: Any) -> StreamConfig:
+        """Both memories: the weights go on from frame to frame and the window holds recent frames. The default."""
+        return cls().replace(**changes)
+
+    @classmethod
+    def no_memory(cls, **changes: Any) -> StreamConfig:
+        """Every frame on its own, from the source weights."""
+        return cls(window=1, carry_weights=False, source_pull=0.0).replace(**changes)
+
+    @classmethod
+    def implicit_only(cls, **changes: Any) -> StreamConfig:
+        """The weights go on; each step sees the current frame only."""
+        return cls(window=1).replace(**changes)
+
+    @classmethod
+    def explicit_only(cls, **changes: Any) -> StreamConfig:
+        """A window of frames; every frame starts from the source weights."""
+        return cls(carry_weights=False, source_pull=0.0).replace(**changes)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> StreamConfig:
+        """The recipe of the paper's released code ("Test-Time Training on Video Streams", 2023).
+
+        Window 16, batch 32, AdamW at 1e-4 with the encoder at a tenth of it, clipped to norm 0.01, restarted every
+        frame, stochastic depth active. Its masks hide 0.85 and its loss is on all pixels: those two are settings of
+        `MAEBranch.attach`.
+        """
+        preset = cls(
+            window=16,
+            batch_size=32,
+            iterations=1,
+            carry_weights=True,
+            source_pull=0.0,
+            restart_optimizer=True,
+            lr=1e-4,
+            encoder_lr_scale=0.1,
+            weight_decay=0.05,
+            grad_clip=0.01,
+            drop_path=True,
+        )
+        return preset.replace(**changes)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{name} is {value!r}; expected a whole number, at least 1")
+
+
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+        limit = f"between {low:g} and {high:g}" if high < float("inf") else f"of at least {low:g}"
+        raise ConfigError(f"{name} is {value!r}; expected a number {limit}")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
+    if len(pair) != 2 or not all(isinstance(side, int) and side >= 1 for side in pair):
+        raise ConfigError(f"crop_size is {size!r}; expected (height, width) or one side in pixels, or None")
+    return pair[0], pair[1]

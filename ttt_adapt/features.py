@@ -1,0 +1,125 @@
+"""What an encoder returns, told as feature maps.
+
+Encoders return a tensor, or lists, tuples and dicts of them: [B, C, h, w] maps, channels-last maps, or tokens with or
+without prefix tokens. `describe` finds the layout once, on a probe; `to_maps` applies it to every later pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from ttt_adapt.errors import EncoderError
+
+MAX_PREFIX = 16  # class, distillation and register tokens of known models are fewer
+
+
+@dataclass(frozen=True)
+class MapSpec:
+    """One feature map of an encoder.
+
+    Attributes:
+        index: which of the encoder's output tensors, in flattened order.
+        layout: "nchw", "nhwc" or "tokens" ([B, prefix + h * w, C]).
+        channels: C.
+        stride: image pixels per feature cell, the same in both directions.
+        prefix: leading tokens that are no patches (class, registers); 0 for maps.
+    """
+
+    index: int
+    layout: Literal["nchw", "nhwc", "tokens"]
+    channels: int
+    stride: int
+    prefix: int = 0
+
+
+class Features(NamedTuple):
+    """What a decoder gets.
+
+    Attributes:
+        maps: [B, C_i, h_i, w_i] each, finest first.
+        raw: the encoder's own output.
+        image_size: (H, W) of the images behind them.
+    """
+
+    maps: list[Tensor]
+    raw: Any
+    image_size: tuple[int, int]
+
+
+def tensors(output: Any) -> Iterator[Tensor]:
+    """All tensors of a nested output, depth first."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from tensors(value)
+
+
+def describe(output: Any, image_size: tuple[int, int], token_stride: int | None) -> list[MapSpec]:
+    """The feature maps in an encoder's output, finest first, one per stride.
+
+    Args:
+        output: what the encoder returned for images of `image_size` (H, W).
+        image_size: (H, W) of the probe images.
+        token_stride: the stem's stride, used to tell patch tokens from prefix tokens.
+
+    Raises:
+        EncoderError: nothing in the output has the layout of a feature map.
+    """
+    found: dict[int, MapSpec] = {}
+    shapes = []
+    for index, tensor in enumerate(tensors(output)):
+        shapes.append(tuple(tensor.shape))
+        spec = _describe_one(index, tensor, image_size, token_stride)
+        if spec is not None:
+            found[spec.stride] = spec
+    if not found:
+        raise EncoderError(
+            f"the encoder returned {shapes or type(output).__name__} for images of {image_size[0]} x {image_size[1]}; "
+            "expected feature maps [B, C, h, w] or [B, h, w, C], or tokens [B, N, C]: "
+            "name an earlier module, before the features are pooled"
+        )
+    return [found[stride] for stride in sorted(found)]
+
+
+def _describe_one(index: int, tensor: Tensor, image_size: tuple[int, int], stride: int | None) -> MapSpec | None:
+    shape = tuple(tensor.shape)
+    if tensor.ndim == 4:
+        if step := _stride(image_size, shape[2:]):
+            return MapSpec(index, "nchw", shape[1], step)
+        if step := _stride(image_size, shape[1:3]):
+            return MapSpec(index, "nhwc", shape[3], step)
+    if tensor.ndim == 3 and stride:
+        prefix = shape[1] - (image_size[0] // stride) * (image_size[1] // stride)
+        if 0 <= prefix <= MAX_PREFIX:
+            return MapSpec(index, "tokens", shape[2], stride, prefix)
+    return None
+
+
+def _stride(image: tuple[int, int], grid: tuple[int, ...]) -> int | None:
+    """The common stride of `grid` in `image`, None where there is none."""
+    step = round(image[0] / grid[0])
+    fits = step >= 1 and all(g in (size // step, -(-size // step)) for size, g in zip(image, grid, strict=True))
+    return step if fits else None
+
+
+def to_maps(output: Any, specs: list[MapSpec], image_size: tuple[int, int]) -> list[Tensor]:
+    """The encoder's output as maps [B, C, h, w] in the order of `specs`, for images of `image_size` (H, W)."""
+    leaves = list(tensors(output))
+    maps = []
+    for spec in specs:
+        tensor = leaves[spec.index]
+        if spec.layout == "nhwc":
+            tensor = tensor.permute(0, 3, 1, 2)
+        elif spec.layout == "tokens":
+            grid = (image_size[0] // spec.stride, image_size[1] // spec.stride)
+            tensor = tensor[:, spec.prefix :].transpose(1, 2).unflatten(2, grid)
+        maps.append(tensor)
+    return maps

@@ -1,0 +1,73 @@
+"""Segmentation models for the command line: a timm encoder and a light head, saved with their branch in one file.
+
+Everything here is ordinary PyTorch; the rest of the library does not need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ttt_adapt.decoders import Pyramid
+from ttt_adapt.errors import ConfigError, missing, nearest
+from ttt_adapt.masking import pad_to_multiple
+
+
+class SegmentationModel(nn.Module):
+    """A timm encoder (`backbone`) and a pyramid head (`head`) for semantic segmentation.
+
+    Args:
+        encoder: name of a timm model with `features_only` support.
+        classes: number of classes.
+        width: inner channels of the head.
+        pretrained: load timm's pretrained weights.
+        encoder_options: further keywords of `timm.create_model`.
+    """
+
+    def __init__(
+        self,
+        encoder: str,
+        classes: int,
+        *,
+        width: int = 64,
+        pretrained: bool = False,
+        encoder_options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = _timm_encoder(encoder, pretrained, dict(encoder_options or {}))
+        info = self.backbone.feature_info
+        strides: Sequence[int] = info.reduction()
+        self.multiple = max(strides)
+        self.shuffle = max(strides[0] // 4, 1)
+        self.head = Pyramid(info.channels()[_first(strides) :], classes * self.shuffle**2, width)
+        self.first = _first(strides)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W], normalised -> logits [B, classes, H, W]; any H x W."""
+        h, w = images.shape[-2:]
+        padded = pad_to_multiple(images, self.multiple)
+        logits = F.pixel_shuffle(self.head(self.backbone(padded)[self.first :]), self.shuffle)
+        full = F.interpolate(logits, size=padded.shape[-2:], mode="bilinear", align_corners=False)
+        return full[..., :h, :w]
+
+
+def _first(strides: Sequence[int]) -> int:
+    """The first map that the head uses: a stride-2 map costs more than it brings."""
+    return 1 if strides[0] < 4 and len(strides) > 1 else 0
+
+
+def _timm_encoder(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise missing("timm", "timm") from error
+    if not timm.is_model(name):
+        raise ConfigError(f"timm has no model {name!r}; {nearest(name, timm.list_models())}")
+    if "vit" in name or "eva" in name:
+        options = {"out_indices": (-1,), "dynamic_img_size": True, **options}
+    elif "swin" in name:
+        options = {"strict_img_size": False, **options}
+    return timm.create_model(name, pretrained=pretrained, features_only=True, **options)

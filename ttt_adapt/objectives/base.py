@@ -1,0 +1,42 @@
+"""The protocol that every label-free objective follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """Anything with trainable parameters and a label-free loss on frames; `MAEBranch` is one.
+
+    The members below are all that `StreamAdapter` uses.
+    """
+
+    @property
+    def model(self) -> nn.Module:
+        """The user's model."""
+        ...
+
+    def loss(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Scalar loss, with graph, of images [B, 3, H, W] as the model takes them."""
+        ...
+
+    def encoder_parameters(self) -> Mapping[str, nn.Parameter]:
+        """Name -> parameter inside the user's model that the loss adapts."""
+        ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters of the objective's own, outside the user's model."""
+        ...
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the objective's own modules to training or evaluation mode."""
+        ...
+
+    def detach(self) -> None:
+        """Let go of the model; may be called twice."""
+        ...

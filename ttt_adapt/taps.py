@@ -1,0 +1,200 @@
+"""Context-managed hooks on the user's model. Nothing stays on the model outside of a `with` block.
+
+- `run_encoder` runs the model from its input and stops where the encoder ends.
+- `hidden_channel` adds the mask channel's convolution to the stem.
+- `visible_tokens` lets a transformer's blocks see the visible tokens only.
+- `frozen_norms` keeps BatchNorm statistics out of a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ttt_adapt.errors import EncoderError
+
+
+class _EncoderDone(BaseException):
+    """Carries the features out of the model; a BaseException so that no `except Exception` in a model eats it."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+
+def run_encoder(model: nn.Module, encoder: nn.Module, images: Tensor) -> Any:
+    """Run `model(images)` up to and including `encoder` and return the encoder's output.
+
+    Raises:
+        EncoderError: the model finished without calling the encoder.
+    """
+
+    def stop(_module: nn.Module, _args: Any, output: Any) -> None:
+        raise _EncoderDone(output)
+
+    handle = encoder.register_forward_hook(stop)
+    try:
+        model(images)
+    except _EncoderDone as done:
+        return done.output
+    finally:
+        handle.remove()
+    raise EncoderError(
+        f"the encoder ({type(encoder).__name__}) is never reached by model(images): "
+        "name a module that the model calls in its forward pass"
+    )
+
+
+@contextmanager
+def hooks(handles: Iterable[Any]) -> Iterator[None]:
+    """Remove the hook `handles` at the end of the block, whatever happens in it."""
+    owned = list(handles)
+    try:
+        yield
+    finally:
+        for handle in owned:
+            handle.remove()
+
+
+@contextmanager
+def hidden_channel(stem: nn.Module, conv: Callable[[Tensor], Tensor], hidden: Tensor) -> Iterator[None]:
+    """Add `conv(hidden)` to the stem's output inside the block.
+
+    A 4-channel stem convolution is the 3-channel one plus a 1-channel convolution of the mask. The channel here is
+    1 = hidden, so a pass with nothing hidden adds nothing and the main task runs on the plain model.
+
+    Args:
+        stem: the model's first convolution.
+        conv: the mask channel's convolution, [B, 1, H, W] -> [B, C, h, w].
+        hidden: [B, 1, H, W], 1 where a pixel is hidden.
+    """
+
+    def add(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        bottom, right = (args[0].shape[i] - hidden.shape[i] for i in (-2, -1))
+        if bottom < 0 or right < 0:
+            raise EncoderError(
+                f"the stem sees {tuple(args[0].shape[-2:])} of an image of {tuple(hidden.shape[-2:])} (H, W): a model "
+                "that shrinks its images inside cannot be masked by pixels; let it take images as the stem sees them"
+            )
+        return output + conv(F.pad(hidden, (0, right, 0, bottom)))  # where the model itself pads, nothing is hidden
+
+    with hooks([stem.register_forward_hook(add)]):
+        yield
+
+
+@dataclass(frozen=True)
+class TokenPath:
+    """Where a plain transformer's tokens run.
+
+    Attributes:
+        blocks: the blocks in the order in which they run.
+        patch_size: pixels per token, in both directions.
+        prefix: leading tokens (class, registers); they are always kept.
+        every_block: put the tokens back in place after each block, for encoders that return intermediate features;
+            otherwise after the last block only.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    patch_size: int
+    prefix: int
+    every_block: bool = False
+
+
+@contextmanager
+def visible_tokens(path: TokenPath, order: Tensor, patches: int, fill: Tensor | None) -> Iterator[None]:
+    """Inside the block, the transformer's blocks see only the tokens named by `order`.
+
+    The tokens are gathered before the first block, with the rotary position embeddings that belong to them, and put
+    back in place after the last one; every other place gets `fill`.
+
+    Args:
+        path: the blocks.
+        order: int64 [B, n], the patch tokens to keep, in row-major numbering without prefix tokens.
+        patches: number of patch tokens N of the whole image.
+        fill: [C], what stands in the place of a hidden token; None: leave the gathered tokens as they are.
+    """
+    drop = _TokenDrop(order, path.prefix, patches, fill)
+    last = len(path.blocks) - 1
+    handles = []
+    for i, block in enumerate(path.blocks):
+        gather = drop.gather if path.every_block or i == 0 else drop.gather_rotary_only
+        handles.append(block.register_forward_pre_hook(gather, with_kwargs=True))
+        if fill is not None and (path.every_block or i == last):
+            handles.append(block.register_forward_hook(drop.scatter))
+    with hooks(handles):
+        yield
+
+
+class _TokenDrop:
+    """The gather and scatter of one pass."""
+
+    def __init__(self, order: Tensor, prefix: int, patches: int, fill: Tensor | None) -> None:
+        self.batch, kept = order.shape
+        self.order, self.patches, self.total, self.fill = order, patches, prefix + patches, fill
+        self.kept = prefix + kept
+        first = torch.arange(prefix, device=order.device).expand(self.batch, prefix)
+        tokens = torch.cat([first, order + prefix], dim=1)
+        starts = torch.arange(self.batch, device=order.device)[:, None] * self.total
+        self.flat = (tokens + starts).reshape(-1)
+        self.rotary: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def gather(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return self._gather(args, True), {key: self._gather(v, True) for key, v in kwargs.items()}
+
+    def gather_rotary_only(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return self._gather(args, False), {key: self._gather(v, False) for key, v in kwargs.items()}
+
+    def _gather(self, value: Any, tokens: bool) -> Any:
+        if isinstance(value, tuple):
+            return tuple(self._gather(v, tokens) for v in value)
+        if not isinstance(value, Tensor) or value.ndim < 2:
+            return value
+        if value.ndim == 3 and value.shape[:2] == (self.batch, self.total if tokens else self.kept):
+            if not tokens:  # gathered already, before the first block
+                return value
+            return value.flatten(0, 1).index_select(0, self.flat).view(self.batch, self.kept, -1)
+        if value.shape[-2] == self.patches:
+            if id(value) not in self.rotary:  # the same embedding goes to every block: gather it once
+                self.rotary[id(value)] = (value, self._gather_rotary(value))
+            return self.rotary[id(value)][1]
+        return value
+
+    def _gather_rotary(self, value: Tensor) -> Tensor:
+        """[N, D], [heads or 1, N, D] or [B or 1, heads or 1, N, D] -> [B, heads or 1, n, D]."""
+        while value.ndim < 4:
+            value = value.unsqueeze(0)
+        value = value.expand(self.batch, *value.shape[1:])
+        index = self.order[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[3])
+        return value.gather(2, index)
+
+    def scatter(self, _block: nn.Module, _args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (self.scatter(_block, _args, output[0]), *output[1:])
+        assert self.fill is not None
+        full = self.fill.to(output.dtype).expand(self.batch * self.total, -1)
+        return full.index_copy(0, self.flat, output.flatten(0, 1)).view(self.batch, self.total, -1)
+
+
+def norm_layers(module: nn.Module) -> list[nn.Module]:
+    """The layers of `module` that keep running statistics (BatchNorm and its kin)."""
+    return [m for m in module.modules() if isinstance(m, _NormBase) and m.track_running_stats]
+
+
+@contextmanager
+def frozen_norms(norms: list[nn.Module]) -> Iterator[None]:
+    """Inside the block, the layers use their running statistics and do not change them."""
+    training = [norm for norm in norms if norm.training]
+    for norm in training:
+        norm.training = False
+    try:
+        yield
+    finally:
+        for norm in training:
+            norm.training = True
