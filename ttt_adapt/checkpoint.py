@@ -1,0 +1,171 @@
+"""Segmentation models with their branch in one safetensors file, described well enough to build them again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttt_adapt.branch import MAEBranch, check_state
+from ttt_adapt.errors import CheckpointError, missing
+from ttt_adapt.frames import Normalize
+from ttt_adapt.models import SegmentationModel
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a checkpoint's model is.
+
+    Attributes:
+        encoder: timm model name.
+        classes: class names in the order of their ids.
+        size: (H, W) of the training images.
+        encoder_options: keywords of `timm.create_model`.
+        branch: keywords of `MAEBranch.attach`; None for a model trained for the main task alone.
+        palette: one RGB colour per class; () for the default palette.
+        mean: per channel, of images in 0..1.
+        std: per channel.
+        width: inner channels of the head.
+        training: how the weights were made, for the record.
+    """
+
+    encoder: str
+    classes: tuple[str, ...]
+    size: tuple[int, int]
+    encoder_options: dict[str, Any] = field(default_factory=dict)
+    branch: dict[str, Any] | None = None
+    palette: tuple[tuple[int, int, int], ...] = ()
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    width: int = 64
+    training: list[dict[str, Any]] = field(default_factory=list)
+
+    def build(self, pretrained: bool = False) -> tuple[SegmentationModel, MAEBranch | None]:
+        """The model with fresh (or timm's pretrained) weights, and its branch."""
+        model = SegmentationModel(
+            self.encoder,
+            len(self.classes),
+            width=self.width,
+            pretrained=pretrained,
+            encoder_options=self.encoder_options,
+        )
+        branch = None if self.branch is None else MAEBranch.attach(model, "backbone", **self.branch)
+        return model, branch
+
+    def preprocess(self, device: torch.device | str | None = None) -> Normalize:
+        """The normalisation that the model was trained with."""
+        return Normalize(self.mean, self.std, device=device)
+
+
+@dataclass
+class Checkpoint:
+    """A model in eval mode, its branch (None if it was trained for the main task alone) and what they are."""
+
+    model: SegmentationModel
+    branch: MAEBranch | None
+    spec: ModelSpec
+
+
+def save_checkpoint(path: str | Path, checkpoint: Checkpoint, half: bool = False) -> None:
+    """Write a checkpoint; an existing file stays whole until the new one is complete.
+
+    Args:
+        path: a .safetensors file.
+        checkpoint: model, branch and spec.
+        half: store weights as float16.
+    """
+    weights = {f"model.{name}": value for name, value in checkpoint.model.state_dict().items()}
+    if checkpoint.branch is not None:
+        weights |= {f"branch.{name}": value for name, value in checkpoint.branch.state_dict().items()}
+    if half:
+        weights = {name: v.half() if v.is_floating_point() else v for name, v in weights.items()}
+    metadata = {"format": str(FORMAT), "spec": json.dumps(asdict(checkpoint.spec))}
+    part = Path(f"{path}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    _safetensors().save_file({name: v.contiguous() for name, v in weights.items()}, str(part), metadata)
+    part.replace(path)
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
+    """Build the model and branch that `save_checkpoint` wrote, in eval mode.
+
+    Raises:
+        CheckpointError: no such file, not a checkpoint of this library, or weights that do not fit its description.
+    """
+    weights, spec = _read(path, device)
+    model, branch = spec.build()
+    load_weights(model, weights, "model.", str(path))
+    if branch is not None:
+        load_weights(branch, weights, "branch.", str(path))
+        branch.to(device).eval()
+    return Checkpoint(model.to(device).eval(), branch, spec)
+
+
+def load_initial(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Start `checkpoint` from another file: its model must be the same; a branch is taken over if there is one.
+
+    Raises:
+        CheckpointError: the file's model is another one; the message says which keys differ.
+    """
+    device = next(checkpoint.model.parameters()).device
+    weights, spec = _read(path, device)
+    load_weights(checkpoint.model, weights, "model.", str(path))
+    if checkpoint.branch is not None and spec.branch is not None:
+        load_weights(checkpoint.branch, weights, "branch.", str(path))
+
+
+def load_weights(module: torch.nn.Module, weights: dict[str, Tensor], prefix: str, source: str) -> None:
+    """Load the `prefix` part of `weights` into `module`, all or nothing."""
+    part = {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
+    check_state(module.state_dict(), part, f"the {prefix[:-1]} of {source}")
+    module.load_state_dict(part)
+
+
+def _read(path: str | Path, device: torch.device | str) -> tuple[dict[str, Tensor], ModelSpec]:
+    if not Path(path).is_file():
+        raise CheckpointError(f"there is no checkpoint {path}: train one with `ttt-adapt train`")
+    library = _safetensors()
+    try:
+        with library.safe_open(str(path), framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        fields = json.loads(metadata["spec"])
+        spec = ModelSpec(**{name: _tuples(name, value) for name, value in fields.items()})
+    except (KeyError, TypeError, ValueError, OSError, library.SafetensorError) as error:
+        raise CheckpointError(f"{path} is no checkpoint written by ttt_adapt: {error}") from error
+    floats = {n: v.float() if v.dtype is torch.float16 else v for n, v in weights.items()}
+    return floats, spec
+
+
+def _tuples(name: str, value: Any) -> Any:
+    """JSON has lists only: give the spec its tuples back."""
+    if name == "palette":
+        return tuple(tuple(colour) for colour in value)
+    return tuple(value) if name in ("classes", "size", "mean", "std") else value
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise missing("safetensors", "timm") from error
+
+    class Library:
+        save_file = staticmethod(safetensors.torch.save_file)
+        safe_open = staticmethod(safetensors.safe_open)
+        SafetensorError = safetensors.SafetensorError
+
+    return Library
+
+
+def class_colours(spec: ModelSpec, default: Any) -> Sequence[Sequence[int]]:
+    """The spec's palette, or `default(number of classes)`."""
+    return spec.palette or default(len(spec.classes))

@@ -1,0 +1,101 @@
+"""Parsing and progress that several commands share."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ttt_adapt.config import StreamConfig
+from ttt_adapt.errors import ConfigError
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """ "144x192" -> (144, 192), height x width; None and "native" -> None.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if text is None or text == "native":
+        return None
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise ConfigError(f"size is {text!r}; expected HEIGHTxWIDTH, such as 144x192")
+    return int(parts[0]), int(parts[1])
+
+
+def parse_settings(pairs: list[str]) -> dict[str, Any]:
+    """["lr=1e-4", "crop_size=(96, 128)"] -> {"lr": 1e-4, "crop_size": (96, 128)}; a value that is no literal is text.
+
+    Raises:
+        ConfigError: an entry without "=".
+    """
+    settings = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"got {pair!r}; expected NAME=VALUE, such as lr=1e-4")
+        try:
+            settings[name.strip()] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            settings[name.strip()] = value
+    return settings
+
+
+def stream_config(preset: str, pairs: list[str], seed: int) -> StreamConfig:
+    """The preset of that name with NAME=VALUE changes and a seed.
+
+    Raises:
+        ConfigError: unknown preset or field, or a value out of range.
+    """
+    presets = {
+        "online": StreamConfig.online,
+        "paper": StreamConfig.paper,
+        "no-memory": StreamConfig.no_memory,
+        "implicit": StreamConfig.implicit_only,
+        "explicit": StreamConfig.explicit_only,
+    }
+    if preset not in presets:
+        raise ConfigError(f"there is no preset {preset!r}; expected one of {', '.join(presets)}")
+    return presets[preset](**{"seed": seed, **parse_settings(pairs)})
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device `name`; "auto" is CUDA where there is one, and the CPU elsewhere."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used here ({error}); expected auto, cpu or cuda") from error
+    return device
+
+
+@contextmanager
+def progress_bar(title: str, total: int | None, unit: str = "frame") -> Iterator[Any]:
+    """A progress bar with rate, loss and time left. Yields `advance(loss)`, to be called once per `unit`."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, refresh_per_second=4) as progress:
+        task = progress.add_task(title, total=total, rate="", note="")
+
+        def advance(note: str | float | None = None) -> None:
+            progress.advance(task)
+            state = progress.tasks[0]
+            rate = f"{state.completed / state.elapsed:.1f} {unit}s/s" if state.elapsed else ""
+            text = f"loss {note:.4f}" if isinstance(note, float) else note or ""
+            progress.update(task, rate=rate, note=text)
+
+        yield advance

@@ -1,0 +1,208 @@
+"""`ttt-adapt train`: joint training (or probing) of a timm encoder and a segmentation head on labelled images."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from ttt_adapt.checkpoint import Checkpoint, ModelSpec, load_initial, save_checkpoint
+from ttt_adapt.commands.common import pick_device, progress_bar
+from ttt_adapt.data import Augment, StillsDataset, open_clips
+from ttt_adapt.errors import ConfigError, StateError
+from ttt_adapt.joint import Progress, TrainConfig, fit
+
+RECIPES = {"joint": ("main", "joint"), "main": ("main", "main"), "probe": ("mae", "probe")}
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """What to train, on what, and how.
+
+    Attributes:
+        data: a folder of clips or stills with labels, or "street" for the rendered street of the demo.
+        out: the checkpoint to write, .safetensors.
+        encoder: timm model name.
+        encoder_options: keywords of `timm.create_model`.
+        branch: keywords of `MAEBranch.attach`.
+        clips: names of the clips to use; () for all.
+        size: (H, W) that images are resized to; None: as on disk.
+        stills: number of images rendered for "street".
+        recipe: "joint" (main task, then joint), "main" (main task twice), or "probe" (reconstruction, then head).
+        first_epochs: epochs of the recipe's first stage; 0 leaves it out.
+        init: checkpoint to start from.
+        pretrained: start from timm's pretrained encoder.
+        resume: go on where an interrupted run of the same options stopped.
+        half: store weights as float16.
+        device: "auto", "cpu", "cuda", ...
+        config: of the last stage; the first differs in stage and epochs only.
+    """
+
+    data: str
+    out: Path
+    encoder: str = "vit_tiny_patch16_224"
+    encoder_options: dict[str, Any] = field(default_factory=dict)
+    branch: dict[str, Any] = field(default_factory=dict)
+    clips: tuple[str, ...] = ()
+    size: tuple[int, int] | None = None
+    stills: int = 400
+    recipe: str = "joint"
+    first_epochs: int = 40
+    init: Path | None = None
+    pretrained: bool = False
+    resume: bool = False
+    half: bool = False
+    device: str = "auto"
+    config: TrainConfig = field(default_factory=TrainConfig)
+
+
+def train(options: TrainOptions) -> Checkpoint:
+    """Train and write the checkpoint; with `resume`, go on from the state files beside it.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: before anything is trained or written.
+    """
+    if options.recipe not in RECIPES:
+        raise ConfigError(f"recipe is {options.recipe!r}; expected one of {', '.join(RECIPES)}")
+    if options.out.suffix != ".safetensors":
+        raise ConfigError(f"--out is {options.out}; expected a file name ending in .safetensors")
+    device = _device(options.device)
+    data, spec = _open_data(options)
+    torch.manual_seed(options.config.seed)
+    model, branch = spec.build(options.pretrained)
+    checkpoint = Checkpoint(model.to(device), branch.to(device) if branch is not None else None, spec)
+    if options.init is not None:
+        load_initial(options.init, checkpoint)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    stages = [s for s in zip(RECIPES[options.recipe], (options.first_epochs, options.config.epochs), strict=True) if s[1]]
+    files = [options.out.with_suffix(f".{i}-{stage}.state") for i, (stage, _) in enumerate(stages)]
+    if not options.resume and _rank() == 0:
+        for file in files:
+            file.unlink(missing_ok=True)
+    with _process_group(device):
+        for (stage, epochs), file in zip(stages, files, strict=True):
+            config = dataclasses.replace(options.config, stage=stage, epochs=epochs)
+            with _watch(stage, config) as on_step:
+                fit(model, branch, data, _criterion(data.ignore), config, state_file=file, on_step=on_step)
+            spec.training.append({**dataclasses.asdict(config), "data": options.data, "clips": list(options.clips)})
+    if _rank() == 0:
+        save_checkpoint(options.out, checkpoint, options.half)
+        for file in files:
+            file.unlink(missing_ok=True)
+    return checkpoint
+
+
+class NormalizedStills(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """`StillsDataset` with images normalised as the model takes them."""
+
+    def __init__(self, stills: StillsDataset, spec: ModelSpec) -> None:
+        self._stills, self.ignore = stills, stills.ignore
+        self._mean, self._std = (torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
+
+    def __len__(self) -> int:
+        return len(self._stills)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, labels = self._stills[index]
+        return (image - self._mean) / self._std, labels
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the augmentation of every sample."""
+        self._stills.set_epoch(epoch)
+
+
+def _open_data(options: TrainOptions) -> tuple[NormalizedStills, ModelSpec]:
+    sources: Any
+    palette: tuple[tuple[int, int, int], ...] = ()
+    if options.data == "street":
+        from ttt_adapt.demo.street import CLASSES, PALETTE, street_stills
+
+        size = options.size or (128, 192)
+        sources, classes, palette = list(street_stills(options.stills, size)), CLASSES, PALETTE
+    else:
+        sources = open_clips(options.data, list(options.clips) or None, options.size)
+        classes = sources[0].classes
+        size = options.size or sources[0][0][1].shape
+    branch = None if options.recipe == "main" else options.branch
+    spec = ModelSpec(options.encoder, tuple(classes), size, options.encoder_options, branch, palette)
+    return NormalizedStills(StillsDataset(sources, Augment(), options.config.seed), spec), spec
+
+
+def _criterion(ignore: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Cross-entropy over labelled pixels; 0 where a batch has none."""
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        total = F.cross_entropy(logits, labels, ignore_index=ignore, reduction="sum")
+        return total / (labels != ignore).sum().clamp_min(1)
+
+    return loss
+
+
+def _watch(stage: str, config: TrainConfig) -> Any:
+    """A progress bar on the first process; its advance takes `Progress`."""
+    if _rank() != 0:
+        return nullcontext(None)
+    return _Bar(stage, config)
+
+
+class _Bar:
+    """A progress bar over the updates of one stage."""
+
+    def __init__(self, stage: str, config: TrainConfig) -> None:
+        self._title, self._config = f"train {stage}", config
+
+    def __enter__(self) -> Callable[[Progress], None]:
+        self._bar: Any = None
+        return self._step
+
+    def _step(self, progress: Progress) -> None:
+        if self._bar is None:
+            self._bar = progress_bar(self._title, progress.steps, "step")
+            self._advance = self._bar.__enter__()
+            for _ in range(progress.step - 1):  # a resumed run starts in the middle
+                self._advance()
+        losses = "  ".join(f"{name} {value:.4f}" for name, value in progress.losses.items())
+        self._advance(f"epoch {progress.epoch + 1}/{self._config.epochs}  {losses}")
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _device(name: str) -> torch.device:
+    device = pick_device(name)
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
+
+
+class _process_group:
+    """The process group of a `torchrun` launch, for all stages; nothing without one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._active = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        self._backend = "nccl" if device.type == "cuda" else "gloo"
+
+    def __enter__(self) -> None:
+        if self._active:
+            if dist.is_initialized():
+                raise StateError("a process group exists already: call train() outside of it")
+            dist.init_process_group(self._backend)
+
+    def __exit__(self, *exc: object) -> None:
+        if self._active:
+            dist.destroy_process_group()
