@@ -1,0 +1,255 @@
+"""The `ttt-adapt` command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from ttt_adapt.errors import ConfigError, MissingPackageError, TTTAdaptError, missing
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as error:  # the core does not need them
+    raise missing("typer or rich", "cli") from error
+
+if TYPE_CHECKING:
+    from ttt_adapt.config import StreamConfig
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Make an existing vision model keep learning from the video it is watching.",
+)
+console = Console()
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Seed = Annotated[int, typer.Option(help="Seed of masks and draws.")]
+Preset = Annotated[str, typer.Option(help="online, paper, no-memory, implicit or explicit.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a field of StreamConfig; repeatable.")
+]
+Size = Annotated[str | None, typer.Option(metavar="HxW", help="Resize frames for the model, such as 144x192.")]
+BranchSettings = Annotated[
+    list[str] | None,
+    typer.Option("--branch", metavar="NAME=VALUE", help="A keyword of MAEBranch.attach, such as mask_ratio=0.75."),
+]
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("ttt-adapt-demo"),
+    frames: Annotated[int, typer.Option(min=2, help="Length of the stream.")] = 240,
+    seed: Seed = 0,
+    preset: Preset = "online",
+    settings: Settings = None,
+    device: Device = "auto",
+) -> None:
+    """Watch a small model adapt to a street that drifts from clear day to dusk, fog and rain."""
+    from ttt_adapt.commands.demo import demo as run_demo
+    from ttt_adapt.evaluation.report import rich_table
+
+    report = run_demo(out, frames, seed, _config(preset, settings, seed), _device(device))
+    console.print(rich_table(report))
+    console.print(f"side-by-side video: {out / 'demo.mp4'}\nloss and mIoU over time: {out / 'stream.png'}")
+
+
+@app.command()
+def train(
+    data: Annotated[str, typer.Argument(help="Folder of clips or stills with labels, or 'street'.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint to write, .safetensors.")] = Path("model.safetensors"),
+    encoder: Annotated[str, typer.Option(help="timm model name.")] = "vit_tiny_patch16_224",
+    encoder_option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Keyword of timm.create_model; repeatable.")
+    ] = None,
+    branch: BranchSettings = None,
+    clips: Annotated[str, typer.Option(help="Comma-separated names of the clips to train on; all by default.")] = "",
+    size: Size = None,
+    stills: Annotated[int, typer.Option(min=1, help="Images rendered for 'street'.")] = 400,
+    recipe: Annotated[str, typer.Option(help="joint: main task, then joint. main: main task twice. probe.")] = "joint",
+    first_epochs: Annotated[int, typer.Option(min=0, help="Epochs of the recipe's first stage.")] = 40,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of the recipe's last stage.")] = 40,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches per update.")] = 1,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
+    mae_weight: Annotated[float, typer.Option(help="Weight of the reconstruction loss.")] = 1.0,
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    init: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
+    pretrained: Annotated[bool, typer.Option(help="Start from timm's pretrained encoder.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on where an interrupted run stopped.")] = False,
+    half: Annotated[bool, typer.Option(help="Store weights as float16.")] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that load data.")] = 0,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Train a timm encoder and a segmentation head, jointly with the reconstruction branch."""
+    from ttt_adapt.commands.common import parse_settings, parse_size
+    from ttt_adapt.commands.train import TrainOptions
+    from ttt_adapt.commands.train import train as run_training
+    from ttt_adapt.joint import TrainConfig
+
+    config = TrainConfig(
+        epochs=epochs,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        lr=lr,
+        mae_weight=mae_weight,
+        precision=precision,
+        workers=workers,
+        seed=seed,
+    )
+    run_training(
+        TrainOptions(
+            data=data,
+            out=out,
+            encoder=encoder,
+            encoder_options=parse_settings(encoder_option or []),
+            branch=parse_settings(branch or []),
+            clips=_names(clips),
+            size=parse_size(size),
+            stills=stills,
+            recipe=recipe,
+            first_epochs=first_epochs,
+            init=init,
+            pretrained=pretrained,
+            resume=resume,
+            half=half,
+            device=device,
+            config=config,
+        )
+    )
+    console.print(f"wrote {out}")
+
+
+@app.command()
+def run(
+    video: Annotated[str, typer.Argument(help="Video file, folder of frames, camera index, or URL.")],
+    checkpoint: Annotated[Path, typer.Option(help="A file of `ttt-adapt train`.")],
+    out: Annotated[Path, typer.Option(help="The mp4 to write.")] = Path("out.mp4"),
+    view: Annotated[str, typer.Option(help="overlay, or panels (frame, fixed, adapted, reconstruction).")] = "overlay",
+    size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Size for the model; 'native' for the video's own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Stop after this many frames.")] = None,
+    preset: Preset = "online",
+    settings: Settings = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Adapt a trained model to a video, frame by frame, and write what it sees."""
+    from ttt_adapt.commands.common import parse_size
+    from ttt_adapt.commands.run import RunOptions
+    from ttt_adapt.commands.run import run as run_video
+
+    options = RunOptions(
+        source=video,
+        checkpoint=checkpoint,
+        out=out,
+        view=view,
+        size=parse_size(size),
+        native=size == "native",
+        limit=limit,
+        device=_device(device),
+        config=_config(preset, settings, seed),
+    )
+    count = run_video(options)
+    console.print(f"wrote {count} frames to {out}")
+
+
+@app.command(name="eval")
+def evaluate(
+    data: Annotated[str, typer.Argument(help="Folder of labelled clips.")],
+    checkpoint: Annotated[list[Path], typer.Option(help="Jointly trained checkpoint; repeat it, one per seed.")],
+    baseline: Annotated[
+        list[Path] | None, typer.Option(help="Checkpoint trained for the main task alone; one per seed.")
+    ] = None,
+    arms: Annotated[str, typer.Option(help="Comma-separated arms.")] = "fixed,no-memory,implicit,explicit,online",
+    clips: Annotated[str, typer.Option(help="Comma-separated names of the clips; all by default.")] = "",
+    size: Size = None,
+    seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0",
+    out: Annotated[Path, typer.Option(help="Folder for report.json, table.md and plots.")] = Path("ttt-adapt-eval"),
+    preset: Preset = "online",
+    settings: Settings = None,
+    device: Device = "auto",
+) -> None:
+    """Compare arms on labelled clips: a table, a JSON and plots."""
+    from ttt_adapt.commands.common import parse_size
+    from ttt_adapt.commands.evaluate import Contender, clips_from
+    from ttt_adapt.commands.evaluate import evaluate as run_evaluation
+    from ttt_adapt.evaluation.arms import find_arms
+    from ttt_adapt.evaluation.report import rich_table
+
+    found = find_arms(list(_names(arms)))
+    rows = [Contender(arm.name, arm.title, tuple(checkpoint)) for arm in found]
+    if baseline:
+        rows.insert(0, Contender("fixed", "Main Task Only", tuple(baseline)))
+    numbers = [int(text) if text.isdigit() else _bad_seed(text) for text in _names(seeds)]
+    report = run_evaluation(
+        rows, clips_from(data, _names(clips), parse_size(size)), _config(preset, settings, 0), numbers, out, _device(device)
+    )
+    console.print(rich_table(report, rows[0].label))
+    console.print(f"report, table and plots: {out}")
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help="timm model name, or a checkpoint.")],
+    encoder: Annotated[str | None, typer.Option(help="Dotted path of the module where the encoder ends.")] = None,
+    branch: BranchSettings = None,
+    size: Size = None,
+    settings: Settings = None,
+) -> None:
+    """Show what would be adapted in a model and what a step costs."""
+    from ttt_adapt.commands.common import parse_settings, parse_size
+    from ttt_adapt.commands.info import inspect_model
+
+    found = inspect_model(
+        model,
+        encoder=encoder,
+        size=parse_size(size),
+        attach=parse_settings(branch or []),
+        config=_config("online", settings, 0),
+    )
+    table = Table(title=model, show_header=False)
+    for what, value in found.rows:
+        table.add_row(what, value)
+    console.print(table)
+
+
+def _config(preset: str, settings: list[str] | None, seed: int) -> StreamConfig:
+    from ttt_adapt.commands.common import stream_config
+
+    return stream_config(preset, settings or [], seed)
+
+
+def _device(name: str) -> object:
+    from ttt_adapt.commands.common import pick_device
+
+    return pick_device(name)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _bad_seed(text: str) -> int:
+    raise ConfigError(f"seed {text!r} is no whole number; expected seeds such as 0,1,2")
+
+
+def main() -> None:
+    """Entry point: library errors are one line on standard error and exit status 1."""
+    try:
+        app(standalone_mode=True)
+    except (TTTAdaptError, MissingPackageError) as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; what was written so far is kept")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

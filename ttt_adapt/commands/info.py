@@ -1,0 +1,112 @@
+"""`ttt-adapt info`: what would be adapted in a model, and what a step costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ttt_adapt.branch import MAEBranch
+from ttt_adapt.checkpoint import load_checkpoint
+from ttt_adapt.config import StreamConfig
+from ttt_adapt.errors import ConfigError, missing, nearest
+from ttt_adapt.taps import run_encoder
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Rows for people (`rows`: what, value) and the branch they describe."""
+
+    rows: list[tuple[str, str]]
+    branch: MAEBranch
+
+
+def inspect_model(
+    name: str,
+    *,
+    encoder: str | None = None,
+    size: tuple[int, int] | None = None,
+    attach: dict[str, Any] | None = None,
+    config: StreamConfig | None = None,
+) -> ModelInfo:
+    """Look at a timm model or a checkpoint of `ttt-adapt train`.
+
+    Args:
+        name: timm model name, or a .safetensors file.
+        encoder: dotted path where the encoder ends; for timm models the last stage or norm by default.
+        size: (H, W) of the frames to count FLOPs for; what the model was looked at with by default.
+        attach: keywords of `MAEBranch.attach`, for timm models.
+        config: whose batch size and iterations a step is counted with.
+
+    Raises:
+        ConfigError, EncoderError: unknown model or encoder.
+    """
+    config = config or StreamConfig()
+    if name.endswith(".safetensors"):
+        checkpoint = load_checkpoint(name)
+        model: nn.Module = checkpoint.model
+        branch = checkpoint.branch or MAEBranch.attach(model, "backbone", **(attach or {}))
+    else:
+        model = _timm_model(name)
+        branch = MAEBranch.attach(model, encoder or _default_encoder(model), **(attach or {}))
+    return ModelInfo(_describe(model, branch, size or branch.info.probe_size, config), branch)
+
+
+def _describe(
+    model: nn.Module, branch: MAEBranch, size: tuple[int, int], config: StreamConfig
+) -> list[tuple[str, str]]:
+    info = branch.info
+    adapted = sum(p.numel() for p in info.parameters.values())
+    images = torch.zeros(1, 3, *size).to(next(model.parameters()))
+    with torch.no_grad():
+        predict = _flops(lambda: model(images))
+        encode = _flops(lambda: run_encoder(model, info.module, images))
+        masked = _flops(lambda: branch.loss(images))
+    step = _flops(lambda: branch.loss(images).backward())
+    model.zero_grad(set_to_none=True)
+    batch, times = config.batch_size, config.iterations
+    return [
+        ("model", f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"),
+        ("encoder", f"{info.path or '(the whole model)'}, {adapted / 1e6:.2f} M parameters adapted"),
+        ("features", ", ".join(f"{m.channels} channels at stride {m.stride} ({m.layout})" for m in info.maps)),
+        ("prefix tokens", str(info.tokens.prefix) if info.tokens is not None else "none"),
+        ("masking", f"{branch.masking}, patches of {branch.patch_size} px, ratio {branch.mask_ratio}"),
+        ("stem", f"{info.stem_path or 'none'}" + (f" {info.stem}" if info.stem is not None else "")),
+        ("decoder", f"{type(branch.decoder).__name__}, {sum(p.numel() for p in branch.parameters()) / 1e6:.2f} M"),
+        ("frame", f"{size[0]} x {size[1]} (H x W)"),
+        ("predict", f"{predict / 1e9:.2f} GFLOPs, of which the encoder {encode / 1e9:.2f}"),
+        ("masked pass", f"{masked / 1e9:.2f} GFLOPs with the decoder"),
+        ("step", f"{(step * batch * times + predict) / 1e9:.2f} GFLOPs: {times} iteration(s) on {batch}, and predict"),
+        ("cost", f"{(step * batch * times + predict) / predict:.1f} x the fixed model"),
+    ]
+
+
+def _flops(call: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
+def _timm_model(name: str) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise missing("timm", "timm") from error
+    if not timm.is_model(name):
+        hint = f"{Path(name)} is no .safetensors file and " if "/" in name or "." in name else ""
+        raise ConfigError(f"{hint}timm has no model {name!r}; {nearest(name, timm.list_models())}")
+    return timm.create_model(name, pretrained=False).eval()
+
+
+def _default_encoder(model: nn.Module) -> str:
+    """Where timm classifiers end their features: the last of these names that the model has."""
+    names = [name for name, _ in model.named_children()]
+    for name in ("norm", "stages", "layers", "blocks", "layer4", "features"):
+        if name in names and not isinstance(getattr(model, name), nn.Identity):
+            return name
+    raise ConfigError(f"pass --encoder: which of {', '.join(names)} ends the encoder?")

@@ -1,0 +1,135 @@
+"""`ttt-adapt run`: adapt a trained model to a video and write what it sees."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ttt_adapt.adapter import StreamAdapter
+from ttt_adapt.checkpoint import Checkpoint, class_colours, load_checkpoint
+from ttt_adapt.commands.common import progress_bar
+from ttt_adapt.config import StreamConfig
+from ttt_adapt.errors import CheckpointError, ConfigError
+from ttt_adapt.frames import Normalize
+from ttt_adapt.video import VideoWriter, blend, default_palette, open_video, panels, to_uint8
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What to stream, through what, into what.
+
+    Attributes:
+        source: video file, folder of frames, camera index, or URL.
+        checkpoint: a file of `ttt-adapt train`.
+        out: the mp4 to write.
+        view: "overlay" (prediction over the frame) or "panels" (frame, fixed and adapted prediction, reconstruction).
+        size: (H, W) at which the model sees the frames; None: the training height, the video's aspect.
+        native: the model sees the frames at their own size.
+        limit: stop after this many frames; None: at the end.
+        device: where to run.
+        config: how to adapt.
+    """
+
+    source: str
+    checkpoint: Path
+    out: Path
+    view: str = "overlay"
+    size: tuple[int, int] | None = None
+    native: bool = False
+    limit: int | None = None
+    device: torch.device | str = "cpu"
+    config: StreamConfig = field(default_factory=StreamConfig)
+
+
+def run(options: RunOptions) -> int:
+    """Adapt frame by frame and write the video; returns the number of frames written.
+
+    What was written is a playable file also after Ctrl-C or a video that breaks in the middle.
+    """
+    if options.view not in ("overlay", "panels"):
+        raise ConfigError(f'view is {options.view!r}; expected "overlay" or "panels"')
+    checkpoint = load_checkpoint(options.checkpoint, options.device)
+    if checkpoint.branch is None:
+        raise CheckpointError(
+            f"{options.checkpoint} was trained for the main task alone and cannot adapt: train it with --recipe joint"
+        )
+    with ExitStack() as stack:
+        video = stack.enter_context(open_video(options.source))
+        normalize = _normalize(checkpoint, options, video.size)
+        adapter = stack.enter_context(
+            StreamAdapter(checkpoint.model, checkpoint.branch, config=options.config, preprocess=normalize)
+        )
+        view = _View(checkpoint, options, normalize)
+        writer = stack.enter_context(VideoWriter(options.out, video.fps))
+        total = video.length if options.limit is None else min(video.length or options.limit, options.limit)
+        advance = stack.enter_context(progress_bar(video.name, total))
+        count = 0
+        for frame in video:
+            if options.limit is not None and count >= options.limit:
+                break
+            prediction = adapter.step(frame).argmax(1)[0]
+            writer.write(view.draw(frame, prediction.to(torch.uint8).cpu().numpy()))
+            count += 1
+            assert adapter.last is not None
+            advance(adapter.last.losses[0] if adapter.last.losses else None)
+    return count
+
+
+def _normalize(checkpoint: Checkpoint, options: RunOptions, size: tuple[int, int]) -> Normalize:
+    spec = checkpoint.spec
+    target = None if options.native else options.size
+    if target is None and not options.native:
+        height = spec.size[0]
+        target = (height, max(round(height * size[1] / size[0] / 16), 1) * 16)
+    return Normalize(spec.mean, spec.std, target, next(checkpoint.model.parameters()).device)
+
+
+class _View:
+    """Turns predictions into pictures."""
+
+    def __init__(self, checkpoint: Checkpoint, options: RunOptions, normalize: Normalize) -> None:
+        self._checkpoint, self._normalize, self._panels = checkpoint, normalize, options.view == "panels"
+        self._palette = np.asarray(class_colours(checkpoint.spec, default_palette), dtype=np.uint8)
+        self._fixed = load_checkpoint(options.checkpoint, options.device).model if self._panels else None
+        self._device = next(checkpoint.model.parameters()).device
+
+    @torch.no_grad()
+    def draw(self, frame: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+        """uint8 [H, W, 3]: the frame under its prediction, or the four panels."""
+        adapted = self._over(frame, prediction)
+        if self._fixed is None:
+            return adapted
+        x = self._normalize(frame)
+        fixed = self._fixed(x).argmax(1)[0].to(torch.uint8).cpu().numpy()
+        assert self._checkpoint.branch is not None
+        generator = torch.Generator(self._device).manual_seed(0)
+        seen = self._checkpoint.branch.reconstruct(x, generator=generator)
+        return panels(
+            {
+                "frame": frame,
+                "fixed": self._over(frame, fixed),
+                "adapted": self._over(frame, prediction),
+                "reconstruction": reconstruction_image(seen, x, self._normalize),
+            },
+            columns=2,
+        )
+
+    def _over(self, frame: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+        return blend(frame, resize_labels(prediction, frame.shape[:2]), self._palette)
+
+
+def resize_labels(labels: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    """[h, w] -> [H, W], nearest."""
+    rows = (np.arange(size[0]) * labels.shape[0]) // size[0]
+    cols = (np.arange(size[1]) * labels.shape[1]) // size[1]
+    return labels[rows[:, None], cols[None, :]]
+
+
+def reconstruction_image(seen: Any, x: torch.Tensor, normalize: Normalize) -> np.ndarray:
+    """uint8 [H, W, 3]: the visible patches as they are, the hidden ones as they were reconstructed."""
+    return to_uint8(torch.where(seen.mask, x, seen.prediction)[0], normalize.mean, normalize.std)
