@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ttt_adapt.decoders import Decoder, build_decoder
+from ttt_adapt.decoders import Decoder, HeadCopy, build_decoder
 from ttt_adapt.encoder import EncoderInfo, evaluating, inspect_encoder
 from ttt_adapt.errors import CheckpointError, ConfigError, EncoderError, FrameError, StateError
 from ttt_adapt.features import Features, to_maps
@@ -58,15 +58,17 @@ class MAEBranch(nn.Module):
         self.patch_size, self.mask_ratio = patch_size, mask_ratio
         self.loss_on, self.norm_pix_loss = loss_on, norm_pix_loss
         self.decoder = decoder
+        self.multiple = patch_size if tokens else _padding(info, decoder, patch_size)
         if tokens:
             assert info.tokens is not None
-            self.mask_token = nn.Parameter(torch.empty(_token_width(info)).normal_(std=0.02))
+            self.mask_token = nn.Parameter(torch.empty(info.tokens.width).normal_(std=0.02))
         else:
             assert info.stem is not None
             self.mask_channel = MaskChannel(info.stem)
         self.to(next(iter(info.parameters.values())))
 
     @classmethod
+    @torch.inference_mode(False)  # weights made under inference mode could never learn
     def attach(
         cls,
         model: nn.Module,
@@ -167,9 +169,7 @@ class MAEBranch(nn.Module):
         if self.norm_pix_loss:
             prediction = self._denormalise(prediction, images)
         h, w = images.shape[-2:]
-        return Reconstruction(
-            prediction[..., :h, :w], upsample_mask(mask, self.patch_size)[..., :h, :w], loss
-        )
+        return Reconstruction(prediction[..., :h, :w], upsample_mask(mask, self.patch_size)[..., :h, :w], loss)
 
     def draw_mask(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One random mask per image: bool [B, ceil(H / p), ceil(W / p)], True = visible."""
@@ -179,7 +179,7 @@ class MAEBranch(nn.Module):
 
     def _predict(self, images: Tensor, mask: Tensor) -> Tensor:
         """g(f(masked images)): [B, 3, >= H, >= W], cropped to the padded frame."""
-        padded = pad_to_multiple(images, self.patch_size)
+        padded = pad_to_multiple(images, self.multiple)
         with frozen_norms(self.info.norms):
             raw = self._encode(padded, mask)
             size = (padded.shape[-2], padded.shape[-1])
@@ -193,14 +193,22 @@ class MAEBranch(nn.Module):
             with visible_tokens(info.tokens, order, patches, self.mask_token):
                 return run_encoder(info.model, info.module, padded)
         assert info.stem is not None
-        visible = upsample_mask(mask, self.patch_size).to(padded.dtype)
+        visible = self._pixel_mask(mask, padded)
         with hidden_channel(info.stem, self.mask_channel, 1 - visible):
             return run_encoder(info.model, info.module, padded * visible)
+
+    def _pixel_mask(self, mask: Tensor, padded: Tensor) -> Tensor:
+        """1 = visible, [B, 1, H, W] of the padded images; padding that no patch covers is visible."""
+        h, w = padded.shape[-2:]
+        pixels = upsample_mask(mask, self.patch_size).to(padded.dtype)[..., :h, :w]
+        return F.pad(pixels, (0, w - pixels.shape[-1], 0, h - pixels.shape[-2]), value=1.0)
 
     def _visible_order(self, mask: Tensor, token: int) -> tuple[Tensor, int]:
         """The visible tokens of each image in row-major order, int64 [B, n], and the number of all tokens."""
         times = self.patch_size // token
-        tokens = mask.repeat_interleave(times, 1).repeat_interleave(times, 2).flatten(1) if times > 1 else mask.flatten(1)
+        tokens = (
+            mask.repeat_interleave(times, 1).repeat_interleave(times, 2).flatten(1) if times > 1 else mask.flatten(1)
+        )
         kept = int(tokens[0].sum())
         order = tokens.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
         return order[:, :kept], tokens.shape[1]
@@ -226,6 +234,8 @@ class MAEBranch(nn.Module):
 
     def _denormalise(self, prediction: Tensor, images: Tensor) -> Tensor:
         patches, std, grid = self._statistics(images)
+        h, w = images.shape[-2:]
+        prediction = pad_to_multiple(prediction[..., :h, :w], self.patch_size)
         scaled = patchify(prediction, self.patch_size) * std + patches.mean(-1, keepdim=True)
         return unpatchify(scaled, self.patch_size, grid)
 
@@ -240,7 +250,7 @@ class MAEBranch(nn.Module):
         with evaluating(self.model), evaluating(self), torch.no_grad():
             generator = torch.Generator(images.device).manual_seed(0)
             prediction = self._predict(images, self.draw_mask(images, generator))
-        if prediction.shape != pad_to_multiple(images, self.patch_size).shape:
+        if prediction.shape != pad_to_multiple(images, self.multiple).shape:
             raise EncoderError(
                 f"the decoder returned {tuple(prediction.shape)} for images {tuple(images.shape)}; "
                 "expected [B, 3, H, W]: it must predict 3 x s x s channels at its stride s"
@@ -312,8 +322,17 @@ def check_state(own: Mapping[str, Any], other: Mapping[str, Any], what: str) -> 
         raise CheckpointError(f"the weights do not belong to {what}: " + "; ".join(problems))
 
 
-def _token_width(info: EncoderInfo) -> int:
-    return next(spec.channels for spec in info.maps)
+def _padding(info: EncoderInfo, decoder: nn.Module, patch_size: int) -> int:
+    """What H and W are padded to multiples of: whole cells of the features that are decoded, and whole patches.
+
+    Encoders round down where a frame holds no whole cell, and a decoder cannot predict what was cut off.
+    """
+    strides = [spec.stride for spec in info.maps]
+    cell = max(
+        next((s for s in strides if s >= 4), strides[-1]), decoder.stride if isinstance(decoder, HeadCopy) else 1
+    )
+    fits = cell % patch_size == 0 or patch_size % cell == 0
+    return max(cell, patch_size) if fits else cell
 
 
 def _choose_masking(masking: str, info: EncoderInfo) -> bool:

@@ -198,9 +198,21 @@ def _last_convolution(head: nn.Module, images: Tensor) -> tuple[str, torch.Size]
     def record(name: str) -> Any:
         return lambda _module, _args, output: ran.append((name, output.shape))
 
-    convolutions = [(n, m) for n, m in head.named_modules() if isinstance(m, nn.Conv2d)]
-    with hooks(m.register_forward_hook(record(n)) for n, m in convolutions):
+    before: list[str] = []
+
+    def reached(_module: nn.Module, _args: Any, _output: Any) -> None:
+        before.extend(name for name, _ in ran)
+        ran.clear()
+
+    handles = [m.register_forward_hook(record(n)) for n, m in head.named_modules() if isinstance(m, nn.Conv2d)]
+    handles += [m.register_forward_hook(reached) for m in head.modules() if isinstance(m, _Stub)]
+    with hooks(handles):
         head(images)
+    if before:
+        raise EncoderError(
+            f"copy_head needs an encoder that is one module: {before[0]!r} runs before the module that was named, so it "
+            'would be copied with the head; name a module that holds all of the encoder, or use decoder="conv"'
+        )
     if not ran or 1 in ran[-1][1][-2:]:
         raise EncoderError(
             "copy_head needs a head that ends in a convolution over a map, as segmentation heads do; "
@@ -214,7 +226,12 @@ def _set_outputs(head: nn.Module, name: str, channels: int) -> None:
     old = head.get_submodule(name)
     assert isinstance(old, nn.Conv2d)
     new = nn.Conv2d(
-        old.in_channels, channels, old.kernel_size, old.stride, old.padding, old.dilation  # type: ignore[arg-type]
+        old.in_channels,
+        channels,
+        old.kernel_size,
+        old.stride,
+        old.padding,
+        old.dilation,  # type: ignore[arg-type]
     ).to(old.weight)
     parent, _, leaf = name.rpartition(".")
     setattr(head.get_submodule(parent), leaf, new)

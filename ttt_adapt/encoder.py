@@ -111,7 +111,9 @@ def _find_encoder(model: nn.Module, encoder: str | nn.Module) -> tuple[str, nn.M
                 return name, module
         raise EncoderError(f"the encoder ({type(encoder).__name__}) is not a module of this {type(model).__name__}")
     if encoder not in modules:
-        raise EncoderError(f"{type(model).__name__} has no module {encoder!r}; {nearest(encoder, filter(None, modules))}")
+        raise EncoderError(
+            f"{type(model).__name__} has no module {encoder!r}; {nearest(encoder, filter(None, modules))}"
+        )
     return encoder, modules[encoder]
 
 
@@ -126,7 +128,9 @@ def _called(model: nn.Module, path: str, module: nn.Module, images: Tensor) -> n
     if module in ran:
         return module
     if not ran:
-        raise EncoderError(f"the encoder {path!r} is never reached by model(images): name a module that the model calls")
+        raise EncoderError(
+            f"the encoder {path!r} is never reached by model(images): name a module that the model calls"
+        )
     return ran[-1]
 
 
@@ -203,21 +207,21 @@ def _token_path(info: EncoderInfo, trace: _Trace, stride: int | None) -> TokenPa
         if len(shape) != 3 or not 0 <= shape[1] - patches <= MAX_PREFIX:
             continue
         for every_block in (False, True):
-            path = TokenPath(tuple(blocks), stride, shape[1] - patches, every_block)
-            if _tokens_are_a_set(info, path, patches, shape[2]):
+            path = TokenPath(tuple(blocks), stride, shape[1] - patches, shape[2], every_block)
+            if _tokens_are_a_set(info, path, patches):
                 return path
     return None
 
 
-def _tokens_are_a_set(info: EncoderInfo, path: TokenPath, patches: int, width: int) -> bool:
-    """Whether the blocks treat their tokens as a set: a permutation changes nothing, and a subset runs.
+def _tokens_are_a_set(info: EncoderInfo, path: TokenPath, patches: int) -> bool:
+    """Whether the blocks treat their tokens as a set: a permutation changes no output, and a subset runs.
 
     Windowed attention and relative position tables fail here.
     """
     images = info.probe_images()
     generator = torch.Generator().manual_seed(1)
     order = torch.randperm(patches, generator=generator).to(images.device)[None]
-    fill = torch.zeros(width, device=images.device)
+    fill = torch.zeros(path.width, device=images.device)
     try:
         with torch.no_grad():
             plain = list(tensors(run_encoder(info.model, info.module, images)))
@@ -227,10 +231,11 @@ def _tokens_are_a_set(info: EncoderInfo, path: TokenPath, patches: int, width: i
                 subset = list(tensors(run_encoder(info.model, info.module, images)))
     except Exception:  # the blocks need all tokens in order: no token path
         return False
-    indices = [spec.index for spec in info.maps]
-    scale = max(plain[i].abs().max().item() for i in indices)
-    same = all(torch.allclose(plain[i], permuted[i], rtol=1e-3, atol=1e-3 * scale) for i in indices)
-    return same and all(subset[i].shape == plain[i].shape for i in indices)
+    if not [t.shape for t in plain] == [t.shape for t in permuted] == [t.shape for t in subset]:
+        return False
+    return all(
+        torch.allclose(a, b, rtol=1e-3, atol=1e-3 * a.abs().max().item()) for a, b in zip(plain, permuted, strict=True)
+    )
 
 
 @contextmanager

@@ -104,7 +104,9 @@ def _describe_one(index: int, tensor: Tensor, image_size: tuple[int, int], strid
 
 
 def _stride(image: tuple[int, int], grid: tuple[int, ...]) -> int | None:
-    """The common stride of `grid` in `image`, None where there is none."""
+    """The common stride of `grid` in `image`, None where there is none; a single cell is a pooled vector, no map."""
+    if tuple(grid) == (1, 1):
+        return None
     step = round(image[0] / grid[0])
     fits = step >= 1 and all(g in (size // step, -(-size // step)) for size, g in zip(image, grid, strict=True))
     return step if fits else None

@@ -71,8 +71,10 @@ def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def to_model_input(frame: Any, preprocess: Preprocess | None, device: torch.device) -> Tensor:
-    """Check a frame and turn it into [1, 3, H, W] float on `device`.
+def to_model_input(
+    frame: Any, preprocess: Preprocess | None, device: torch.device, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Check a frame and turn it into [1, 3, H, W] float on `device`, cast to `dtype` where one is given.
 
     Raises:
         FrameTypeError: not an array or tensor, or a dtype that is neither uint8 nor floating point.
@@ -80,11 +82,13 @@ def to_model_input(frame: Any, preprocess: Preprocess | None, device: torch.devi
     """
     if not isinstance(frame, np.ndarray | Tensor):
         raise FrameTypeError(f"the frame is a {type(frame).__name__}; expected {ACCEPTED}")
+    if isinstance(frame, np.ndarray):
+        frame = np.require(frame, requirements=["C", "W"])  # views that PyTorch cannot share, such as BGR reversed
     if frame.dtype in (np.uint8, torch.uint8):
         x = _from_uint8(frame, preprocess)
     else:
         x = _from_float(frame, preprocess)
-    x = x.detach().to(device)
+    x = x.detach().to(device, dtype if dtype is not None and x.is_floating_point() else x.dtype)
     if x.ndim != 4 or x.shape[0] != 1 or x.shape[1] != 3 or not x.is_floating_point():
         raise FrameError(f"preprocess returned {tuple(x.shape)} {x.dtype}; expected float [1, 3, H, W]")
     return x
@@ -106,9 +110,9 @@ def _from_uint8(frame: Any, preprocess: Preprocess | None) -> Tensor:
 
 
 def _from_float(frame: Any, preprocess: Preprocess | None) -> Tensor:
-    x = torch.as_tensor(frame)
-    if not x.is_floating_point():
-        raise FrameTypeError(f"the frame has dtype {x.dtype}; expected {ACCEPTED}")
+    if not (frame.dtype.kind == "f" if isinstance(frame, np.ndarray) else frame.is_floating_point()):
+        raise FrameTypeError(f"the frame has dtype {frame.dtype}; expected {ACCEPTED}")
+    x = torch.as_tensor(frame).detach()
     shape = tuple(x.shape)
     if x.ndim == 3:
         x = x[None]

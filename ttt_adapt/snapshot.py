@@ -31,6 +31,6 @@ class Snapshot:
         """Move the live tensors `fraction` of the way to the copies; 1 restores them exactly."""
         if fraction == 1.0:
             self.restore()
-        elif fraction > 0.0:
+        elif fraction > 0.0 and self._floats:
             live = [self._live[i] for i in self._floats]
             torch._foreach_lerp_(live, [self._copies[i] for i in self._floats], fraction)

@@ -97,6 +97,7 @@ class TokenPath:
         blocks: the blocks in the order in which they run.
         patch_size: pixels per token, in both directions.
         prefix: leading tokens (class, registers); they are always kept.
+        width: channels of a token inside the blocks.
         every_block: put the tokens back in place after each block, for encoders that return intermediate features;
             otherwise after the last block only.
     """
@@ -104,6 +105,7 @@ class TokenPath:
     blocks: tuple[nn.Module, ...]
     patch_size: int
     prefix: int
+    width: int
     every_block: bool = False
 
 

@@ -1,0 +1,93 @@
+"""Fixtures and checks that several test modules share."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Every test starts from the same global random state and runs on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def hooks_of(model: nn.Module) -> int:
+    """How many hooks of any kind are on the model's modules."""
+    kinds = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_state_dict_hooks",
+        "_load_state_dict_pre_hooks",
+    )
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
+
+
+def photograph(model: nn.Module) -> dict:
+    """Everything about a model that attaching must leave alone."""
+    return {
+        "class": type(model),
+        "classes": [(name, type(m)) for name, m in model.named_modules()],
+        "parameters": [(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
+        "buffers": [(name, id(b)) for name, b in model.named_buffers()],
+        "grads": [(name, p.grad is None) for name, p in model.named_parameters()],
+        "bytes": {name: t.detach().cpu().numpy().tobytes() for name, t in model.state_dict().items()},
+        "training": [(name, m.training) for name, m in model.named_modules()],
+        "forward": [name for name, m in model.named_modules() if "forward" in vars(m)],
+        "hooks": hooks_of(model),
+    }
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module, *but: str):
+    """Assert that the block leaves the model as it was, save for the aspects named in `but`."""
+    before = photograph(model)
+    yield
+    after = photograph(model)
+    for aspect, value in before.items():
+        if aspect not in but:
+            assert after[aspect] == value, aspect
+
+
+def mix_flags(model: nn.Module) -> None:
+    """Training mode for every other module, requires_grad off for every third parameter."""
+    for i, module in enumerate(model.modules()):
+        module.training = i % 2 == 0
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(i % 3 != 0)
+
+
+def settle_norms(model: nn.Module) -> nn.Module:
+    """Running statistics and affine weights of BatchNorm that are not the trivial ones."""
+    generator = torch.Generator().manual_seed(7)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.copy_(torch.randn(module.num_features, generator=generator) * 0.1)
+            module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
+    return model.eval()
+
+
+def same_bits(a, b) -> bool:
+    """Whether two nested outputs are equal bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_bits(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same_bits(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def live_tensors() -> int:
+    gc.collect()
+    return sum(1 for item in gc.get_objects() if type(item) in (torch.Tensor, nn.Parameter))

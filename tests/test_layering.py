@@ -1,0 +1,152 @@
+"""The arrows between the modules of the library, and what importing it loads."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ttt_adapt
+
+ROOT = Path(ttt_adapt.__file__).parent
+
+# A module imports from layers above its own, or from its own where the entry says so.
+LAYERS = [
+    {"errors"},
+    {"config", "masking", "features", "window", "snapshot"},
+    {"taps"},
+    {"encoder", "decoders"},
+    {"frames", "branch", "objectives", "engine"},
+    {"joint", "adapter"},
+    {"models", "data", "demo", "video"},
+    {"checkpoint", "evaluation"},
+    {"commands", "cli"},
+    {"__main__"},
+]
+OUTSIDE = [
+    "timm", "torchvision", "mmengine", "mmcv", "mmseg", "mmdet", "decord", "av", "matplotlib", "PIL", "torchmetrics",
+    "typer", "rich", "transformers", "cv2", "safetensors", "einops",
+]  # fmt: skip
+
+
+def depth(part: str) -> int:
+    for i, layer in enumerate(LAYERS):
+        if part in layer:
+            return i
+    # A part this table does not know sits beside the command line: nothing of the core may import it.
+    return len(LAYERS) - 2
+
+
+def source_files() -> list[Path]:
+    return sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
+
+
+def imported(path: Path, top_level_only: bool = False) -> set[str]:
+    """Absolute dotted names that a module imports; relative imports are resolved."""
+    tree = ast.parse(path.read_text())
+    package = [ROOT.name, *path.relative_to(ROOT).parent.parts]
+    nodes = _import_time(tree) if top_level_only else ast.walk(tree)
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            names.add(stem)
+            names |= {f"{stem}.{alias.name}" for alias in node.names}
+    return names
+
+
+def _import_time(tree: ast.Module):
+    """Nodes that run when the module is imported."""
+    queue: list[ast.AST] = list(tree.body)
+    while queue:
+        node = queue.pop()
+        yield node
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        queue.extend(ast.iter_child_nodes(node))
+
+
+def part_of(path: Path) -> str:
+    first = path.relative_to(ROOT).parts[0]
+    return first.removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", source_files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrows_point_one_way(path):
+    mine = part_of(path)
+    wrong = []
+    for name in imported(path):
+        pieces = name.split(".")
+        if pieces[0] != ROOT.name or len(pieces) < 2:
+            continue
+        other = pieces[1]
+        if not ((ROOT / f"{other}.py").exists() or (ROOT / other).is_dir()) or other == mine:
+            continue  # a public name of the package itself, or a neighbour in the same part
+        same_layer = depth(other) == depth(mine) and depth(mine) >= depth("models")
+        branch_objectives = depth(other) == depth(mine) == depth("joint")
+        if depth(other) > depth(mine) or (depth(other) == depth(mine) and not (same_layer or branch_objectives)):
+            wrong.append(f"{mine} -> {other}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("part", ["errors", "config", "masking", "features", "taps", "window", "snapshot", "encoder"])
+def test_the_core_imports_the_package_itself_nowhere(part):
+    """`import ttt_adapt` inside it would be a circle."""
+    assert ROOT.name not in imported(ROOT / f"{part}.py")
+
+
+def test_the_parts_of_the_table_exist():
+    parts = {part_of(path) for path in source_files()}
+    core = set().union(*LAYERS[: LAYERS.index({"joint", "adapter"}) + 1])
+    assert core <= parts
+
+
+def test_importing_the_library_loads_nothing_that_is_optional():
+    code = "import sys, ttt_adapt; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    loaded = set(out.stdout.split())
+    assert {"torch", "ttt_adapt"} <= loaded
+    assert not loaded & set(OUTSIDE)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in source_files() if part_of(path) not in ("cli", "commands", "__main__")],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_optional_packages_are_imported_where_they_are_used(path):
+    at_import = {name.split(".")[0] for name in imported(path, top_level_only=True)}
+    assert not at_import & set(OUTSIDE)
+
+
+def test_public_names_are_those_of_the_contract():
+    contract = {
+        "MAEBranch",
+        "StreamAdapter",
+        "StreamConfig",
+        "TTTAdaptError",
+        "StepReport",
+        "Reconstruction",
+        "Objective",
+    }
+    assert contract <= set(ttt_adapt.__all__)
+    assert all(hasattr(ttt_adapt, name) for name in ttt_adapt.__all__)
+
+
+def test_integrations_use_public_names_only():
+    wrong = []
+    for path in (ROOT.parent / "integrations").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == ROOT.name:
+                private = [a.name for a in node.names if a.name.startswith("_")]
+                if private or (node.module == ROOT.name and not {a.name for a in node.names} <= set(ttt_adapt.__all__)):
+                    wrong.append(f"{path.name}: {node.module} {private}")
+    assert not wrong

@@ -1,0 +1,1 @@
+"""Scores, protocols and reports: how the arms are compared."""

@@ -1,0 +1,221 @@
+"""Scores for semantic segmentation, one definition for every arm.
+
+Pixels whose label is the ignore id count nowhere. With the pixels that are left,
+
+    IoU(c) = |prediction = c and label = c| / |prediction = c or label = c|
+
+- **dataset-level mIoU** (`miou`): IoU from the counts of the whole clip, averaged over the classes present in the
+  clip's labels;
+- **mean over frames** (`miou_frames`): IoU from the counts of one frame, averaged over the classes present in that
+  frame's labels, then averaged over frames.
+
+Which classes are averaged depends on the labels alone, so two arms are always divided by the same number. A class
+predicted where it never occurs still costs: its pixels are missing from the classes that do occur.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, DataError, FrameError, FrameTypeError, StateError, missing
+
+
+class Scores(TypedDict):
+    """What `SegmentationScore.result` returns; every score is in [0, 1].
+
+    Keys:
+        miou: dataset-level mIoU.
+        miou_frames: mean over frames of the per-frame mIoU; frames that are all void are left out.
+        pixel_accuracy: share of the labelled pixels of the clip that are right.
+        per_class: IoU over the clip by class name; None for a class that its labels never show.
+        frames: number of frames seen, all-void ones included.
+    """
+
+    miou: float
+    miou_frames: float
+    pixel_accuracy: float
+    per_class: dict[str, float | None]
+    frames: int
+
+
+class SegmentationScore:
+    """Collects the confusion of one clip, frame by frame.
+
+    Attributes:
+        confusion: `int64 [C, C]` pixel counts over the clip so far, rows = labels, columns = predictions.
+
+    Args:
+        num_classes: number of classes C; ids are 0..C-1.
+        ignore: label id of void pixels.
+        classes: class names by id; by default the ids themselves.
+
+    Raises:
+        ConfigError: fewer than 2 classes, or the number of names is not `num_classes`.
+    """
+
+    def __init__(self, num_classes: int, ignore: int = 255, classes: Sequence[str] | None = None) -> None:
+        if num_classes < 2:
+            raise ConfigError(f"num_classes is {num_classes}; expected at least 2")
+        names = [str(index) for index in range(num_classes)] if classes is None else list(classes)
+        if len(names) != num_classes or len(set(names)) != num_classes:
+            raise ConfigError(f"classes must be {num_classes} different names, got {len(names)}: {', '.join(names)}")
+        self.num_classes, self.ignore, self.classes = num_classes, ignore, tuple(names)
+        self.confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
+        self._per_frame: list[float] = []
+
+    def update(self, prediction: np.ndarray | Tensor, labels: np.ndarray | Tensor) -> float:
+        """Adds one frame.
+
+        Args:
+            prediction: integer class ids `[H, W]` in 0..C-1, on any device.
+            labels: integer class ids `[H, W]` in 0..C-1, or the ignore id.
+
+        Returns:
+            This frame's mIoU in [0, 1]; NaN if it is all void.
+
+        Raises:
+            FrameError: the shapes differ or are not [H, W], or a predicted id is out of range.
+            FrameTypeError: the ids are not integers.
+            DataError: a label id is out of range.
+            MissingPackageError: torchmetrics is not installed.
+        """
+        predicted, truth = _class_ids(prediction, "prediction"), _class_ids(labels, "labels")
+        if predicted.shape != truth.shape:
+            raise FrameError(f"prediction is {[*predicted.shape]}, labels are {[*truth.shape]}; expected one [H, W]")
+        last = self.num_classes - 1
+        low, high = (int(bound) for bound in predicted.aminmax())
+        if low < 0 or high > last:
+            raise FrameError(f"predicted ids go from {low} to {high}; expected class ids in 0..{last}")
+        counted = truth[truth != self.ignore]
+        if counted.numel():
+            low, high = (int(bound) for bound in counted.aminmax())
+            if low < 0 or high > last:
+                raise DataError(f"label ids go from {low} to {high}; expected class ids in 0..{last} or {self.ignore}")
+        confusion = self._confusion(predicted, truth)
+        self.confusion += confusion
+        self._per_frame.append(_mean_iou(confusion))
+        return self._per_frame[-1]
+
+    def per_frame(self) -> np.ndarray:
+        """The mIoU of every frame, `float64 [frames]` in [0, 1]; NaN where a frame is all void."""
+        return np.array(self._per_frame, dtype=np.float64)
+
+    def result(self) -> Scores:
+        """The scores of all frames so far.
+
+        Raises:
+            StateError: no frame was added.
+            DataError: every pixel of every frame was void.
+        """
+        frames = self.per_frame()
+        if not frames.size:
+            raise StateError("there is nothing to score yet; call update(prediction, labels) for every frame first")
+        if not self.confusion.any():
+            raise DataError(f"all {frames.size} frames are void (label {self.ignore} everywhere); nothing to score")
+        per_class = [None if np.isnan(iou) else float(iou) for iou in _iou(self.confusion)]
+        return {
+            "miou": _mean_iou(self.confusion),
+            "miou_frames": float(np.nanmean(frames)),
+            "pixel_accuracy": float(np.trace(self.confusion) / self.confusion.sum()),
+            "per_class": dict(zip(self.classes, per_class, strict=True)),
+            "frames": frames.size,
+        }
+
+    def _confusion(self, predicted: Tensor, truth: Tensor) -> np.ndarray:
+        try:
+            from torchmetrics.functional.classification import multiclass_confusion_matrix
+        except ImportError as error:
+            raise missing("torchmetrics", "eval") from error
+        counts = multiclass_confusion_matrix(
+            predicted, truth, self.num_classes, ignore_index=self.ignore, validate_args=False
+        )
+        return counts.numpy()
+
+
+def summarize(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (n - 1 in the denominator; None for a single value).
+
+    Raises:
+        DataError: there are no values.
+    """
+    if not len(values):
+        raise DataError("there are no values to summarize; expected at least one")
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return float(np.mean(values)), spread
+
+
+def paired_bootstrap(
+    a: Sequence[float] | np.ndarray,
+    b: Sequence[float] | np.ndarray,
+    seed: int = 0,
+    samples: int = 2000,
+    block: int = 1,
+) -> tuple[float, float, float]:
+    """How sure is it that `a` is better than `b` on the same frames (or clips, or seeds)?
+
+    The pairs are drawn with replacement, `samples` times over; the interval holds the middle 95 % of the mean
+    differences. Neighbouring frames of a video are alike, so single frames make the interval too narrow: with
+    `block` > 1 runs of that many frames are drawn instead (circular block bootstrap, Politis and Romano 1992).
+
+    Args:
+        a: one score per frame. NaN marks a frame without a score, in both or in neither.
+        b: the scores of the other arm on the same frames.
+        seed: of the random draws.
+        samples: number of resamplings.
+        block: frames per draw; a second or two of video.
+
+    Returns:
+        (mean of a - b, lower bound, upper bound), in the unit of the scores.
+
+    Raises:
+        DataError: different lengths, nothing to compare, or a score missing on one side only.
+        ConfigError: `block` or `samples` is below 1.
+    """
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if first.shape != second.shape or first.ndim != 1:
+        raise DataError(f"a has shape {first.shape}, b has {second.shape}; expected one score per frame in both")
+    if min(block, samples) < 1:
+        raise ConfigError(f"block is {block} and samples is {samples}; expected at least 1")
+    if not np.array_equal(np.isnan(first), np.isnan(second)):
+        raise DataError("some frames have a score in one of a and b only; both must be scored on the same frames")
+    difference = (first - second)[~np.isnan(first)]
+    count = difference.size
+    if not count:
+        raise DataError("there are no scores to compare; expected at least one frame")
+    block = min(block, count)
+    starts = np.random.default_rng(seed).integers(0, count, (samples, -(-count // block)))
+    picked = (starts[..., None] + np.arange(block)).reshape(samples, -1)[:, :count] % count
+    low, high = np.quantile(difference[picked].mean(axis=1), [0.025, 0.975])
+    return float(difference.mean()), float(low), float(high)
+
+
+def _class_ids(ids: np.ndarray | Tensor, what: str) -> Tensor:
+    """Class ids `[H, W]` as `int64` on the CPU."""
+    if not isinstance(ids, (np.ndarray, Tensor)):
+        raise FrameTypeError(f"{what} is a {type(ids).__name__}; expected an array or tensor of class ids [H, W]")
+    tensor = torch.as_tensor(ids)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise FrameTypeError(
+            f"{what} has dtype {tensor.dtype}; expected integer class ids, such as logits.argmax(1)[0]"
+        )
+    if tensor.ndim != 2 or not tensor.numel():
+        raise FrameError(f"{what} has shape {[*tensor.shape]}; expected [H, W] with at least one pixel")
+    return tensor.detach().cpu().long()
+
+
+def _iou(confusion: np.ndarray) -> np.ndarray:
+    """IoU of every class from counts `[C, C]` (rows = labels): `[C]`, NaN for classes without a label."""
+    truth, hits = confusion.sum(axis=1), np.diagonal(confusion)
+    union = truth + confusion.sum(axis=0) - hits
+    return np.divide(hits, union, out=np.full(len(hits), np.nan), where=truth > 0)
+
+
+def _mean_iou(confusion: np.ndarray) -> float:
+    """Mean IoU over the classes with labels; NaN if there are none."""
+    iou = _iou(confusion)
+    return float(iou[~np.isnan(iou)].mean()) if confusion.any() else float("nan")

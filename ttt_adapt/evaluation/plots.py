@@ -1,0 +1,162 @@
+"""Figures of an evaluation. They need matplotlib and draw without a display and without pyplot's global state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import DataError, missing
+from .metrics import summarize
+from .report import Report, Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which stays apart under the common kinds of colour blindness; grey comes first because
+# the first arm is usually the unadapted model.
+_COLOURS = ("#6b6b6b", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_SMOOTH = 9
+_DPI = 150
+
+
+def plot_stream(path: str | Path, runs: Sequence[Run], title: str = "") -> None:
+    """Draws reconstruction loss and mIoU along one clip, one colour per arm; 1200 x 900 pixels as PNG.
+
+    Thin lines are single frames, thick lines a centred running mean over 9 frames. Seeds of one arm are averaged.
+
+    Args:
+        path: where to write; the suffix chooses the format (png, svg, pdf).
+        runs: runs on one clip, such as `report.select(clip="dusk")`.
+        title: stands above; by default the clip's name.
+
+    Raises:
+        DataError: no runs, or runs on several clips or of different lengths.
+        MissingPackageError: matplotlib is not installed.
+    """
+    clips, lengths = {run.clip for run in runs}, {len(run.per_frame) for run in runs}
+    if len(clips) != 1 or len(lengths) != 1:
+        raise DataError(
+            f"got {len(runs)} runs on clips {sorted(clips)} of {sorted(lengths)} frames; expected runs on one clip"
+        )
+    figure = _figure(8.0, 6.0)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 3])
+    arms = list(dict.fromkeys(run.arm for run in runs))
+    for position, arm in enumerate(arms):
+        colour, dashes = _COLOURS[position % len(_COLOURS)], "--" if position >= len(_COLOURS) else "-"
+        chosen = [run for run in runs if run.arm == arm]
+        _draw_line(upper, [run.losses for run in chosen], colour, dashes, arm)
+        _draw_line(lower, [run.per_frame for run in chosen], colour, dashes, arm, scale=100.0)
+    upper.set_ylabel("reconstruction loss")
+    lower.set_ylabel("mIoU of the frame (%)")
+    lower.set_xlabel("frame")
+    lower.set_xlim(0, max(lengths.pop() - 1, 1))
+    for axes in (upper, lower):
+        _style(axes)
+        axes.grid(True, color="#e4e4e4", linewidth=0.8)
+    if not upper.has_data():
+        upper.text(0.5, 0.5, "no arm adapted", transform=upper.transAxes, ha="center", va="center", color="#6b6b6b")
+        upper.set_yticks([])
+    figure.suptitle(title or clips.pop(), fontsize=13, fontweight="bold")
+    handles, names = lower.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), frameon=False)
+    _save(figure, path)
+
+
+def plot_bars(path: str | Path, report: Report) -> None:
+    """Draws dataset-level mIoU of every arm, grouped by clip; bars are means over seeds, whiskers ± one deviation.
+
+    Args:
+        path: where to write; the suffix chooses the format (png, svg, pdf).
+        report: what to draw.
+
+    Raises:
+        DataError: the report holds no runs.
+        MissingPackageError: matplotlib is not installed.
+    """
+    if not report.runs:
+        raise DataError("the report holds no runs; add at least one")
+    arms, clips = report.arms, report.clips
+    figure = _figure(min(16.0, max(8.0, 2.5 + 0.62 * len(arms) * len(clips))), 5.0)
+    axes = figure.subplots()
+    width = 0.8 / len(arms)
+    for position, arm in enumerate(arms):
+        colour = _COLOURS[position % len(_COLOURS)]
+        for place, clip in enumerate(clips):
+            scores = [100.0 * run.miou for run in report.select(arm, clip)]
+            if scores:
+                centre = place + (position - (len(arms) - 1) / 2) * width
+                _draw_bar(axes, centre, scores, width, colour, arm)
+    axes.set_xticks(range(len(clips)), clips)
+    axes.set_ylabel("mIoU over the clip (%)")
+    axes.margins(y=0.1)
+    _style(axes)
+    axes.tick_params(axis="x", length=0)
+    axes.grid(True, axis="y", color="#e4e4e4", linewidth=0.8)
+    handles, names = axes.get_legend_handles_labels()
+    unique = dict(zip(names, handles, strict=True))
+    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=min(len(unique), 6), frameon=False)
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise missing("matplotlib", "eval") from error
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=_DPI)
+
+
+def _style(axes: Axes) -> None:
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_line(
+    axes: Axes, series: Sequence[Sequence[float | None]], colour: str, dashes: str, label: str, scale: float = 1.0
+) -> None:
+    """The mean of several series (None = a gap), raw and smoothed; nothing if there is no value at all."""
+    values = scale * _mean_over_present(np.array(series, dtype=np.float64), axis=0)
+    if np.isnan(values).all():
+        return
+    frames = np.arange(values.size)
+    axes.plot(frames, values, color=colour, linewidth=0.8, alpha=0.35)
+    axes.plot(frames, running_mean(values, _SMOOTH), color=colour, linestyle=dashes, linewidth=2.2, label=label)
+
+
+def _draw_bar(axes: Axes, centre: float, scores: Sequence[float], width: float, colour: str, label: str) -> None:
+    mean, spread = summarize(scores)
+    whisker: dict[str, Any] = {"elinewidth": 1.2, "capsize": 3, "ecolor": "#222222"}
+    axes.bar(centre, mean, 0.92 * width, yerr=spread, color=colour, label=label, error_kw=whisker)
+    axes.annotate(
+        f"{mean:.1f}",
+        (centre, mean + (spread or 0.0)),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="center",
+        fontsize=8,
+    )
+
+
+def running_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Centred running mean of `[n]` over up to `width` values; NaN are left out, and stay NaN."""
+    half = width // 2
+    padded = np.pad(values, half, constant_values=np.nan)
+    means = _mean_over_present(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), axis=1)
+    return np.where(np.isnan(values), np.nan, means)
+
+
+def _mean_over_present(values: np.ndarray, axis: int) -> np.ndarray:
+    """Mean over `axis` without NaN; NaN where nothing is left."""
+    present = ~np.isnan(values)
+    count = present.sum(axis=axis)
+    total = np.where(present, values, 0.0).sum(axis=axis)
+    return np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
