@@ -218,8 +218,9 @@ class StreamAdapter:
                 config.precision,
                 self._device,
             )
-            limit = float("inf") if config.grad_clip is None else config.grad_clip
-            norm = nn.utils.clip_grad_norm_(self._parameters, limit)
+            norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+            if config.grad_clip is not None:
+                nn.utils.clip_grads_with_norm_(self._parameters, config.grad_clip, norm)
             value, total = torch.stack([loss.float(), norm.float()]).tolist()  # the one wait for the device
             if total != total or total == float("inf"):
                 return value, total, "non-finite gradient"

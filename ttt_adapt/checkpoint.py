@@ -80,6 +80,9 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, half: bool = False
         path: a .safetensors file.
         checkpoint: model, branch and spec.
         half: store weights as float16.
+
+    Raises:
+        CheckpointError: the file cannot be written.
     """
     weights = {f"model.{name}": value for name, value in checkpoint.model.state_dict().items()}
     if checkpoint.branch is not None:
@@ -88,9 +91,14 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, half: bool = False
         weights = {name: v.half() if v.is_floating_point() else v for name, v in weights.items()}
     metadata = {"format": str(FORMAT), "spec": json.dumps(asdict(checkpoint.spec))}
     part = Path(f"{path}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
-    _safetensors().save_file({name: v.contiguous() for name, v in weights.items()}, str(part), metadata)
-    part.replace(path)
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        _safetensors().save_file({name: v.contiguous() for name, v in weights.items()}, str(part), metadata)
+        part.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:

@@ -133,8 +133,8 @@ def _check_range(low: float, high: float, normalize: Normalize) -> None:
     """Refuse floats that cannot be images normalised with this mean and std, such as 0..255."""
     floor = min(-m / s for m, s in zip(normalize.mean, normalize.std, strict=True))
     ceiling = max((1 - m) / s for m, s in zip(normalize.mean, normalize.std, strict=True))
-    slack = 2.0 * (ceiling - floor)  # resampling and noise may overshoot, 0..255 lies far outside
-    if low < floor - slack or high > ceiling + slack:
+    limit = 10.0 * max(abs(floor), abs(ceiling))  # resampling and noise overshoot a little, 0..255 lies far outside
+    if max(abs(low), abs(high)) > limit:
         raise FrameError(
             f"the float frame lies in [{low:.4g}, {high:.4g}]; normalised with this model's mean and std it would lie in "
             f"[{floor:.4g}, {ceiling:.4g}]: pass 0..255 frames as uint8 [H, W, 3], or normalise them first"

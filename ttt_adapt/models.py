@@ -15,6 +15,9 @@ from ttt_adapt.decoders import Pyramid
 from ttt_adapt.errors import ConfigError, missing, nearest
 from ttt_adapt.masking import pad_to_multiple
 
+_PLAIN_TRANSFORMERS = ("vision_transformer", "eva", "beit", "deit")
+"""Modules of timm whose models keep one grid of tokens: their last features are all that the head needs."""
+
 
 class SegmentationModel(nn.Module):
     """A timm encoder (`backbone`) and a pyramid head (`head`) for semantic segmentation.
@@ -44,12 +47,16 @@ class SegmentationModel(nn.Module):
         self.shuffle = max(strides[0] // 4, 1)
         self.head = Pyramid(info.channels()[_first(strides) :], classes * self.shuffle**2, width)
         self.first = _first(strides)
+        self.channels_last = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")  # timm's Swins
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W], normalised -> logits [B, classes, H, W]; any H x W."""
         h, w = images.shape[-2:]
         padded = pad_to_multiple(images, self.multiple)
-        logits = F.pixel_shuffle(self.head(self.backbone(padded)[self.first :]), self.shuffle)
+        maps = self.backbone(padded)[self.first :]
+        if self.channels_last:
+            maps = [each.permute(0, 3, 1, 2) for each in maps]
+        logits = F.pixel_shuffle(self.head(maps), self.shuffle)
         full = F.interpolate(logits, size=padded.shape[-2:], mode="bilinear", align_corners=False)
         return full[..., :h, :w]
 
@@ -66,8 +73,13 @@ def _timm_encoder(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Mo
         raise missing("timm", "timm") from error
     if not timm.is_model(name):
         raise ConfigError(f"timm has no model {name!r}; {nearest(name, timm.list_models())}")
-    if "vit" in name or "eva" in name:
+    family = timm.model_entrypoint(name).__module__.rpartition(".")[2]
+    if family in _PLAIN_TRANSFORMERS:
         options = {"out_indices": (-1,), "dynamic_img_size": True, **options}
-    elif "swin" in name:
+    elif family.startswith("swin_transformer"):
         options = {"strict_img_size": False, **options}
-    return timm.create_model(name, pretrained=pretrained, features_only=True, **options)
+    try:
+        return timm.create_model(name, pretrained=pretrained, features_only=True, **options)
+    except Exception as error:  # whatever a model's constructor makes of options it does not know
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no options"
+        raise ConfigError(f"timm cannot make {name!r} as an encoder of feature maps with {given}: {error}") from error

@@ -1,0 +1,226 @@
+"""What `adapter.step` costs beyond the arithmetic: against a hand-written loop and the plain forward pass.
+
+    python benchmarks/step_overhead.py
+
+The hand-written loop uses no hooks and none of the adapter: it runs the model's own modules one after the other, with
+the same masks, loss and optimizer, and a plain list as window. The three are interleaved frame by frame and medians
+are reported. `--memory` measures peak memory of the process instead, each loop in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ttt_adapt import MAEBranch, StreamAdapter, StreamConfig
+from ttt_adapt.decoders import Pyramid
+from ttt_adapt.evaluation.report import environment
+from ttt_adapt.features import Features
+from ttt_adapt.masking import random_mask, upsample_mask
+
+SIZE = (128, 160)
+
+
+class SmallCNN(nn.Module):
+    """Four stages of strided convolutions with BatchNorm, and a pyramid head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (32, 64, 128, 192)
+        inputs = (3, *widths[:-1])
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(i, o, 3, stride=4 if n == 0 else 2, padding=1),
+                nn.BatchNorm2d(o),
+                nn.ReLU(),
+                nn.Conv2d(o, o, 3, padding=1),
+                nn.BatchNorm2d(o),
+                nn.ReLU(),
+            )
+            for n, (i, o) in enumerate(zip(inputs, widths, strict=True))
+        )
+        self.backbone = Stages(self.stages)
+        self.head = Pyramid(widths, 11, 64)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images))
+
+
+class Stages(nn.Module):
+    def __init__(self, stages: nn.ModuleList) -> None:
+        super().__init__()
+        self.stages = stages
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        return maps
+
+
+def make(kind: str) -> tuple[nn.Module, str]:
+    torch.manual_seed(0)
+    if kind == "cnn":
+        return SmallCNN().eval(), "backbone"
+    return timm.create_model("vit_tiny_patch16_224", img_size=SIZE).eval(), "norm"
+
+
+def masked_mse(prediction: Tensor, images: Tensor, mask: Tensor, patch: int) -> Tensor:
+    hidden = ~upsample_mask(mask, patch)
+    return ((prediction - images).square().mean(1, keepdim=True) * hidden).sum() / hidden.sum()
+
+
+def cnn_loss(model: Any, branch: MAEBranch, images: Tensor, mask: Tensor) -> Tensor:
+    """The masked pass of the CNN, written out."""
+    visible = upsample_mask(mask, 16).to(images.dtype)
+    first = model.stages[0]
+    channel = branch.mask_channel
+    x = first[0](images * visible) + F.conv2d(1 - visible, channel.weight, None, channel.stride, channel.padding)
+    maps = []
+    for n, stage in enumerate(model.stages):
+        x = stage[1:](x) if n == 0 else stage(x)
+        maps.append(x)
+    return masked_mse(branch.decoder(Features(maps, maps, SIZE)), images, mask, 16)
+
+
+def vit_loss(model: Any, branch: MAEBranch, images: Tensor, mask: Tensor) -> Tensor:
+    """The masked pass of the ViT, written out: gather the visible tokens, run the blocks, put them back."""
+    x = model._pos_embed(model.patch_embed(images))
+    b, n, c = x.shape
+    kept = int(mask[0].sum())
+    order = mask.flatten(1).byte().argsort(dim=1, descending=True, stable=True)[:, :kept] + 1
+    index = torch.cat([order.new_zeros(b, 1), order], 1)[..., None].expand(-1, -1, c)
+    x = model.blocks(model.norm_pre(x.gather(1, index)))
+    x = model.norm(branch.mask_token.expand(b, n, c).scatter(1, index, x))
+    grid = (SIZE[0] // 16, SIZE[1] // 16)
+    maps = [x[:, 1:].transpose(1, 2).unflatten(2, grid)]
+    return masked_mse(branch.decoder(Features(maps, x, SIZE)), images, mask, 16)
+
+
+class HandWritten:
+    """Online TTT-MAE in twenty lines, for this model only."""
+
+    def __init__(self, kind: str, batch: int, window: int) -> None:
+        self.model, encoder = make(kind)
+        self.branch = MAEBranch.attach(self.model, encoder).eval()  # its weights only; the pass is written out
+        self.loss: Callable[..., Tensor] = cnn_loss if kind == "cnn" else vit_loss
+        self.parameters = [*self.branch.encoder_parameters().values(), *self.branch.parameters()]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=0.0, fused=True)
+        self.frames: list[Tensor] = []
+        self.batch, self.window = batch, window
+
+    def step(self, frame: Tensor) -> Tensor:
+        self.frames = [*self.frames[-self.window + 1 :], frame]
+        draws = torch.randint(len(self.frames), (self.batch,)).tolist()
+        images = torch.stack([self.frames[i] for i in draws])
+        mask = random_mask(self.batch, (SIZE[0] // 16, SIZE[1] // 16), 0.8)
+        self.optimizer.state.clear()
+        self.loss(self.model, self.branch, images, mask).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            return self.model(frame[None])
+
+
+def make_adapter(kind: str, batch: int, window: int) -> StreamAdapter:
+    model, encoder = make(kind)
+    config = StreamConfig(
+        window=window, batch_size=batch, lr=1e-5, encoder_lr_scale=1.0, weight_decay=0.0, source_pull=0.0,
+        restart_optimizer=True,
+    )  # fmt: skip
+    return StreamAdapter(model, encoder=encoder, config=config)
+
+
+def check_losses(kind: str) -> None:
+    """The written-out pass must be the branch's, or the comparison means nothing."""
+    hand = HandWritten(kind, 2, 2)
+    images = torch.randn(2, 3, *SIZE)
+    mask = hand.branch.draw_mask(images)
+    ours = hand.branch.reconstruct(images, mask=mask).loss
+    torch.testing.assert_close(hand.loss(hand.model, hand.branch, images, mask).detach(), ours, rtol=1e-5, atol=1e-6)
+
+
+def time_one(kind: str, batch: int, frames: int, window: int) -> dict[str, float]:
+    adapter, hand = make_adapter(kind, batch, window), HandWritten(kind, batch, window)
+    plain, _ = make(kind)
+
+    def forward(frame: Tensor) -> Tensor:
+        with torch.no_grad():
+            return plain(frame[None])
+
+    steps = {"adapter": adapter.step, "hand": hand.step, "forward": forward}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    stream = torch.randn(frames, 3, *SIZE)
+    for i, frame in enumerate(stream):
+        names = list(steps)
+        for name in names[i % 3 :] + names[: i % 3]:
+            started = time.perf_counter()
+            steps[name](frame)
+            times[name].append((time.perf_counter() - started) * 1e3)
+    return {name: statistics.median(values[len(values) // 5 :]) for name, values in times.items()}
+
+
+def peak_memory(loop: str, kind: str, batch: int, window: int, frames: int) -> float:
+    """Peak resident memory of this process in MiB after `frames` steps."""
+    runner = make_adapter(kind, batch, window) if loop == "adapter" else HandWritten(kind, batch, window)
+    for _ in range(frames):
+        runner.step(torch.randn(3, *SIZE))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--frames", type=int, default=60)
+    parser.add_argument("--window", type=int, default=16)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--one", nargs=3, metavar=("LOOP", "MODEL", "BATCH"), help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if options.one:
+        print(peak_memory(options.one[0], options.one[1], int(options.one[2]), options.window, options.frames))
+        return
+    rows = []
+    for kind in ("cnn", "vit"):
+        check_losses(kind)
+        for batch in (1, 8):
+            if options.memory:
+                rows.append({"model": kind, "batch": batch, **_memory(kind, batch, options)})
+            else:
+                ms = time_one(kind, batch, options.frames, options.window)
+                ratio = {"to_hand": ms["adapter"] / ms["hand"], "to_forward": ms["adapter"] / ms["forward"]}
+                rows.append({"model": kind, "batch": batch, **ms, **ratio})
+            print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
+    if options.out:
+        options.out.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+
+
+def _memory(kind: str, batch: int, options: argparse.Namespace) -> dict[str, float]:
+    command = [sys.executable, __file__, "--frames", "30", "--window", str(options.window), "--one"]
+    found = {
+        loop: float(subprocess.run([*command, loop, kind, str(batch)], capture_output=True, text=True, check=True).stdout)
+        for loop in ("adapter", "hand")
+    }
+    model, encoder = make(kind)
+    branch = MAEBranch.attach(model, encoder)
+    adapted = [*branch.encoder_parameters().values(), *branch.parameters()]
+    weights = sum(p.numel() * p.element_size() for p in adapted) / 2**20
+    window = options.window * 3 * SIZE[0] * SIZE[1] * 4 / 2**20
+    return {**found, "adapted_weights": weights, "window": window}
+
+
+if __name__ == "__main__":
+    main()

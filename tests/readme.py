@@ -1,0 +1,25 @@
+"""The commands and code blocks of the README, for the tests and the project's own check."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced code blocks of a language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def command(last_word: str) -> str:
+    """The one set-up command of the README that ends in `last_word`."""
+    found = [line for block in blocks("bash") for line in block.splitlines() if line.endswith(last_word)]
+    assert len(found) == 1, f"expected one command that ends in {last_word!r}, found {found}"
+    return found[0]
+
+
+if __name__ == "__main__":
+    print(command({"test-command": "pytest"}[sys.argv[1]]))

@@ -1,0 +1,10 @@
+"""Video in and out: frames from files, folders, cameras and streams; H.264 files; overlays.
+
+Frames are uint8 RGB arrays [H, W, 3] everywhere. FFmpeg (`av`) and Pillow are imported when they are first needed.
+"""
+
+from ttt_adapt.video.overlay import blend, colorize, default_palette, panels, to_uint8
+from ttt_adapt.video.reader import VideoReader, open_video
+from ttt_adapt.video.writer import VideoWriter
+
+__all__ = ["VideoReader", "VideoWriter", "blend", "colorize", "default_palette", "open_video", "panels", "to_uint8"]

@@ -1,0 +1,65 @@
+"""Frames from a folder of images."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator
+from pathlib import Path
+
+import numpy as np
+
+from ttt_adapt.errors import VideoError, missing
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
+
+
+class ImageFolder:
+    """The images of a folder in natural order; other files and hidden ones are ignored. A `FrameSource`.
+
+    Images are turned upright as their EXIF data say; of an animated one the first frame is taken.
+    """
+
+    live = False
+    fps: float | None = None
+
+    def __init__(self, folder: Path) -> None:
+        self.name = folder.name or str(folder)
+        files = [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
+        if not files:
+            raise VideoError(f"{folder} holds no images. Known suffixes: {' '.join(sorted(SUFFIXES))}.")
+        self._files = sorted(files, key=natural_key)
+        self.length: int | None = len(files)
+        self.size: tuple[int, int] = _read(self._files[0], 0).shape[:2]
+
+    def frames(self) -> Generator[np.ndarray, None, None]:
+        """Yield uint8 RGB [H, W, 3], one file at a time."""
+        for index, file in enumerate(self._files):
+            frame = _read(file, index)
+            if frame.shape[:2] != self.size:
+                (h, w), (height, width) = frame.shape[:2], self.size
+                raise VideoError(
+                    f"{file} (frame {index}) is {h} x {w} pixels high and wide, the first image, "
+                    f"{self._files[0].name}, {height} x {width}. Bring all images of a folder to one size."
+                )
+            yield frame
+
+    def close(self) -> None:
+        """Nothing stays open between frames."""
+
+
+def natural_key(file: Path) -> tuple[list[str | int], str]:
+    """Sort key that compares runs of digits as numbers: `frame_2` before `frame_10`."""
+    parts = re.split(r"([0-9]+)", file.name.lower())
+    return [int(part) if part.isdecimal() and k % 2 else part for k, part in enumerate(parts)], file.name
+
+
+def _read(file: Path, index: int) -> np.ndarray:
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise missing("pillow", "video") from error
+    try:
+        with Image.open(file) as image:
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise VideoError(f"{file} (frame {index}) cannot be read as an image: {error}") from error

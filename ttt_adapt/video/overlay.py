@@ -1,0 +1,182 @@
+"""Predictions made visible: colours, overlays and captioned panels. Images are uint8 RGB [H, W, 3]."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError, missing
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image, ImageFont
+
+BAR_COLOR = (24, 24, 28)
+TEXT_COLOR = (245, 245, 245)
+GOLDEN_RATIO = 0.618033988749895  # steps of this share of the hue circle never come close to an earlier one
+
+
+def default_palette(n: int) -> np.ndarray:
+    """`n` distinct colours, uint8 [n, 3]; the first k of them are the same for every n >= k."""
+    if not 0 <= n <= 256:
+        raise ConfigError(f"n is {n}, expected 0 to 256 colours.")
+    rings = ((0.75, 1.0), (0.95, 0.75), (0.45, 0.9))  # (saturation, value), one after the other
+    colors = [colorsys.hsv_to_rgb(k * GOLDEN_RATIO % 1, *rings[k % 3]) for k in range(n)]
+    return np.round(np.array(colors).reshape(n, 3) * 255).astype(np.uint8)
+
+
+def colorize(labels: np.ndarray, palette: np.ndarray, ignore: int | None = 255) -> np.ndarray:
+    """Colour each label.
+
+    Args:
+        labels: integers [H, W], indices into `palette`.
+        palette: uint8 RGB [n, 3].
+        ignore: the label without a colour, shown black; None where every label has one.
+
+    Returns:
+        uint8 RGB [H, W, 3].
+
+    Raises:
+        FrameTypeError: `labels` are no integers.
+        FrameError: they are not [H, W], or one lies outside the palette.
+    """
+    labels, palette = np.asarray(labels), np.asarray(palette)
+    if labels.dtype.kind not in "iu":
+        raise FrameTypeError(f"labels have dtype {labels.dtype}, expected integers.")
+    if labels.ndim != 2:
+        raise FrameError(f"labels have shape {list(labels.shape)}, expected [H, W].")
+    if palette.ndim != 2 or palette.shape[1] != 3:
+        raise ConfigError(f"palette has shape {list(palette.shape)}, expected [n, 3].")
+    known = np.ones(labels.shape, bool) if ignore is None else labels != ignore
+    outside = np.unique(labels[known & ((labels < 0) | (labels >= len(palette)))])
+    if outside.size:
+        raise FrameError(
+            f"labels hold {outside[:5].tolist()}, but the palette has colours for 0 to {len(palette) - 1}."
+        )
+    colors = np.zeros((*labels.shape, 3), np.uint8)
+    colors[known] = palette[labels[known]]
+    return colors
+
+
+def blend(
+    frame: np.ndarray, labels: np.ndarray, palette: np.ndarray, alpha: float = 0.5, ignore: int | None = 255
+) -> np.ndarray:
+    """The frame with coloured labels over it.
+
+    Args:
+        frame: uint8 RGB [H, W, 3].
+        labels: integers [H, W], indices into `palette`.
+        palette: uint8 RGB [n, 3].
+        alpha: share of the colour, 0 (frame only) to 1 (colour only).
+        ignore: the label that leaves the frame as it is; None where no label does.
+
+    Returns:
+        uint8 RGB [H, W, 3].
+    """
+    _check_image(frame, "frame")
+    if not 0 <= alpha <= 1:
+        raise ConfigError(f"alpha is {alpha}, expected 0 to 1.")
+    labels = np.asarray(labels)
+    if labels.shape != frame.shape[:2]:
+        raise FrameError(f"labels have shape {list(labels.shape)}, expected {list(frame.shape[:2])} as the frame has.")
+    mixed = (1 - alpha) * frame + alpha * colorize(labels, palette, ignore)
+    out = np.round(mixed).astype(np.uint8)
+    return out if ignore is None else np.where((labels == ignore)[..., None], frame, out)
+
+
+def panels(
+    images: Mapping[str, np.ndarray] | Iterable[tuple[str, np.ndarray]], columns: int | None = None
+) -> np.ndarray:
+    """Images side by side, each under its caption.
+
+    Args:
+        images: caption to uint8 RGB [H, W, 3], in order; resized to the first one's size where they differ.
+        columns: panels per row; None puts all in one row. Cells left over are dark.
+
+    Returns:
+        uint8 RGB [rows * (H + bar), columns * W, 3].
+
+    Raises:
+        FrameError: there are no images, or one is not [H, W, 3].
+        FrameTypeError: an image is no uint8 array.
+        MissingPackageError: Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise missing("pillow", "video") from error
+    items = list(images.items() if isinstance(images, Mapping) else images)
+    if not items:
+        raise FrameError("images is empty, expected at least one (caption, image).")
+    for caption, image in items:
+        _check_image(image, f"panel {caption!r}")
+    columns = len(items) if columns is None else columns
+    if columns < 1:
+        raise ConfigError(f"columns is {columns}, expected at least 1.")
+    height, width = items[0][1].shape[:2]
+    bar = max(14, round(height * 0.09))
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(items) / columns) * (height + bar)), BAR_COLOR)
+    for k, (caption, image) in enumerate(items):
+        x, y = k % columns * width, k // columns * (height + bar)
+        picture = Image.fromarray(np.ascontiguousarray(image))
+        if picture.size != (width, height):
+            picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+        sheet.paste(_caption_bar(str(caption), width, bar), (x, y))
+        sheet.paste(picture, (x, y + bar))
+    return np.array(sheet)
+
+
+def to_uint8(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """A normalised tensor back as an image.
+
+    Args:
+        image: float [3, H, W] or [1, 3, H, W], (rgb - mean) / std with rgb in [0, 1]; any device.
+        mean: one per channel, on the scale [0, 1].
+        std: one per channel, on the scale [0, 1].
+
+    Returns:
+        uint8 RGB [H, W, 3]; values outside the range are clipped.
+    """
+    import torch
+
+    shape = list(image.shape)
+    if len(shape) == 4 and shape[0] == 1:
+        image = image[0]
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise FrameError(f"image has shape {shape}, expected [3, H, W].")
+    pixels = image.detach().float().cpu()
+    scale, shift = (torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1) for values in (std, mean))
+    rgb = (pixels * scale + shift).nan_to_num().clamp(0, 1)
+    return (rgb * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+
+
+def _check_image(image: np.ndarray, name: str) -> None:
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
+        what = f"{image.dtype} array" if isinstance(image, np.ndarray) else type(image).__name__
+        raise FrameTypeError(f"{name} is a {what}, expected a uint8 NumPy array [H, W, 3].")
+    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise FrameError(f"{name} has shape {list(image.shape)}, expected [H, W, 3].")
+
+
+def _caption_bar(caption: str, width: int, height: int) -> Image.Image:
+    from PIL import Image, ImageDraw
+
+    bar = Image.new("RGB", (width, height), BAR_COLOR)
+    draw = ImageDraw.Draw(bar)
+    font = _fitting_font(caption, width - 6, height)
+    draw.text((width / 2, height / 2), caption, fill=TEXT_COLOR, font=font, anchor="mm")
+    return bar
+
+
+def _fitting_font(caption: str, width: int, height: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font, as large as the bar allows, smaller where the caption would not fit its panel."""
+    from PIL import ImageFont
+
+    size = height * 0.72
+    font = ImageFont.load_default(size)
+    needed = font.getlength(caption)
+    return font if needed <= width else ImageFont.load_default(max(8.0, size * width / needed))

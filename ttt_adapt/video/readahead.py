@@ -1,0 +1,85 @@
+"""A thread that stays a bounded number of items ahead of the consumer."""
+
+from __future__ import annotations
+
+import atexit
+import threading
+from collections import deque
+from collections.abc import Generator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class ReadAhead(Generic[T]):
+    """Iterates over `items` in a thread of its own, at most `depth` + 1 items ahead of the consumer.
+
+    The thread starts with the context and has ended when the context is left, however it is left. An exception of
+    `items` reaches the consumer after every item before it. Closing ends an iteration that is still running.
+    """
+
+    def __init__(self, items: Generator[T, None, None], depth: int) -> None:
+        self._items = items
+        self._depth = depth
+        self._buffer: deque[T] = deque()
+        self._change = threading.Condition()
+        self._ended = False  # no more items will come
+        self._error: BaseException | None = None
+        # A daemon, because the interpreter waits for other threads before it runs `atexit`; always joined by `close`.
+        self._thread = threading.Thread(target=self._work, name="ttt_adapt read-ahead", daemon=True)
+
+    def __enter__(self) -> ReadAhead[T]:
+        atexit.register(self.close)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __iter__(self) -> ReadAhead[T]:
+        return self
+
+    def __next__(self) -> T:
+        with self._change:
+            self._change.wait_for(lambda: self._buffer or self._ended)
+            if self._buffer:
+                self._change.notify_all()
+                return self._buffer.popleft()
+            if self._error is not None:
+                error, self._error = self._error, None
+                raise error
+            raise StopIteration
+
+    def close(self) -> None:
+        """End the thread, once the item that it works on is done, and drop what it has read ahead. Idempotent."""
+        atexit.unregister(self.close)
+        with self._change:
+            self._ended = True
+            self._error = None
+            self._buffer.clear()
+            self._change.notify_all()
+        self._thread.join()
+
+    def _work(self) -> None:
+        error: BaseException | None = None
+        try:
+            for item in self._items:
+                if not self._put(item):
+                    break
+        except BaseException as caught:
+            error = caught
+        finally:
+            self._items.close()
+            with self._change:
+                if not self._ended:
+                    self._ended, self._error = True, error
+                self._change.notify_all()
+
+    def _put(self, item: T) -> bool:
+        """Hand `item` over as soon as there is room; False where the consumer has left."""
+        with self._change:
+            self._change.wait_for(lambda: self._ended or len(self._buffer) < self._depth)
+            if not self._ended:
+                self._buffer.append(item)
+                self._change.notify_all()
+            return not self._ended

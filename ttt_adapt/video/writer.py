@@ -1,0 +1,219 @@
+"""`VideoWriter`: frames into an H.264 file that is complete, or absent, or playable up to an interruption."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError, StateError, VideoError
+from ttt_adapt.video.sources import import_av
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+    from av.container import OutputContainer
+    from av.video.stream import VideoStream
+
+CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
+BT709 = 1  # the number of ITU-R BT.709 in every table of ITU-T H.273
+LIMITED_RANGE = 1
+
+
+class VideoWriter:
+    """Writes uint8 RGB frames [H, W, 3] as H.264 (yuv420p, BT.709), for use in a `with` block.
+
+    The file is written under a temporary name beside the target and takes the target's name when it is complete.
+    Where the block is left by an exception or Ctrl-C, the frames written so far become a playable file: at the
+    target, or, where a file exists there already, at `NAME.partial.SUFFIX`, since a failed run destroys nothing.
+
+    yuv420p needs an even height and width: an odd one is padded by repeating the last row or column.
+
+    Args:
+        path: the target; `.mp4`, `.m4v`, `.mov` or `.mkv`. Its folder must exist.
+        fps: frames per second. A float is taken for the fraction that it stands for, so 29.97002997 is exactly
+            30000/1001. None, as for a folder of images, means 25.
+        size: (height, width) of the frames; None takes it from the first.
+        crf: quality, 0 (lossless in luma) to 51; 18 looks like the source.
+
+    Attributes:
+        path: where the file is, or will be.
+        count: number of frames written.
+
+    Raises:
+        ConfigError: `fps`, `size`, `crf` or the suffix is out of range.
+        VideoError: the encoder is missing, or the target cannot be written. Nothing has been written then.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        fps: float | Fraction | None,
+        size: tuple[int, int] | None = None,
+        crf: int = 18,
+    ) -> None:
+        self.path = Path(path)
+        self.count = 0
+        self._rate = _exact_rate(25 if fps is None else fps)
+        self._size = size
+        self._crf = crf
+        if size is not None and (len(size) != 2 or min(size) < 1):
+            raise ConfigError(f"size is {size}, expected (height, width) of at least 1.")
+        if not 0 <= crf <= 51:
+            raise ConfigError(f"crf is {crf}, expected 0 (best) to 51.")
+        _check_target(self.path)
+        _check_encoder()
+        self._part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        self._container: OutputContainer | None = None
+        self._stream: VideoStream | None = None
+        self._closed = False
+
+    def write(self, frame: np.ndarray) -> None:
+        """Append one frame, uint8 RGB [H, W, 3].
+
+        Raises:
+            FrameError: its shape differs from [H, W, 3] or from the frames before.
+            FrameTypeError: it is no uint8 array.
+            VideoError: it cannot be encoded or written, such as on a full disk.
+            StateError: the writer is closed.
+        """
+        if self._closed:
+            raise StateError(f"The writer of {self.path} is closed.")
+        self._check(frame)
+        height, width = frame.shape[:2]
+        if height % 2 or width % 2:
+            frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        av = import_av()
+        try:
+            if self._container is None:
+                self._open(*frame.shape[:2])
+            image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+            self._encode(image.reformat(format="yuv420p", src_colorspace="ITU709", dst_colorspace="ITU709"))
+        except (av.FFmpegError, OSError) as error:
+            raise VideoError(f"Frame {self.count} of {self.path} cannot be written: {error}") from error
+        self.count += 1
+
+    def close(self) -> None:
+        """Finish the file and put it at `path`. Idempotent.
+
+        Raises:
+            VideoError: no frame was written, or the file cannot be finished.
+        """
+        if self._closed:
+            return
+        if not self.count:
+            self._discard()
+            raise VideoError(f"No frame was written to {self.path}, so there is no file.")
+        self._finish(self.path)
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        elif self._closed or not self.count:
+            self._discard()
+        else:
+            self._keep_partial()
+
+    def _keep_partial(self) -> None:
+        target = self.path
+        if target.exists():
+            target = target.with_name(f"{target.stem}.partial{target.suffix}")
+            warnings.warn(f"{self.path} exists and stays; the {self.count} new frames are in {target}.", stacklevel=3)
+        try:
+            self._finish(target)
+        except VideoError as error:  # must not hide the exception that ended the block
+            warnings.warn(str(error), stacklevel=3)
+
+    def _check(self, frame: np.ndarray) -> None:
+        if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8:
+            what = f"{frame.dtype} array" if isinstance(frame, np.ndarray) else type(frame).__name__
+            raise FrameTypeError(f"The frame is a {what}, expected a uint8 NumPy array [H, W, 3]. See to_uint8.")
+        if frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
+            raise FrameError(f"The frame has shape {list(frame.shape)}, expected [H, W, 3].")
+        self._size = self._size or frame.shape[:2]
+        if frame.shape[:2] != tuple(self._size):
+            raise FrameError(f"The frame has shape {list(frame.shape)}, expected {[*self._size, 3]} as the video has.")
+
+    def _open(self, height: int, width: int) -> None:
+        container_format = CONTAINERS[self.path.suffix.lower()]
+        options = {} if container_format == "matroska" else {"movflags": "+faststart"}
+        self._container = import_av().open(str(self._part), "w", format=container_format, options=options)
+        self._stream = stream = self._container.add_stream("libx264", rate=self._rate)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.options = {"crf": str(self._crf)}
+        context = stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = BT709
+        context.color_range = LIMITED_RANGE
+
+    def _encode(self, image: VideoFrame | None) -> None:
+        """Encode one image; None flushes the encoder."""
+        assert self._container is not None
+        assert self._stream is not None
+        for packet in self._stream.encode(image):
+            self._container.mux(packet)
+
+    def _finish(self, target: Path) -> None:
+        assert self._container is not None
+        self._closed = True
+        try:
+            self._encode(None)
+            self._container.close()
+            os.replace(self._part, target)
+            self.path = target
+        except (import_av().FFmpegError, OSError) as error:
+            raise VideoError(f"{target} cannot be finished: {error}") from error
+        finally:
+            self._discard()
+
+    def _discard(self) -> None:
+        """Leave no temporary file."""
+        self._closed = True
+        container, self._container = self._container, None
+        try:
+            if container is not None:
+                container.close()
+        except (import_av().FFmpegError, OSError):
+            pass  # what is thrown away need not be complete
+        finally:
+            self._part.unlink(missing_ok=True)
+
+
+def _exact_rate(fps: float | Fraction) -> Fraction:
+    """`fps` as the fraction it stands for: broadcast rates have the denominator 1001."""
+    if not 0 < fps < 10_000:  # also refuses nan
+        raise ConfigError(f"fps is {fps}, expected a number of frames per second above 0.")
+    rate = Fraction(fps) if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(1001)
+    if not rate:
+        raise ConfigError(f"fps is {fps}, expected at least 1/1001.")
+    return rate
+
+
+def _check_target(path: Path) -> None:
+    if path.suffix.lower() not in CONTAINERS:
+        raise ConfigError(f"{path} has the suffix {path.suffix!r}, expected one of {', '.join(CONTAINERS)}.")
+    if path.is_dir():
+        raise VideoError(f"{path} is a folder, expected the name of a file.")
+    if not path.parent.is_dir():
+        raise VideoError(f"The folder {path.parent} does not exist. Create it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise VideoError(f"The folder {path.parent} is not writable.")
+
+
+def _check_encoder() -> None:
+    av = import_av()
+    try:
+        av.Codec("libx264", "w")
+    except (av.FFmpegError, ValueError) as error:
+        raise VideoError(
+            "This FFmpeg build has no H.264 encoder (libx264). The wheels from PyPI have it: "
+            'pip install --force-reinstall --only-binary av "av>=13"; with conda: conda install -c conda-forge av'
+        ) from error
