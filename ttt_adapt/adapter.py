@@ -192,7 +192,7 @@ class StreamAdapter:
             if not reason:
                 self._recall_source()
                 self._renew_norm_stats(x)
-                if self.config.restart_optimizer:
+                if self.config.restart_optimizer or not self.config.carry_weights:
                     self._forget_optimizer_state()
                 for _ in range(self.config.iterations):
                     loss, norm, reason = self._iterate()

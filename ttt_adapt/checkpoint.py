@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,14 +92,16 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, half: bool = False
         weights = {name: v.half() if v.is_floating_point() else v for name, v in weights.items()}
     metadata = {"format": str(FORMAT), "spec": json.dumps(asdict(checkpoint.spec))}
     part = Path(f"{path}.part")
+    library = _safetensors()
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
-        _safetensors().save_file({name: v.contiguous() for name, v in weights.items()}, str(part), metadata)
+        library.save_file({name: v.contiguous() for name, v in weights.items()}, str(part), metadata)
         part.replace(path)
-    except OSError as error:
+    except (OSError, library.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:

@@ -6,16 +6,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from ttt_adapt.errors import ConfigError, MissingPackageError, TTTAdaptError, missing
+from ttt_adapt.errors import ConfigError, TTTAdaptError, missing
 
 try:
     import typer
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 except ImportError as error:  # the core does not need them
     raise missing("typer or rich", "cli") from error
 
 if TYPE_CHECKING:
+    import torch
+
     from ttt_adapt.config import StreamConfig
 
 app = typer.Typer(
@@ -54,7 +57,7 @@ def demo(
 
     report = run_demo(out, frames, seed, _config(preset, settings, seed), _device(device))
     console.print(rich_table(report))
-    console.print(f"side-by-side video: {out / 'demo.mp4'}\nloss and mIoU over time: {out / 'stream.png'}")
+    _say(f"side-by-side video: {out / 'demo.mp4'}\nloss and mIoU over time: {out / 'stream.png'}")
 
 
 @app.command()
@@ -86,7 +89,7 @@ def train(
     device: Device = "auto",
 ) -> None:
     """Train a timm encoder and a segmentation head, jointly with the reconstruction branch."""
-    from ttt_adapt.commands.common import parse_settings, parse_size
+    from ttt_adapt.commands.common import branch_settings, parse_settings, parse_size
     from ttt_adapt.commands.train import TrainOptions
     from ttt_adapt.commands.train import train as run_training
     from ttt_adapt.joint import TrainConfig
@@ -107,7 +110,7 @@ def train(
             out=out,
             encoder=encoder,
             encoder_options=parse_settings(encoder_option or []),
-            branch=parse_settings(branch or []),
+            branch=branch_settings(branch or []),
             clips=_names(clips),
             size=parse_size(size),
             stills=stills,
@@ -121,7 +124,7 @@ def train(
             config=config,
         )
     )
-    console.print(f"wrote {out}")
+    _say(f"wrote {out}")
 
 
 @app.command()
@@ -156,7 +159,7 @@ def run(
         config=_config(preset, settings, seed),
     )
     count = run_video(options)
-    console.print(f"wrote {count} frames to {out}")
+    _say(f"wrote {count} frames to {out}")
 
 
 @app.command(name="eval")
@@ -183,15 +186,22 @@ def evaluate(
     from ttt_adapt.evaluation.report import rich_table
 
     found = find_arms(list(_names(arms)))
+    if not found or not _names(seeds):
+        raise ConfigError("--arms and --seeds are comma-separated; expected at least one arm and one seed")
     rows = [Contender(arm.name, arm.title, tuple(checkpoint)) for arm in found]
     if baseline:
         rows.insert(0, Contender("fixed", "Main Task Only", tuple(baseline)))
     numbers = [int(text) if text.isdigit() else _bad_seed(text) for text in _names(seeds)]
     report = run_evaluation(
-        rows, clips_from(data, _names(clips), parse_size(size)), _config(preset, settings, 0), numbers, out, _device(device)
+        rows,
+        clips_from(data, _names(clips), parse_size(size)),
+        _config(preset, settings, 0),
+        numbers,
+        out,
+        _device(device),
     )
     console.print(rich_table(report, rows[0].label))
-    console.print(f"report, table and plots: {out}")
+    _say(f"report, table and plots: {out}")
 
 
 @app.command()
@@ -203,19 +213,19 @@ def info(
     settings: Settings = None,
 ) -> None:
     """Show what would be adapted in a model and what a step costs."""
-    from ttt_adapt.commands.common import parse_settings, parse_size
+    from ttt_adapt.commands.common import branch_settings, parse_size
     from ttt_adapt.commands.info import inspect_model
 
     found = inspect_model(
         model,
         encoder=encoder,
         size=parse_size(size),
-        attach=parse_settings(branch or []),
+        attach=branch_settings(branch or []),
         config=_config("online", settings, 0),
     )
-    table = Table(title=model, show_header=False)
+    table = Table(title=escape(model), show_header=False)
     for what, value in found.rows:
-        table.add_row(what, value)
+        table.add_row(what, escape(value))
     console.print(table)
 
 
@@ -225,10 +235,15 @@ def _config(preset: str, settings: list[str] | None, seed: int) -> StreamConfig:
     return stream_config(preset, settings or [], seed)
 
 
-def _device(name: str) -> object:
+def _device(name: str) -> torch.device:
     from ttt_adapt.commands.common import pick_device
 
     return pick_device(name)
+
+
+def _say(text: str) -> None:
+    """Plain text, whatever brackets its paths hold, and never folded."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -240,15 +255,18 @@ def _bad_seed(text: str) -> int:
 
 
 def main() -> None:
-    """Entry point: library errors are one line on standard error and exit status 1."""
+    """Entry point: expected errors are one line on standard error and exit status 1; Ctrl-C is 130."""
+    errors = Console(stderr=True)
     try:
-        app(standalone_mode=True)
-    except (TTTAdaptError, MissingPackageError) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        app()
+    except (TTTAdaptError, OSError) as error:
+        line = " ".join(str(error).split())
+        errors.print(f"[bold red]error:[/] {escape(line)}", highlight=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; what was written so far is kept")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # what Typer makes of Ctrl-C
+            errors.print("interrupted; what was written so far is kept")
+        raise
 
 
 if __name__ == "__main__":

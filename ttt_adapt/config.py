@@ -18,9 +18,10 @@ class StreamConfig:
         batch_size: crops or frames drawn from the window, with replacement, for each gradient step.
         iterations: gradient steps per frame.
         carry_weights: implicit memory; False starts every frame from the source weights.
-        source_pull: in [0, 1]; before each frame's steps the adapted weights move this fraction of the way back to
-            the source weights. 0 is the paper, 1 is no memory.
-        restart_optimizer: forget the optimizer's state before each frame, as the paper's code does.
+        source_pull: in [0, 1]; before each frame's steps everything adapted (weights, and running statistics if they
+            move) goes this fraction of the way back to the source. 0 is the paper, 1 is no memory.
+        restart_optimizer: forget the optimizer's state before each frame, as the paper's code does. Without carried
+            weights it is always forgotten.
         lr: learning rate of the decoder.
         encoder_lr_scale: the encoder's learning rate is `lr * encoder_lr_scale`.
         weight_decay: decoupled weight decay; never on norms, biases, tokens and position embeddings.
@@ -40,10 +41,10 @@ class StreamConfig:
     batch_size: int = 8
     iterations: int = 1
     carry_weights: bool = True
-    source_pull: float = 0.0
-    restart_optimizer: bool = True
+    source_pull: float = 0.2
+    restart_optimizer: bool = False
     lr: float = 1e-4
-    encoder_lr_scale: float = 0.1
+    encoder_lr_scale: float = 1.0
     weight_decay: float = 0.05
     grad_clip: float | None = None
     crop_size: int | tuple[int, int] | None = None
@@ -85,7 +86,7 @@ class StreamConfig:
     @classmethod
     def no_memory(cls, **changes: Any) -> StreamConfig:
         """Every frame on its own, from the source weights."""
-        return cls(window=1, carry_weights=False, source_pull=0.0).replace(**changes)
+        return cls(window=1, carry_weights=False).replace(**changes)
 
     @classmethod
     def implicit_only(cls, **changes: Any) -> StreamConfig:
@@ -95,7 +96,7 @@ class StreamConfig:
     @classmethod
     def explicit_only(cls, **changes: Any) -> StreamConfig:
         """A window of frames; every frame starts from the source weights."""
-        return cls(carry_weights=False, source_pull=0.0).replace(**changes)
+        return cls(carry_weights=False).replace(**changes)
 
     @classmethod
     def paper(cls, **changes: Any) -> StreamConfig:

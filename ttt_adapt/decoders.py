@@ -225,14 +225,8 @@ def _set_outputs(head: nn.Module, name: str, channels: int) -> None:
     """Replace the convolution `name` by a new one with `channels` outputs."""
     old = head.get_submodule(name)
     assert isinstance(old, nn.Conv2d)
-    new = nn.Conv2d(
-        old.in_channels,
-        channels,
-        old.kernel_size,
-        old.stride,
-        old.padding,
-        old.dilation,  # type: ignore[arg-type]
-    ).to(old.weight)
+    kernel, stride, padding, dilation = old.kernel_size, old.stride, old.padding, old.dilation
+    new = nn.Conv2d(old.in_channels, channels, kernel, stride, padding, dilation).to(old.weight)  # type: ignore[arg-type]
     parent, _, leaf = name.rpartition(".")
     setattr(head.get_submodule(parent), leaf, new)
 

@@ -66,7 +66,7 @@ def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
     """(H, W) of a model that takes one size only, as timm's ViTs and Swins do unless they were told otherwise."""
     for module in model.modules():
         if getattr(module, "strict_img_size", False) and getattr(module, "img_size", None):
-            size = module.img_size
+            size: Any = module.img_size
             return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     return None
 
@@ -84,10 +84,8 @@ def to_model_input(
         raise FrameTypeError(f"the frame is a {type(frame).__name__}; expected {ACCEPTED}")
     if isinstance(frame, np.ndarray):
         frame = np.require(frame, requirements=["C", "W"])  # views that PyTorch cannot share, such as BGR reversed
-    if frame.dtype in (np.uint8, torch.uint8):
-        x = _from_uint8(frame, preprocess)
-    else:
-        x = _from_float(frame, preprocess)
+    take = _from_uint8 if frame.dtype in (np.uint8, torch.uint8) else _from_float
+    x = take(frame, preprocess)
     x = x.detach().to(device, dtype if dtype is not None and x.is_floating_point() else x.dtype)
     if x.ndim != 4 or x.shape[0] != 1 or x.shape[1] != 3 or not x.is_floating_point():
         raise FrameError(f"preprocess returned {tuple(x.shape)} {x.dtype}; expected float [1, 3, H, W]")
@@ -136,6 +134,6 @@ def _check_range(low: float, high: float, normalize: Normalize) -> None:
     limit = 10.0 * max(abs(floor), abs(ceiling))  # resampling and noise overshoot a little, 0..255 lies far outside
     if max(abs(low), abs(high)) > limit:
         raise FrameError(
-            f"the float frame lies in [{low:.4g}, {high:.4g}]; normalised with this model's mean and std it would lie in "
-            f"[{floor:.4g}, {ceiling:.4g}]: pass 0..255 frames as uint8 [H, W, 3], or normalise them first"
+            f"the float frame lies in [{low:.4g}, {high:.4g}]; normalised with this model's mean and std it would lie "
+            f"in [{floor:.4g}, {ceiling:.4g}]: pass 0..255 frames as uint8 [H, W, 3], or normalise them first"
         )

@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from ttt_adapt.branch import MAEBranch
+from ttt_adapt.branch import MAEBranch, check_state
 from ttt_adapt.errors import CheckpointError, ConfigError, StateError
+from ttt_adapt.taps import frozen_norms
 
 STAGES = ("main", "joint", "mae", "probe")
 
@@ -135,8 +136,8 @@ def fit(
     process 0 writes the state.
 
     Args:
-        model: on the device to train on; it is left in eval mode.
-        branch: attached to `model`; not needed by "main".
+        model: on the device to train on; it is left in eval mode, also by an error or Ctrl-C.
+        branch: attached to `model`, on the same device; not needed by "main".
         data: samples (image [3, H, W] as the model takes it, target); `set_epoch(epoch)` is called where it exists.
         criterion: (model output, targets) -> scalar loss.
         config: see `TrainConfig`.
@@ -145,7 +146,7 @@ def fit(
 
     Raises:
         ConfigError, StateError: settings that do not fit together.
-        CheckpointError: `state_file` is of another run.
+        CheckpointError: `state_file` is of another run or cannot be read; nothing has changed.
     """
     if branch is None and config.stage != "main":
         raise ConfigError(f'stage {config.stage!r} needs a branch; only "main" trains without one')
@@ -157,7 +158,6 @@ def fit(
             run.epoch(epoch, on_step)
             if state_file is not None:
                 run.save(state_file, epoch + 1)
-    model.eval()
 
 
 class _Run:
@@ -171,6 +171,7 @@ class _Run:
         self.device = next(model.parameters()).device
         self._criterion = criterion
         self._frozen = _parameters_to_freeze(model, branch, config.stage)
+        self._frozen_norms = branch.info.norms if branch is not None and config.stage == "probe" else []
 
     def __enter__(self) -> _Run:
         self._owns_group = self.world > 1 and not dist.is_initialized()
@@ -179,6 +180,14 @@ class _Run:
         self._thawed = [p for p in self._frozen if p.requires_grad]
         for p in self._thawed:
             p.requires_grad_(False)
+        try:
+            self._prepare()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _prepare(self) -> None:
         self.losses: nn.Module = JointLoss(self.model, self.branch, self._criterion, self.config.stage).train()
         if self.world > 1:
             self.losses = DistributedDataParallel(self.losses)
@@ -197,21 +206,23 @@ class _Run:
         )
         self.updates = -(-len(self.loader) // self.config.accumulate)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._factor)
-        return self
 
     def __exit__(self, *exc: object) -> None:
         for p in self._thawed:
             p.requires_grad_(True)
-        self.model.zero_grad(set_to_none=True)
-        if self.branch is not None:
-            self.branch.zero_grad(set_to_none=True)
+        for module in (self.model, self.branch):
+            if module is not None:
+                module.zero_grad(set_to_none=True)
+                module.eval()
         if self._owns_group:
             dist.destroy_process_group()
 
     def _factor(self, step: int) -> float:
         total = self.updates * self.config.epochs
         warm = max(round(self.config.warmup * total), 1)
-        return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
+        return (
+            (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
+        )
 
     def epoch(self, epoch: int, on_step: Callable[[Progress], None] | None) -> None:
         """One pass over the data; its randomness depends on (seed, epoch, process) alone."""
@@ -224,7 +235,8 @@ class _Run:
         batches = len(self.loader)
         for i, (images, targets) in enumerate(self.loader):
             last = (i + 1) % self.config.accumulate == 0 or i + 1 == batches
-            losses = self._backward(images, targets, last)
+            parts = min(self.config.accumulate, batches - i // self.config.accumulate * self.config.accumulate)
+            losses = self._backward(images, targets, last, parts)
             for name, value in losses.items():
                 sums[name] = sums.get(name, value.new_zeros(())) + value.detach()
             if last:
@@ -234,16 +246,17 @@ class _Run:
                     done = epoch * self.updates + -(-(i + 1) // self.config.accumulate)
                     on_step(Progress(epoch, done, self.updates * self.config.epochs, means))
 
-    def _backward(self, images: Tensor, targets: Any, last: bool) -> dict[str, Tensor]:
+    def _backward(self, images: Tensor, targets: Any, last: bool, parts: int) -> dict[str, Tensor]:
+        """Add the gradients of one of the `parts` batches of an update."""
         kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.precision, torch.float32)
         wait = nullcontext() if last or self.world == 1 else self.losses.no_sync()  # type: ignore[operator]
         targets = targets.to(self.device) if isinstance(targets, Tensor) else targets
-        with wait:
+        with wait, frozen_norms(self._frozen_norms):
             with torch.autocast(self.device.type, kind, enabled=kind is not torch.float32):
                 losses = self.losses(images.to(self.device), targets)
                 weights = {"mae": self.config.mae_weight if self.config.stage == "joint" else 1.0}
                 total = sum(weights.get(name, 1.0) * value for name, value in losses.items())
-            self.scaler.scale(total / self.config.accumulate).backward()
+            self.scaler.scale(total / parts).backward()
         return losses
 
     def _update(self) -> None:
@@ -273,12 +286,15 @@ class _Run:
         part.replace(file)
 
     def resume(self, file: str | Path) -> int:
-        """Load a state and return the epoch to go on with."""
-        state = torch.load(file, map_location=self.device, weights_only=True)
+        """Load a state, all or nothing, and return the epoch to go on with."""
+        state = _read_state(file, self.device)
         ours = dataclasses.asdict(self.config)
-        other = {k: v for k, v in state.get("config", {}).items() if ours.get(k) != v}
-        if other or "optimizer" not in state:
+        other = {k: v for k, v in state["config"].items() if ours.get(k) != v}
+        if other:
             raise CheckpointError(f"{file} is of a run with {other}; go on with the same settings, or remove the file")
+        check_state(self.model.state_dict(), state["model"], f"the run of {file}: its model is another one")
+        if self.branch is not None:
+            check_state(self.branch.state_dict(), state["branch"], f"the run of {file}: its branch is another one")
         self.model.load_state_dict(state["model"])
         if self.branch is not None:
             self.branch.load_state_dict(state["branch"])
@@ -286,6 +302,19 @@ class _Run:
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         return int(state["epoch"])
+
+
+_STATE = {"config", "epoch", "model", "branch", "optimizer", "schedule", "scaler"}
+
+
+def _read_state(file: str | Path, device: torch.device) -> dict[str, Any]:
+    try:
+        state = torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:  # a broken file raises whatever its broken part makes of it
+        raise CheckpointError(f"{file} cannot be read ({type(error).__name__}): remove it to start anew") from error
+    if not isinstance(state, dict) or set(state) != _STATE:
+        raise CheckpointError(f"{file} is no training state: remove it to start anew")
+    return state
 
 
 def _parameters_to_freeze(model: nn.Module, branch: MAEBranch | None, stage: str) -> list[nn.Parameter]:

@@ -15,8 +15,8 @@ from ttt_adapt.decoders import Pyramid
 from ttt_adapt.errors import ConfigError, missing, nearest
 from ttt_adapt.masking import pad_to_multiple
 
-_PLAIN_TRANSFORMERS = ("vision_transformer", "eva", "beit", "deit")
-"""Modules of timm whose models keep one grid of tokens: their last features are all that the head needs."""
+_PLAIN_TRANSFORMERS = ("vision_transformer", "eva", "deit")
+"""Modules of timm whose models keep one grid of tokens, of any size: the last features are all that the head needs."""
 
 
 class SegmentationModel(nn.Module):
@@ -41,7 +41,7 @@ class SegmentationModel(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = _timm_encoder(encoder, pretrained, dict(encoder_options or {}))
-        info = self.backbone.feature_info
+        info: Any = self.backbone.feature_info
         strides: Sequence[int] = info.reduction()
         self.multiple = max(strides)
         self.shuffle = max(strides[0] // 4, 1)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from ttt_adapt.branch import MAEBranch
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.errors import ConfigError
+from ttt_adapt.errors import ConfigError, nearest
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
@@ -42,6 +44,20 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
             settings[name.strip()] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             settings[name.strip()] = value
+    return settings
+
+
+def branch_settings(pairs: list[str]) -> dict[str, Any]:
+    """NAME=VALUE for `MAEBranch.attach`.
+
+    Raises:
+        ConfigError: a name that `attach` does not know.
+    """
+    settings = parse_settings(pairs)
+    known = [name for name in inspect.signature(MAEBranch.attach).parameters if name not in ("model", "encoder")]
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"a branch has no setting {name!r}; {nearest(name, known)}")
     return settings
 
 

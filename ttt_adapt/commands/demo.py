@@ -35,8 +35,8 @@ def demo(out: Path, frames: int, seed: int, config: StreamConfig, device: torch.
         config: of the online arm.
         device: where to run.
     """
-    out.mkdir(parents=True, exist_ok=True)
     checkpoint = load_checkpoint(WEIGHTS, device)
+    out.mkdir(parents=True, exist_ok=True)
     size = checkpoint.spec.size
     with progress_bar("render the street", frames) as advance:
         clip = []
@@ -53,12 +53,10 @@ def demo(out: Path, frames: int, seed: int, config: StreamConfig, device: torch.
                 predictions[arm].append(prediction)  # noqa: B023
                 if arm == "online":  # noqa: B023
                     rebuilt.append(_reconstruct(checkpoint, frame))
-                advance(loss if loss is not None else f"mIoU {miou:.3f}")  # noqa: B023
+                advance(loss if loss is not None else f"mIoU {miou:.3f}")
 
             report.add(
-                run_arm(
-                    ARMS[arm], checkpoint, clip, config.replace(seed=seed), name="street", label=arm, on_frame=keep
-                )
+                run_arm(ARMS[arm], checkpoint, clip, config.replace(seed=seed), name="street", label=arm, on_frame=keep)
             )
     _write_video(out / "demo.mp4", [frame for frame, _ in clip], predictions, rebuilt)
     plot_stream(out / "stream.png", report.runs, "A street that drifts from clear day to dusk, fog and rain")
@@ -81,7 +79,9 @@ def _write_video(
 ) -> None:
     palette = np.asarray(PALETTE, dtype=np.uint8)
     with VideoWriter(path, FPS) as writer, progress_bar("write the video", len(frames)) as advance:
-        for frame, fixed, online, image in zip(frames, predictions["fixed"], predictions["online"], rebuilt, strict=True):
+        for frame, fixed, online, image in zip(
+            frames, predictions["fixed"], predictions["online"], rebuilt, strict=True
+        ):
             pictures = {
                 "frame": frame,
                 "fixed model": blend(frame, fixed, palette),

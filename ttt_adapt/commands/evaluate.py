@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,13 +51,16 @@ def evaluate(
         seeds: of adaptation.
         out: folder for the results.
         device: where to run.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: something does not fit; before anything runs or is written.
     """
-    find_arms([contender.arm for contender in contenders])
+    _check(contenders, clips, config, device)
     out.mkdir(parents=True, exist_ok=True)
     settings = {
         "config": asdict(config),
         "seeds": list(seeds),
-        "contenders": {c.label: {"arm": c.arm, "checkpoints": [p.name for p in c.checkpoints]} for c in contenders},
+        "contenders": {c.label: {"arm": c.arm, "checkpoints": _fingerprints(c.checkpoints)} for c in contenders},
         "clips": [clip.name for clip in clips],
         "size": list(clips[0].size or ()),
     }
@@ -68,7 +73,6 @@ def evaluate(
                 loaded = {path: load_checkpoint(path, device)}
             for clip in clips:
                 if not report.has(contender.label, clip.name, seed):
-                    _check_classes(loaded[path], clip, path)
                     _run(report, contender, loaded[path], clip, config.replace(seed=seed))
                     report.save(out / "report.json")
     (out / "table.md").write_text(markdown_table(report, contenders[0].label), encoding="utf-8")
@@ -78,7 +82,9 @@ def evaluate(
     return report
 
 
-def _run(report: Report, contender: Contender, checkpoint: Checkpoint, clip: LabelledClip, config: StreamConfig) -> None:
+def _run(
+    report: Report, contender: Contender, checkpoint: Checkpoint, clip: LabelledClip, config: StreamConfig
+) -> None:
     title = f"{contender.label} on {clip.name}, seed {config.seed}"
     with progress_bar(title, len(clip)) as advance:
         run = run_arm(
@@ -102,9 +108,28 @@ def _open_report(path: Path, settings: dict[str, Any]) -> Report:
     if not path.exists():
         return Report(config=settings, environment=environment())
     report = Report.load(path)
-    if report.config != settings:
+    if report.config != json.loads(json.dumps(settings)):  # JSON has no tuples
         raise DataError(f"{path} holds results of other settings: choose another --out, or remove it")
     return report
+
+
+def _check(
+    contenders: Sequence[Contender], clips: Sequence[LabelledClip], config: StreamConfig, device: torch.device | str
+) -> None:
+    """Fail before the first run, not hours later: every checkpoint loads, suits its arms and knows the classes."""
+    find_arms([contender.arm for contender in contenders])
+    for path in dict.fromkeys(path for contender in contenders for path in contender.checkpoints):
+        checkpoint = load_checkpoint(path, device)
+        for clip in clips:
+            _check_classes(checkpoint, clip, path)
+        for contender in contenders:
+            if path in contender.checkpoints:
+                ARMS[contender.arm].start(checkpoint, config).close()
+
+
+def _fingerprints(files: Sequence[Path]) -> list[str]:
+    """Name and content of files, so that a file that was trained anew is another one."""
+    return [f"{file.name} sha256:{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}" for file in files]
 
 
 def _check_classes(checkpoint: Checkpoint, clip: LabelledClip, path: Path) -> None:

@@ -82,8 +82,11 @@ def train(options: TrainOptions) -> Checkpoint:
     checkpoint = Checkpoint(model.to(device), branch.to(device) if branch is not None else None, spec)
     if options.init is not None:
         load_initial(options.init, checkpoint)
+    _try_size(checkpoint, device)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    stages = [s for s in zip(RECIPES[options.recipe], (options.first_epochs, options.config.epochs), strict=True) if s[1]]
+    stages = [
+        s for s in zip(RECIPES[options.recipe], (options.first_epochs, options.config.epochs), strict=True) if s[1]
+    ]
     files = [options.out.with_suffix(f".{i}-{stage}.state") for i, (stage, _) in enumerate(stages)]
     if not options.resume and _rank() == 0:
         for file in files:
@@ -99,6 +102,16 @@ def train(options: TrainOptions) -> Checkpoint:
         for file in files:
             file.unlink(missing_ok=True)
     return checkpoint
+
+
+@torch.no_grad()
+def _try_size(checkpoint: Checkpoint, device: torch.device) -> None:
+    """Raise a ConfigError where the encoder takes other image sizes only."""
+    spec = checkpoint.spec
+    try:
+        checkpoint.model.eval()(torch.zeros(1, 3, *spec.size, device=device))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"{spec.encoder} cannot take images of {spec.size} (H, W): {error}") from error
 
 
 class NormalizedStills(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):

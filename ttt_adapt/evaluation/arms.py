@@ -24,7 +24,10 @@ from ttt_adapt.taps import norm_layers
 class Runner(Protocol):
     """A model on a stream."""
 
-    loss: float | None
+    @property
+    def loss(self) -> float | None:
+        """The label-free loss at the last frame; None where there was none."""
+        ...
 
     def step(self, frame: Any) -> Tensor:
         """The model's output for a frame; the runner has seen this frame and earlier ones only."""
