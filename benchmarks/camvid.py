@@ -83,7 +83,7 @@ def main() -> None:
             Contender("fixed", "Main Task Only (fixed)", tuple(pair[0] for pair in pairs)),
             *(Contender(arm, title, joint) for arm, title in ARMS.items()),
         ]
-        evaluate(rows, clips, StreamConfig(), options.seeds, options.out / f"camvid-{name}")
+        evaluate(rows, clips, StreamConfig.online(), options.seeds, options.out / f"camvid-{name}")
 
 
 if __name__ == "__main__":

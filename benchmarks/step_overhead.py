@@ -211,7 +211,9 @@ def main() -> None:
 def _memory(kind: str, batch: int, options: argparse.Namespace) -> dict[str, float]:
     command = [sys.executable, __file__, "--frames", "30", "--window", str(options.window), "--one"]
     found = {
-        loop: float(subprocess.run([*command, loop, kind, str(batch)], capture_output=True, text=True, check=True).stdout)
+        loop: float(
+            subprocess.run([*command, loop, kind, str(batch)], capture_output=True, text=True, check=True).stdout
+        )
         for loop in ("adapter", "hand")
     }
     model, encoder = make(kind)

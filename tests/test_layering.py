@@ -19,7 +19,7 @@ LAYERS = [
     {"config", "masking", "features", "window", "snapshot"},
     {"taps"},
     {"encoder", "decoders"},
-    {"frames", "branch", "objectives", "engine"},
+    {"frames", "branch", "objectives", "engine", "optim"},
     {"joint", "adapter"},
     {"models", "data", "demo", "video"},
     {"checkpoint", "evaluation"},

@@ -6,6 +6,7 @@ step on the reconstruction of a batch drawn from the window, then predict the fr
 
 from __future__ import annotations
 
+import inspect
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,17 +19,16 @@ from torch import Tensor, nn
 
 from ttt_adapt.branch import MAEBranch, check_state
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.engine import gradients
-from ttt_adapt.errors import CheckpointError, ConfigError, FrameError, MemoryLimitError, StateError
+from ttt_adapt.engine import explained_memory_errors, gradients
+from ttt_adapt.errors import CheckpointError, ConfigError, FrameError, StateError
 from ttt_adapt.frames import Preprocess, default_preprocess, to_model_input
 from ttt_adapt.objectives.base import Objective
-from ttt_adapt.snapshot import Snapshot
-from ttt_adapt.taps import norm_layers
+from ttt_adapt.optim import ParamGroups, adamw, parameter_groups
+from ttt_adapt.snapshot import Snapshot, copied
+from ttt_adapt.taps import norm_layers, updating_norms
 from ttt_adapt.window import FrameWindow
 
 _adapting: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-ParamGroups = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class StepReport:
         frame_index: position of the frame in the stream, from 0.
         losses: the loss before each gradient step of this frame.
         grad_norm: norm of the whole gradient before clipping, of the last step; None without a step.
-        adapted: whether the weights were updated.
-        reason: why they were not; "" if they were.
+        adapted: whether the weights were updated, by at least one of the steps.
+        reason: why an update was left out ("every", "non-finite gradient"); "" if none was.
         ms: wall time of the whole call, in milliseconds.
     """
 
@@ -91,15 +91,18 @@ class StreamAdapter:
         self._model, self.config = model, config
         encoder = dict(self._branch.encoder_parameters())
         own = {name: p for name, p in self._branch.named_parameters() if p.requires_grad}
-        self._device = next(iter(encoder.values())).device
+        first = next(iter(encoder.values()))
+        self._device, self._dtype = first.device, first.dtype
         self._parameters = [*encoder.values(), *own.values()]
         self._frozen = [p for p in encoder.values() if not p.requires_grad]
         self._norms = norm_layers(model)
         self._preprocess = default_preprocess(model, self._device) if preprocess is None else preprocess
         self._predict = model if predict is None else predict
-        self._groups = _parameter_groups(encoder, own, model, config)
-        self._optimizer = (optimizer or _adamw)([dict(group) for group in self._groups])
+        self._groups = parameter_groups(encoder, own, model, config)
+        self._optimizer = (optimizer or adamw)([dict(group) for group in self._groups])
         self._tensors = _adapted_tensors(encoder, own, self._norms if config.norm_stats != "frozen" else [])
+        self._pull = config.source_pull if config.carry_weights else 1.0
+        self._statistics = [t for name, t in self._tensors.items() if name.startswith("norm.")]
         self._source = Snapshot(self._tensors)
         self._window = FrameWindow(config.window)
         self._generator = torch.Generator(self._device).manual_seed(config.seed)
@@ -188,24 +191,27 @@ class StreamAdapter:
         with self._undone_if_it_fails():
             self._window.stage(x[0])
             losses: list[float] = []
+            updates = 0
             norm, reason = None, "" if self._frame_index % self.config.every == 0 else "every"
             if not reason:
                 self._recall_source()
                 self._renew_norm_stats(x)
-                if self.config.restart_optimizer or not self.config.carry_weights:
+                if self.config.restart_optimizer or self._pull == 1.0:
                     self._forget_optimizer_state()
                 for _ in range(self.config.iterations):
-                    loss, norm, reason = self._iterate()
+                    loss, norm, problem = self._iterate()
                     losses.append(loss)
+                    updates += not problem
+                    reason = reason or problem
         self._window.commit()
         ms = (time.perf_counter() - started) * 1e3
-        self.last = StepReport(self._frame_index, tuple(losses), norm, not reason, reason, ms)
+        self.last = StepReport(self._frame_index, tuple(losses), norm, updates > 0, reason, ms)
         self._frame_index += 1
         return self.last
 
     def _recall_source(self) -> None:
         """Implicit memory: carry the weights on, pull them toward the source, or start from it."""
-        self._source.pull(self.config.source_pull if self.config.carry_weights else 1.0)
+        self._source.pull(self._pull)
 
     def _iterate(self) -> tuple[float, float, str]:
         """One gradient step; returns the loss, the gradient norm and why there was no update ("" if there was)."""
@@ -228,7 +234,7 @@ class StreamAdapter:
         return value, total, ""
 
     def _predict_input(self, x: Tensor) -> Any:
-        with torch.no_grad(), _out_of_memory(self.config):
+        with torch.no_grad(), explained_memory_errors(self.config):
             return self._predict(x)
 
     @torch.no_grad()
@@ -245,7 +251,7 @@ class StreamAdapter:
     def _take(self, frame: Any) -> Tensor:
         self._check_attached()
         with torch.inference_mode(False), torch.no_grad():
-            x = to_model_input(frame, self._preprocess, self._device)
+            x = to_model_input(frame, self._preprocess, self._device, self._dtype)
             if x.is_inference():
                 x = x.clone()
         known = self._window.frame_shape
@@ -261,14 +267,17 @@ class StreamAdapter:
 
     @contextmanager
     def _undone_if_it_fails(self) -> Iterator[None]:
-        """Outside of inference mode; random state and gradients as before if the block raises."""
+        """Outside of inference mode; if the block raises, random state and running statistics are as before."""
         random_state = self._generator.get_state()
+        statistics = copied(self._statistics)
         with torch.inference_mode(False), torch.no_grad():
             try:
-                with _out_of_memory(self.config):
+                with explained_memory_errors(self.config):
                     yield
             except BaseException:
                 self._generator.set_state(random_state)
+                for live, before in zip(self._statistics, statistics, strict=True):
+                    live.copy_(before)
                 raise
             finally:
                 for parameter in self._parameters:
@@ -301,12 +310,12 @@ class StreamAdapter:
     # ---- saving mid-stream
 
     def state_dict(self) -> dict[str, Any]:
-        """All of the stream's state: weights, optimizer, window, random state, counters. Copies; torch.save takes it."""
+        """A copy of all of the stream's state: weights, optimizer, window, random state, counters."""
         self._check_attached()
         return {
             "config": asdict(self.config),
             "weights": {name: tensor.detach().clone() for name, tensor in self._tensors.items()},
-            "optimizer": _copied(self._optimizer.state_dict()),
+            "optimizer": copied(self._optimizer.state_dict()),
             "window": self._window.state_dict(),
             "random": self._generator.get_state(),
             "frame_index": self._frame_index,
@@ -330,26 +339,13 @@ class StreamAdapter:
             )
         check_state(self._tensors, state["weights"], "this adapter's model")
         with torch.inference_mode(False), torch.no_grad():
-            self._optimizer.load_state_dict(state["optimizer"])
+            self._optimizer.load_state_dict(copied(state["optimizer"]))
             for name, tensor in self._tensors.items():
                 tensor.detach().copy_(state["weights"][name])
             self._window.load_state_dict(state["window"], self._device)
         self._generator.set_state(state["random"].cpu())
         self._frame_index = state["frame_index"]
         self.last = None
-
-
-@contextmanager
-def updating_norms(norms: list[nn.Module], momentum: float) -> Iterator[None]:
-    """Inside the block, passes blend their statistics into the running ones with weight `momentum`."""
-    saved = [(norm.training, norm.momentum) for norm in norms]
-    for norm in norms:
-        norm.training, norm.momentum = True, momentum  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for norm, (training, before) in zip(norms, saved, strict=True):
-            norm.training, norm.momentum = training, before
 
 
 def _check_arguments(
@@ -361,38 +357,15 @@ def _check_arguments(
         raise ConfigError(f"config is a {type(config).__name__}; expected a StreamConfig")
     if branch is None and "encoder" not in attach:
         raise ConfigError("pass a branch from MAEBranch.attach(model, ...), or encoder=... to attach one here")
+    unknown = set(attach) - set(inspect.signature(MAEBranch.attach).parameters)
+    if unknown:
+        raise ConfigError(f"unknown keyword {', '.join(map(repr, sorted(unknown)))}; expected those of MAEBranch.attach")
     if branch is not None and attach:
-        raise ConfigError(f"{', '.join(attach)} belong to MAEBranch.attach and a branch was given: pass one or the other")
+        raise ConfigError(f"{', '.join(attach)} belong to MAEBranch.attach and a branch was given: pass only one")
     if branch is not None and branch.model is not model:
         raise ConfigError("the branch is attached to another model: attach one to this model")
     if model in _adapting:
         raise StateError("this model already has a StreamAdapter: detach() that one first, or copy the model")
-
-
-def _parameter_groups(
-    encoder: Mapping[str, nn.Parameter], own: Mapping[str, nn.Parameter], model: nn.Module, config: StreamConfig
-) -> ParamGroups:
-    """Encoder and decoder, each with and without weight decay."""
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    groups = []
-    for part, named, lr in (
-        ("encoder", encoder, config.lr * config.encoder_lr_scale),
-        ("decoder", own, config.lr),
-    ):
-        bare = [p for n, p in named.items() if _no_decay(n, p) or id(p) in embeddings]
-        rest = [p for n, p in named.items() if not (_no_decay(n, p) or id(p) in embeddings)]
-        groups.append({"name": part, "params": rest, "lr": lr, "weight_decay": config.weight_decay})
-        groups.append({"name": f"{part}_no_decay", "params": bare, "lr": lr, "weight_decay": 0.0})
-    return [group for group in groups if group["params"]]
-
-
-def _no_decay(name: str, parameter: Tensor) -> bool:
-    """Norms, biases, tokens, position embeddings and relative position tables are not decayed."""
-    return parameter.ndim <= 1 or any(word in name for word in ("token", "pos_embed", "position", "embed_", "_embed."))
-
-
-def _adamw(groups: ParamGroups) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, fused=True)
 
 
 def _adapted_tensors(
@@ -404,28 +377,3 @@ def _adapted_tensors(
     for i, norm in enumerate(norms):
         tensors |= {f"norm.{i}.{name}": buffer for name, buffer in norm.named_buffers()}
     return tensors
-
-
-@contextmanager
-def _out_of_memory(config: StreamConfig) -> Iterator[None]:
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
-            if "allocate memory" not in str(error):
-                raise
-        raise MemoryLimitError(
-            f"out of memory in a step with batch_size={config.batch_size}, crop_size={config.crop_size}, "
-            f"window={config.window}: lower batch_size or crop_size first, then window, or use precision='bf16'"
-        ) from error
-
-
-def _copied(value: Any) -> Any:
-    """A nested state with every tensor cloned."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copied(item) for item in value)
-    return value

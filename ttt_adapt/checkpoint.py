@@ -95,7 +95,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, half: bool = False
     library = _safetensors()
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
-        library.save_file({name: v.contiguous() for name, v in weights.items()}, str(part), metadata)
+        part.write_bytes(library.save({name: v.contiguous() for name, v in weights.items()}, metadata))
         part.replace(path)
     except (OSError, library.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
@@ -170,7 +170,7 @@ def _safetensors() -> Any:
         raise missing("safetensors", "timm") from error
 
     class Library:
-        save_file = staticmethod(safetensors.torch.save_file)
+        save = staticmethod(safetensors.torch.save)
         safe_open = staticmethod(safetensors.safe_open)
         SafetensorError = safetensors.SafetensorError
 

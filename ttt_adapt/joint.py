@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ttt_adapt.branch import MAEBranch, check_state
 from ttt_adapt.errors import CheckpointError, ConfigError, StateError
+from ttt_adapt.optim import decays
 from ttt_adapt.taps import frozen_norms
 
 STAGES = ("main", "joint", "mae", "probe")
@@ -326,8 +327,8 @@ def _parameters_to_freeze(model: nn.Module, branch: MAEBranch | None, stage: str
 
 
 def _decay_groups(module: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    trained = [p for p in module.parameters() if p.requires_grad]
+    trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for n, p in trained if decays(n, p)], "weight_decay": config.weight_decay},
+        {"params": [p for n, p in trained if not decays(n, p)], "weight_decay": 0.0},
     ]

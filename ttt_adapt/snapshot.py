@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,3 +35,14 @@ class Snapshot:
         elif fraction > 0.0 and self._floats:
             live = [self._live[i] for i in self._floats]
             torch._foreach_lerp_(live, [self._copies[i] for i in self._floats], fraction)
+
+
+def copied(value: Any) -> Any:
+    """A nested state with every tensor cloned."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(copied(item) for item in value)
+    return value

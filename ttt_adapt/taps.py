@@ -3,7 +3,7 @@
 - `run_encoder` runs the model from its input and stops where the encoder ends.
 - `hidden_channel` adds the mask channel's convolution to the stem.
 - `visible_tokens` lets a transformer's blocks see the visible tokens only.
-- `frozen_norms` keeps BatchNorm statistics out of a pass.
+- `frozen_norms` keeps BatchNorm statistics out of a pass, `updating_norms` lets a pass into them.
 """
 
 from __future__ import annotations
@@ -200,3 +200,16 @@ def frozen_norms(norms: list[nn.Module]) -> Iterator[None]:
     finally:
         for norm in training:
             norm.training = True
+
+
+@contextmanager
+def updating_norms(norms: list[nn.Module], momentum: float) -> Iterator[None]:
+    """Inside the block, passes blend their statistics into the running ones with weight `momentum`."""
+    saved = [(norm.training, norm.momentum) for norm in norms]
+    for norm in norms:
+        norm.training, norm.momentum = True, momentum  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for norm, (training, before) in zip(norms, saved, strict=True):
+            norm.training, norm.momentum = training, before

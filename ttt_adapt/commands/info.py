@@ -39,7 +39,8 @@ def inspect_model(
     Args:
         name: timm model name, or a .safetensors file.
         encoder: dotted path where the encoder ends; for timm models the last stage or norm by default.
-        size: (H, W) of the frames to count FLOPs for; what the model was looked at with by default.
+        size: (H, W) of the frames to count FLOPs for; by default a checkpoint's training size, and for timm models
+            what they were looked at with.
         attach: keywords of `MAEBranch.attach`, for timm models.
         config: whose batch size and iterations a step is counted with.
 
@@ -49,6 +50,7 @@ def inspect_model(
     config = config or StreamConfig()
     if name.endswith(".safetensors"):
         checkpoint = load_checkpoint(name)
+        size = size or checkpoint.spec.size
         model: nn.Module = checkpoint.model
         branch = checkpoint.branch or MAEBranch.attach(model, "backbone", **(attach or {}))
     else:

@@ -1,5 +1,5 @@
 """How a gradient step runs."""
 
-from ttt_adapt.engine.eager import gradients
+from ttt_adapt.engine.eager import explained_memory_errors, gradients
 
-__all__ = ["gradients"]
+__all__ = ["explained_memory_errors", "gradients"]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from ttt_adapt.config import StreamConfig
+from ttt_adapt.errors import MemoryLimitError
 
 
 def gradients(
@@ -30,3 +34,18 @@ def gradients(
         ):
             parameter.grad = gradient
     return value.detach()
+
+
+@contextmanager
+def explained_memory_errors(config: StreamConfig) -> Iterator[None]:
+    """Turn out-of-memory errors inside the block into one that says what to lower."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+        if not known or isinstance(error, MemoryLimitError):
+            raise
+        raise MemoryLimitError(
+            f"out of memory in a step with batch_size={config.batch_size}, crop_size={config.crop_size}, "
+            f"window={config.window}: lower batch_size or crop_size first, then window, or use precision='bf16'"
+        ) from error

@@ -12,13 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ttt_adapt.adapter import StreamAdapter, updating_norms
+from ttt_adapt.adapter import StreamAdapter
 from ttt_adapt.checkpoint import Checkpoint
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import ConfigError, nearest
 from ttt_adapt.frames import Preprocess, to_model_input
 from ttt_adapt.snapshot import Snapshot
-from ttt_adapt.taps import norm_layers
+from ttt_adapt.taps import norm_layers, updating_norms
 
 
 class Runner(Protocol):
