@@ -37,7 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "encoder_options": {"img_size": SIZE, "depth": 4},
         "epochs": 30,
     },
-    "convnext": {"encoder": "convnext_atto", "encoder_options": {}, "epochs": 15},
+    "convnext": {"encoder": "convnext_atto", "encoder_options": {}, "epochs": 12},
 }
 
 

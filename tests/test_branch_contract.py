@@ -132,7 +132,7 @@ class BranchContract:
         images = torch.randn(2, 3, *self.odd_size)
         mask = branch.draw_mask(images, torch.Generator().manual_seed(2))
         with torch.no_grad():
-            prediction = branch._predict(images, mask)
+            prediction = branch._predict(images, mask, int(mask[0].sum()))
         h, w = self.odd_size
         expected = _loss_by_hand(prediction[..., :h, :w], images, mask, self.patch, loss_on, norm_pix_loss)
         assert branch.reconstruct(images, mask=mask).loss.item() == pytest.approx(expected, rel=1e-5)
@@ -417,7 +417,7 @@ def test_a_plain_vit_takes_pixel_masking_too(make, patch):
     assert out.prediction.shape == images.shape
     assert branch.draw_mask(images).shape == (2, 4, 5)
     with torch.no_grad():
-        assert branch._encode(torch.randn(1, 3, 4 * patch, 5 * patch), branch.draw_mask(images)[:1]) is not None
+        assert branch._encode(torch.randn(1, 3, 4 * patch, 5 * patch), branch.draw_mask(images)[:1], 4) is not None
 
 
 def test_pixel_masks_that_do_not_meet_the_tokens_still_hide_exactly_their_patches():
@@ -430,7 +430,9 @@ def test_pixel_masks_that_do_not_meet_the_tokens_still_hide_exactly_their_patche
     other = torch.where(visible, images, torch.randn_like(images))
     # the prediction that the loss sees; `reconstruct` would scale it by the statistics of the hidden patches
     with torch.no_grad():
-        assert torch.equal(branch._predict(images, mask), branch._predict(other, mask))
+        assert torch.equal(
+            branch._predict(images, mask, int(mask[0].sum())), branch._predict(other, mask, int(mask[0].sum()))
+        )
     assert branch.reconstruct(images, mask=mask).prediction.shape == images.shape
 
 
@@ -467,7 +469,7 @@ def test_patches_of_several_tokens_hide_them_together():
     images = torch.randn(2, 3, 70, 100)
     mask = branch.draw_mask(images)
     assert mask.shape == (2, 3, 4)
-    order, patches = branch._visible_order(mask, 16)
+    order, patches = branch._token_order(mask, int(mask[0].sum()), 16)
     assert patches == 6 * 8
     assert order.shape == (2, 3 * 4)
     for i in range(2):

@@ -65,6 +65,7 @@ def video(path: Path) -> tuple[int, float, tuple[int, int]]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
+    torch.set_num_threads(1)  # as in the tests: the order of sums depends on it
     out = tmp_path_factory.mktemp("trained") / "street.safetensors"
     invoke("train", *TRAIN, f"--out={out}")
     return out
@@ -105,10 +106,10 @@ def test_every_command_has_help():
 @pytest.mark.slow
 def test_the_console_script_and_the_module_are_the_same_command(trained):
     environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(SCRIPT), "info", str(trained)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "masking" in done.stdout
     for launch in ([str(SCRIPT)], [sys.executable, "-m", "ttt_adapt"]):
-        done = subprocess.run([*launch, "info", str(trained)], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        assert "masking" in done.stdout
         bad = subprocess.run([*launch, "info", "no_such_model"], capture_output=True, text=True, env=environment)
         assert (bad.returncode, bad.stdout) == (1, "")
         assert bad.stderr.startswith("error: timm has no model 'no_such_model'")
@@ -128,7 +129,10 @@ def test_train_writes_a_checkpoint_that_says_how_it_was_made(trained):
 def test_the_same_command_trains_the_same_weights(trained, tmp_path):
     out = tmp_path / "again.safetensors"
     assert f"wrote {out}" in invoke("train", *TRAIN, f"--out={out}")
-    assert out.read_bytes() == trained.read_bytes()
+    first, second = (load_checkpoint(path) for path in (trained, out))
+    assert same_bits(dict(first.model.state_dict()), dict(second.model.state_dict()))
+    assert same_bits(dict(first.branch.state_dict()), dict(second.branch.state_dict()))
+    assert first.spec == second.spec
 
 
 def test_info_shows_what_would_be_adapted_and_what_a_step_costs(trained):
@@ -207,7 +211,7 @@ def test_a_video_that_breaks_keeps_what_was_written_and_says_where(trained, clip
 @needs_camvid
 @needs_clip
 def test_from_real_stills_to_a_real_video(tmp_path):
-    """The main job: a CNN with pixel masking, trained on CamVid's daylight, evaluated at dusk, run on another camera."""
+    """The main job: a CNN trained on CamVid's daylight, evaluated at dusk, run on the video of another camera."""
     model, out = tmp_path / "cnn.safetensors", tmp_path / "eval"
     invoke(
         "train", CAMVID, "--clips=0016E5_train_d", "--size=72x96", "--encoder=resnet18", "--first-epochs=0",
@@ -322,7 +326,7 @@ BAD_TRAINING = [
     (["street", "--encoder=resnet18", "--branch=masking=tokens"], 'use masking="pixels"'),
     (["street", "--size=10"], "HEIGHTxWIDTH"),
     (["street", "--size=10x10"], "at least (48, 64)"),
-    (["street", "--encoder=mixer_b16_224", "--size=64x96"], "cannot take images of (64, 96)"),
+    (["street", "--encoder=mixer_s32_224", "--size=64x96"], "cannot take images of (64, 96)"),
     (["street", "--recipe=both"], "expected one of joint, main, probe"),
     (["street", "--precision=fp8"], "'fp8'"),
     (["street", "--lr=0"], "lr 0.0"),

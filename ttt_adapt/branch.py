@@ -14,7 +14,7 @@ from ttt_adapt.decoders import Decoder, HeadCopy, build_decoder
 from ttt_adapt.encoder import EncoderInfo, evaluating, inspect_encoder
 from ttt_adapt.errors import CheckpointError, ConfigError, EncoderError, FrameError, StateError
 from ttt_adapt.features import Features, to_maps
-from ttt_adapt.masking import pad_to_multiple, patchify, random_mask, unpatchify, upsample_mask
+from ttt_adapt.masking import hidden_patches, pad_to_multiple, patchify, random_mask, unpatchify, upsample_mask
 from ttt_adapt.taps import frozen_norms, hidden_channel, run_encoder, visible_tokens
 
 
@@ -150,7 +150,9 @@ class MAEBranch(nn.Module):
             Mean squared error, a scalar, over the hidden pixels or all of them (`loss_on`).
         """
         mask = self.draw_mask(images, generator)
-        return self._loss(self._predict(images, mask), images, mask)
+        patches = mask[0].numel()
+        visible = patches - hidden_patches(patches, self.mask_ratio)
+        return self._loss(self._predict(images, mask, visible), images, mask)
 
     @torch.no_grad()
     def reconstruct(
@@ -160,11 +162,21 @@ class MAEBranch(nn.Module):
 
         Args:
             images: [B, 3, H, W] as the model takes them.
-            mask: bool [B, H / patch_size, W / patch_size] (rounded up), True = visible; drawn without it.
+            mask: bool [B, H / patch_size, W / patch_size] (rounded up), True = visible, with as many visible patches in
+                every image; drawn without it.
             generator: random source for the masks, on the images' device.
+
+        Raises:
+            ConfigError: a mask of another shape or type, or with another number of visible patches per image.
         """
-        mask = self.draw_mask(images, generator) if mask is None else mask
-        prediction = self._predict(images, mask)
+        drawn = self.draw_mask(images, generator)
+        mask = drawn if mask is None else mask
+        if mask.shape != drawn.shape or mask.dtype is not torch.bool:
+            raise ConfigError(f"the mask is {tuple(mask.shape)} {mask.dtype}; expected bool {tuple(drawn.shape)}")
+        visible = set(mask.flatten(1).sum(1).tolist())
+        if len(visible) != 1:
+            raise ConfigError(f"the masks show {sorted(visible)} patches; expected as many in every image")
+        prediction = self._predict(images, mask, visible.pop())
         loss = self._loss(prediction, images, mask)
         if self.norm_pix_loss:
             prediction = self._denormalise(prediction, images)
@@ -173,29 +185,29 @@ class MAEBranch(nn.Module):
 
     def draw_mask(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One random mask per image: bool [B, ceil(H / p), ceil(W / p)], True = visible."""
-        b, c, h, w = self._checked(images).shape
+        b, _, h, w = self._checked(images).shape
         grid = (-(-h // self.patch_size), -(-w // self.patch_size))
         return random_mask(b, grid, self.mask_ratio, generator=generator, device=images.device)
 
-    def _predict(self, images: Tensor, mask: Tensor) -> Tensor:
-        """g(f(masked images)): [B, 3, >= H, >= W], cropped to the padded frame."""
+    def _predict(self, images: Tensor, mask: Tensor, visible: int) -> Tensor:
+        """g(f(masked images)), [B, 3, H, W] of the padded images; `visible` patches in each mask."""
         padded = pad_to_multiple(images, self.multiple)
         with frozen_norms(self.info.norms):
-            raw = self._encode(padded, mask)
+            raw = self._encode(padded, mask, visible)
             size = (padded.shape[-2], padded.shape[-1])
             prediction = self.decoder(Features(to_maps(raw, self.info.maps, size), raw, size))
         return prediction[..., : size[0], : size[1]]
 
-    def _encode(self, padded: Tensor, mask: Tensor) -> Any:
+    def _encode(self, padded: Tensor, mask: Tensor, visible: int) -> Any:
         info = self.info
         if info.tokens is not None and self.masking == "tokens":
-            order, patches = self._visible_order(mask, info.tokens.patch_size)
-            with visible_tokens(info.tokens, order, patches, self.mask_token):
+            order, tokens = self._token_order(mask, visible, info.tokens.patch_size)
+            with visible_tokens(info.tokens, order, tokens, self.mask_token):
                 return run_encoder(info.model, info.module, padded)
         assert info.stem is not None
-        visible = self._pixel_mask(mask, padded)
-        with hidden_channel(info.stem, self.mask_channel, 1 - visible):
-            return run_encoder(info.model, info.module, padded * visible)
+        pixels = self._pixel_mask(mask, padded)
+        with hidden_channel(info.stem, self.mask_channel, 1 - pixels):
+            return run_encoder(info.model, info.module, padded * pixels)
 
     def _pixel_mask(self, mask: Tensor, padded: Tensor) -> Tensor:
         """1 = visible, [B, 1, H, W] of the padded images; padding that no patch covers is visible."""
@@ -203,15 +215,12 @@ class MAEBranch(nn.Module):
         pixels = upsample_mask(mask, self.patch_size).to(padded.dtype)[..., :h, :w]
         return F.pad(pixels, (0, w - pixels.shape[-1], 0, h - pixels.shape[-2]), value=1.0)
 
-    def _visible_order(self, mask: Tensor, token: int) -> tuple[Tensor, int]:
+    def _token_order(self, mask: Tensor, visible: int, token: int) -> tuple[Tensor, int]:
         """The visible tokens of each image in row-major order, int64 [B, n], and the number of all tokens."""
         times = self.patch_size // token
-        tokens = (
-            mask.repeat_interleave(times, 1).repeat_interleave(times, 2).flatten(1) if times > 1 else mask.flatten(1)
-        )
-        kept = int(tokens[0].sum())
+        tokens = mask.repeat_interleave(times, 1).repeat_interleave(times, 2).flatten(1)
         order = tokens.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-        return order[:, :kept], tokens.shape[1]
+        return order[:, : visible * times**2], tokens.shape[1]
 
     def _loss(self, prediction: Tensor, images: Tensor, mask: Tensor) -> Tensor:
         h, w = images.shape[-2:]
@@ -248,8 +257,8 @@ class MAEBranch(nn.Module):
     def _check_decoder(self) -> None:
         images = self.info.probe_images()
         with evaluating(self.model), evaluating(self), torch.no_grad():
-            generator = torch.Generator(images.device).manual_seed(0)
-            prediction = self._predict(images, self.draw_mask(images, generator))
+            mask = self.draw_mask(images, torch.Generator(images.device).manual_seed(0))
+            prediction = self._predict(images, mask, int(mask[0].sum()))
         if prediction.shape != pad_to_multiple(images, self.multiple).shape:
             raise EncoderError(
                 f"the decoder returned {tuple(prediction.shape)} for images {tuple(images.shape)}; "

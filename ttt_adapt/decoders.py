@@ -210,8 +210,8 @@ def _last_convolution(head: nn.Module, images: Tensor) -> tuple[str, torch.Size]
         head(images)
     if before:
         raise EncoderError(
-            f"copy_head needs an encoder that is one module: {before[0]!r} runs before the module that was named, so it "
-            'would be copied with the head; name a module that holds all of the encoder, or use decoder="conv"'
+            f"copy_head needs an encoder that is one module: {before[0]!r} runs before the module that was named, so "
+            'it would be copied with the head; name a module that holds all of the encoder, or use decoder="conv"'
         )
     if not ran or 1 in ran[-1][1][-2:]:
         raise EncoderError(
