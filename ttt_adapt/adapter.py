@@ -112,6 +112,7 @@ class StreamAdapter:
         self.last: StepReport | None = None
         _adapting.add(model)
         model.eval()
+        self._branch_training = bool(getattr(self._branch, "training", False))
         self._branch.train(False)
 
     @property
@@ -130,7 +131,7 @@ class StreamAdapter:
 
         Raises:
             FrameTypeError, FrameError: a frame that cannot be used; nothing has changed.
-            MemoryLimitError: out of memory; the frame was not taken into the stream.
+            MemoryLimitError: out of memory; in the gradient step, the frame was not taken into the stream.
         """
         x = self._take(frame)
         self._adapt(x)
@@ -172,6 +173,7 @@ class StreamAdapter:
                 parameter.grad = None
             for module, training in self._flags.items():
                 module.training = training
+            self._branch.train(self._branch_training)
             if self._owns_branch:
                 self._branch.detach()
             _adapting.discard(self._model)

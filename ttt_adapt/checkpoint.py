@@ -17,8 +17,6 @@ from ttt_adapt.errors import CheckpointError, missing
 from ttt_adapt.frames import Normalize
 from ttt_adapt.models import SegmentationModel
 
-FORMAT = 1
-
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -90,7 +88,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, half: bool = False
         weights |= {f"branch.{name}": value for name, value in checkpoint.branch.state_dict().items()}
     if half:
         weights = {name: v.half() if v.is_floating_point() else v for name, v in weights.items()}
-    metadata = {"format": str(FORMAT), "spec": json.dumps(asdict(checkpoint.spec))}
+    metadata = {"spec": json.dumps(asdict(checkpoint.spec))}
     part = Path(f"{path}.part")
     library = _safetensors()
     try:
