@@ -361,7 +361,7 @@ def _check_arguments(
         raise ConfigError("pass a branch from MAEBranch.attach(model, ...), or encoder=... to attach one here")
     unknown = set(attach) - set(inspect.signature(MAEBranch.attach).parameters)
     if unknown:
-        raise ConfigError(f"unknown keyword {', '.join(map(repr, sorted(unknown)))}; expected those of MAEBranch.attach")
+        raise ConfigError(f"{', '.join(map(repr, sorted(unknown)))}: unknown; expected keywords of MAEBranch.attach")
     if branch is not None and attach:
         raise ConfigError(f"{', '.join(attach)} belong to MAEBranch.attach and a branch was given: pass only one")
     if branch is not None and branch.model is not model:

@@ -47,15 +47,16 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("ttt-adapt-demo"),
     frames: Annotated[int, typer.Option(min=2, help="Length of the stream.")] = 240,
     seed: Seed = 0,
-    preset: Preset = "online",
     settings: Settings = None,
     device: Device = "auto",
 ) -> None:
     """Watch a small model adapt to a street that drifts from clear day to dusk, fog and rain."""
+    from ttt_adapt.commands.common import parse_settings
+    from ttt_adapt.commands.demo import CONFIG
     from ttt_adapt.commands.demo import demo as run_demo
     from ttt_adapt.evaluation.report import rich_table
 
-    report = run_demo(out, frames, seed, _config(preset, settings, seed), _device(device))
+    report = run_demo(out, frames, seed, CONFIG.replace(**{"seed": seed, **parse_settings(settings or [])}), _device(device))
     console.print(rich_table(report))
     _say(f"side-by-side video: {out / 'demo.mp4'}\nloss and mIoU over time: {out / 'stream.png'}")
 
