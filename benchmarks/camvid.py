@@ -26,11 +26,7 @@ from ttt_adapt.joint import TrainConfig
 TRAIN = ("0006R0_train_a", "0016E5_train_a", "0016E5_train_b", "0016E5_train_d")
 STREAMS = ("0016E5_val_c", "0001TP_train_a")
 SIZE = (144, 192)
-ARMS = {
-    "no-memory": "TTT-MAE No Memory",
-    "implicit": "Implicit Memory Only",
-    "online": "Online TTT-MAE",
-}
+ARMS = {"no-memory": "TTT-MAE No Memory", "online": "Online TTT-MAE"}
 MODELS: dict[str, dict[str, Any]] = {
     "vit": {
         "encoder": "vit_tiny_patch16_224",

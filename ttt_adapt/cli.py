@@ -56,7 +56,8 @@ def demo(
     from ttt_adapt.commands.demo import demo as run_demo
     from ttt_adapt.evaluation.report import rich_table
 
-    report = run_demo(out, frames, seed, CONFIG.replace(**{"seed": seed, **parse_settings(settings or [])}), _device(device))
+    config = CONFIG.replace(**{"seed": seed, **parse_settings(settings or [])})
+    report = run_demo(out, frames, seed, config, _device(device))
     console.print(rich_table(report))
     _say(f"side-by-side video: {out / 'demo.mp4'}\nloss and mIoU over time: {out / 'stream.png'}")
 
