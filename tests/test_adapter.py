@@ -264,7 +264,7 @@ def test_the_patch_embeddings_convolution_is_decayed():
 def test_weight_decay_acts_on_what_it_is_given_alone():
     adapter = attached(config=CONFIG.replace(weight_decay=0.5, lr=1e-2, grad_clip=1e-30), optimizer=None)
     before = weights(adapter)
-    adapter._optimizer = torch.optim.SGD([dict(g) for g in adapter._groups])
+    adapter._optimizer = torch.optim.SGD([dict(g) for g in adapter._optimizer.param_groups])
     adapter.step(clip(1)[0])
     now = weights(adapter)
     for name, lr in (("model.backbone.0.weight", 0.5e-2), ("branch.decoder.pyramid.out.weight", 1e-2)):

@@ -90,16 +90,21 @@ class StreamAdapter:
         self._branch: Objective = MAEBranch.attach(model, **attach) if branch is None else branch
         self._model, self.config = model, config
         encoder = dict(self._branch.encoder_parameters())
+        if not encoder:
+            raise ConfigError("the branch names no encoder parameters: there is nothing to adapt")
         own = {name: p for name, p in self._branch.named_parameters() if p.requires_grad}
         first = next(iter(encoder.values()))
         self._device, self._dtype = first.device, first.dtype
+        self._encoder_count = len(encoder)
         self._parameters = [*encoder.values(), *own.values()]
         self._frozen = [p for p in encoder.values() if not p.requires_grad]
         self._norms = norm_layers(model)
+        self._drops = [m for m in model.modules() if config.drop_path and "drop" in type(m).__name__.lower()]
         self._preprocess = default_preprocess(model, self._device) if preprocess is None else preprocess
         self._predict = model if predict is None else predict
-        self._groups = parameter_groups(encoder, own, model, config)
-        self._optimizer = (optimizer or adamw)([dict(group) for group in self._groups])
+        groups = parameter_groups(encoder, own, model, config)
+        self._make_optimizer = lambda: (optimizer or adamw)([dict(group) for group in groups])
+        self._new_optimizer()
         self._tensors = _adapted_tensors(encoder, own, self._norms if config.norm_stats != "frozen" else [])
         self._pull = config.source_pull if config.carry_weights else 1.0
         self._statistics = [t for name, t in self._tensors.items() if name.startswith("norm.")]
@@ -111,6 +116,9 @@ class StreamAdapter:
         self._frame_index = 0
         self.last: StepReport | None = None
         _adapting.add(model)
+        # an adapter that is lost without detach() gives the model back too
+        self._finalizer = weakref.finalize(self, _give_back, model, self._source, self._flags, self._parameters)
+        self._finalizer.atexit = False
         model.eval()
         self._branch_training = bool(getattr(self._branch, "training", False))
         self._branch.train(False)
@@ -131,7 +139,9 @@ class StreamAdapter:
 
         Raises:
             FrameTypeError, FrameError: a frame that cannot be used; nothing has changed.
-            MemoryLimitError: out of memory; in the gradient step, the frame was not taken into the stream.
+            MemoryLimitError: out of memory; in the gradient step, the frame was not taken into the stream. After any
+                error in the gradient step, window, random state and counters are as before, and the weights are those
+                of the last finished iteration (pulled toward the source, if `source_pull` asks for it).
         """
         x = self._take(frame)
         self._adapt(x)
@@ -154,7 +164,8 @@ class StreamAdapter:
         """Begin a new video: source weights, empty window, fresh optimizer, the seed again, counters at 0."""
         self._check_attached()
         self._source.restore()
-        self._forget_optimizer_state()
+        torch.clear_autocast_cache()
+        self._new_optimizer()
         self._window.clear()
         self._generator.manual_seed(self.config.seed)
         self._frame_index = 0
@@ -167,16 +178,11 @@ class StreamAdapter:
             keep_adapted: keep the adapted weights instead, in the model and in the branch.
         """
         if self._attached:
-            if not keep_adapted:
-                self._source.restore()
-            for parameter in self._parameters:
-                parameter.grad = None
-            for module, training in self._flags.items():
-                module.training = training
+            self._finalizer.detach()
+            _give_back(self._model, None if keep_adapted else self._source, self._flags, self._parameters)
             self._branch.train(self._branch_training)
             if self._owns_branch:
                 self._branch.detach()
-            _adapting.discard(self._model)
             self._attached = False
         return self._model
 
@@ -195,11 +201,12 @@ class StreamAdapter:
             losses: list[float] = []
             updates = 0
             norm, reason = None, "" if self._frame_index % self.config.every == 0 else "every"
-            if not reason:
+            if not reason or self._pull == 1.0:  # without carried weights every frame starts from the source
                 self._recall_source()
+            if not reason:
                 self._renew_norm_stats(x)
                 if self.config.restart_optimizer or self._pull == 1.0:
-                    self._forget_optimizer_state()
+                    self._restart_optimizer()
                 for _ in range(self.config.iterations):
                     loss, norm, problem = self._iterate()
                     losses.append(loss)
@@ -223,6 +230,7 @@ class StreamAdapter:
             loss = gradients(
                 lambda: self._branch.loss(batch, generator=self._generator),
                 self._parameters,
+                self._encoder_count,
                 config.precision,
                 self._device,
             )
@@ -284,26 +292,34 @@ class StreamAdapter:
             finally:
                 for parameter in self._parameters:
                     parameter.grad = None
+                torch.clear_autocast_cache()  # an outer autocast would predict with casts of the old weights
 
     @contextmanager
     def _learning(self) -> Iterator[None]:
         """requires_grad on, and stochastic depth if asked for, during a gradient step."""
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        if self.config.drop_path:
-            self._model.train()
-            for norm in self._norms:
-                norm.training = False
+        for drop in self._drops:
+            drop.training = True
         try:
             yield
         finally:
-            if self.config.drop_path:
-                self._model.eval()
+            for drop in self._drops:
+                drop.training = False
             for parameter in self._frozen:
                 parameter.requires_grad_(False)
 
-    def _forget_optimizer_state(self) -> None:
+    def _new_optimizer(self) -> None:
+        self._optimizer = self._make_optimizer()
+        self._fresh_groups = [
+            copied({k: v for k, v in group.items() if k != "params"}) for group in self._optimizer.param_groups
+        ]
+
+    def _restart_optimizer(self) -> None:
+        """As new, without building a new one per frame: no state, and the groups' settings as they were made."""
         self._optimizer.state.clear()
+        for group, fresh in zip(self._optimizer.param_groups, self._fresh_groups, strict=True):
+            group.update(copied(fresh))
 
     def _check_attached(self) -> None:
         if not self._attached:
@@ -317,7 +333,7 @@ class StreamAdapter:
         return {
             "config": asdict(self.config),
             "weights": {name: tensor.detach().clone() for name, tensor in self._tensors.items()},
-            "optimizer": copied(self._optimizer.state_dict()),
+            "optimizer": {"kind": type(self._optimizer).__name__, "state": copied(self._optimizer.state_dict())},
             "window": self._window.state_dict(),
             "random": self._generator.get_state(),
             "frame_index": self._frame_index,
@@ -330,6 +346,8 @@ class StreamAdapter:
             CheckpointError: the state is of another model or configuration.
         """
         self._check_attached()
+        if not isinstance(state, Mapping):
+            raise CheckpointError(f"the state is a {type(state).__name__}; expected what state_dict() returned")
         missing = [k for k in ("config", "weights", "optimizer", "window", "random", "frame_index") if k not in state]
         if missing:
             raise CheckpointError(f"this is no state of a StreamAdapter: {', '.join(missing)} missing")
@@ -340,14 +358,43 @@ class StreamAdapter:
                 f"{ {k: asdict(self.config).get(k) for k in other} }: make the adapter with the same StreamConfig"
             )
         check_state(self._tensors, state["weights"], "this adapter's model")
+        previous, fresh = self._optimizer, self._fresh_groups
+        try:  # on new objects: what does not fit must not have changed anything
+            torch.Generator(self._device).set_state(state["random"].cpu())
+            self._new_optimizer()
+            if state["optimizer"]["kind"] != type(previous).__name__:
+                raise ValueError(
+                    f"the optimizer was {state['optimizer']['kind']}, here it is {type(previous).__name__}"
+                )
+            self._optimizer.load_state_dict(copied(state["optimizer"]["state"]))
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            self._optimizer, self._fresh_groups = previous, fresh
+            raise CheckpointError(
+                f"the state's optimizer or random state does not fit this adapter ({error}): go on with the same "
+                "optimizer, on the same kind of device"
+            ) from error
         with torch.inference_mode(False), torch.no_grad():
-            self._optimizer.load_state_dict(copied(state["optimizer"]))
             for name, tensor in self._tensors.items():
-                tensor.detach().copy_(state["weights"][name])
+                tensor.copy_(state["weights"][name])
             self._window.load_state_dict(state["window"], self._device)
+        torch.clear_autocast_cache()
         self._generator.set_state(state["random"].cpu())
         self._frame_index = state["frame_index"]
         self.last = None
+
+
+def _give_back(
+    model: nn.Module, source: Snapshot | None, flags: Mapping[nn.Module, bool], parameters: list[nn.Parameter]
+) -> None:
+    """Undo what an adapter does to a model: weights (if `source` is given), gradients and train flags."""
+    if source is not None:
+        source.restore()
+    for parameter in parameters:
+        parameter.grad = None
+    for module, training in flags.items():
+        module.training = training
+    torch.clear_autocast_cache()
+    _adapting.discard(model)
 
 
 def _check_arguments(
@@ -355,6 +402,11 @@ def _check_arguments(
 ) -> None:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    if branch is not None and not isinstance(branch, Objective):
+        raise ConfigError(
+            f"branch is a {type(branch).__name__}; expected an MAEBranch or another Objective. To name the encoder, "
+            "write StreamAdapter(model, encoder=...)"
+        )
     if not isinstance(config, StreamConfig):
         raise ConfigError(f"config is a {type(config).__name__}; expected a StreamConfig")
     if branch is None and "encoder" not in attach:

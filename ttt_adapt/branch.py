@@ -15,7 +15,7 @@ from ttt_adapt.encoder import EncoderInfo, evaluating, inspect_encoder
 from ttt_adapt.errors import CheckpointError, ConfigError, EncoderError, FrameError, StateError
 from ttt_adapt.features import Features, to_maps
 from ttt_adapt.masking import hidden_patches, pad_to_multiple, patchify, random_mask, unpatchify, upsample_mask
-from ttt_adapt.taps import frozen_norms, hidden_channel, run_encoder, visible_tokens
+from ttt_adapt.taps import frozen_norms, hidden_channel, run_encoder, visible_tokens, without_checkpointing
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,8 @@ class MAEBranch(nn.Module):
 
     def encoder_parameters(self) -> dict[str, nn.Parameter]:
         """Name in the model -> parameter, for all parameters that the encoder's features depend on."""
-        return self.info.parameters
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        return {name: named[name] for name in self.info.parameters}
 
     def loss(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Reconstruction loss of freshly masked images, with its graph.
@@ -174,8 +175,11 @@ class MAEBranch(nn.Module):
         if mask.shape != drawn.shape or mask.dtype is not torch.bool:
             raise ConfigError(f"the mask is {tuple(mask.shape)} {mask.dtype}; expected bool {tuple(drawn.shape)}")
         visible = set(mask.flatten(1).sum(1).tolist())
-        if len(visible) != 1:
-            raise ConfigError(f"the masks show {sorted(visible)} patches; expected as many in every image")
+        if len(visible) != 1 or visible == {mask[0].numel()}:
+            raise ConfigError(
+                f"the masks show {sorted(visible)} of {mask[0].numel()} patches; expected as many in every image, and "
+                "at least one hidden"
+            )
         prediction = self._predict(images, mask, visible.pop())
         loss = self._loss(prediction, images, mask)
         if self.norm_pix_loss:
@@ -192,7 +196,7 @@ class MAEBranch(nn.Module):
     def _predict(self, images: Tensor, mask: Tensor, visible: int) -> Tensor:
         """g(f(masked images)), [B, 3, H, W] of the padded images; `visible` patches in each mask."""
         padded = pad_to_multiple(images, self.multiple)
-        with frozen_norms(self.info.norms):
+        with frozen_norms(self.info.norms), without_checkpointing(self.info.checkpointing):
             raw = self._encode(padded, mask, visible)
             size = (padded.shape[-2], padded.shape[-1])
             prediction = self.decoder(Features(to_maps(raw, self.info.maps, size), raw, size))
@@ -225,7 +229,10 @@ class MAEBranch(nn.Module):
     def _loss(self, prediction: Tensor, images: Tensor, mask: Tensor) -> Tensor:
         h, w = images.shape[-2:]
         target = self._normalise(images) if self.norm_pix_loss else images
-        error = (prediction[..., :h, :w] - target[..., :h, :w]).square().mean(1, keepdim=True)
+        prediction = prediction[..., :h, :w]
+        if target.dtype in (torch.float16, torch.bfloat16):  # sums of squares overflow in half precision
+            prediction, target = prediction.float(), target.float()
+        error = (prediction - target[..., :h, :w]).square().mean(1, keepdim=True)
         if self.loss_on == "all":
             return error.mean()
         hidden = ~upsample_mask(mask, self.patch_size)[..., :h, :w]
@@ -258,7 +265,13 @@ class MAEBranch(nn.Module):
         images = self.info.probe_images()
         with evaluating(self.model), evaluating(self), torch.no_grad():
             mask = self.draw_mask(images, torch.Generator(images.device).manual_seed(0))
-            prediction = self._predict(images, mask, int(mask[0].sum()))
+            try:
+                prediction = self._predict(images, mask, int(mask[0].sum()))
+            except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+                raise EncoderError(
+                    f"a masked pass over images {tuple(images.shape)}, padded to multiples of {self.multiple}, failed "
+                    f"in the model or the decoder: {error}. Models of one size need a patch_size that divides it"
+                ) from error
         if prediction.shape != pad_to_multiple(images, self.multiple).shape:
             raise EncoderError(
                 f"the decoder returned {tuple(prediction.shape)} for images {tuple(images.shape)}; "
@@ -363,7 +376,7 @@ def _check_settings(masking: str, patch_size: int, mask_ratio: float, loss_on: s
         raise ConfigError(f'masking is {masking!r}; expected "auto", "pixels" or "tokens"')
     if not isinstance(patch_size, int) or patch_size < 1:
         raise ConfigError(f"patch_size is {patch_size!r}; expected a whole number of pixels, at least 1")
-    if not 0.0 < mask_ratio < 1.0:
+    if not isinstance(mask_ratio, int | float) or not 0.0 < mask_ratio < 1.0:
         raise ConfigError(f"mask_ratio is {mask_ratio!r}; expected a number between 0 and 1, such as 0.8")
     if loss_on not in ("masked", "all"):
         raise ConfigError(f'loss_on is {loss_on!r}; expected "masked" or "all"')

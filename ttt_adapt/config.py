@@ -63,8 +63,15 @@ class StreamConfig:
             _check_number(name, getattr(self, name), 0.0, 1.0)
         for name in ("lr", "encoder_lr_scale", "weight_decay"):
             _check_number(name, getattr(self, name), 0.0, float("inf"))
-        if self.grad_clip is not None and not self.grad_clip > 0:
-            raise ConfigError(f"grad_clip is {self.grad_clip!r}; expected a positive number, or None for no limit")
+        for name in ("carry_weights", "restart_optimizer", "drop_path"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected True or False")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed!r}; expected a whole number from 0 on")
+        if self.grad_clip is not None:
+            _check_number("grad_clip", self.grad_clip, 0.0, float("inf"))
+            if self.grad_clip == 0:
+                raise ConfigError(f"grad_clip is {self.grad_clip!r}; expected a positive number, or None for no limit")
         _check_choice("precision", self.precision, ("fp32", "bf16"))
         _check_choice("norm_stats", self.norm_stats, ("frozen", "ema", "batch"))
         _check_choice("engine", self.engine, ("auto", "eager"))
@@ -135,7 +142,12 @@ def _check_count(name: str, value: Any) -> None:
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+    if (
+        not isinstance(value, int | float)
+        or isinstance(value, bool)
+        or not low <= value <= high
+        or value == float("inf")
+    ):
         limit = f"between {low:g} and {high:g}" if high < float("inf") else f"of at least {low:g}"
         raise ConfigError(f"{name} is {value!r}; expected a number {limit}")
 

@@ -5,6 +5,7 @@ Everything here reads; nothing is changed on the model.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -15,7 +16,16 @@ from torch import Tensor, nn
 
 from ttt_adapt.errors import EncoderError, nearest
 from ttt_adapt.features import MAX_PREFIX, MapSpec, describe, tensors
-from ttt_adapt.taps import TokenPath, hooks, norm_layers, run_encoder, visible_tokens
+from ttt_adapt.taps import (
+    CHECKPOINT_FLAGS,
+    TokenPath,
+    hooks,
+    norm_layers,
+    run_encoder,
+    uncompiled,
+    visible_tokens,
+    without_checkpointing,
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,7 @@ class EncoderInfo:
         maps: the encoder's feature maps, finest first.
         parameters: name -> parameter, all that the features depend on.
         norms: layers with running statistics that an encoder pass may touch.
+        checkpointing: modules that can recompute their activations in the backward pass.
         tokens: where the tokens run, for plain transformers; None for every other encoder.
         probe_size: (H, W) of the images it was looked at with.
     """
@@ -43,6 +54,7 @@ class EncoderInfo:
     maps: list[MapSpec]
     parameters: dict[str, nn.Parameter] = field(repr=False)
     norms: list[nn.Module] = field(repr=False)
+    checkpointing: list[nn.Module] = field(repr=False)
     tokens: TokenPath | None = field(repr=False)
     probe_size: tuple[int, int]
 
@@ -64,6 +76,8 @@ def inspect_encoder(
     Raises:
         EncoderError: unknown path, an encoder that is never reached, features of unknown layout, or nothing to adapt.
     """
+    if not isinstance(model, nn.Module):
+        raise EncoderError(f"the model is a {type(model).__name__}; expected a torch.nn.Module")
     path, module = _find_encoder(model, encoder)
     if not any(True for _ in model.parameters()):
         raise EncoderError(f"{type(model).__name__} has no parameters: there is nothing to adapt")
@@ -71,7 +85,7 @@ def inspect_encoder(
         raise EncoderError("the model was made under torch.inference_mode() and cannot learn: make it outside of it")
     failures = []
     for size in _probe_sizes(model, image_size):
-        with evaluating(model), torch.inference_mode(False):
+        with evaluating(model), torch.inference_mode(False), uncompiled(), without_checkpointing(_checkpointing(model)):
             try:
                 return _inspect(model, path, module, size)
             except EncoderError:
@@ -98,9 +112,14 @@ def _inspect(model: nn.Module, path: str, module: nn.Module, size: tuple[int, in
     parameters = _used_parameters(model, module, images, maps)
     inside = {id(p) for p in parameters.values()}
     norms = [n for n in norm_layers(model) if any(id(p) in inside for p in n.parameters())] or norm_layers(module)
-    info = EncoderInfo(model, path, module, stem, trace.stem_path, maps, parameters, norms, None, size)
-    tokens = _token_path(info, trace, stride)
-    return EncoderInfo(model, path, module, stem, trace.stem_path, maps, parameters, norms, tokens, size)
+    info = EncoderInfo(
+        model, path, module, stem, trace.stem_path, maps, parameters, norms, _checkpointing(model), None, size
+    )
+    return dataclasses.replace(info, tokens=_token_path(info, trace, stride))
+
+
+def _checkpointing(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if any(hasattr(m, flag) for flag in CHECKPOINT_FLAGS)]
 
 
 def _find_encoder(model: nn.Module, encoder: str | nn.Module) -> tuple[str, nn.Module]:
@@ -110,6 +129,8 @@ def _find_encoder(model: nn.Module, encoder: str | nn.Module) -> tuple[str, nn.M
             if module is encoder:
                 return name, module
         raise EncoderError(f"the encoder ({type(encoder).__name__}) is not a module of this {type(model).__name__}")
+    if encoder not in modules and f"_orig_mod.{encoder}" in modules:  # the model is wrapped by torch.compile
+        encoder = f"_orig_mod.{encoder}"
     if encoder not in modules:
         raise EncoderError(
             f"{type(model).__name__} has no module {encoder!r}; {nearest(encoder, filter(None, modules))}"
@@ -143,13 +164,18 @@ def _used_parameters(
         for p in frozen:
             p.requires_grad_(True)
         with torch.enable_grad():
+            images = images.clone().requires_grad_(True)
             leaves = list(tensors(run_encoder(model, module, images)))
             total = sum(leaves[spec.index].float().square().sum() for spec in maps)
         if not (isinstance(total, Tensor) and total.requires_grad):
             raise EncoderError(
                 "the encoder's features have no gradient: it runs under torch.no_grad() or has no parameters to adapt"
             )
-        gradients = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+        *gradients, seen = torch.autograd.grad(total, [*named.values(), images], allow_unused=True)
+        if seen is None:
+            raise EncoderError("the encoder's features do not depend on the images: name a module that sees them")
+        if all(gradient is None for gradient in gradients):
+            raise EncoderError("the encoder's features depend on no parameter: there is nothing to adapt")
     finally:
         for p in frozen:
             p.requires_grad_(False)

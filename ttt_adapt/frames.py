@@ -86,6 +86,8 @@ def to_model_input(
         frame = np.require(frame, requirements=["C", "W"])  # views that PyTorch cannot share, such as BGR reversed
     take = _from_uint8 if frame.dtype in (np.uint8, torch.uint8) else _from_float
     x = take(frame, preprocess)
+    if not isinstance(x, Tensor):
+        raise FrameTypeError(f"preprocess returned a {type(x).__name__}; expected a float tensor [1, 3, H, W]")
     x = x.detach().to(device, dtype if dtype is not None and x.is_floating_point() else x.dtype)
     if x.ndim != 4 or x.shape[0] != 1 or x.shape[1] != 3 or not x.is_floating_point():
         raise FrameError(f"preprocess returned {tuple(x.shape)} {x.dtype}; expected float [1, 3, H, W]")
@@ -119,7 +121,7 @@ def _from_float(frame: Any, preprocess: Preprocess | None) -> Tensor:
         raise FrameError(f"the float frame is {shape}; expected [3, H, W] or [1, 3, H, W]{hint}")
     if 0 in shape:
         raise FrameError(f"the frame is empty: {shape}")
-    low, high = (float(v) for v in torch.aminmax(x))
+    low, high = torch.stack(torch.aminmax(x)).tolist()
     if not np.isfinite([low, high]).all():
         raise FrameError("the frame holds NaN or infinite values: drop it, or repair it before the step")
     if isinstance(preprocess, Normalize):

@@ -34,8 +34,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ttt_adapt.branch import MAEBranch, check_state
 from ttt_adapt.errors import CheckpointError, ConfigError, StateError
-from ttt_adapt.optim import decays
-from ttt_adapt.taps import frozen_norms
+from ttt_adapt.optim import decays, embedding_tables
+from ttt_adapt.taps import frozen_norms, run_encoder
 
 STAGES = ("main", "joint", "mae", "probe")
 
@@ -117,6 +117,10 @@ class JointLoss(nn.Module):
         if self._stage != "mae":
             losses["main"] = self._criterion(self.model(images), targets)
         if self.branch is not None:
+            info = self.branch.info
+            if self._stage == "mae" and info.norms:  # masked passes leave BatchNorm alone: clean ones have to feed it
+                with torch.no_grad():
+                    run_encoder(info.model, info.module, images)
             losses["mae"] = self.branch.loss(images)
         return losses
 
@@ -327,8 +331,9 @@ def _parameters_to_freeze(model: nn.Module, branch: MAEBranch | None, stage: str
 
 
 def _decay_groups(module: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    tables = embedding_tables(module)
+    trained = [(decays(n, p) and id(p) not in tables, p) for n, p in module.named_parameters() if p.requires_grad]
     return [
-        {"params": [p for n, p in trained if decays(n, p)], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in trained if not decays(n, p)], "weight_decay": 0.0},
+        {"params": [p for decayed, p in trained if decayed], "weight_decay": config.weight_decay},
+        {"params": [p for decayed, p in trained if not decayed], "weight_decay": 0.0},
     ]

@@ -27,7 +27,7 @@ def parameter_groups(
     Returns:
         Groups with `name`, `params`, `lr` and `weight_decay`; empty ones are left out.
     """
-    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    tables = embedding_tables(model)
     groups = []
     for part, named, lr in (("encoder", encoder, config.lr * config.encoder_lr_scale), ("decoder", own, config.lr)):
         bare = {n for n, p in named.items() if not decays(n, p) or id(p) in tables}
@@ -43,7 +43,12 @@ def parameter_groups(
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies: not to norms, biases, tokens, position embeddings and relative position tables."""
     words = ("token", "pos_embed", "position")
-    return parameter.ndim > 1 and not any(word in name for word in words)
+    return parameter.ndim > 1 and not any(word in name.rpartition(".")[2] for word in words)
+
+
+def embedding_tables(model: nn.Module) -> set[int]:
+    """The ids of the parameters of `nn.Embedding` layers, which are not decayed either."""
+    return {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
 
 
 def adamw(groups: ParamGroups) -> torch.optim.Optimizer:

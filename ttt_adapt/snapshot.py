@@ -17,8 +17,8 @@ class Snapshot:
     """
 
     def __init__(self, live: Mapping[str, Tensor]) -> None:
-        self._live = [tensor.detach() for tensor in live.values()]
-        self._copies = [tensor.clone() for tensor in self._live]
+        self._live = list(live.values())  # not detached: a detached alias misses `model.to(...)`
+        self._copies = [tensor.detach().clone() for tensor in self._live]
         self._floats = [i for i, tensor in enumerate(self._live) if tensor.is_floating_point()]
 
     @torch.no_grad()

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ def run_encoder(model: nn.Module, encoder: nn.Module, images: Tensor) -> Any:
 
     handle = encoder.register_forward_hook(stop)
     try:
-        model(images)
+        with uncompiled():
+            model(images)
     except _EncoderDone as done:
         return done.output
     finally:
@@ -53,6 +55,32 @@ def run_encoder(model: nn.Module, encoder: nn.Module, images: Tensor) -> Any:
 
 
 @contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run compiled modules eagerly inside the block: a graph compiled earlier knows nothing of hooks."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and importing it takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def without_checkpointing(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Switch activation checkpointing off inside the block: it would run blocks again after the hooks are gone."""
+    active = [(m, name) for m in modules for name in CHECKPOINT_FLAGS if getattr(m, name, False) is True]
+    for module, name in active:
+        setattr(module, name, False)
+    try:
+        yield
+    finally:
+        for module, name in active:
+            setattr(module, name, True)
+
+
+CHECKPOINT_FLAGS = ("grad_checkpointing", "gradient_checkpointing", "with_cp")  # timm, Hugging Face, OpenMMLab
+
+
+@contextmanager
 def hooks(handles: Iterable[Any]) -> Iterator[None]:
     """Remove the hook `handles` at the end of the block, whatever happens in it."""
     owned = list(handles)
@@ -61,6 +89,9 @@ def hooks(handles: Iterable[Any]) -> Iterator[None]:
     finally:
         for handle in owned:
             handle.remove()
+
+
+MAX_PADDING = 64  # a model may pad to a multiple of its coarsest stride; more than that is a resize
 
 
 @contextmanager
@@ -78,10 +109,10 @@ def hidden_channel(stem: nn.Module, conv: Callable[[Tensor], Tensor], hidden: Te
 
     def add(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         bottom, right = (args[0].shape[i] - hidden.shape[i] for i in (-2, -1))
-        if bottom < 0 or right < 0:
+        if not (0 <= bottom < MAX_PADDING and 0 <= right < MAX_PADDING):
             raise EncoderError(
                 f"the stem sees {tuple(args[0].shape[-2:])} of an image of {tuple(hidden.shape[-2:])} (H, W): a model "
-                "that shrinks its images inside cannot be masked by pixels; let it take images as the stem sees them"
+                "that resizes its images inside cannot be masked by pixels; let it take images as the stem sees them"
             )
         return output + conv(F.pad(hidden, (0, right, 0, bottom)))  # where the model itself pads, nothing is hidden
 
@@ -122,7 +153,7 @@ def visible_tokens(path: TokenPath, order: Tensor, patches: int, fill: Tensor | 
         patches: number of patch tokens N of the whole image.
         fill: [C], what stands in the place of a hidden token; None: leave the gathered tokens as they are.
     """
-    drop = _TokenDrop(order, path.prefix, patches, fill)
+    drop = _TokenDrop(path, order, patches, fill)
     last = len(path.blocks) - 1
     handles = []
     for i, block in enumerate(path.blocks):
@@ -137,8 +168,9 @@ def visible_tokens(path: TokenPath, order: Tensor, patches: int, fill: Tensor | 
 class _TokenDrop:
     """The gather and scatter of one pass."""
 
-    def __init__(self, order: Tensor, prefix: int, patches: int, fill: Tensor | None) -> None:
+    def __init__(self, path: TokenPath, order: Tensor, patches: int, fill: Tensor | None) -> None:
         self.batch, kept = order.shape
+        prefix, self.width = path.prefix, path.width
         self.order, self.patches, self.total, self.fill = order, patches, prefix + patches, fill
         self.kept = prefix + kept
         first = torch.arange(prefix, device=order.device).expand(self.batch, prefix)
@@ -158,7 +190,7 @@ class _TokenDrop:
             return tuple(self._gather(v, tokens) for v in value)
         if not isinstance(value, Tensor) or value.ndim < 2:
             return value
-        if value.ndim == 3 and value.shape[:2] == (self.batch, self.total if tokens else self.kept):
+        if value.shape == (self.batch, self.total if tokens else self.kept, self.width):
             if not tokens:  # gathered already, before the first block
                 return value
             return value.flatten(0, 1).index_select(0, self.flat).view(self.batch, self.kept, -1)
@@ -191,15 +223,19 @@ def norm_layers(module: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def frozen_norms(norms: list[nn.Module]) -> Iterator[None]:
-    """Inside the block, the layers use their running statistics and do not change them."""
-    training = [norm for norm in norms if norm.training]
-    for norm in training:
+    """Inside the block, the layers use their running statistics and do not change them.
+
+    Layers in training mode use copies: a main-task pass before the backward pass would change the originals under it.
+    """
+    training = [(norm, norm.running_mean, norm.running_var) for norm in norms if norm.training]
+    for norm, mean, var in training:
         norm.training = False
+        norm.running_mean, norm.running_var = mean.clone(), var.clone()  # type: ignore[operator]
     try:
         yield
     finally:
-        for norm in training:
-            norm.training = True
+        for norm, mean, var in training:
+            norm.training, norm.running_mean, norm.running_var = True, mean, var
 
 
 @contextmanager

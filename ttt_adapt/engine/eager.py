@@ -9,22 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.errors import MemoryLimitError
+from ttt_adapt.errors import EncoderError, MemoryLimitError
 
 
 def gradients(
-    loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter], precision: str, device: torch.device
+    loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter], encoder: int, precision: str, device: torch.device
 ) -> Tensor:
     """Compute `loss()` and leave its gradients in `.grad` of `parameters`, and of no others.
 
     Args:
         loss: returns a scalar with graph.
         parameters: what to differentiate by; one that the loss does not reach keeps `.grad` None.
+        encoder: how many of them, from the first, are the encoder's.
         precision: "fp32", or "bf16" for a forward pass under autocast.
         device: where it runs.
 
     Returns:
         The loss, detached.
+
+    Raises:
+        EncoderError: the loss reaches no parameter of the encoder.
     """
     with torch.enable_grad():
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -33,6 +37,11 @@ def gradients(
             parameters, torch.autograd.grad(value, parameters, allow_unused=True), strict=True
         ):
             parameter.grad = gradient
+    if all(parameter.grad is None for parameter in parameters[:encoder]):
+        raise EncoderError(
+            "the loss reaches none of the encoder's parameters: they were replaced after the branch was attached (by "
+            "load_state_dict(assign=True), for example); attach again"
+        )
     return value.detach()
 
 
