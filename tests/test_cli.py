@@ -268,7 +268,7 @@ def test_ctrl_c_loses_no_finished_epoch_and_resume_ends_where_an_unbroken_run_en
         with pytest.raises(SystemExit) as stopped:
             cli.main()
     assert stopped.value.code == 130
-    assert "what was written so far is kept" in capsys.readouterr().err
+    assert "the same command with --resume goes on" in capsys.readouterr().err
     assert not broken.exists()
     assert {path.name for path in tmp_path.glob("broken*")} == {"broken.0-main.state", "broken.1-joint.state"}
     line = fail(capsys, monkeypatch, *arguments, f"--out={broken}", "--resume", "--lr=0.5")
@@ -295,7 +295,7 @@ def test_ctrl_c_while_running_leaves_a_playable_video(trained, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "what was written so far is kept" in errors
+    assert "the same command with --resume goes on" in errors
     count, rate, size = video(out)
     assert 1 <= count < 375
     assert (rate, size) == (12.5, (432, 768))

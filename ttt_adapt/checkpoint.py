@@ -117,6 +117,15 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
     return Checkpoint(model.to(device).eval(), branch, spec)
 
 
+def read_spec(path: str | Path) -> ModelSpec:
+    """What the model of a checkpoint is, without building it.
+
+    Raises:
+        CheckpointError: no such file, or not a checkpoint of this library.
+    """
+    return _read(path, "cpu")[1]
+
+
 def load_initial(path: str | Path, checkpoint: Checkpoint) -> None:
     """Start `checkpoint` from another file: its model must be the same; a branch is taken over if there is one.
 

@@ -173,7 +173,9 @@ def evaluate(
     ] = None,
     arms: Annotated[str, typer.Option(help="Comma-separated arms.")] = "fixed,no-memory,implicit,explicit,online",
     clips: Annotated[str, typer.Option(help="Comma-separated names of the clips; all by default.")] = "",
-    size: Size = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Size of the frames; the checkpoint's by default, or 'native'.")
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0",
     out: Annotated[Path, typer.Option(help="Folder for report.json, table.md and plots.")] = Path("ttt-adapt-eval"),
     preset: Preset = "online",
@@ -181,6 +183,7 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Compare arms on labelled clips: a table, a JSON and plots."""
+    from ttt_adapt.checkpoint import read_spec
     from ttt_adapt.commands.common import parse_size
     from ttt_adapt.commands.evaluate import Contender, clips_from
     from ttt_adapt.commands.evaluate import evaluate as run_evaluation
@@ -194,9 +197,10 @@ def evaluate(
     if baseline:
         rows.insert(0, Contender("fixed", "Main Task Only", tuple(baseline)))
     numbers = [int(text) if text.isdigit() else _bad_seed(text) for text in _names(seeds)]
+    frames = parse_size(size) if size else read_spec(checkpoint[0]).size
     report = run_evaluation(
         rows,
-        clips_from(data, _names(clips), parse_size(size)),
+        clips_from(data, _names(clips), frames),
         _config(preset, settings, 0),
         numbers,
         out,
@@ -267,7 +271,7 @@ def main() -> None:
         sys.exit(1)
     except SystemExit as stop:
         if stop.code == 130:  # what Typer makes of Ctrl-C
-            errors.print("interrupted; what was written so far is kept")
+            errors.print("interrupted")
         raise
 
 

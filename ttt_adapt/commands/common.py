@@ -115,3 +115,10 @@ def progress_bar(title: str, total: int | None, unit: str = "frame") -> Iterator
             progress.update(task, rate=rate, note=text)
 
         yield advance
+
+
+def notice(text: str) -> None:
+    """One line on standard error, never folded."""
+    from rich.console import Console
+
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)

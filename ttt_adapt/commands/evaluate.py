@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from ttt_adapt.checkpoint import Checkpoint, load_checkpoint
-from ttt_adapt.commands.common import progress_bar
+from ttt_adapt.commands.common import notice, progress_bar
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.data import LabelledClip, open_clips
-from ttt_adapt.errors import CheckpointError, DataError
+from ttt_adapt.errors import CheckpointError, ConfigError, DataError
 from ttt_adapt.evaluation.arms import ARMS, find_arms
 from ttt_adapt.evaluation.plots import plot_bars, plot_stream
 from ttt_adapt.evaluation.report import Report, environment, markdown_table
@@ -55,6 +55,12 @@ def evaluate(
     Raises:
         ConfigError, CheckpointError, DataError: something does not fit; before anything runs or is written.
     """
+    for contender in contenders:
+        if len(contender.checkpoints) not in (1, len(seeds)):
+            raise ConfigError(
+                f"{contender.label} has {len(contender.checkpoints)} checkpoints for {len(seeds)} seeds; expected one, "
+                "or one per seed"
+            )
     _check(contenders, clips, config, device)
     out.mkdir(parents=True, exist_ok=True)
     settings = {
@@ -65,6 +71,29 @@ def evaluate(
         "size": list(clips[0].size or ()),
     }
     report = _open_report(out / "report.json", settings)
+    try:
+        _run_missing(report, contenders, clips, config, seeds, out, device)
+    except BaseException:
+        if report.runs:
+            notice(f"{len(report.runs)} finished runs are kept in {out / 'report.json'}: the same command goes on")
+        raise
+    (out / "table.md").write_text(markdown_table(report, contenders[0].label), encoding="utf-8")
+    plot_bars(out / "miou.png", report)
+    for clip in clips:
+        plot_stream(out / f"{clip.name}.png", report.select(clip=clip.name))
+    return report
+
+
+def _run_missing(
+    report: Report,
+    contenders: Sequence[Contender],
+    clips: Sequence[LabelledClip],
+    config: StreamConfig,
+    seeds: Sequence[int],
+    out: Path,
+    device: torch.device | str,
+) -> None:
+    """Make every run that the report does not hold yet, and save it after each."""
     loaded: dict[Path, Checkpoint] = {}
     for i, seed in enumerate(seeds):
         for contender in contenders:
@@ -75,11 +104,6 @@ def evaluate(
                 if not report.has(contender.label, clip.name, seed):
                     _run(report, contender, loaded[path], clip, config.replace(seed=seed))
                     report.save(out / "report.json")
-    (out / "table.md").write_text(markdown_table(report, contenders[0].label), encoding="utf-8")
-    plot_bars(out / "miou.png", report)
-    for clip in clips:
-        plot_stream(out / f"{clip.name}.png", report.select(clip=clip.name))
-    return report
 
 
 def _run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from ttt_adapt.adapter import StreamAdapter
 from ttt_adapt.checkpoint import Checkpoint, class_colours, load_checkpoint
-from ttt_adapt.commands.common import progress_bar
+from ttt_adapt.commands.common import notice, progress_bar
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError, ConfigError
 from ttt_adapt.frames import Normalize
@@ -58,25 +59,28 @@ def run(options: RunOptions) -> int:
         raise CheckpointError(
             f"{options.checkpoint} was trained for the main task alone and cannot adapt: train it with --recipe joint"
         )
-    with ExitStack() as stack:
-        video = stack.enter_context(open_video(options.source))
-        normalize = _normalize(checkpoint, options, video.size)
-        adapter = stack.enter_context(
-            StreamAdapter(checkpoint.model, checkpoint.branch, config=options.config, preprocess=normalize)
-        )
-        view = _View(checkpoint, options, normalize)
-        writer = stack.enter_context(VideoWriter(options.out, video.fps))
-        total = video.length if options.limit is None else min(video.length or options.limit, options.limit)
-        advance = stack.enter_context(progress_bar(video.name, total))
-        count = 0
-        for frame in video:
-            if options.limit is not None and count >= options.limit:
-                break
-            prediction = adapter.step(frame).argmax(1)[0]
-            writer.write(view.draw(frame, prediction.to(torch.uint8).cpu().numpy()))
-            count += 1
-            assert adapter.last is not None
-            advance(adapter.last.losses[0] if adapter.last.losses else None)
+    count, writer = 0, None
+    try:
+        with ExitStack() as stack:
+            video = stack.enter_context(open_video(options.source))
+            normalize = _normalize(checkpoint, options, video.size)
+            adapter = stack.enter_context(
+                StreamAdapter(checkpoint.model, checkpoint.branch, config=options.config, preprocess=normalize)
+            )
+            view = _View(checkpoint, options, normalize)
+            writer = stack.enter_context(VideoWriter(options.out, video.fps))
+            total = video.length if options.limit is None else min(video.length or options.limit, options.limit)
+            advance = stack.enter_context(progress_bar(video.name, total))
+            for frame in islice(video, options.limit):
+                prediction = adapter.step(frame).argmax(1)[0]
+                writer.write(view.draw(frame, prediction.to(torch.uint8).cpu().numpy()))
+                count += 1
+                assert adapter.last is not None
+                advance(adapter.last.losses[0] if adapter.last.losses else None)
+    except BaseException:
+        if writer is not None and count:
+            notice(f"{count} frames are kept in {writer.path}")
+        raise
     return count
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttt_adapt.checkpoint import Checkpoint, ModelSpec, load_initial, save_checkpoint
-from ttt_adapt.commands.common import pick_device, progress_bar
+from ttt_adapt.commands.common import notice, pick_device, progress_bar
 from ttt_adapt.data import Augment, StillsDataset, open_clips
 from ttt_adapt.errors import ConfigError, StateError
 from ttt_adapt.joint import Progress, TrainConfig, fit
@@ -94,8 +94,13 @@ def train(options: TrainOptions) -> Checkpoint:
     with _process_group(device):
         for (stage, epochs), file in zip(stages, files, strict=True):
             config = dataclasses.replace(options.config, stage=stage, epochs=epochs)
-            with _watch(stage, config) as on_step:
-                fit(model, branch, data, _criterion(data.ignore), config, state_file=file, on_step=on_step)
+            try:
+                with _watch(stage, config) as on_step:
+                    fit(model, branch, data, _criterion(data.ignore), config, state_file=file, on_step=on_step)
+            except KeyboardInterrupt:
+                if kept := [f for f in files if f.exists()]:
+                    notice(f"the last finished epoch is kept in {kept[-1]}: the same command with --resume goes on")
+                raise
             spec.training.append({**dataclasses.asdict(config), "data": options.data, "clips": list(options.clips)})
     if _rank() == 0:
         save_checkpoint(options.out, checkpoint, options.half)
