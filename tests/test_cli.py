@@ -295,7 +295,7 @@ def test_ctrl_c_while_running_leaves_a_playable_video(trained, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "the same command with --resume goes on" in errors
+    assert "frames are kept in" in errors
     count, rate, size = video(out)
     assert 1 <= count < 375
     assert (rate, size) == (12.5, (432, 768))
@@ -403,7 +403,8 @@ BAD_EVAL = [
     (["{clips}", "--arms=,"], "at least one arm"),
     (["{clips}", "--seeds=a"], "seed 'a'"),
     (["{clips}", "--arms=norm-ema"], "no BatchNorm"),
-    (["{clips}", "--checkpoint=none.safetensors"], "none.safetensors"),
+    (["{clips}", "--checkpoint=none.safetensors", "--seeds=0,1"], "none.safetensors"),
+    (["{clips}", "--checkpoint=none.safetensors"], "2 checkpoints for 1 seeds"),
     (["{clips}", "--baseline=none.safetensors"], "none.safetensors"),
     (["{clips}", "--set=every=0"], "every is 0"),
     (["{other}"], "was trained on the classes"),

@@ -197,6 +197,9 @@ def evaluate(
     if baseline:
         rows.insert(0, Contender("fixed", "Main Task Only", tuple(baseline)))
     numbers = [int(text) if text.isdigit() else _bad_seed(text) for text in _names(seeds)]
+    for files in (checkpoint, baseline or []):
+        if len(files) > 1 and len(files) != len(numbers):
+            raise ConfigError(f"{len(files)} checkpoints for {len(numbers)} seeds; expected one, or one per seed")
     frames = parse_size(size) if size else read_spec(checkpoint[0]).size
     report = run_evaluation(
         rows,

@@ -15,7 +15,7 @@ from ttt_adapt.checkpoint import Checkpoint, load_checkpoint
 from ttt_adapt.commands.common import notice, progress_bar
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.data import LabelledClip, open_clips
-from ttt_adapt.errors import CheckpointError, ConfigError, DataError
+from ttt_adapt.errors import CheckpointError, DataError
 from ttt_adapt.evaluation.arms import ARMS, find_arms
 from ttt_adapt.evaluation.plots import plot_bars, plot_stream
 from ttt_adapt.evaluation.report import Report, environment, markdown_table
@@ -55,12 +55,6 @@ def evaluate(
     Raises:
         ConfigError, CheckpointError, DataError: something does not fit; before anything runs or is written.
     """
-    for contender in contenders:
-        if len(contender.checkpoints) not in (1, len(seeds)):
-            raise ConfigError(
-                f"{contender.label} has {len(contender.checkpoints)} checkpoints for {len(seeds)} seeds; expected one, "
-                "or one per seed"
-            )
     _check(contenders, clips, config, device)
     out.mkdir(parents=True, exist_ok=True)
     settings = {
