@@ -56,6 +56,7 @@ def checkpoints(name: str, seed: int, data: Path, folder: Path) -> tuple[Path, P
                 first_epochs=0,
                 init=init,
                 resume=True,
+                device="cpu",
                 config=TrainConfig(epochs=model["epochs"], seed=seed),
             )
         )
