@@ -175,7 +175,7 @@ def _used_parameters(
         if seen is None:
             raise EncoderError("the encoder's features do not depend on the images: name a module that sees them")
         if all(gradient is None for gradient in gradients):
-            raise EncoderError("the encoder's features depend on no parameter: there is nothing to adapt")
+            raise EncoderError("the encoder's features have no gradient by any parameter: there is nothing to adapt")
     finally:
         for p in frozen:
             p.requires_grad_(False)
