@@ -6,7 +6,7 @@
 For each seed a model is trained from scratch for the main task; from there two trainings of equal length and equal
 augmentation go on, one with the main task alone ("Main Task Only"), one jointly with the reconstruction. All arms
 stream the 15 Hz clip and the dusk clip at 144 x 192. Hyper-parameters of adaptation were chosen on the 15 Hz clip, as
-it is and artificially darkened, with the ViT of seed 0; the dusk clip was not used for any choice.
+it is and artificially darkened.
 
 Everything goes on where it stopped when the command is given again.
 """

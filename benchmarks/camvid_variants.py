@@ -2,8 +2,8 @@
 
     python benchmarks/camvid_variants.py --data PATH_TO_CAMVID --checkpoint runs/camvid/vit-0-joint.safetensors
 
-Each variant changes the online preset in one point and streams the 15 Hz clip twice: as it is, and darkened step by step
-(dark, bluish, noisy). The preset was chosen on these two; the dusk clip is not looked at.
+Each variant changes the online preset in one point and streams the 15 Hz clip twice: as it is, and darkened step by
+step (dark, bluish, noisy). The preset was chosen on these two; the dusk clip is not looked at.
 """
 
 from __future__ import annotations
