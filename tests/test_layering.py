@@ -21,6 +21,7 @@ LAYERS = [
     {"encoder", "decoders"},
     {"frames", "branch", "objectives", "engine", "optim"},
     {"joint", "adapter"},
+    {"augment"},
     {"models", "data", "demo", "video"},
     {"checkpoint", "evaluation"},
     {"commands", "cli"},
