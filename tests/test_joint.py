@@ -324,3 +324,15 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path, batch, accu
     for name in alone:
         torch.testing.assert_close(first[name], alone[name], atol=1e-9, rtol=1e-7, msg=name)
     assert torch.load(tmp_path / "run.state", weights_only=True)["epoch"] == 3
+
+
+def test_a_state_of_other_data_is_refused_and_changes_nothing(tmp_path):
+    file = tmp_path / "run.state"
+    model, branch = attached()
+    fit(model, branch, Blocks(), criterion, config(), state_file=file, origin="data=day")
+    model, branch = attached()
+    before = everything(model, branch)
+    with pytest.raises(CheckpointError, match="data=day, this one has data=night"):
+        fit(model, branch, Blocks(), criterion, config(), state_file=file, origin="data=night")
+    after = everything(model, branch)
+    assert all(torch.equal(before[name], after[name]) for name in before)

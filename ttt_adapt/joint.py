@@ -133,6 +133,7 @@ def fit(
     config: TrainConfig,
     *,
     state_file: str | Path | None = None,
+    origin: str = "",
     on_step: Callable[[Progress], None] | None = None,
 ) -> None:
     """Train `model` (and `branch`) in place.
@@ -147,6 +148,7 @@ def fit(
         criterion: (model output, targets) -> scalar loss.
         config: see `TrainConfig`.
         state_file: written after each epoch; if it exists, training goes on from it exactly.
+        origin: what else a run depends on (data, model), in words; a state of another origin is refused.
         on_step: called after each update.
 
     Raises:
@@ -158,11 +160,11 @@ def fit(
     if branch is not None and branch.model is not model:
         raise StateError("the branch is attached to another model: attach one to this model")
     with _Run(model, branch, data, criterion, config) as run:
-        first = run.resume(state_file) if state_file is not None and Path(state_file).exists() else 0
+        first = run.resume(state_file, origin) if state_file is not None and Path(state_file).exists() else 0
         for epoch in range(first, config.epochs):
             run.epoch(epoch, on_step)
             if state_file is not None:
-                run.save(state_file, epoch + 1)
+                run.save(state_file, epoch + 1, origin)
 
 
 class _Run:
@@ -273,12 +275,13 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
 
-    def save(self, file: str | Path, epoch: int) -> None:
+    def save(self, file: str | Path, epoch: int, origin: str) -> None:
         """Write everything that `resume` needs; the old file stays whole until the new one is complete."""
         if self.rank:
             return
         state = {
             "config": dataclasses.asdict(self.config),
+            "origin": origin,
             "epoch": epoch,
             "model": self.model.state_dict(),
             "branch": self.branch.state_dict() if self.branch is not None else {},
@@ -290,13 +293,18 @@ class _Run:
         torch.save(state, part)
         part.replace(file)
 
-    def resume(self, file: str | Path) -> int:
+    def resume(self, file: str | Path, origin: str) -> int:
         """Load a state, all or nothing, and return the epoch to go on with."""
         state = _read_state(file, self.device)
         ours = dataclasses.asdict(self.config)
         other = {k: v for k, v in state["config"].items() if ours.get(k) != v}
         if other:
             raise CheckpointError(f"{file} is of a run with {other}; go on with the same settings, or remove the file")
+        if state["origin"] != origin:
+            raise CheckpointError(
+                f"{file} is of a run with {state['origin'] or 'no origin'}, this one has {origin or 'none'}: go on with "
+                "the same data and model, or remove the file"
+            )
         check_state(self.model.state_dict(), state["model"], f"the run of {file}: its model is another one")
         if self.branch is not None:
             check_state(self.branch.state_dict(), state["branch"], f"the run of {file}: its branch is another one")
@@ -309,7 +317,7 @@ class _Run:
         return int(state["epoch"])
 
 
-_STATE = {"config", "epoch", "model", "branch", "optimizer", "schedule", "scaler"}
+_STATE = {"config", "origin", "epoch", "model", "branch", "optimizer", "schedule", "scaler"}
 
 
 def _read_state(file: str | Path, device: torch.device) -> dict[str, Any]:

@@ -96,7 +96,16 @@ def train(options: TrainOptions) -> Checkpoint:
             config = dataclasses.replace(options.config, stage=stage, epochs=epochs)
             try:
                 with _watch(stage, config) as on_step:
-                    fit(model, branch, data, _criterion(data.ignore), config, state_file=file, on_step=on_step)
+                    fit(
+                        model,
+                        branch,
+                        data,
+                        _criterion(data.ignore),
+                        config,
+                        state_file=file,
+                        origin=_origin(options),
+                        on_step=on_step,
+                    )
             except KeyboardInterrupt:
                 if kept := [f for f in files if f.exists()]:
                     notice(f"the last finished epoch is kept in {kept[-1]}: the same command with --resume goes on")
@@ -117,6 +126,12 @@ def _try_size(checkpoint: Checkpoint, device: torch.device) -> None:
         checkpoint.model.eval()(torch.zeros(1, 3, *spec.size, device=device))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"{spec.encoder} cannot take images of {spec.size} (H, W): {error}") from error
+
+
+def _origin(options: TrainOptions) -> str:
+    """What a run depends on beside its `TrainConfig`, for its state files."""
+    names = ("data", "clips", "size", "stills", "encoder", "encoder_options", "branch", "init", "pretrained")
+    return ", ".join(f"{name}={getattr(options, name)}" for name in names)
 
 
 class NormalizedStills(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
