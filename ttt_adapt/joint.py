@@ -302,8 +302,8 @@ class _Run:
             raise CheckpointError(f"{file} is of a run with {other}; go on with the same settings, or remove the file")
         if state["origin"] != origin:
             raise CheckpointError(
-                f"{file} is of a run with {state['origin'] or 'no origin'}, this one has {origin or 'none'}: go on with "
-                "the same data and model, or remove the file"
+                f"{file} is of a run with {state['origin'] or 'no origin'}, this one has {origin or 'none'}: go on "
+                "with the same data and model, or remove the file"
             )
         check_state(self.model.state_dict(), state["model"], f"the run of {file}: its model is another one")
         if self.branch is not None:
