@@ -1,6 +1,6 @@
 """Learning results on real driving video: train on CamVid's daylight stills, stream clips that training never saw.
 
-    python benchmarks/camvid.py --data PATH_TO_CAMVID            # both models, 3 seeds, about an hour on 2 CPU cores
+    python benchmarks/camvid.py --data PATH_TO_CAMVID            # both models, 3 seeds
     python benchmarks/camvid.py --data PATH_TO_CAMVID --model vit --seeds 0
 
 For each seed a model is trained from scratch for the main task; from there two trainings of equal length and equal
