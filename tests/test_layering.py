@@ -142,12 +142,22 @@ def test_public_names_are_those_of_the_contract():
     assert all(hasattr(ttt_adapt, name) for name in ttt_adapt.__all__)
 
 
-def test_integrations_use_public_names_only():
+INTEGRATIONS = sorted((ROOT.parent / "integrations").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", INTEGRATIONS, ids=lambda path: str(path.relative_to(ROOT.parent)))
+def test_integrations_use_public_names_only(path):
     wrong = []
-    for path in (ROOT.parent / "integrations").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == ROOT.name:
-                private = [a.name for a in node.names if a.name.startswith("_")]
-                if private or (node.module == ROOT.name and not {a.name for a in node.names} <= set(ttt_adapt.__all__)):
-                    wrong.append(f"{path.name}: {node.module} {private}")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            wrong += [a.name for a in node.names if a.name.startswith(f"{ROOT.name}.")]
+        elif isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == ROOT.name:
+            names = {alias.name for alias in node.names}
+            wrong += [node.module] if node.module != ROOT.name else sorted(names - set(ttt_adapt.__all__))
     assert not wrong
+
+
+def test_the_core_knows_no_integration():
+    packages = {path.name for path in (ROOT.parent / "integrations").iterdir() if path.is_dir()}
+    assert packages
+    assert not [path for path in source_files() if {name.split(".")[0] for name in imported(path)} & packages]

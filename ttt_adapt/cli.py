@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -261,6 +263,23 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _bad_seed(text: str) -> int:
     raise ConfigError(f"seed {text!r} is no whole number; expected seeds such as 0,1,2")
+
+
+def _hand_over(entry: EntryPoint) -> Callable[[typer.Context], None]:
+    """A command that gives its arguments to an integration's own parser, loaded when it is called."""
+
+    def call(context: typer.Context) -> None:
+        typer.main.get_command(entry.load()).main(context.args, context.command_path, standalone_mode=False)
+
+    return call
+
+
+for _entry in entry_points(group="ttt_adapt.commands"):
+    app.command(
+        _entry.name,
+        help=f"{_entry.module.split('.')[0]}: see 'ttt-adapt {_entry.name} --help'.",
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    )(_hand_over(_entry))
 
 
 def main() -> None:
