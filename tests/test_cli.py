@@ -298,9 +298,7 @@ def test_ctrl_c_while_running_leaves_a_playable_video(trained, tmp_path):
     assert "frames are kept in" in errors
     count, rate, size = video(out)
     assert 1 <= count < 375
-    assert size == (432, 768)
-    # the interruption may take the frame that was being written: then its time is there and its picture is not
-    assert 12.5 * count / (count + 1) - 1e-6 <= rate <= 12.5
+    assert (rate, size) == (12.5, (432, 768))
 
 
 @pytest.mark.slow

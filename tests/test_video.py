@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -548,6 +549,31 @@ class TestWriter:
             raise error
         assert self.probe(tmp_path / "out.mp4")[0] == 7
         assert os.listdir(tmp_path) == ["out.mp4"]
+
+    def test_ctrl_c_in_the_middle_of_a_frame_waits_until_the_frame_is_written(self, tmp_path, monkeypatch):
+        encode_image = VideoWriter._encode
+
+        def interrupted(writer, image):
+            if writer.count == 4:
+                signal.raise_signal(signal.SIGINT)
+            encode_image(writer, image)
+
+        monkeypatch.setattr(VideoWriter, "_encode", interrupted)
+        with pytest.raises(KeyboardInterrupt), VideoWriter(tmp_path / "out.mp4", 25) as writer:  # noqa: PT012
+            for index in range(7):
+                writer.write(picture(index))
+        assert self.probe(tmp_path / "out.mp4")[:2] == (5, 25)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def test_a_writer_works_outside_of_the_main_thread(self, tmp_path):
+        def work():
+            with VideoWriter(tmp_path / "out.mp4", 25) as writer:
+                writer.write(picture(0))
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        assert self.probe(tmp_path / "out.mp4")[0] == 1
 
     def test_an_interruption_leaves_an_existing_file_and_keeps_the_new_one_beside_it(self, tmp_path):
         target = tmp_path / "out.mp4"

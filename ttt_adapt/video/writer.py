@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -88,14 +92,15 @@ class VideoWriter:
         if height % 2 or width % 2:
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         av = import_av()
-        try:
-            if self._container is None:
-                self._open(*frame.shape[:2])
-            image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            self._encode(image.reformat(format="yuv420p", src_colorspace="ITU709", dst_colorspace="ITU709"))
-        except (av.FFmpegError, OSError) as error:
-            raise VideoError(f"Frame {self.count} of {self.path} cannot be written: {error}") from error
-        self.count += 1
+        with _uninterrupted():  # a frame that is encoded and not written would leave a hole in the video
+            try:
+                if self._container is None:
+                    self._open(*frame.shape[:2])
+                image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                self._encode(image.reformat(format="yuv420p", src_colorspace="ITU709", dst_colorspace="ITU709"))
+            except (av.FFmpegError, OSError) as error:
+                raise VideoError(f"Frame {self.count} of {self.path} cannot be written: {error}") from error
+            self.count += 1
 
     def close(self) -> None:
         """Finish the file and put it at `path`. Idempotent.
@@ -164,15 +169,16 @@ class VideoWriter:
     def _finish(self, target: Path) -> None:
         assert self._container is not None
         self._closed = True
-        try:
-            self._encode(None)
-            self._container.close()
-            os.replace(self._part, target)
-            self.path = target
-        except (import_av().FFmpegError, OSError) as error:
-            raise VideoError(f"{target} cannot be finished: {error}") from error
-        finally:
-            self._discard()
+        with _uninterrupted():
+            try:
+                self._encode(None)
+                self._container.close()
+                os.replace(self._part, target)
+                self.path = target
+            except (import_av().FFmpegError, OSError) as error:
+                raise VideoError(f"{target} cannot be finished: {error}") from error
+            finally:
+                self._discard()
 
     def _discard(self) -> None:
         """Leave no temporary file."""
@@ -185,6 +191,23 @@ class VideoWriter:
             pass  # what is thrown away need not be complete
         finally:
             self._part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C takes effect after the block. Only the main thread of a program gets it, so others need nothing."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or handler is None:
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _exact_rate(fps: float | Fraction) -> Fraction:
