@@ -184,7 +184,21 @@ def test_memories_are_what_their_names_say():
     assert carry == {"no-memory": (1, False), "implicit": (1, True), "explicit": (3, False), "online": (3, True)}
 
 
-@pytest.mark.parametrize("arm", ["norm-ema", "norm-blend"])
+def test_online_norm_ema_moves_the_statistics_and_online_does_not():
+    made = checkpoint()
+    before = {name: b.clone() for name, b in made.model.named_buffers() if "running" in name}
+    moved = {}
+    for arm in ("online", "online-norm-ema"):
+        runner = ARMS[arm].start(made, CONFIG)
+        runner.step(frames(1)[0][0])
+        now = {name: b for name, b in made.model.named_buffers() if "running" in name}
+        moved[arm] = sum(not torch.equal(now[name], before[name]) for name in before)
+        runner.close()
+    assert moved == {"online": 0, "online-norm-ema": len(before)}
+    assert all(torch.equal(b, before[name]) for name, b in made.model.named_buffers() if name in before)
+
+
+@pytest.mark.parametrize("arm", ["norm-ema", "norm-blend", "online-norm-ema"])
 def test_norm_arms_refuse_a_model_without_batchnorm(arm):
     with pytest.raises(ConfigError, match="no BatchNorm"):
         ARMS[arm].start(checkpoint(**VIT), CONFIG)

@@ -94,6 +94,8 @@ class Adapting:
     def __init__(self, checkpoint: Checkpoint, preprocess: Preprocess, config: StreamConfig) -> None:
         if checkpoint.branch is None:
             raise ConfigError("this checkpoint was trained for the main task alone: adaptation needs its branch")
+        if config.norm_stats != "frozen" and not norm_layers(checkpoint.model):
+            raise ConfigError(f"this model has no BatchNorm: norm_stats={config.norm_stats!r} does not apply to it")
         self._adapter = StreamAdapter(checkpoint.model, checkpoint.branch, config=config, preprocess=preprocess)
 
     @property
@@ -162,6 +164,7 @@ ARMS = {
         Arm("implicit", "Implicit Memory Only", _adapting(window=1)),
         Arm("explicit", "Explicit Memory Only", _adapting(carry_weights=False)),
         Arm("online", "Online TTT-MAE", _adapting()),
+        Arm("online-norm-ema", "Online TTT-MAE + BatchNorm EMA", _adapting(norm_stats="ema")),
     )
 }
 
