@@ -170,6 +170,16 @@ def test_a_source_pull_of_one_equals_no_carried_weights():
     assert same_bits(outs[0], outs[1])
 
 
+def test_a_source_pull_leaves_running_statistics_to_their_own_momentum():
+    means = []
+    for pull in (0.0, 0.5):
+        adapter = attached(zoo.TinySeg, config=CONFIG.replace(source_pull=pull, norm_stats="ema", lr=0.0))
+        for frame in clip():
+            adapter.adapt(frame)
+        means.append(adapter._model.backbone[1].running_mean.clone())
+    assert torch.equal(*means)
+
+
 def test_a_source_pull_moves_that_fraction_back_before_the_step():
     frames = clip(3)
     adapter = attached(config=CONFIG.replace(source_pull=0.25, lr=1e-2))

@@ -83,3 +83,15 @@ def test_it_works_inside_inference_mode_and_leaves_no_graph():
 def test_nothing_to_keep_is_no_error():
     Snapshot({}).restore()
     Snapshot({}).pull(0.5)
+
+
+def test_what_is_whole_is_left_alone_by_a_partial_pull_and_restored_by_a_full_one():
+    weight, mean = torch.ones(3), torch.ones(3)
+    snapshot = Snapshot({"weight": weight, "mean": mean}, whole=["mean"])
+    weight.zero_()
+    mean.zero_()
+    snapshot.pull(0.25)
+    assert weight.tolist() == [0.25] * 3
+    assert mean.tolist() == [0.0] * 3
+    snapshot.pull(1.0)
+    assert mean.tolist() == [1.0] * 3

@@ -107,8 +107,9 @@ class StreamAdapter:
         self._new_optimizer()
         self._tensors = _adapted_tensors(encoder, own, self._norms if config.norm_stats != "frozen" else [])
         self._pull = config.source_pull if config.carry_weights else 1.0
-        self._statistics = [t for name, t in self._tensors.items() if name.startswith("norm.")]
-        self._source = Snapshot(self._tensors)
+        statistics = [name for name in self._tensors if name.startswith("norm.")]
+        self._statistics = [self._tensors[name] for name in statistics]
+        self._source = Snapshot(self._tensors, whole=statistics)
         self._window = FrameWindow(config.window)
         self._generator = torch.Generator(self._device).manual_seed(config.seed)
         self._flags = {module: module.training for module in model.modules()}

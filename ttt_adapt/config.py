@@ -18,8 +18,9 @@ class StreamConfig:
         batch_size: crops or frames drawn from the window, with replacement, for each gradient step.
         iterations: gradient steps per frame.
         carry_weights: implicit memory; False starts every frame from the source weights.
-        source_pull: in [0, 1]; before each frame's steps everything adapted (weights, and running statistics if they
-            move) goes this fraction of the way back to the source. 0 is the paper, 1 is no memory.
+        source_pull: in [0, 1]; before each frame's steps the adapted weights go this fraction of the way back to the
+            source. 0 is the paper, 1 is no memory. Running statistics have a memory of their own, `norm_momentum`, and
+            go back only with 1.
         restart_optimizer: forget the optimizer's state before each frame, as the paper's code does. Without carried
             weights it is always forgotten.
         lr: learning rate of the decoder.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -14,12 +14,15 @@ class Snapshot:
 
     Args:
         live: name -> the tensors that change. The snapshot writes back into these very objects.
+        whole: names of those that are restored as a whole or not at all: a partial pull leaves them alone.
     """
 
-    def __init__(self, live: Mapping[str, Tensor]) -> None:
+    def __init__(self, live: Mapping[str, Tensor], whole: Collection[str] = ()) -> None:
         self._live = list(live.values())  # not detached: a detached alias misses `model.to(...)`
         self._copies = [tensor.detach().clone() for tensor in self._live]
-        self._floats = [i for i, tensor in enumerate(self._live) if tensor.is_floating_point()]
+        pulled = [name not in whole and tensor.is_floating_point() for name, tensor in live.items()]
+        self._pulled = [tensor for tensor, chosen in zip(self._live, pulled, strict=True) if chosen]
+        self._targets = [tensor for tensor, chosen in zip(self._copies, pulled, strict=True) if chosen]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -32,9 +35,8 @@ class Snapshot:
         """Move the live tensors `fraction` of the way to the copies; 1 restores them exactly."""
         if fraction == 1.0:
             self.restore()
-        elif fraction > 0.0 and self._floats:
-            live = [self._live[i] for i in self._floats]
-            torch._foreach_lerp_(live, [self._copies[i] for i in self._floats], fraction)
+        elif fraction > 0.0 and self._pulled:
+            torch._foreach_lerp_(self._pulled, self._targets, fraction)
 
 
 def copied(value: Any) -> Any:
