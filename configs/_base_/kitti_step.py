@@ -1,0 +1,25 @@
+# KITTI-STEP as streams: shortest side 1024, whole videos in order, one frame at a time. A config that inherits from a
+# Cityscapes config takes these by name: `test_dataloader = _base_.kitti_step_dataloader`.
+kitti_step_dataloader = dict(
+    _delete_=True,
+    batch_size=1,
+    num_workers=2,
+    persistent_workers=True,
+    sampler=dict(type='VideoSampler'),
+    dataset=dict(
+        type='KittiStep',
+        data_root='data/kitti-step/',
+        split='paper_val',  # 'paper_test' for the 12 sequences that the paper reports as its test set
+        task='semantic',
+        test_mode=True,
+        pipeline=[
+            dict(type='LoadImageFromFile'),
+            dict(type='ResizeShortestEdge', scale=1024, max_size=4096),
+            dict(type='LoadKittiStepAnnotations'),
+            dict(
+                type='PackSegInputs',
+                meta_keys=(
+                    'img_path', 'seg_map_path', 'ori_shape', 'img_shape', 'pad_shape', 'scale_factor', 'flip',
+                    'flip_direction', 'reduce_zero_label', 'video_id', 'frame_id')),
+        ]))
+kitti_step_evaluator = dict(_delete_=True, type='StreamIoUMetric')

@@ -1,0 +1,10 @@
+# Joint training on COCO, panoptic: from the zoo's task checkpoint, main loss + reconstruction, the upstream schedule.
+_base_ = ['mmdet::mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco-panoptic.py']
+custom_imports = dict(imports=['ttt_adapt_openmmlab'], allow_failed_imports=False)
+
+model = dict(
+    _delete_=True,
+    type='JointMAE',
+    model=_base_.model,
+    branch=dict(encoder='backbone', decoder='copy_head', mask_ratio=0.8, loss_on='masked'))
+load_from = 'https://download.openmmlab.com/mmdetection/v3.0/mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco-panoptic/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco-panoptic_20220326_224553-3ec9e0ae.pth'  # noqa: E501
