@@ -57,9 +57,10 @@ class Clock:
 
 def build(size: tuple[int, int], device: torch.device) -> tuple[nn.Module, Any]:
     """The segmentor in eval mode, and its branch."""
-    import ttt_adapt_openmmlab
     from mmengine.config import Config
     from mmengine.registry import MODELS, init_default_scope
+
+    import ttt_adapt_openmmlab
 
     with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
         file.write(f"_base_ = ['{CONFIG}']\nmodel = dict(backbone=dict(init_cfg=None))\n")

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
+
+# the OpenMMLab integration is optional
+collect_ignore_glob = [] if importlib.util.find_spec("mmengine") else ["openmmlab/test_*.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -7,14 +7,14 @@ import itertools
 import resource
 import weakref
 
-import models as zoo
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import left_as_it_was, live_tensors, photograph, same_bits, settle_norms
 from torch import nn
 
+import models as zoo
+from conftest import left_as_it_was, live_tensors, photograph, same_bits, settle_norms
 from ttt_adapt import MAEBranch, Normalize, Objective, StepReport, StreamAdapter, StreamConfig, TTTAdaptError
 from ttt_adapt.errors import CheckpointError, ConfigError, FrameError, FrameTypeError, StateError
 from ttt_adapt.features import Features

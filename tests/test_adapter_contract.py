@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 
-import models as zoo
 import pytest
 import torch
-from conftest import left_as_it_was, mix_flags, photograph, same_bits, settle_norms
 from torch import nn
 
+import models as zoo
+from conftest import left_as_it_was, mix_flags, photograph, same_bits, settle_norms
 from ttt_adapt import MAEBranch, StreamAdapter, StreamConfig, TTTAdaptError
 from ttt_adapt.errors import FrameError, MemoryLimitError, StateError
 from ttt_adapt.models import SegmentationModel

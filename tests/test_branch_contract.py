@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import models as zoo
 import pytest
 import torch
-from conftest import left_as_it_was, mix_flags, photograph, same_bits, settle_norms
 from torch import nn
 
+import models as zoo
+from conftest import left_as_it_was, mix_flags, photograph, same_bits, settle_norms
 from ttt_adapt import MAEBranch, Reconstruction, TTTAdaptError
 from ttt_adapt.encoder import inspect_encoder
 from ttt_adapt.errors import CheckpointError, ConfigError, EncoderError, FrameError, StateError

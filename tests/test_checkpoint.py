@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import photograph, same_bits, settle_norms
 
+from conftest import photograph, same_bits, settle_norms
 from ttt_adapt.checkpoint import Checkpoint, ModelSpec, load_checkpoint, load_initial, save_checkpoint
 from ttt_adapt.errors import CheckpointError, ConfigError
 

@@ -15,11 +15,11 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import same_bits
 from PIL import Image
 from typer.testing import CliRunner
 
 import ttt_adapt.commands.train as train_command
+from conftest import same_bits
 from ttt_adapt import cli
 from ttt_adapt.checkpoint import load_checkpoint
 from ttt_adapt.commands.demo import WEIGHTS

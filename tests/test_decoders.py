@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import models as zoo
 import pytest
 import torch
-from conftest import left_as_it_was, settle_norms
 from torch import nn
 
+import models as zoo
+from conftest import left_as_it_was, settle_norms
 from ttt_adapt import MAEBranch
 from ttt_adapt.decoders import ConvDecoder, HeadCopy, Pyramid, TokenDecoder, sincos_positions
 from ttt_adapt.errors import EncoderError

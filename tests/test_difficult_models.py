@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests import models as zoo
+import models as zoo
 from ttt_adapt import MAEBranch, StreamAdapter, StreamConfig
 from ttt_adapt.errors import CheckpointError, ConfigError, EncoderError
 

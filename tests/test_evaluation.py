@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import photograph, same_bits, settle_norms
 from PIL import Image
 
 import ttt_adapt.commands.evaluate as command
+from conftest import photograph, same_bits, settle_norms
 from ttt_adapt import StreamConfig
 from ttt_adapt.checkpoint import Checkpoint, ModelSpec, save_checkpoint
 from ttt_adapt.commands.evaluate import Contender, evaluate

@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import warnings
 
-import models as zoo
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import models as zoo
 from ttt_adapt import Normalize, TTTAdaptError
 from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError
 from ttt_adapt.frames import default_preprocess, to_model_input

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests import models as zoo
+import models as zoo
 from ttt_adapt import StreamAdapter, StreamConfig
 
 pytestmark = [

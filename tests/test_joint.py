@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+
 from conftest import same_bits
 from models import CLASSES, PlainSeg, TinySeg
-
 from ttt_adapt import MAEBranch
 from ttt_adapt.errors import CheckpointError, ConfigError, StateError
 from ttt_adapt.joint import Progress, TrainConfig, fit

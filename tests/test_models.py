@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import photograph
 
+from conftest import photograph
 from ttt_adapt import MAEBranch
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.models import SegmentationModel

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import readme
+import readme
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import models as zoo
 import pytest
 import torch
-from conftest import hooks_of, left_as_it_was, settle_norms
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import models as zoo
+from conftest import hooks_of, left_as_it_was, settle_norms
 from ttt_adapt import MAEBranch
 from ttt_adapt.encoder import inspect_encoder
 from ttt_adapt.errors import EncoderError

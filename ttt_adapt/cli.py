@@ -269,7 +269,10 @@ def _hand_over(entry: EntryPoint) -> Callable[[typer.Context], None]:
     """A command that gives its arguments to an integration's own parser, loaded when it is called."""
 
     def call(context: typer.Context) -> None:
-        typer.main.get_command(entry.load()).main(context.args, context.command_path, standalone_mode=False)
+        command = typer.main.get_command(entry.load())
+        status = command.main(context.args, context.command_path, standalone_mode=False)
+        if status:  # Click returns it instead of leaving
+            raise typer.Exit(status)
 
     return call
 

@@ -160,6 +160,14 @@ class HeadCopy(nn.Module):
         self._freeze_unused(images)
         stub.output = None
 
+    @torch.no_grad()
+    def renew(self, model: nn.Module) -> None:
+        """Take the weights of the head of `model` again, in place; the new last layer stays as it is."""
+        own = self.head.state_dict()
+        for name, tensor in model.state_dict().items():
+            if name in own and name.rpartition(".")[0] != self.last:
+                own[name].copy_(tensor)
+
     def _freeze_unused(self, images: Tensor) -> None:
         with torch.enable_grad():
             out = run_encoder(self.head, self.head.get_submodule(self.last), images)

@@ -40,7 +40,6 @@ class EncoderInfo:
         stem_path: its dotted path.
         maps: the encoder's feature maps, finest first.
         parameters: name -> parameter, all that the features depend on.
-        norms: layers with running statistics that an encoder pass may touch.
         checkpointing: modules that can recompute their activations in the backward pass.
         tokens: where the tokens run, for plain transformers; None for every other encoder.
         probe_size: (H, W) of the images it was looked at with.
@@ -53,10 +52,19 @@ class EncoderInfo:
     stem_path: str
     maps: list[MapSpec]
     parameters: dict[str, nn.Parameter] = field(repr=False)
-    norms: list[nn.Module] = field(repr=False)
     checkpointing: list[nn.Module] = field(repr=False)
     tokens: TokenPath | None = field(repr=False)
     probe_size: tuple[int, int]
+
+    @property
+    def norms(self) -> list[nn.Module]:
+        """The layers with running statistics that an encoder pass may touch, as they are now.
+
+        Frameworks for distributed training put others in their place after a branch was attached.
+        """
+        inside = {id(p) for p in self.parameters.values()}
+        norms = norm_layers(self.model)
+        return [n for n in norms if any(id(p) in inside for p in n.parameters())] or norm_layers(self.module)
 
     def probe_images(self) -> Tensor:
         """Fixed random images [1, 3, H, W] of `probe_size`, on the model's device."""
@@ -110,11 +118,7 @@ def _inspect(model: nn.Module, path: str, module: nn.Module, size: tuple[int, in
         return _inspect(model, path, module, (size[0] - size[0] % stride, size[1] - size[1] % stride))
     maps = describe(output, size, stride)
     parameters = _used_parameters(model, module, images, maps)
-    inside = {id(p) for p in parameters.values()}
-    norms = [n for n in norm_layers(model) if any(id(p) in inside for p in n.parameters())] or norm_layers(module)
-    info = EncoderInfo(
-        model, path, module, stem, trace.stem_path, maps, parameters, norms, _checkpointing(model), None, size
-    )
+    info = EncoderInfo(model, path, module, stem, trace.stem_path, maps, parameters, _checkpointing(model), None, size)
     return dataclasses.replace(info, tokens=_token_path(info, trace, stride))
 
 

@@ -5,21 +5,34 @@ kitti_step_dataloader = dict(
     batch_size=1,
     num_workers=2,
     persistent_workers=True,
-    sampler=dict(type='VideoSampler'),
+    sampler=dict(type="VideoSampler"),
     dataset=dict(
-        type='KittiStep',
-        data_root='data/kitti-step/',
-        split='paper_val',  # 'paper_test' for the 12 sequences that the paper reports as its test set
-        task='semantic',
+        type="KittiStep",
+        data_root="data/kitti-step/",
+        split="paper_val",  # 'paper_test' for the 12 sequences that the paper reports as its test set
+        task="semantic",
         test_mode=True,
         pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(type='ResizeShortestEdge', scale=1024, max_size=4096),
-            dict(type='LoadKittiStepAnnotations'),
+            dict(type="LoadImageFromFile"),
+            dict(type="ResizeShortestEdge", scale=1024, max_size=4096),
+            dict(type="LoadKittiStepAnnotations"),
             dict(
-                type='PackSegInputs',
+                type="PackSegInputs",
                 meta_keys=(
-                    'img_path', 'seg_map_path', 'ori_shape', 'img_shape', 'pad_shape', 'scale_factor', 'flip',
-                    'flip_direction', 'reduce_zero_label', 'video_id', 'frame_id')),
-        ]))
-kitti_step_evaluator = dict(_delete_=True, type='StreamIoUMetric')
+                    "img_path",
+                    "seg_map_path",
+                    "ori_shape",
+                    "img_shape",
+                    "pad_shape",
+                    "scale_factor",
+                    "flip",
+                    "flip_direction",
+                    "reduce_zero_label",
+                    "video_id",
+                    "frame_id",
+                ),
+            ),
+        ],
+    ),
+)
+kitti_step_evaluator = dict(_delete_=True, type="StreamIoUMetric")

@@ -1,9 +1,10 @@
 # Joint training of the small Mask2Former from its task checkpoint, which `load_from` names.
-_base_ = ['./mask2former_swin-mini_camvid-96x128.py']
+_base_ = ["./mask2former_swin-mini_camvid-96x128.py"]
 
 model = dict(
     _delete_=True,
-    type='JointMAE',
+    type="JointMAE",
     model=_base_.model,
-    branch=dict(encoder='backbone', decoder='copy_head', mask_ratio=0.8, image_size=(96, 128)))
-load_from = 'work_dirs/mask2former_swin-mini_camvid-96x128/iter_1500.pth'
+    branch=dict(encoder="backbone", decoder="copy_head", mask_ratio=0.8, image_size=(96, 128)),
+)
+load_from = "work_dirs/mask2former_swin-mini_camvid-96x128/iter_1500.pth"

@@ -1,5 +1,5 @@
-# The jointly trained model on COCO Videos, instance: data and scores; an arm is added by the configs that inherit from this.
-_base_ = ['./mask2former_swin-s_joint-mae_coco-instance.py', '../_base_/coco_videos.py']
+# The jointly trained model on COCO Videos, instance: data and scores. The configs that inherit from this add an arm.
+_base_ = ["./mask2former_swin-s_joint-mae_coco-instance.py", "../_base_/coco_videos.py"]
 
 load_from = None  # `ttt-adapt mm test CONFIG CHECKPOINT`: the checkpoint of the joint training
 test_dataloader = _base_.coco_videos_instance_dataloader

@@ -1,4 +1,4 @@
 # COCO Videos, instance: all frames before the first prediction (looks ahead).
-_base_ = ['./mask2former_swin-s_coco-videos-instance.py']
+_base_ = ["./mask2former_swin-s_coco-videos-instance.py"]
 
-custom_hooks = [dict(type='OnlineTTTHook', arm='offline')]
+custom_hooks = [dict(type="OnlineTTTHook", arm="offline")]

@@ -1,4 +1,4 @@
 # COCO Videos, instance: both memories, our preset.
-_base_ = ['./mask2former_swin-s_coco-videos-instance.py']
+_base_ = ["./mask2former_swin-s_coco-videos-instance.py"]
 
-custom_hooks = [dict(type='OnlineTTTHook', arm='online')]
+custom_hooks = [dict(type="OnlineTTTHook", arm="online")]

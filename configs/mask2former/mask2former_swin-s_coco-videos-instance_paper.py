@@ -1,5 +1,5 @@
 # COCO Videos, instance: both memories, the settings of the paper's released code.
-_base_ = ['./mask2former_swin-s_coco-videos-instance.py']
+_base_ = ["./mask2former_swin-s_coco-videos-instance.py"]
 
-model = dict(branch=dict(mask_ratio=0.85, loss_on='all'))
-custom_hooks = [dict(type='OnlineTTTHook', arm='paper')]
+model = dict(branch=dict(mask_ratio=0.85, loss_on="all"))
+custom_hooks = [dict(type="OnlineTTTHook", arm="paper")]

@@ -1,4 +1,4 @@
 # COCO Videos, panoptic: both memories, our preset.
-_base_ = ['./mask2former_swin-s_coco-videos-panoptic.py']
+_base_ = ["./mask2former_swin-s_coco-videos-panoptic.py"]
 
-custom_hooks = [dict(type='OnlineTTTHook', arm='online')]
+custom_hooks = [dict(type="OnlineTTTHook", arm="online")]

@@ -1,10 +1,11 @@
-# Joint training on Cityscapes, semantic: from the zoo's task checkpoint, main loss + reconstruction, the upstream schedule.
-_base_ = ['mmseg::mask2former/mask2former_swin-t_8xb2-90k_cityscapes-512x1024.py']
-custom_imports = dict(imports=['ttt_adapt_openmmlab'], allow_failed_imports=False)
+# Joint training on Cityscapes, semantic, from the zoo checkpoint of the main task, by the upstream schedule.
+_base_ = ["mmseg::mask2former/mask2former_swin-t_8xb2-90k_cityscapes-512x1024.py"]
+custom_imports = dict(imports=["ttt_adapt_openmmlab"], allow_failed_imports=False)
 
 model = dict(
     _delete_=True,
-    type='JointMAE',
+    type="JointMAE",
     model=_base_.model,
-    branch=dict(encoder='backbone', decoder='copy_head', mask_ratio=0.8, loss_on='masked'))
-load_from = 'https://download.openmmlab.com/mmsegmentation/v0.5/mask2former/mask2former_swin-t_8xb2-90k_cityscapes-512x1024/mask2former_swin-t_8xb2-90k_cityscapes-512x1024_20221127_144501-36c59341.pth'  # noqa: E501
+    branch=dict(encoder="backbone", decoder="copy_head", mask_ratio=0.8, loss_on="masked"),
+)
+load_from = "https://download.openmmlab.com/mmsegmentation/v0.5/mask2former/mask2former_swin-t_8xb2-90k_cityscapes-512x1024/mask2former_swin-t_8xb2-90k_cityscapes-512x1024_20221127_144501-36c59341.pth"

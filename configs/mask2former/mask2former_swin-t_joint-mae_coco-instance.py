@@ -1,10 +1,11 @@
-# Joint training on COCO, instance: from the zoo's task checkpoint, main loss + reconstruction, the upstream schedule.
-_base_ = ['mmdet::mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco.py']
-custom_imports = dict(imports=['ttt_adapt_openmmlab'], allow_failed_imports=False)
+# Joint training on COCO, instance, from the zoo checkpoint of the main task, by the upstream schedule.
+_base_ = ["mmdet::mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco.py"]
+custom_imports = dict(imports=["ttt_adapt_openmmlab"], allow_failed_imports=False)
 
 model = dict(
     _delete_=True,
-    type='JointMAE',
+    type="JointMAE",
     model=_base_.model,
-    branch=dict(encoder='backbone', decoder='copy_head', mask_ratio=0.8, loss_on='masked'))
-load_from = 'https://download.openmmlab.com/mmdetection/v3.0/mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco_20220508_091649-01b0f990.pth'  # noqa: E501
+    branch=dict(encoder="backbone", decoder="copy_head", mask_ratio=0.8, loss_on="masked"),
+)
+load_from = "https://download.openmmlab.com/mmdetection/v3.0/mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco_20220508_091649-01b0f990.pth"

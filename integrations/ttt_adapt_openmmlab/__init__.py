@@ -1,1 +1,42 @@
 """Online test-time training in MMEngine, mmsegmentation and mmdetection: one wrapper to train, one hook to test."""
+
+from ttt_adapt_openmmlab.ops import allow_zoo_checkpoints, require_packages, stand_in_for_missing_ops
+
+require_packages()
+stand_in_for_missing_ops()
+allow_zoo_checkpoints()
+
+from ttt_adapt_openmmlab.check import check_tree  # noqa: E402
+from ttt_adapt_openmmlab.datasets import (  # noqa: E402
+    CamVidStream,
+    CocoVideos,
+    KittiStep,
+    LoadKittiStepAnnotations,
+    LoadPanopticSegments,
+)
+from ttt_adapt_openmmlab.decoders import branch_for  # noqa: E402
+from ttt_adapt_openmmlab.hooks import OnlineTTTHook  # noqa: E402
+from ttt_adapt_openmmlab.joint import JointMAE, find_branch, plain_model  # noqa: E402
+from ttt_adapt_openmmlab.metrics import StreamAPMetric, StreamIoUMetric, StreamPQMetric  # noqa: E402
+from ttt_adapt_openmmlab.samplers import VideoSampler, video_of  # noqa: E402
+from ttt_adapt_openmmlab.stream import stream_adapter  # noqa: E402
+
+__all__ = [
+    "CamVidStream",
+    "CocoVideos",
+    "JointMAE",
+    "KittiStep",
+    "LoadKittiStepAnnotations",
+    "LoadPanopticSegments",
+    "OnlineTTTHook",
+    "StreamAPMetric",
+    "StreamIoUMetric",
+    "StreamPQMetric",
+    "VideoSampler",
+    "branch_for",
+    "check_tree",
+    "find_branch",
+    "plain_model",
+    "stream_adapter",
+    "video_of",
+]

@@ -1,0 +1,230 @@
+"""What a folder of video clips should hold, and what of it is missing or wrong.
+
+A `Clip` names the files that belong to one video. Its problems are found without decoding pixels, so that a data set
+can refuse a bad tree when it is built; `ttt-adapt mm check` lists all of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+
+from ttt_adapt import DataError
+
+VOID = 255
+"""The label of void pixels and the category of ignored segments."""
+
+_Key = TypeVar("_Key")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The files of one video, in order.
+
+    Attributes:
+        name: the video's identity.
+        frames: the images that belong to it, there or not.
+        labels: the label image of every frame.
+        mode: Pillow modes that label images may have.
+        encoding: what these modes hold, for messages.
+        same_size: whether all frames of the video have one size.
+    """
+
+    name: str
+    frames: tuple[Path, ...]
+    labels: tuple[Path, ...]
+    mode: tuple[str, ...]
+    encoding: str
+    same_size: bool = True
+
+    def problems(self) -> Iterator[str]:
+        """Everything wrong that the files' names and headers show; nothing if the clip is good."""
+        if not self.frames:
+            yield f"video {self.name} has no frames"
+            return
+        absent = 0
+        for kind, files in (("frame", self.frames), ("label", self.labels)):
+            missing = [file for file in files if not file.is_file()]
+            absent += len(missing)
+            if missing:
+                lack = f"{len(missing)} of {len(files)} {kind}s"
+                yield f"video {self.name} lacks {lack}: {listed(missing)}; get them again"
+        if not absent:
+            yield from self._header_problems()
+
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the first frame."""
+        return header(self.frames[0])[1]
+
+    def _header_problems(self) -> Iterator[str]:
+        heads: dict[Path, tuple[str, tuple[int, int]]] = {}
+        broken = []
+        for file in (*self.frames, *self.labels):
+            try:
+                heads[file] = header(file)
+            except DataError as error:
+                broken.append(str(error))
+        if broken:
+            yield f"video {self.name} has {len(broken)} unreadable files: {broken[0]}"
+            return
+        modes = [file for file in self.labels if heads[file][0] not in self.mode]
+        if modes:
+            yield (
+                f"video {self.name} has {len(modes)} labels in mode {heads[modes[0]][0]}: {listed(modes)}; "
+                f"expected {' or '.join(self.mode)}, {self.encoding}. Use the original PNG files, not converted ones"
+            )
+        pairs = zip(self.frames, self.labels, strict=True)
+        unequal = [label for frame, label in pairs if heads[frame][1] != heads[label][1]]
+        if unequal:
+            yield f"video {self.name} has {len(unequal)} labels of another size than their frame: {listed(unequal)}"
+        sizes = Counter(heads[file][1] for file in self.frames)
+        if self.same_size and len(sizes) > 1:
+            usual = sizes.most_common(1)[0][0]
+            odd = [file for file in self.frames if heads[file][1] != usual]
+            yield (
+                f"video {self.name} mixes frame sizes: {len(odd)} of {len(self.frames)} frames are not {usual[0]} x "
+                f"{usual[1]} (height x width): {listed(odd)}. Resize them, or put them into a video of their own"
+            )
+
+
+def refuse(clips: Iterable[Clip]) -> None:
+    """Raises the first problem of the clips.
+
+    Raises:
+        DataError: a clip has a problem.
+    """
+    for clip in clips:
+        for problem in clip.problems():
+            raise DataError(problem)
+
+
+def choose(clips: dict[str, _Key], names: Sequence[str] | None, root: Path) -> list[_Key]:
+    """The clips of these names in this order, or all of them.
+
+    Raises:
+        DataError: none there, a name is unknown or comes twice.
+    """
+    if not clips:
+        raise DataError(f"{root} holds no video; `ttt-adapt mm check` shows the expected layout")
+    if isinstance(names, str):
+        raise DataError(f"videos must be given as a list of names, got the text {names!r}")
+    chosen = list(clips) if names is None else list(names)
+    unknown = [name for name in chosen if name not in clips]
+    if unknown or not chosen:
+        raise DataError(f"no video {', '.join(unknown) or 'chosen'} in {root}; it holds {', '.join(clips)}")
+    if len(set(chosen)) < len(chosen):
+        raise DataError(f"videos must differ, got {', '.join(chosen)}")
+    return [clips[name] for name in chosen]
+
+
+def listed(files: Sequence[Path], most: int = 3) -> str:
+    """The first files by name, and how many more there are."""
+    more = len(files) - most
+    return ", ".join(str(file) for file in files[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The visible folders in a folder, by number where they end in one.
+
+    Raises:
+        DataError: it is no folder.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is missing; expected a folder of videos")
+    return sorted((path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."), key=natural)
+
+
+def numbered(folder: Path) -> dict[int, Path]:
+    """The PNG files of a folder by the number at the end of their names.
+
+    Raises:
+        DataError: two files have one number.
+    """
+    found: dict[int, Path] = {}
+    for file in sorted(folder.glob("*.png"), key=natural):
+        match = re.search(r"(\d+)$", file.stem)
+        if match is None or file.name[0] == ".":
+            continue
+        number = int(match[1])
+        if number in found:
+            raise DataError(f"{found[number]} and {file} are both frame {number} of one video; keep one of them")
+        found[number] = file
+    return found
+
+
+def natural(path: Path) -> list[tuple[int, int, str]]:
+    """A sort key under which numbers in names count by value."""
+    parts = re.findall(r"\d+|\D+", path.stem)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
+
+
+def header(file: Path) -> tuple[str, tuple[int, int]]:
+    """Pillow's mode and (height, width) of an image, without decoding it.
+
+    Raises:
+        DataError: the file is missing or is no image.
+    """
+    try:
+        with Image.open(file) as image:
+            return image.mode, (image.height, image.width)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read as an image: {error}") from error
+
+
+def read_labels(file: str | Path, classes: int) -> np.ndarray:
+    """A palette or grayscale PNG of class ids.
+
+    Returns:
+        `uint8 [H, W]`, values 0..classes-1, and 255 = void.
+
+    Raises:
+        DataError: the file cannot be read, has another encoding or holds another id.
+    """
+    return check_ids(_decode(file, ("P", "L"), "a palette or 8-bit grayscale image of class ids"), classes, file)
+
+
+def read_colour(file: str | Path) -> np.ndarray:
+    """A PNG of three 8-bit channels that encode ids.
+
+    Returns:
+        `uint8 [H, W, 3]`, RGB.
+
+    Raises:
+        DataError: the file cannot be read or has another encoding.
+    """
+    return _decode(file, ("RGB",), "ids in three 8-bit channels")
+
+
+def check_ids(ids: np.ndarray, classes: int, file: str | Path) -> np.ndarray:
+    """The same ids, if all are 0..classes-1 or 255.
+
+    Raises:
+        DataError: another id is there.
+    """
+    wrong = [value for value in np.bincount(ids.ravel(), minlength=256).nonzero()[0] if classes <= value != VOID]
+    if wrong:
+        raise DataError(
+            f"{file} holds class id {', '.join(map(str, wrong))}; expected 0..{classes - 1} or {VOID} (void). "
+            "Is it a label image of this data set?"
+        )
+    return ids
+
+
+def _decode(file: str | Path, modes: tuple[str, ...], encoding: str) -> np.ndarray:
+    try:
+        with Image.open(file) as image:
+            if image.mode not in modes:
+                raise DataError(
+                    f"{file} has mode {image.mode}; expected {' or '.join(modes)}, {encoding}. "
+                    "Use the original PNG files, not converted ones"
+                )
+            return np.array(image)
+    except OSError as error:
+        raise DataError(f"{file} cannot be read as an image: {error}") from error

@@ -1,0 +1,141 @@
+"""Which reconstruction decoder a model of mmsegmentation or mmdetection gets.
+
+`copy_head`, the paper's choice, is a copy of the model's own head with another last layer. What that is depends on the
+head: a Mask2Former or MaskFormer head has queries instead of a last convolution (`MaskHeadCopy`), the other heads of
+mmsegmentation end in one, and detectors that look at regions have nothing that could paint a frame.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmengine.logging import print_log
+from mmengine.structures import BaseDataElement
+from torch import Tensor, nn
+
+from ttt_adapt import EncoderError, Features, MAEBranch
+
+QUERIES = ("query_feat", "query_embed")  # the embeddings of a mask head that are one per query
+
+
+class MaskHeadCopy(nn.Module):
+    """A second Mask2Former or MaskFormer head that paints pixels: the paper's decoder.
+
+    A copy of the whole head, pixel decoder and transformer decoder with their weights, with 3 * s * s fresh queries for
+    a mask stride of s (48 for s = 4) and without the class head. The maps of its last layer are pixel-shuffled to the
+    frame.
+
+    Args:
+        model: the model; it is not changed.
+        name: which attribute of it is the head.
+        specs: the maps of its backbone, as a decoder factory of `MAEBranch.attach` gets them.
+
+    Raises:
+        EncoderError: the backbone's output is not one [B, C, h, w] map per stride, as these heads take it.
+    """
+
+    def __init__(self, model: nn.Module, name: str, specs: Sequence[Any]) -> None:
+        super().__init__()
+        self.name, self.stride = name, specs[0].stride
+        head = copy.deepcopy(getattr(model, name))
+        head.cls_embed = nn.Identity()
+        head.num_queries = 3 * self.stride**2
+        for query in filter(lambda query: hasattr(head, query), QUERIES):
+            weight = getattr(head, query).weight
+            setattr(head, query, nn.Embedding(head.num_queries, weight.shape[1]).to(weight))
+        self.head = head
+        self.neck: nn.Module = copy.deepcopy(getattr(model, "neck", None)) or nn.Identity()
+        self.requires_grad_(True)
+        self._freeze_unused(_example(specs, next(head.parameters())))
+
+    def forward(self, features: Features) -> Tensor:
+        """Features -> image [B, 3, h * s, w * s] of the finest map h x w."""
+        maps = self.neck(features.raw)
+        size = features.image_size  # padded images look like whole ones to the head
+        samples = [BaseDataElement(metainfo={"batch_input_shape": size, "img_shape": size}) for _ in maps[0]]
+        return F.pixel_shuffle(self.head(maps, samples)[1][-1], self.stride)
+
+    @torch.no_grad()
+    def renew(self, model: nn.Module) -> None:
+        """Take the head's (and neck's) weights of `model` again, in place; the fresh queries stay."""
+        own = self.state_dict()
+        for part, source in (("head", getattr(model, self.name)), ("neck", getattr(model, "neck", None))):
+            for key, value in (source.state_dict() if source is not None else {}).items():
+                if f"{part}.{key}" in own and key.split(".")[0] not in QUERIES:
+                    own[f"{part}.{key}"].copy_(value)
+
+    def _freeze_unused(self, features: Features) -> None:
+        """No gradient for what the last layer's masks do not depend on: distributed training waits for all others."""
+        with torch.enable_grad():
+            parameters = list(self.parameters())
+            gradients = torch.autograd.grad(self(features).sum(), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
+
+
+def _example(specs: Sequence[Any], like: Tensor) -> Features:
+    """Random features of a small image, ordered as the backbone returns them."""
+    if sorted(spec.index for spec in specs) != list(range(len(specs))) or {s.layout for s in specs} != {"nchw"}:
+        raise EncoderError(
+            f"the backbone returns {[(spec.layout, spec.stride) for spec in specs]}; a copy of a mask head expects one "
+            '[B, C, h, w] map per stride: use decoder="conv"'
+        )
+    side = 2 * max(spec.stride for spec in specs)
+    raw = [
+        torch.ones(1, spec.channels, side // spec.stride, side // spec.stride).to(like)
+        for spec in sorted(specs, key=lambda spec: spec.index)
+    ]
+    return Features(raw, raw, (side, side))
+
+
+def branch_for(model: nn.Module, *, encoder: str = "backbone", decoder: Any = "auto", **settings: Any) -> MAEBranch:
+    """Attach a branch to a model of mmsegmentation or mmdetection.
+
+    As `MAEBranch.attach`, and decoder="copy_head" knows the heads of OpenMMLab. Where a head cannot be copied
+    (two-stage and dense detectors) the branch gets the convolutional decoder, and the log says so.
+
+    Args:
+        model: the plain model, not a `JointMAE`.
+        encoder: dotted path of the module where the encoder ends.
+        decoder: as in `MAEBranch.attach`.
+        **settings: the other keywords of `MAEBranch.attach`.
+
+    Raises:
+        EncoderError: the model has no such encoder, or the encoder cannot be used; nothing was changed.
+        ConfigError: a setting out of range.
+    """
+    if decoder != "copy_head":
+        return MAEBranch.attach(model, encoder, decoder, **settings)
+    name = _mask_head(model)
+    try:
+        if name is not None and encoder == "backbone":
+            return MAEBranch.attach(model, encoder, lambda specs: MaskHeadCopy(model, name, specs), **settings)
+        if name is None and hasattr(model, "decode_head"):
+            return MAEBranch.attach(model, encoder, "copy_head", **settings)
+        reason = (
+            f"its {name} reads what the backbone returns" if name else "its head predicts no map of the whole frame"
+        )
+    except EncoderError as error:  # of the head, or of the encoder: then the next attach says so
+        reason = str(error)
+    branch = MAEBranch.attach(model, encoder, "conv", **settings)
+    print_log(
+        f"copy_head does not fit {type(model).__name__} ({reason}): its branch gets the convolutional decoder",
+        logger="current",
+        level=logging.WARNING,
+    )
+    return branch
+
+
+def _mask_head(model: nn.Module) -> str | None:
+    """The attribute of `model` that is a Mask2Former or MaskFormer head."""
+    try:
+        from mmdet.models.dense_heads import MaskFormerHead
+    except ImportError:  # without mmdet there is no such head
+        return None
+    heads: Mapping[str, nn.Module] = dict(model.named_children())
+    return next((name for name, head in heads.items() if isinstance(head, MaskFormerHead)), None)

@@ -1,0 +1,260 @@
+"""OnlineTTTHook: test-time training inside MMEngine's test loop, by one entry in `custom_hooks`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from mmengine.dist import all_reduce
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import BaseLoop
+from torch import Tensor, nn
+
+from ttt_adapt import ConfigError, FrameError, FrameTypeError, StepReport, StreamAdapter
+from ttt_adapt_openmmlab.arms import contradiction, stream_config
+from ttt_adapt_openmmlab.batches import branch_for_stream, branch_keywords, data_preprocessor_of, images, only_sample
+from ttt_adapt_openmmlab.joint import plain_model
+from ttt_adapt_openmmlab.loaders import check_stream, offline_indices, stream_infos
+from ttt_adapt_openmmlab.panels import panels
+from ttt_adapt_openmmlab.samplers import FrameOrder, file_of, video_of
+
+
+@dataclasses.dataclass
+class _Totals:
+    """What a run sums up: frames predicted, videos, gradient steps' losses, milliseconds spent adapting."""
+
+    frames: int = 0
+    videos: int = 0
+    losses: int = 0
+    loss: float = 0.0
+    ms: float = 0.0
+
+    def gathered(self) -> _Totals:
+        """Of all processes together."""
+        values = torch.tensor(dataclasses.astuple(self), dtype=torch.float64)
+        all_reduce(values)
+        frames, videos, losses, loss, ms = values.tolist()
+        return _Totals(int(frames), int(videos), int(losses), loss, ms)
+
+
+@HOOKS.register_module()
+class OnlineTTTHook(Hook):
+    """Adapts the model to the video before each test iteration; after the run the model is as it was.
+
+    The frames come one by one (`batch_size=1` of the test dataloader) and in order; several processes need
+    `sampler=dict(type='VideoSampler')`. A new video (see `video_of`) starts from the source weights. Labels are never
+    read. Explicit arguments win over the arm's preset.
+
+    Args:
+        window: explicit memory, the last k frames (the current one included).
+        batch_size: frames or crops drawn from the window for a gradient step (not of the dataloader).
+        crop_size: (H, W) of random crops for the gradient step; None: whole frames.
+        arm: "online" (both memories), "no_memory", "implicit_only", "explicit_only", "paper" (the released code's
+            recipe), "fixed" (no adaptation: the hook does nothing), or "offline": before a video is predicted, its
+            frames go `offline_epochs` times through adaptation in an order shuffled by the seed, with a window of
+            `batch_size` frames; then all are predicted with these weights.
+        branch: None for the branch of a `JointMAE` model, or keywords of `MAEBranch.attach` to attach one to the
+            plain model (`encoder="backbone"` by default); `checkpoint=` names a file or URL with its weights, as
+            `JointMAE` saves them.
+        log_interval: a line in the log every n frames. Scalars `ttt/loss` and `ttt/ms` go to the message hub and the
+            visualizer on every frame.
+        visualize_interval: every n frames an image (frame, masked frame, reconstruction) to the visualizer; 0: never.
+        offline_epochs: passes over a video in arm "offline".
+        **config: other fields of `ttt_adapt.StreamConfig`: lr, iterations, source_pull, seed, precision, ...
+
+    Raises:
+        ConfigError: an unknown arm or argument, or a value out of range, when it is made; before the run anything
+            that cannot be adapted or is no video stream.
+        DataError, FrameError: a frame out of order, or of another size than its video; the message names the file.
+    """
+
+    priority = "NORMAL"
+
+    def __init__(
+        self,
+        window: int | None = None,
+        batch_size: int | None = None,
+        crop_size: int | tuple[int, int] | None = None,
+        arm: str = "online",
+        branch: Mapping[str, Any] | None = None,
+        log_interval: int = 10,
+        visualize_interval: int = 0,
+        offline_epochs: int = 1,
+        **config: Any,
+    ) -> None:
+        given = {"window": window, "batch_size": batch_size, "crop_size": crop_size}
+        self.config = stream_config(arm, config | {name: value for name, value in given.items() if value is not None})
+        for name, value, least in (
+            ("log_interval", log_interval, 1),
+            ("visualize_interval", visualize_interval, 0),
+            ("offline_epochs", offline_epochs, 1),
+        ):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"{name} is {value!r}; expected a whole number, at least {least}")
+        self.arm, self.branch, self.offline_epochs = arm, branch_keywords(branch), offline_epochs
+        self.log_interval, self.visualize_interval = log_interval, visualize_interval
+        self._adapter: StreamAdapter | None = None
+        self._flags: dict[nn.Module, bool] = {}
+
+    # ---- the run
+
+    def before_run(self, runner: Any) -> None:
+        """See to it that the model is given back however the test run ends."""
+        loop = runner._test_loop
+        if not isinstance(loop, BaseLoop) or "run" in vars(loop):
+            return
+        inner = loop.run
+
+        def run() -> Any:
+            try:
+                return inner()
+            finally:
+                vars(loop).pop("run", None)
+                self._give_back()
+
+        loop.run = run
+
+    def before_test(self, runner: Any) -> None:
+        """Check model, dataloader and order of the frames; nothing is changed."""
+        self._give_back()
+        self._totals, self._order, self._size = _Totals(), FrameOrder(), (0, 0)
+        self._warned: set[str] = set()
+        if self.arm == "fixed":
+            return
+        loader = runner.test_dataloader
+        check_stream(loader)
+        warning = contradiction(self.arm, self.config)
+        if warning:
+            runner.logger.warning(warning)
+        self._preprocessor = data_preprocessor_of(plain_model(runner.model))
+        stream = offline_indices(loader) if self.arm == "offline" else stream_infos(loader)
+        self._indices, self._infos = stream if stream is not None else ([], [])
+        order = FrameOrder()
+        for info in self._infos:
+            self._follow(runner, order, info)
+        self._model = plain_model(runner.model)
+        self._objective = branch_for_stream(runner.model, self.branch, self.config.seed)
+        self._flags = {module: module.training for module in runner.model.modules()}
+
+    def before_test_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Adapt to the frame that is about to be predicted."""
+        self._totals.frames += 1
+        if self.arm == "fixed":
+            return
+        try:
+            self._before_frame(runner, batch_idx, data_batch)
+        except BaseException:
+            self._give_back()
+            raise
+
+    def after_test_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Take the source weights back after the last frame: hooks that swap weights do it after this."""
+        if batch_idx + 1 == len(runner.test_dataloader):
+            self._detach()
+
+    def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        """Sum up, over all processes."""
+        self._totals.videos = self._order.videos
+        total = self._totals.gathered()
+        summary = {"arm": self.arm, "frames": total.frames}
+        if self.arm != "fixed":
+            summary |= {
+                "videos": total.videos,
+                "mean_ms": round(total.ms / max(total.frames, 1), 2),
+                "mean_loss": round(total.loss / max(total.losses, 1), 6),
+            }
+        runner.message_hub.update_info("test/ttt", summary)
+        runner.logger.info("test-time training: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
+
+    def after_test(self, runner: Any) -> None:
+        """Give the model back."""
+        self._give_back()
+
+    # ---- one frame
+
+    def _before_frame(self, runner: Any, batch_idx: int, data_batch: Any) -> None:
+        sample = only_sample(data_batch)
+        info = {**(self._infos[batch_idx] if self._infos else {}), **sample.metainfo}
+        new = self._follow(runner, self._order, info)
+        x = images(self._preprocessor, data_batch)
+        adapter = self._attached()
+        if new:
+            adapter.reset()
+            self._size = (x.shape[2], x.shape[3])
+            if self.arm == "offline":
+                self._fit_video(runner, batch_idx, info)
+        if self._size != (x.shape[2], x.shape[3]):
+            raise FrameError(
+                f"{file_of(info)} has (H, W) = {(x.shape[2], x.shape[3])} as the model takes it, and video "
+                f"{video_of(info)!r} began with {self._size}: resize all frames of a video to one size in the test "
+                "pipeline (Resize with keep_ratio=False), or give the frames another video_id"
+            )
+        if self.arm != "offline":
+            report = self._adapt(x, info)
+            self._record(runner, report, self._totals.frames, f"frame {batch_idx + 1}/{len(runner.test_dataloader)}")
+        if self.visualize_interval and self._totals.frames % self.visualize_interval == 0:
+            image = panels(self._objective, x, self._preprocessor, self.config.seed)
+            runner.visualizer.add_image("ttt_reconstruction", image, step=self._totals.frames)
+
+    def _fit_video(self, runner: Any, begin: int, info: Mapping[str, Any]) -> None:
+        """Arm "offline": adapt to all frames of the video that begins at position `begin` of the stream."""
+        name = video_of(self._infos[begin])
+        indices = [index for index, other in zip(self._indices, self._infos, strict=True) if video_of(other) == name]
+        loader = runner.test_dataloader
+        generator = torch.Generator().manual_seed(self.config.seed)
+        for epoch in range(self.offline_epochs):
+            for i in torch.randperm(len(indices), generator=generator).tolist():
+                batch = loader.collate_fn([loader.dataset[indices[i]]])
+                found = {**info, **only_sample(batch).metainfo}
+                report = self._adapt(images(self._preprocessor, batch), found)
+                self._record(runner, report, self._totals.losses + 1, f"{name}, epoch {epoch + 1}")
+
+    def _adapt(self, x: Tensor, info: Mapping[str, Any]) -> StepReport:
+        try:
+            return self._attached().adapt(x)
+        except (FrameError, FrameTypeError) as error:
+            raise FrameError(f"{file_of(info)}: {error}") from error
+
+    def _record(self, runner: Any, report: StepReport, step: int, where: str) -> None:
+        self._totals.ms += report.ms
+        scalars = {"ttt/ms": report.ms}
+        if report.losses:
+            scalars["ttt/loss"] = report.losses[0]
+            self._totals.losses += 1
+            self._totals.loss += report.losses[0]
+        for name, value in scalars.items():
+            runner.message_hub.update_scalar(name, value)
+        runner.visualizer.add_scalars(scalars, step=step)
+        if step % self.log_interval == 0:
+            text = "  ".join(f"{name}: {value:.4f}" for name, value in scalars.items())
+            runner.logger.info(f"TTT {self.arm}, {where}  {text}" + (f"  ({report.reason})" if report.reason else ""))
+
+    # ---- the model
+
+    def _attached(self) -> StreamAdapter:
+        """The adapter of this run, made at its first frame, when hooks that swap weights have done so."""
+        if self._adapter is None:
+            self._adapter = StreamAdapter(self._model, self._objective, config=self.config)
+        return self._adapter
+
+    def _detach(self) -> None:
+        if self._adapter is not None:
+            self._adapter.detach()
+            self._adapter = None
+
+    def _give_back(self) -> None:
+        self._detach()
+        for module, training in self._flags.items():
+            module.training = training
+        self._flags = {}
+
+    def _follow(self, runner: Any, order: FrameOrder, info: Mapping[str, Any]) -> bool:
+        """Whether a video begins with this frame; a warning about missing frames comes once per video."""
+        name, new, warning = order.follow(info)
+        if warning and name not in self._warned:
+            self._warned.add(name)
+            runner.logger.warning(warning)
+        return new

@@ -1,0 +1,243 @@
+"""JointMAE: joint training of a model of mmsegmentation or mmdetection and its reconstruction branch."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from mmengine.config import ConfigDict
+from mmengine.logging import print_log
+from mmengine.model import BaseDataPreprocessor, BaseModel, is_model_wrapper
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from ttt_adapt import ConfigError, MAEBranch
+from ttt_adapt_openmmlab.decoders import branch_for
+
+INNER = "model."  # where the plain model's parameters are; its keys in a state_dict are without it
+BRANCH = "mae_branch."
+
+
+@MODELS.register_module()
+class JointMAE(BaseModel):
+    """A model with a reconstruction branch on its backbone: `loss` gains `loss_mae`, all else is the model's own.
+
+    Training minimises `main loss + mean squared error of the reconstruction`, weights 1:1. The branch sees the images
+    that the model's data preprocessor makes (padding included) under fresh masks, and its pass comes after the main
+    one, so the main losses are bitwise those of the plain model.
+
+    Parameters and `state_dict` keys of the model keep their names, so plain checkpoints load, and a checkpoint saved
+    here loads into the plain model, which reports the keys of `mae_branch.` as unexpected. A decoder that copies the
+    model's head starts from the head that training starts from: the copy is taken again after `init_weights`, and when
+    a checkpoint without a branch is loaded.
+
+    Args:
+        model: the model, or its config.
+        branch: keywords of `MAEBranch.attach`; `encoder` is "backbone" by default.
+        data_preprocessor: for a model config that has none.
+        init_cfg: as in every MMEngine module.
+        **inherited: entries that a config inherits from that of the plain model, and those that `init_model` sets to
+            None. They are the model's already; where they differ from `model`, it wins and the log says so.
+
+    Raises:
+        ConfigError: a model without backbone or data preprocessor, or a misplaced keyword.
+        EncoderError: the branch cannot be attached.
+    """
+
+    def __init__(
+        self,
+        model: dict[str, Any] | nn.Module,
+        branch: Mapping[str, Any] | None = None,
+        data_preprocessor: dict[str, Any] | nn.Module | None = None,
+        init_cfg: dict[str, Any] | None = None,
+        **inherited: Any,
+    ) -> None:
+        super(BaseModel, self).__init__(init_cfg)  # the data preprocessor is the model's: BaseModel would make another
+        settings = dict(branch or {})
+        _check_settings(settings, inherited)
+        plain = _built(model, data_preprocessor, inherited)
+        encoder = settings.setdefault("encoder", "backbone")
+        _check_model(plain, encoder)
+        with torch.random.fork_rng(devices=[]):  # the model draws the random numbers that it draws without a branch
+            attached = branch_for(plain, **settings)
+        self.model: Any = plain  # its methods are those of MMEngine's models
+        self.mae_branch = attached
+        self.register_state_dict_post_hook(_plain_names)
+        self.register_load_state_dict_post_hook(_loaded)
+
+    @property
+    def branch(self) -> MAEBranch:
+        """The reconstruction branch."""
+        return self.mae_branch
+
+    def forward(self, inputs: Tensor, data_samples: Any = None, mode: str = "tensor") -> Any:
+        """As the model's own; with mode "loss", `loss_mae` is among the losses.
+
+        Args:
+            inputs: float [B, 3, H, W], from the data preprocessor.
+            data_samples: annotations and meta information, one per image.
+            mode: "tensor", "predict" or "loss".
+        """
+        outputs = self.model(inputs, data_samples, mode=mode)
+        return {**outputs, "loss_mae": self.mae_branch.loss(inputs)} if mode == "loss" else outputs
+
+    def loss(self, inputs: Tensor, data_samples: Any) -> dict[str, Any]:
+        """The model's losses and `loss_mae`; arguments as in `forward`."""
+        return self(inputs, data_samples, mode="loss")
+
+    def parse_losses(self, losses: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """As the model parses its losses."""
+        return self.model.parse_losses(losses)
+
+    def val_step(self, data: Any) -> Any:
+        """As the model's own."""
+        return self.model.val_step(data)
+
+    def test_step(self, data: Any) -> Any:
+        """As the model's own."""
+        return self.model.test_step(data)
+
+    def init_weights(self) -> None:
+        """Initialise the model, and let a decoder that copies its head begin with that head."""
+        super().init_weights()
+        self._renew_copy()
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Under the names in the plain model, which rules such as layer-wise learning rates go by."""
+        start = f"{prefix}." if prefix else ""
+        for name, parameter in super().named_parameters("", recurse, remove_duplicate):
+            yield start + name.removeprefix(INNER), parameter
+
+    def __getattr__(self, name: str) -> Any:
+        """What only the model has, such as its data preprocessor or its head."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            model = self.__dict__.get("_modules", {}).get("model")
+            if model is None:
+                raise
+            return getattr(model, name)
+
+    def _renew_copy(self) -> None:
+        renew = getattr(self.mae_branch.decoder, "renew", None)
+        if renew is not None:
+            renew(self.model)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Give the plain model's keys the place that they have in here; PyTorch and MMEngine both come by."""
+        self._loading = prefix, any(key.startswith(prefix + BRANCH) for key in state_dict)
+        _rename(state_dict, prefix, lambda key: key if key.startswith(BRANCH) else INNER + key)
+        versions = {} if prefix else getattr(state_dict, "_metadata", None) or {}
+        for key in list(versions):
+            versions.setdefault((INNER + key).removesuffix("."), versions[key])
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The segmentor or detector itself, out of `JointMAE` and wrappers for distributed training."""
+    inside = _unwrapped(model)
+    return inside.model if isinstance(inside, JointMAE) else inside
+
+
+def find_branch(model: nn.Module) -> MAEBranch | None:
+    """The branch of a `JointMAE`, also inside a wrapper for distributed training; None for other models."""
+    inside = _unwrapped(model)
+    return inside.branch if isinstance(inside, JointMAE) else None
+
+
+def _unwrapped(model: Any) -> nn.Module:
+    return model.module if is_model_wrapper(model) else model
+
+
+def _plain_names(_module: nn.Module, state_dict: Any, prefix: str, _metadata: Any) -> None:
+    """After `state_dict`: the model's keys as in the plain model."""
+    _rename(state_dict, prefix, lambda key: key.removeprefix(INNER))
+    versions = getattr(state_dict, "_metadata", {})
+    for key in [key for key in versions if f"{key}.".startswith(prefix + INNER)]:
+        versions[(prefix + f"{key}."[len(prefix + INNER) :]).removesuffix(".")] = versions.pop(key)
+
+
+def _loaded(module: JointMAE, incompatible: Any) -> None:
+    """After loading: names as in the plain model; a checkpoint without a branch lacks nothing."""
+    prefix, with_branch = module._loading
+    for keys in incompatible:
+        keys[:] = [prefix + key[len(prefix) :].removeprefix(INNER) if key.startswith(prefix) else key for key in keys]
+    if not with_branch:
+        missing = incompatible.missing_keys
+        missing[:] = [key for key in missing if not key.startswith(prefix + BRANCH)]
+        module._renew_copy()
+        print_log("the weights hold no mae_branch: the reconstruction branch is not trained yet", logger="current")
+
+
+def _rename(state_dict: dict[str, Any], prefix: str, rename: Callable[[str], str]) -> None:
+    """Rename the keys that start with `prefix`, behind it, in place and in order."""
+    items = list(state_dict.items())
+    state_dict.clear()
+    for key, value in items:
+        state_dict[prefix + rename(key[len(prefix) :]) if key.startswith(prefix) else key] = value
+
+
+def _check_settings(settings: Mapping[str, Any], inherited: Mapping[str, Any]) -> None:
+    known = set(inspect.signature(MAEBranch.attach).parameters) - {"model"}
+    if unknown := sorted(set(settings) - known):
+        raise ConfigError(f"branch has {', '.join(map(repr, unknown))}; expected some of {', '.join(sorted(known))}")
+    if misplaced := sorted(set(inherited) & (known - {"encoder"})):
+        raise ConfigError(f"{', '.join(map(repr, misplaced))} belong into branch=dict(...) of JointMAE")
+
+
+def _built(model: Any, data_preprocessor: Any, inherited: Mapping[str, Any]) -> nn.Module:
+    """The model itself, or what its config describes."""
+    if isinstance(model, nn.Module):
+        if extra := [key for key, value in inherited.items() if value is not None]:
+            raise ConfigError(f"JointMAE has no {', '.join(map(repr, extra))}, and the model is built already")
+        return model
+    if not isinstance(model, Mapping) or "type" not in model:
+        raise ConfigError(f"model is a {type(model).__name__}; expected a module, or a config dict with a type")
+    config = copy.deepcopy(ConfigDict(model))
+    if config.get("data_preprocessor") is None and data_preprocessor is not None:
+        config["data_preprocessor"] = data_preprocessor
+    if ignored := list(_differences(inherited, config, "model.")):
+        print_log(
+            f"JointMAE takes {'; '.join(ignored[:5])}. What a config inherits beside JointMAE's own keywords has no "
+            "effect: change it inside of JointMAE's model=..., and write _delete_=True beside type='JointMAE'",
+            logger="current",
+            level=logging.WARNING,
+        )
+    try:
+        return MODELS.build(config)
+    except TypeError as error:
+        if "backbone" in config:
+            raise
+        raise ConfigError(_NO_BACKBONE.format(config["type"])) from error
+
+
+def _differences(inherited: Mapping[str, Any], own: Mapping[str, Any], path: str) -> Iterator[str]:
+    """Where `inherited` says something else than `own`, in words."""
+    for key, value in inherited.items():
+        kept = own.get(key)
+        if isinstance(value, Mapping) and isinstance(kept, Mapping):
+            yield from _differences(value, kept, f"{path}{key}.")
+        elif value is not None and value != kept:
+            yield f"{kept!r} for {path}{key}, not {value!r}"
+
+
+_NO_BACKBONE = (
+    "{} has no backbone: JointMAE reconstructs from the features of a module named so; for another one write "
+    "branch=dict(encoder=...)"
+)
+
+
+def _check_model(model: nn.Module, encoder: Any) -> None:
+    if encoder == "backbone" and not isinstance(getattr(model, "backbone", None), nn.Module):
+        raise ConfigError(_NO_BACKBONE.format(type(model).__name__))
+    if type(getattr(model, "data_preprocessor", None)) in (type(None), BaseDataPreprocessor):
+        raise ConfigError(
+            f"{type(model).__name__} has no data preprocessor that makes a batch of normalised images: give its config "
+            "a data_preprocessor, such as SegDataPreProcessor or DetDataPreprocessor with mean and std"
+        )

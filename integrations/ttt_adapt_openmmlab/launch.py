@@ -1,0 +1,198 @@
+"""What the commands do: a config, changed by options, and MMEngine's runner on it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.runner import Runner
+
+from ttt_adapt import CheckpointError, ConfigError
+from ttt_adapt_openmmlab.arms import MEMORY, stream_config
+
+LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
+
+
+def read_config(path: Path, work_dir: Path | None, options: list[str]) -> Config:
+    """The config of a file with `KEY=VALUE` options merged in; `custom_imports` are imported.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ConfigError: the file, or an option, cannot be read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"config {path} does not exist")
+    try:
+        cfg = Config.fromfile(path)
+    except (ImportError, SyntaxError, NameError, KeyError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"config {path} cannot be read: {type(error).__name__}: {error}") from error
+    changes = parse_options(options)
+    try:
+        cfg.merge_from_dict(changes)
+    except (TypeError, KeyError, ValueError, IndexError, AttributeError) as error:
+        raise ConfigError(f"--cfg-options {' '.join(options)} does not fit {path}: {_text(error)}") from error
+    if work_dir is not None:
+        cfg.work_dir = str(work_dir)
+    elif cfg.get("work_dir") is None:
+        cfg.work_dir = str(Path("work_dirs") / path.stem)
+    return cfg
+
+
+def parse_options(options: list[str]) -> dict[str, Any]:
+    """`KEY=VALUE` texts as MMEngine parses them: numbers, booleans, None, lists `1,2` or `[1,2]`, nested, tuples."""
+    for option in options:
+        if not option.partition("=")[0].strip() or "=" not in option:
+            raise ConfigError(f"--cfg-options got {option!r}; expected KEY=VALUE, such as model.branch.mask_ratio=0.75")
+    if not options:
+        return {}
+    parser = argparse.ArgumentParser()
+    parser.add_argument("options", nargs="+", action=DictAction)
+    try:
+        return dict(parser.parse_args(["--", *options]).options)
+    except AssertionError as error:
+        raise ConfigError(f"--cfg-options cannot be read: {error}") from error
+
+
+def set_amp(cfg: Config) -> None:
+    """Mixed precision by MMEngine's AmpOptimWrapper.
+
+    Raises:
+        ConfigError: no CUDA, or an optimizer wrapper of another kind.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError("--amp needs a CUDA device, and there is none: leave it out")
+    kind = cfg.optim_wrapper.get("type", "OptimWrapper")
+    if kind not in ("OptimWrapper", "AmpOptimWrapper"):
+        raise ConfigError(f"--amp takes an optim_wrapper of type OptimWrapper; the config has {kind!r}")
+    cfg.optim_wrapper.type = "AmpOptimWrapper"
+    cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+
+
+def set_resume(cfg: Config, resume: str) -> None:
+    """Go on from the latest checkpoint of the work dir ("auto"), or from a file or URL."""
+    cfg.resume, cfg.load_from = True, None
+    if resume != "auto":
+        set_checkpoint(cfg, resume)
+
+
+def set_checkpoint(cfg: Config, checkpoint: str) -> None:
+    """Load this file or URL.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    if "://" not in checkpoint and not Path(checkpoint).expanduser().is_file():
+        raise FileNotFoundError(f"checkpoint {checkpoint} does not exist")
+    cfg.load_from = checkpoint
+
+
+def set_arm(cfg: Config, arm: str) -> None:
+    """Run this arm: sets `arm` of the config's OnlineTTTHook, or adds one; drops its fields that would contradict."""
+    stream_config(arm, {})
+    hooks = list(cfg.get("custom_hooks") or [])
+    ours = [hook for hook in hooks if _name_of(hook) == "OnlineTTTHook"]
+    if not ours:
+        ours = [{"type": "OnlineTTTHook"}]
+        hooks += ours
+    for hook in ours:
+        hook["arm"] = arm
+        for field in (*MEMORY[arm], *(["window"] if arm == "offline" else [])):
+            hook.pop(field, None)
+    cfg.custom_hooks = hooks
+
+
+def set_show_dir(cfg: Config, folder: Path) -> None:
+    """Paint predictions into a folder, by the visualization hook of mmseg or mmdet.
+
+    Raises:
+        ConfigError: the config has no such hook.
+    """
+    hook = cfg.get("default_hooks", {}).get("visualization")
+    if hook is None:
+        raise ConfigError(
+            "--show-dir needs default_hooks.visualization, such as dict(type='SegVisualizationHook') or "
+            "dict(type='DetVisualizationHook'), and a visualizer"
+        )
+    hook["draw"] = True
+    if "Det" in _name_of(hook):
+        hook["test_out_dir"] = str(folder.absolute())
+    else:
+        hook.setdefault("interval", 1)
+        cfg.visualizer["save_dir"] = str(folder)
+
+
+def run(cfg: Config, what: str, launcher: str, local_rank: int | None) -> None:
+    """`Runner.train()` or `Runner.test()` on a config."""
+    _prepare_processes(cfg, launcher, local_rank)
+    try:
+        with _told_in_a_line():
+            getattr(Runner.from_cfg(cfg), what)()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _prepare_processes(cfg: Config, launcher: str, local_rank: int | None) -> None:
+    """Set what the launcher needs; without CUDA, start the process group here: MMEngine's own start asks for CUDA."""
+    if launcher not in LAUNCHERS:
+        raise ConfigError(f"--launcher is {launcher!r}; expected one of {', '.join(LAUNCHERS)}")
+    cfg.launcher = launcher
+    if local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank))
+    if launcher == "none":
+        return
+    if launcher == "pytorch" and not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
+        raise ConfigError(
+            "--launcher pytorch needs RANK, WORLD_SIZE and LOCAL_RANK: start it as torchrun --nproc-per-node N "
+            "-m ttt_adapt mm ..."
+        )
+    if torch.cuda.is_available():
+        return
+    if launcher != "pytorch":
+        raise ConfigError(f"--launcher {launcher} needs CUDA devices; without them use torchrun and --launcher pytorch")
+    torch.distributed.init_process_group("gloo")
+    if cfg.get("model_wrapper_cfg") is None:  # MMEngine's default names a CUDA device
+        unused = cfg.get("find_unused_parameters", False)
+        cfg.model_wrapper_cfg = {
+            "type": "MMDistributedDataParallel",
+            "device_ids": None,
+            "broadcast_buffers": False,
+            "find_unused_parameters": unused,
+        }
+
+
+@contextmanager
+def _told_in_a_line() -> Iterator[None]:
+    """Turn what MMEngine raises over a wrong config or checkpoint into errors that are told in a line."""
+    try:
+        yield
+    except KeyError as error:
+        if "registry" not in _text(error):
+            raise
+        raise ConfigError(_text(error)) from error
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ConfigError(f"the config passes an argument that is not known: {error}") from error
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise CheckpointError(f"the checkpoint cannot be read: {error}") from error
+    except RuntimeError as error:
+        if "No state_dict found" not in str(error) and "PytorchStreamReader" not in str(error):
+            raise
+        raise CheckpointError(f"the checkpoint cannot be read: {error}") from error
+
+
+def _text(error: BaseException) -> str:
+    return str(error.args[0]) if error.args else type(error).__name__
+
+
+def _name_of(hook: Any) -> str:
+    kind = hook.get("type") if isinstance(hook, dict) else type(hook)
+    return getattr(kind, "__name__", str(kind)).split(".")[-1]

@@ -1,0 +1,194 @@
+"""Whole videos to ranks: which video a frame belongs to, where in it, and a sampler that keeps videos together."""
+
+from __future__ import annotations
+
+import os.path
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any
+
+from mmengine.dist import get_dist_info
+from mmengine.registry import DATA_SAMPLERS
+from torch.utils.data import Sampler
+
+from ttt_adapt import ConfigError, DataError
+
+Key = tuple[tuple[int, int, str], ...]
+
+
+def video_of(metainfo: Mapping[str, Any]) -> str:
+    """The video that a frame belongs to: its `video_id`, or else the folder of its `img_path`.
+
+    Args:
+        metainfo: of a data sample, or a data info of a dataset.
+
+    Raises:
+        DataError: neither is there.
+    """
+    if metainfo.get("video_id") is not None:
+        return str(metainfo["video_id"])
+    path = metainfo.get("img_path")
+    if not isinstance(path, str | os.PathLike):
+        raise DataError(
+            f"a frame names no video: got img_path={path!r} and no video_id; expected one of the two in its metainfo. "
+            "Let the dataset set video_id, and keep it with meta_keys=(..., 'video_id', 'frame_id') in the pipeline's "
+            "PackSegInputs or PackDetInputs"
+        )
+    return os.path.dirname(os.fspath(path)) or "."
+
+
+def frame_key(metainfo: Mapping[str, Any]) -> Key:
+    """What frames of one video are ordered by: `frame_id`, or else the file name with its numbers as numbers."""
+    if metainfo.get("frame_id") is not None:
+        return ((0, int(metainfo["frame_id"]), ""),)
+    name = os.path.splitext(os.path.basename(os.fspath(metainfo["img_path"])))[0]
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"([0-9]+)", name) if part)
+
+
+def file_of(metainfo: Mapping[str, Any]) -> str:
+    """How a message names a frame."""
+    return str(metainfo.get("img_path") or f"frame {metainfo.get('frame_id')} of video {metainfo.get('video_id')}")
+
+
+@dataclass
+class _Video:
+    file: str
+    key: Key
+    step: int | None = None
+    gap: bool = False
+
+
+class FrameOrder:
+    """Follows a stream and refuses frames out of order and videos that come back."""
+
+    def __init__(self) -> None:
+        self._videos: dict[str, _Video] = {}
+        self._current: str | None = None
+
+    @property
+    def videos(self) -> int:
+        """How many videos have begun."""
+        return len(self._videos)
+
+    def follow(self, metainfo: Mapping[str, Any]) -> tuple[str, bool, str]:
+        """Take the next frame.
+
+        Returns:
+            Its video, whether the video begins here, and a warning ("" for none; at most one per video) where frame
+            numbers are missing.
+
+        Raises:
+            DataError: a frame out of order in its video, or of a video that ended before another began.
+        """
+        name, key, file = video_of(metainfo), frame_key(metainfo), file_of(metainfo)
+        if name != self._current:
+            if name in self._videos:
+                raise DataError(
+                    f"{file} is of video {name!r}, which ended before {self._current!r} began: the stream interleaves "
+                    "videos. Adaptation needs them one after the other: use sampler=dict(type='VideoSampler')"
+                )
+            self._current, self._videos[name] = name, _Video(file, key)
+            return name, True, ""
+        video = self._videos[name]
+        if key <= video.key:
+            raise DataError(
+                f"{file} comes after {video.file} in video {name!r}, and is not later in it: the stream is shuffled, "
+                "or repeats frames. Adaptation needs frames in their order: use sampler=dict(type='VideoSampler'), "
+                "which sorts them by frame_id, or by the numbers in the file names"
+            )
+        warning = self._gap(name, video, key, file)
+        video.file, video.key = file, key
+        return name, False, warning
+
+    @staticmethod
+    def _gap(name: str, video: _Video, key: Key, file: str) -> str:
+        step = _step(video.key, key)
+        known, video.step = video.step, step if video.step is None or step is None else min(step, video.step)
+        if video.gap or step is None or known is None or step == known:
+            return ""
+        video.gap = True
+        return f"frames are missing in video {name!r}: the numbers go in steps of {known}, and of {step} at {file}"
+
+
+def _step(before: Key, key: Key) -> int | None:
+    """How far the frame number went on; None where the names differ in more than one number."""
+    if len(before) != len(key):
+        return None
+    differing = [(a, b) for a, b in zip(before, key, strict=True) if a != b]
+    if len(differing) != 1 or differing[0][0][0] or differing[0][1][0]:
+        return None
+    return differing[0][1][1] - differing[0][0][1]
+
+
+def frame_infos(dataset: Any) -> list[dict[str, Any]] | None:
+    """`video_id`, `frame_id` and `img_path` of every frame, without loading one; None if the dataset cannot tell."""
+    if not callable(getattr(dataset, "get_data_info", None)):
+        return None
+    if callable(getattr(dataset, "full_init", None)):
+        dataset.full_init()
+    kept = ("video_id", "frame_id", "img_path")
+    infos = (dataset.get_data_info(i) for i in range(len(dataset)))
+    return [{key: info[key] for key in kept if info.get(key) is not None} for info in infos]
+
+
+def share_out(videos: Iterable[list[int]], ranks: int) -> list[list[int]]:
+    """Indices of frames for each rank: whole videos, the longest first to the rank with the fewest frames so far.
+
+    Args:
+        videos: the indices of each video's frames, in order. Each rank gets its videos in this sequence.
+    """
+    numbered = list(enumerate(videos))
+    shares: list[list[tuple[int, list[int]]]] = [[] for _ in range(ranks)]
+    loads = [0] * ranks
+    for number, video in sorted(numbered, key=lambda item: (-len(item[1]), item[0])):
+        rank = loads.index(min(loads))
+        shares[rank].append((number, video))
+        loads[rank] += len(video)
+    return [[index for _, video in sorted(share) for index in video] for share in shares]
+
+
+@DATA_SAMPLERS.register_module()
+class VideoSampler(Sampler):
+    """Hands out whole videos to ranks, balanced by length, in order within a video; the same on every call.
+
+    The longest video goes first, each to the rank with the fewest frames so far. Every frame goes to exactly one rank,
+    so that metrics gather correctly; with more ranks than videos some ranks have nothing to do. It needs no seed.
+
+    Args:
+        dataset: an MMEngine dataset (`get_data_info`), whose frames name their video (see `video_of`).
+        seed: taken for MMEngine's sake; nothing is random.
+        shuffle: must be False.
+
+    Raises:
+        ConfigError: `shuffle`.
+        DataError: the dataset cannot tell the videos of its frames.
+    """
+
+    def __init__(self, dataset: Sized, seed: int | None = None, shuffle: bool = False) -> None:
+        if shuffle:
+            raise ConfigError("VideoSampler got shuffle=True; a video stream has an order: set shuffle=False")
+        infos = frame_infos(dataset)
+        if infos is None:
+            raise DataError(
+                f"VideoSampler needs a dataset with get_data_info(index), such as MMEngine's BaseDataset; got a "
+                f"{type(dataset).__name__}"
+            )
+        videos: dict[str, list[int]] = {}
+        for index, info in enumerate(infos):
+            videos.setdefault(video_of(info), []).append(index)
+        for frames in videos.values():
+            frames.sort(key=lambda index: frame_key(infos[index]))
+        rank, ranks = get_dist_info()
+        self.dataset, self.seed = dataset, seed
+        self.indices = share_out(videos.values(), ranks)[rank]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        """The number of frames of this rank."""
+        return len(self.indices)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Nothing: every epoch is the same."""

@@ -1,0 +1,134 @@
+"""stream_adapter: a segmentor or detector in a script, adapting to the frames that it is given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from mmengine.config import Config
+from mmengine.dataset import Compose
+from mmengine.registry import TRANSFORMS, init_default_scope
+from torch import Tensor, nn
+
+from ttt_adapt import ConfigError, FrameError, MAEBranch, StreamAdapter, StreamConfig
+from ttt_adapt_openmmlab.batches import branch_for_stream, branch_keywords, data_preprocessor_of, only_sample
+from ttt_adapt_openmmlab.joint import find_branch, plain_model
+
+
+def stream_adapter(
+    model: nn.Module, branch: MAEBranch | None = None, *, config: StreamConfig | None = None, **attach: Any
+) -> StreamAdapter:
+    """A `StreamAdapter` on what `init_model` or `init_detector` returns.
+
+    `adapter.step(frame)` takes a frame as `cv2` reads it, uint8 BGR [H, W, 3], runs the config's test pipeline and the
+    model's data preprocessor on it, adapts, and returns what `inference_model` or `inference_detector` returns for one
+    image: a `SegDataSample` or `DetDataSample`. Call `adapter.reset()` where a new video begins.
+
+    Args:
+        model: a segmentor or detector with its config in `.cfg`, or a `JointMAE` around one.
+        branch: a branch on the plain model; by default that of the `JointMAE`. A plain model gets a new one, whose
+            decoder is untrained: that does not help before it was trained jointly with the model, so name the file that
+            a `JointMAE` run saved by `checkpoint=`.
+        config: the choices of the algorithm.
+        **attach: keywords of `MAEBranch.attach` (`decoder`, `mask_ratio`, ...) for a new branch, and `checkpoint`.
+
+    Raises:
+        ConfigError: a model without config or data preprocessor, a test pipeline that is not one image in, one image
+            out, or an unknown keyword.
+        EncoderError, CheckpointError: the branch cannot be attached, or the checkpoint is of another one.
+        StateError: the model already has an adapter.
+    """
+    plain = plain_model(model)
+    frames = _Frames(plain, getattr(model, "cfg", None))
+    if branch is not None and attach:
+        raise ConfigError(f"{', '.join(attach)}: for a new branch, and one was given: pass only one of them")
+    if branch is None:
+        keywords = branch_keywords(attach if attach or find_branch(model) is None else None)
+        branch = branch_for_stream(model, keywords, 0 if config is None else config.seed)
+    return StreamAdapter(plain, branch, config=config, preprocess=frames, predict=frames.predict)
+
+
+class _Frames:
+    """The way of one frame: test pipeline and data preprocessor on entry, data sample on exit."""
+
+    def __init__(self, model: nn.Module, cfg: Any) -> None:
+        if not isinstance(cfg, Config):
+            raise ConfigError(
+                f"{type(model).__name__} has no config in .cfg, whose test pipeline the frames go through: make the "
+                "model with init_model (mmseg.apis) or init_detector (mmdet.apis)"
+            )
+        self._model = model
+        self._preprocessor = data_preprocessor_of(model)
+        self._scope = _scope(model, cfg)
+        self._pipeline = _pipeline(cfg, self._scope)
+        self._data: dict[str, Any] = {}
+
+    def __call__(self, frame: np.ndarray | Tensor) -> Tensor:
+        """uint8 BGR [H, W, 3] -> float [1, 3, H', W'] as the model takes it."""
+        image = frame.cpu().numpy() if isinstance(frame, Tensor) else frame
+        packed = self._pipeline({"img": image, "img_id": 0} if self._scope == "mmdet" else {"img": image})
+        batch = {key: [packed[key]] for key in ("inputs", "data_samples")}
+        only_sample(batch)
+        self._data = self._preprocessor(batch, False)
+        x = self._data["inputs"].to(next(self._model.parameters()).dtype)
+        self._data["inputs"] = x
+        return x
+
+    def predict(self, x: Tensor) -> Any:
+        """What `model.test_step` makes of the frame that became `x`."""
+        known = self._data.get("inputs")
+        if known is None or known.data_ptr() != x.data_ptr() or known.shape != x.shape:
+            raise FrameError(
+                f"a float frame {tuple(x.shape)} came, which says nothing of the image behind it (its size before the "
+                "test pipeline): pass uint8 BGR frames [H, W, 3]"
+            )
+        samples = [sample.clone() for sample in self._data["data_samples"]]
+        return self._model(**{**self._data, "data_samples": samples}, mode="predict")[0]
+
+
+def _scope(model: nn.Module, cfg: Config) -> str:
+    """Whose conventions the model follows: "mmseg" or "mmdet"."""
+    packages = [parent.__module__.partition(".")[0] for parent in type(model).__mro__]
+    scope = next((name for name in packages if name in ("mmseg", "mmdet")), cfg.get("default_scope"))
+    if scope not in ("mmseg", "mmdet"):
+        raise ConfigError(f"{type(model).__name__} is neither a model of mmseg nor one of mmdet")
+    return scope
+
+
+def _pipeline(cfg: Config, scope: str) -> Compose:
+    """The test pipeline for images in memory: as the config has it, without files and annotations."""
+    found = cfg.get("test_pipeline") if scope == "mmseg" else None
+    found = found or _dataset_pipeline(cfg.get("test_dataloader", {}).get("dataset", {}))
+    if not found or _name(found[0]) not in ("LoadImageFromFile", "LoadImageFromNDArray"):
+        begin = _name(found[0]) if found else "nothing"
+        raise ConfigError(f"the config's test pipeline begins with {begin}; expected LoadImageFromFile")
+    first = {**found[0], "type": f"{scope}.LoadImageFromNDArray"}
+    rest = [transform for transform in found[1:] if not _name(transform).startswith("Load")]  # annotations
+    for transform in rest:
+        _check_transform(transform)
+    init_default_scope(scope)
+    return Compose([TRANSFORMS.build(dict(transform)) for transform in (first, *rest)])
+
+
+def _dataset_pipeline(dataset: Any) -> Any:
+    """The pipeline of a dataset's config, through wrappers such as ConcatDataset."""
+    while "pipeline" not in dataset:
+        inner = dataset.get("dataset") or next(iter(dataset.get("datasets", ())), None)
+        if inner is None:
+            return None
+        dataset = inner
+    return dataset["pipeline"]
+
+
+def _name(transform: Any) -> str:
+    kind = transform["type"]
+    return kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
+
+
+def _check_transform(transform: Any) -> None:
+    """Refuse what gives another image each time, or several."""
+    name, prob = _name(transform), transform.get("prob", 1)
+    if name in ("TestTimeAug", "MultiScaleFlipAug") or ((name.startswith("Random") or "Flip" in name) and prob):
+        raise ConfigError(
+            f"the test pipeline holds {name}, and a stream takes every frame once, as it is: take it out of the config"
+        )

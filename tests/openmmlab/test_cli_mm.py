@@ -1,0 +1,221 @@
+"""`ttt-adapt mm`: MMEngine's runner behind the project's command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+import videos as v
+from ttt_adapt.cli import main
+from ttt_adapt_openmmlab import launch
+from ttt_adapt_openmmlab.launch import parse_options, read_config, set_arm
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    monkeypatch.setattr(Runner, "_log_env", lambda self, env: None)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A config file that trains and tests on two generated videos."""
+    root = v.write_videos(tmp_path / "data", {"a": 3, "b": 2})
+    return write(tmp_path / "joint.py", **v.seg_config(root, tmp_path / "work"), **v.train_entries(root))
+
+
+def write(path: Path, **entries) -> Path:
+    return v.write_config(path, entries)
+
+
+def mm(*args: object) -> int:
+    """Exit status of the command."""
+    sys.argv = ["ttt-adapt", "mm", *map(str, args)]
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def failed(capsys, *args: object) -> str:
+    """The one line that a failing command prints."""
+    assert mm(*args) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def run_dir(work: Path) -> Path:
+    return max(path for path in work.iterdir() if path.is_dir())
+
+
+def result(work: Path) -> dict:
+    return json.loads((run_dir(work) / f"{run_dir(work).name}.json").read_text())
+
+
+def test_train_then_test_with_and_without_adaptation(config, tmp_path):
+    assert mm("train", config) == 0
+    checkpoint = tmp_path / "work/iter_2.pth"
+    state = torch.load(checkpoint)["state_dict"]
+    assert any(name.startswith("mae_branch.") for name in state)
+    assert "decode_head.conv_seg.weight" in state
+    losses = [json.loads(x) for x in next((tmp_path / "work").glob("*/vis_data/scalars.json")).read_text().splitlines()]
+    assert {"loss_mae", "decode.loss_ce"} <= losses[-1].keys()
+    found = {}
+    for arm in ("fixed", "online", "no_memory"):
+        assert mm("test", config, checkpoint, "--arm", arm, "--work-dir", tmp_path / arm) == 0
+        found[arm] = result(tmp_path / arm)
+        assert found[arm]["ttt"]["arm"] == arm
+        assert found[arm]["ttt"]["frames"] == 5
+    assert "mean_loss" not in found["fixed"]["ttt"]
+
+
+def test_training_goes_on_where_it_stopped(config, tmp_path):
+    assert mm("train", config) == 0
+    assert mm("train", config, "--resume", "--cfg-options", "train_cfg.max_iters=4") == 0
+    assert torch.load(tmp_path / "work/iter_4.pth")["meta"]["iter"] == 4
+    assert mm("train", "--resume", tmp_path / "work/iter_2.pth", config, "--work-dir", tmp_path / "other") == 0
+    log = next((tmp_path / "other").glob("*/*.log")).read_text()
+    assert "resumed epoch: 0, iter: 2" in log
+
+
+def test_cfg_options_are_mmengines(config, tmp_path, monkeypatch):
+    taken = {}
+    monkeypatch.setattr(Runner, "from_cfg", classmethod(lambda cls, cfg: taken.update(cfg=cfg) or _Nothing()))
+    options = [
+        "--cfg-options",
+        "model.branch.mask_ratio=0.75",
+        "a.b=[1,(2,3)]",
+        "--out",
+        "here",
+        "--cfg-options",
+        "c=x,y",
+    ]
+    assert mm("test", *options, "--cfg-options", "d='p q'", config) == 0
+    cfg = taken["cfg"]
+    assert cfg.model.branch.mask_ratio == 0.75
+    assert cfg.a.b == [1, (2, 3)]
+    assert (cfg.c, cfg.d, cfg.work_dir) == (["x", "y"], "pq", "here")
+
+
+class _Nothing:
+    def test(self):
+        pass
+
+
+def test_options_parse_as_in_mmengine():
+    assert parse_options(["a.0.b=None", "c=true", "d=1e-3", "e=k=v", "f=(1,)", "g="]) == {
+        "a.0.b": None,
+        "c": True,
+        "d": 1e-3,
+        "e": "k=v",
+        "f": (1,),
+        "g": "",
+    }
+
+
+def test_the_work_dir_is_named_after_the_config(tmp_path):
+    assert read_config(write(tmp_path / "some.py", x=1), None, []).work_dir == "work_dirs/some"
+
+
+def test_configs_inherit_from_an_installed_project(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "_base_ = ['mmseg::mask2former/mask2former_swin-t_8xb2-90k_cityscapes-512x1024.py']\n"
+        "custom_imports = dict(imports=['ttt_adapt_openmmlab'], allow_failed_imports=False)\n"
+        "model = dict(_delete_=True, type='JointMAE', model=_base_.model, branch=dict(decoder='copy_head'))\n"
+        "custom_hooks = [dict(type='OnlineTTTHook', window=16, batch_size=32, crop_size=(512, 1024))]\n"
+    )
+    cfg = read_config(path, None, ["model.branch.mask_ratio=0.9"])
+    assert cfg.model.model.type == "EncoderDecoder"
+    assert cfg.model.branch == {"decoder": "copy_head", "mask_ratio": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("arm", "left"),
+    [
+        ("no_memory", {"batch_size": 4}),
+        ("explicit_only", {"window": 16, "batch_size": 4}),
+        ("offline", {"batch_size": 4}),
+        ("fixed", {"window": 16, "batch_size": 4, "carry_weights": True}),
+    ],
+)
+def test_an_arm_by_name_drops_what_contradicts_it(arm, left):
+    given = {"type": "OnlineTTTHook", "window": 16, "batch_size": 4, "carry_weights": True}
+    cfg = Config({"custom_hooks": [{"type": "EmptyCacheHook"}, given]})
+    set_arm(cfg, arm)
+    assert cfg.custom_hooks[0] == {"type": "EmptyCacheHook"}
+    assert cfg.custom_hooks[1] == {"type": "OnlineTTTHook", "arm": arm, **left}
+
+
+def test_an_arm_by_name_brings_the_hook():
+    cfg = Config({"model": {}})
+    set_arm(cfg, "online")
+    assert cfg.custom_hooks == [{"type": "OnlineTTTHook", "arm": "online"}]
+
+
+def test_predictions_are_painted_into_a_folder(config, tmp_path):
+    hook = "default_hooks.visualization.type=SegVisualizationHook"
+    assert mm("test", config, "--show-dir", tmp_path / "shown", "--cfg-options", hook) == 0
+    assert list((tmp_path / "shown").rglob("*.png"))
+
+
+def test_wrong_calls_are_told_in_a_line(config, tmp_path, capsys):
+    broken = tmp_path / "broken.pth"
+    broken.write_bytes(b"no checkpoint")
+    for args, message in [
+        (("test", "absent.py"), "config absent.py does not exist"),
+        (("test", config, "absent.pth"), "checkpoint absent.pth does not exist"),
+        (("test", config, broken), "cannot be read"),
+        (("train", config, "--resume", "absent.pth"), "absent.pth does not exist"),
+        (("test", config, "--arm", "onlin"), "'online'"),
+        (("test", config, "--launcher", "torchrun"), "pytorch, slurm, mpi"),
+        (("test", config, "--launcher", "pytorch"), "torchrun --nproc-per-node"),
+        (("test", config, "--cfg-options", "window"), "KEY=VALUE"),
+        (("test", config, "--cfg-options", "a=[1,2"), "Imbalanced"),
+        (("test", config, "--cfg-options", "custom_hooks.7.arm=fixed"), "custom_hooks.7.arm=fixed"),
+        (("test", config, "--cfg-options", "custom_hooks.0.windows=3"), "'window'"),
+        (("test", config, "--cfg-options", "custom_hooks.0.type=TTTHook"), "TTTHook is not in"),
+        (("test", config, "--cfg-options", "test_dataloader.batch_size=2"), "batch_size=1"),
+        (("test", config, "--show-dir", "x"), "default_hooks.visualization"),
+    ]:
+        assert message in failed(capsys, *args), args
+
+
+def test_mixed_precision_needs_a_gpu(config, capsys, monkeypatch):
+    monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: False)
+    assert "--amp needs a CUDA device" in failed(capsys, "train", config, "--amp")
+    monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: True)
+    cfg = read_config(config, None, [])
+    launch.set_amp(cfg)
+    assert cfg.optim_wrapper.type == "AmpOptimWrapper"
+
+
+@pytest.mark.parametrize(
+    "text", ["x = (", "_base_ = ['absent.py']", "custom_imports = dict(imports=['absent_package'])", "x = y"]
+)
+def test_configs_that_cannot_be_read_are_told_in_a_line(tmp_path, capsys, text):
+    (tmp_path / "bad.py").write_text(text)
+    assert "bad.py" in failed(capsys, "test", tmp_path / "bad.py") or "absent.py" in text
+
+
+def test_an_interrupted_run_exits_with_130(config, monkeypatch, capsys):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Runner, "test", interrupted)
+    assert mm("test", config) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_check_names_problems_and_exits_with_1(tmp_path, capsys):
+    assert mm("check", "camvid", tmp_path / "absent") == 1
+    assert "no folder" in capsys.readouterr().out
+    assert "expected one of camvid" in failed(capsys, "check", "vid", tmp_path)
