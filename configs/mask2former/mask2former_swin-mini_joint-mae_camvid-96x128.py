@@ -2,7 +2,6 @@
 _base_ = ["./mask2former_swin-mini_camvid-96x128.py"]
 
 model = dict(
-    _delete_=True,
     type="JointMAE",
     model=_base_.model,
     branch=dict(encoder="backbone", decoder="copy_head", mask_ratio=0.8, image_size=(96, 128)),

@@ -3,7 +3,6 @@ _base_ = ["mmseg::mask2former/mask2former_swin-s_8xb2-90k_cityscapes-512x1024.py
 custom_imports = dict(imports=["ttt_adapt_openmmlab"], allow_failed_imports=False)
 
 model = dict(
-    _delete_=True,
     type="JointMAE",
     model=_base_.model,
     branch=dict(encoder="backbone", decoder="copy_head", mask_ratio=0.8, loss_on="masked"),

@@ -3,7 +3,6 @@ _base_ = ["mmdet::mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco.py"
 custom_imports = dict(imports=["ttt_adapt_openmmlab"], allow_failed_imports=False)
 
 model = dict(
-    _delete_=True,
     type="JointMAE",
     model=_base_.model,
     branch=dict(encoder="backbone", decoder="copy_head", mask_ratio=0.8, loss_on="masked"),
