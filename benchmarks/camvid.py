@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--models", choices=list(MODELS), nargs="+", default=["vit", "regnet"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--weights", type=Path, default=Path("runs/camvid"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=Path("runs/camvid"), help="folder for the reports")
     options = parser.parse_args()
     clips = open_clips(options.data, STREAMS, SIZE)
     for name in options.models:
