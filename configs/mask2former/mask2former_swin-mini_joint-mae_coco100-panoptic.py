@@ -1,0 +1,9 @@
+# Joint training of the small Mask2Former, and its test with the hook; `--arm fixed` tests without adaptation.
+_base_ = ["./mask2former_swin-mini_coco100-panoptic.py"]
+
+model = dict(
+    type="JointMAE",
+    model=_base_.model,
+    branch=dict(encoder="backbone", decoder="copy_head", mask_ratio=0.8, image_size=(160, 160)),
+)
+custom_hooks = [dict(type="OnlineTTTHook", window=16, batch_size=8)]
