@@ -19,7 +19,7 @@ from ttt_adapt.evaluation.arms import ARMS
 from ttt_adapt.evaluation.runner import run_arm
 
 FRAMES = 240
-SETTINGS = [(lr, pull) for lr in (3e-5, 1e-4, 3e-4) for pull in (0.0, 0.02, 0.05, 0.2)]
+SETTINGS = [(lr, pull) for lr in (3e-5, 1e-4) for pull in (0.0, 0.02, 0.05, 0.2)]
 
 
 def main() -> None:
