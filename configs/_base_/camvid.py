@@ -21,6 +21,11 @@ camvid_train_dataloader = dict(
         ],
     ),
 )
+camvid_test_pipeline = [  # of an image in a script; the data loader's also loads labels
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=camvid_size, keep_ratio=False),
+    dict(type="PackSegInputs"),
+]
 camvid_test_dataloader = dict(
     _delete_=True,
     batch_size=1,

@@ -1,5 +1,5 @@
-# KITTI-STEP as streams: shortest side 1024, whole videos in order, one frame at a time. A config that inherits from a
-# Cityscapes config takes these by name: `test_dataloader = _base_.kitti_step_dataloader`.
+# KITTI-STEP as streams: at most 1024 x 2048 (so 618 x 2048), whole videos in order, one frame at a time. A config that
+# inherits from a Cityscapes config takes these by name: `test_dataloader = _base_.kitti_step_dataloader`.
 kitti_step_dataloader = dict(
     _delete_=True,
     batch_size=1,
@@ -14,7 +14,7 @@ kitti_step_dataloader = dict(
         test_mode=True,
         pipeline=[
             dict(type="LoadImageFromFile"),
-            dict(type="ResizeShortestEdge", scale=1024, max_size=4096),
+            dict(type="Resize", scale=(2048, 1024), keep_ratio=True),
             dict(type="LoadKittiStepAnnotations"),
             dict(
                 type="PackSegInputs",

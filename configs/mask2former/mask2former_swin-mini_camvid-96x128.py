@@ -40,6 +40,7 @@ model = dict(
 train_dataloader = _base_.camvid_train_dataloader
 test_dataloader = _base_.camvid_test_dataloader
 test_evaluator = _base_.camvid_evaluator
+test_pipeline = _base_.camvid_test_pipeline
 val_dataloader = None
 val_evaluator = None
 val_cfg = None

@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from mmengine.logging import print_log
-from mmengine.model import BaseDataPreprocessor
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from ttt_adapt import CheckpointError, ConfigError, FrameError, MAEBranch
-from ttt_adapt_openmmlab.arms import nearest
 from ttt_adapt_openmmlab.decoders import branch_for
 from ttt_adapt_openmmlab.joint import BRANCH, find_branch, plain_model
 from ttt_adapt_openmmlab.samplers import file_of
-
-
-def branch_keywords(branch: Any) -> dict[str, Any] | None:
-    """The hook's `branch` argument, checked: keywords of `MAEBranch.attach` and `checkpoint`.
-
-    Raises:
-        ConfigError: not a mapping, or an unknown keyword.
-    """
-    if branch is None:
-        return None
-    if not isinstance(branch, Mapping):
-        raise ConfigError(f"branch is {branch!r}; expected keywords such as dict(decoder='conv'), or None")
-    known = [name for name in inspect.signature(MAEBranch.attach).parameters if name != "model"] + ["checkpoint"]
-    for name in branch:
-        if name not in known:
-            raise ConfigError(f"branch has no keyword {name!r}{nearest(name, known)}; expected {', '.join(known)}")
-    return dict(branch)
 
 
 def branch_for_stream(model: nn.Module, keywords: Mapping[str, Any] | None, seed: int) -> MAEBranch:
@@ -42,7 +22,7 @@ def branch_for_stream(model: nn.Module, keywords: Mapping[str, Any] | None, seed
 
     Args:
         model: as the runner has it.
-        keywords: None for the model's own branch; see `branch_keywords`.
+        keywords: None for the model's own branch; else see `branch_settings`, and `checkpoint`.
         seed: of a new decoder's weights, so that every process has the same.
 
     Raises:
@@ -79,21 +59,6 @@ def _branch_weights(path: str) -> dict[str, Tensor]:
     if not weights:
         raise CheckpointError(f"{path} holds no weights under {BRANCH!r}; expected a checkpoint of JointMAE")
     return weights
-
-
-def data_preprocessor_of(model: nn.Module) -> nn.Module:
-    """The plain model's own.
-
-    Raises:
-        ConfigError: there is none that makes batches of images.
-    """
-    found = getattr(model, "data_preprocessor", None)
-    if not isinstance(found, nn.Module) or type(found) is BaseDataPreprocessor:
-        raise ConfigError(
-            f"{type(model).__name__} has no data_preprocessor that normalises images: set model.data_preprocessor to "
-            "dict(type='SegDataPreProcessor' or 'DetDataPreprocessor', mean=..., std=..., bgr_to_rgb=True)"
-        )
-    return found
 
 
 def only_sample(data_batch: Any) -> Any:

@@ -8,6 +8,7 @@ mmsegmentation end in one, and detectors that look at regions have nothing that 
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,8 +19,10 @@ from mmengine.logging import print_log
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from ttt_adapt import EncoderError, Features, MAEBranch
+from ttt_adapt import ConfigError, EncoderError, Features, MAEBranch
+from ttt_adapt_openmmlab.arms import nearest
 
+ATTACH = frozenset(inspect.signature(MAEBranch.attach).parameters) - {"model"}  # the settings of a branch
 QUERIES = ("query_feat", "query_embed")  # the embeddings of a mask head that are one per query
 
 
@@ -91,6 +94,21 @@ def _example(specs: Sequence[Any], like: Tensor) -> Features:
         for spec in sorted(specs, key=lambda spec: spec.index)
     ]
     return Features(raw, raw, (side, side))
+
+
+def branch_settings(branch: Any, *others: str) -> dict[str, Any]:
+    """A config's `branch`, checked: keywords of `MAEBranch.attach`, and `others`.
+
+    Raises:
+        ConfigError: not a mapping, or an unknown keyword.
+    """
+    if not isinstance(branch, Mapping):
+        raise ConfigError(f"branch is {branch!r}; expected keywords such as dict(decoder='conv')")
+    known = sorted({*ATTACH, *others})
+    for name in branch:
+        if name not in known:
+            raise ConfigError(f"branch has no keyword {name!r}{nearest(name, known)}; expected {', '.join(known)}")
+    return dict(branch)
 
 
 def branch_for(model: nn.Module, *, encoder: str = "backbone", decoder: Any = "auto", **settings: Any) -> MAEBranch:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ttt_adapt import ConfigError, FrameError, FrameTypeError, StepReport, StreamAdapter
 from ttt_adapt_openmmlab.arms import contradiction, stream_config
-from ttt_adapt_openmmlab.batches import branch_for_stream, branch_keywords, data_preprocessor_of, images, only_sample
-from ttt_adapt_openmmlab.joint import plain_model
+from ttt_adapt_openmmlab.batches import branch_for_stream, images, only_sample
+from ttt_adapt_openmmlab.decoders import branch_settings
+from ttt_adapt_openmmlab.joint import data_preprocessor_of, plain_model
 from ttt_adapt_openmmlab.loaders import check_stream, offline_indices, stream_infos
 from ttt_adapt_openmmlab.panels import panels
 from ttt_adapt_openmmlab.samplers import FrameOrder, file_of, video_of
@@ -94,7 +95,8 @@ class OnlineTTTHook(Hook):
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number, at least {least}")
-        self.arm, self.branch, self.offline_epochs = arm, branch_keywords(branch), offline_epochs
+        self.arm, self.offline_epochs = arm, offline_epochs
+        self.branch = None if branch is None else branch_settings(branch, "checkpoint")
         self.log_interval, self.visualize_interval = log_interval, visualize_interval
         self._adapter: StreamAdapter | None = None
         self._flags: dict[nn.Module, bool] = {}

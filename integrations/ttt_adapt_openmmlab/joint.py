@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -16,7 +15,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ttt_adapt import ConfigError, MAEBranch
-from ttt_adapt_openmmlab.decoders import branch_for
+from ttt_adapt_openmmlab.decoders import ATTACH, branch_for, branch_settings
 
 INNER = "model."  # where the plain model's parameters are; its keys in a state_dict are without it
 BRANCH = "mae_branch."
@@ -38,7 +37,7 @@ class JointMAE(BaseModel):
     Args:
         model: the model, or its config.
         branch: keywords of `MAEBranch.attach`; `encoder` is "backbone" by default.
-        data_preprocessor: for a model config that has none.
+        data_preprocessor: for a model config that has none; its own wins like all that stands inside of `model`.
         init_cfg: as in every MMEngine module.
         **inherited: entries that a config inherits from that of the plain model, and those that `init_model` sets to
             None. They are the model's already; where they differ from `model`, it wins and the log says so.
@@ -57,8 +56,9 @@ class JointMAE(BaseModel):
         **inherited: Any,
     ) -> None:
         super(BaseModel, self).__init__(init_cfg)  # the data preprocessor is the model's: BaseModel would make another
-        settings = dict(branch or {})
-        _check_settings(settings, inherited)
+        settings = branch_settings(branch or {})
+        if misplaced := sorted(set(inherited) & (ATTACH - {"encoder"})):
+            raise ConfigError(f"{', '.join(map(repr, misplaced))} belong into branch=dict(...) of JointMAE")
         plain = _built(model, data_preprocessor, inherited)
         encoder = settings.setdefault("encoder", "backbone")
         _check_model(plain, encoder)
@@ -151,6 +151,21 @@ def find_branch(model: nn.Module) -> MAEBranch | None:
     return inside.branch if isinstance(inside, JointMAE) else None
 
 
+def data_preprocessor_of(model: nn.Module) -> nn.Module:
+    """The plain model's own.
+
+    Raises:
+        ConfigError: there is none that makes batches of images.
+    """
+    found = getattr(model, "data_preprocessor", None)
+    if not isinstance(found, nn.Module) or type(found) is BaseDataPreprocessor:
+        raise ConfigError(
+            f"{type(model).__name__} has no data_preprocessor that normalises images: set model.data_preprocessor to "
+            "dict(type='SegDataPreProcessor' or 'DetDataPreprocessor', mean=..., std=..., bgr_to_rgb=True)"
+        )
+    return found
+
+
 def _unwrapped(model: Any) -> nn.Module:
     return model.module if is_model_wrapper(model) else model
 
@@ -183,18 +198,11 @@ def _rename(state_dict: dict[str, Any], prefix: str, rename: Callable[[str], str
         state_dict[prefix + rename(key[len(prefix) :]) if key.startswith(prefix) else key] = value
 
 
-def _check_settings(settings: Mapping[str, Any], inherited: Mapping[str, Any]) -> None:
-    known = set(inspect.signature(MAEBranch.attach).parameters) - {"model"}
-    if unknown := sorted(set(settings) - known):
-        raise ConfigError(f"branch has {', '.join(map(repr, unknown))}; expected some of {', '.join(sorted(known))}")
-    if misplaced := sorted(set(inherited) & (known - {"encoder"})):
-        raise ConfigError(f"{', '.join(map(repr, misplaced))} belong into branch=dict(...) of JointMAE")
-
-
 def _built(model: Any, data_preprocessor: Any, inherited: Mapping[str, Any]) -> nn.Module:
     """The model itself, or what its config describes."""
+    beside = {**inherited, "data_preprocessor": data_preprocessor}
     if isinstance(model, nn.Module):
-        if extra := [key for key, value in inherited.items() if value is not None]:
+        if extra := [key for key, value in beside.items() if value is not None]:
             raise ConfigError(f"JointMAE has no {', '.join(map(repr, extra))}, and the model is built already")
         return model
     if not isinstance(model, Mapping) or "type" not in model:
@@ -202,10 +210,10 @@ def _built(model: Any, data_preprocessor: Any, inherited: Mapping[str, Any]) -> 
     config = copy.deepcopy(ConfigDict(model))
     if config.get("data_preprocessor") is None and data_preprocessor is not None:
         config["data_preprocessor"] = data_preprocessor
-    if ignored := list(_differences(inherited, config, "model.")):
+    if ignored := list(_differences(beside, config, "model.")):
         print_log(
-            f"JointMAE takes {'; '.join(ignored[:5])}. What a config inherits beside JointMAE's own keywords has no "
-            "effect: change it inside of JointMAE's model=..., and write _delete_=True beside type='JointMAE'",
+            f"JointMAE takes {'; '.join(ignored[:5])}. Beside JointMAE's own keywords, such as what a config inherits "
+            "from that of the plain model, these have no effect: changes belong inside of JointMAE's model=...",
             logger="current",
             level=logging.WARNING,
         )
@@ -236,8 +244,4 @@ _NO_BACKBONE = (
 def _check_model(model: nn.Module, encoder: Any) -> None:
     if encoder == "backbone" and not isinstance(getattr(model, "backbone", None), nn.Module):
         raise ConfigError(_NO_BACKBONE.format(type(model).__name__))
-    if type(getattr(model, "data_preprocessor", None)) in (type(None), BaseDataPreprocessor):
-        raise ConfigError(
-            f"{type(model).__name__} has no data preprocessor that makes a batch of normalised images: give its config "
-            "a data_preprocessor, such as SegDataPreProcessor or DetDataPreprocessor with mean and std"
-        )
+    data_preprocessor_of(model)

@@ -20,7 +20,7 @@ def check_stream(loader: Any) -> None:
 
     Raises:
         ConfigError: more than one frame per batch, a shuffled order, workers whose results are not put in order, videos
-            spread over ranks, or a pipeline that makes several views of a frame or flips it.
+            spread over ranks, or a pipeline that makes several views of a frame or changes it at random.
     """
     if not isinstance(loader, DataLoader):
         raise ConfigError(f"the test dataloader is a {type(loader).__name__}; expected a torch DataLoader")
@@ -30,7 +30,7 @@ def check_stream(loader: Any) -> None:
     _check_workers(loader)
     _check_sampler(loader.sampler)
     for transform in _transforms(loader.dataset):
-        _check_transform(transform)
+        check_transform(type(transform).__name__, getattr(transform, "prob", getattr(transform, "flip_ratio", None)))
 
 
 def stream_infos(loader: DataLoader) -> tuple[list[int], list[dict[str, Any]]] | None:
@@ -95,14 +95,23 @@ def _transforms(dataset: Any) -> Iterator[Any]:
             queue.append(getattr(item, "transforms", None))
 
 
-def _check_transform(transform: Any) -> None:
-    name = type(transform).__name__
+def check_transform(name: str, prob: Any) -> None:
+    """Refuse a transform of a test pipeline that makes several views of a frame, or another image each time.
+
+    Args:
+        name: of its class.
+        prob: how likely it acts: a number, a list of them, or None for one that always does.
+
+    Raises:
+        ConfigError: it is one of these.
+    """
     if "TestTimeAug" in name or "MultiScaleFlip" in name:
         raise ConfigError(
             f"the test pipeline holds {name}, which makes several views of a frame; a stream has one: take it out "
             "(and tta_model, tta_pipeline)"
         )
-    prob = getattr(transform, "prob", getattr(transform, "flip_ratio", None))
-    some = any(p > 0 for p in prob) if isinstance(prob, list | tuple) else bool(prob)
-    if "Flip" in name and some:
-        raise ConfigError(f"the test pipeline flips frames ({name}, prob={prob}): take it out, or set prob=0")
+    acts = any(p > 0 for p in prob) if isinstance(prob, list | tuple) else prob is None or prob > 0
+    if acts and ("Flip" in name or "Random" in name or "PhotoMetric" in name):
+        does = "flips frames" if "Flip" in name else "changes frames at random"
+        how, fix = (name, "") if prob is None else (f"{name}, prob={prob}", ", or set prob=0")
+        raise ConfigError(f"the test pipeline {does} ({how}); a stream takes them as they are: take it out{fix}")

@@ -39,11 +39,27 @@ def video_of(metainfo: Mapping[str, Any]) -> str:
 
 
 def frame_key(metainfo: Mapping[str, Any]) -> Key:
-    """What frames of one video are ordered by: `frame_id`, or else the file name with its numbers as numbers."""
-    if metainfo.get("frame_id") is not None:
-        return ((0, int(metainfo["frame_id"]), ""),)
-    name = os.path.splitext(os.path.basename(os.fspath(metainfo["img_path"])))[0]
-    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"([0-9]+)", name) if part)
+    """What frames of one video are ordered by: `frame_id`, or else the file name with its numbers as numbers.
+
+    Args:
+        metainfo: of a data sample, or a data info of a dataset.
+
+    Raises:
+        DataError: neither is there, or `frame_id` is no number.
+    """
+    number, path = metainfo.get("frame_id"), metainfo.get("img_path")
+    if number is None and isinstance(path, str | os.PathLike):
+        name = os.path.splitext(os.path.basename(os.fspath(path)))[0]
+        parts = filter(None, re.split(r"([0-9]+)", name))
+        return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts)
+    try:
+        return ((0, int(number), ""),)  # type: ignore[arg-type]  # None is told like any other that is no number
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"a frame of video {video_of(metainfo)!r} has frame_id={number!r} and img_path={path!r}; expected its "
+            "number in the video, or a file name to order it by: let the dataset set frame_id, and keep it in the "
+            "meta_keys of PackSegInputs or PackDetInputs"
+        ) from error
 
 
 def file_of(metainfo: Mapping[str, Any]) -> str:

@@ -11,8 +11,10 @@ from mmengine.registry import TRANSFORMS, init_default_scope
 from torch import Tensor, nn
 
 from ttt_adapt import ConfigError, FrameError, MAEBranch, StreamAdapter, StreamConfig
-from ttt_adapt_openmmlab.batches import branch_for_stream, branch_keywords, data_preprocessor_of, only_sample
-from ttt_adapt_openmmlab.joint import find_branch, plain_model
+from ttt_adapt_openmmlab.batches import branch_for_stream, only_sample
+from ttt_adapt_openmmlab.decoders import branch_settings
+from ttt_adapt_openmmlab.joint import data_preprocessor_of, find_branch, plain_model
+from ttt_adapt_openmmlab.loaders import check_transform
 
 
 def stream_adapter(
@@ -43,7 +45,8 @@ def stream_adapter(
     if branch is not None and attach:
         raise ConfigError(f"{', '.join(attach)}: for a new branch, and one was given: pass only one of them")
     if branch is None:
-        keywords = branch_keywords(attach if attach or find_branch(model) is None else None)
+        new = bool(attach) or find_branch(model) is None
+        keywords = branch_settings(attach, "checkpoint") if new else None
         branch = branch_for_stream(model, keywords, 0 if config is None else config.seed)
     return StreamAdapter(plain, branch, config=config, preprocess=frames, predict=frames.predict)
 
@@ -105,7 +108,7 @@ def _pipeline(cfg: Config, scope: str) -> Compose:
     first = {**found[0], "type": f"{scope}.LoadImageFromNDArray"}
     rest = [transform for transform in found[1:] if not _name(transform).startswith("Load")]  # annotations
     for transform in rest:
-        _check_transform(transform)
+        check_transform(_name(transform), transform.get("prob"))
     init_default_scope(scope)
     return Compose([TRANSFORMS.build(dict(transform)) for transform in (first, *rest)])
 
@@ -123,12 +126,3 @@ def _dataset_pipeline(dataset: Any) -> Any:
 def _name(transform: Any) -> str:
     kind = transform["type"]
     return kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__
-
-
-def _check_transform(transform: Any) -> None:
-    """Refuse what gives another image each time, or several."""
-    name, prob = _name(transform), transform.get("prob", 1)
-    if name in ("TestTimeAug", "MultiScaleFlipAug") or ((name.startswith("Random") or "Flip" in name) and prob):
-        raise ConfigError(
-            f"the test pipeline holds {name}, and a stream takes every frame once, as it is: take it out of the config"
-        )

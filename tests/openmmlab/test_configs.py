@@ -7,11 +7,14 @@ import numbers
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from mmengine.config import Config
+from mmengine.registry import TRANSFORMS
 from mmengine.runner import Runner
 
 import miniatures
+import tiny
 import ttt_adapt_openmmlab  # noqa: F401
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -22,7 +25,6 @@ SMALL = (64, 64)  # square: mmseg takes (height, width) and mmdet (width, height
 NUMBERS = {256: 32, 1024: 64, 2048: 64, 128: 16, 512: 32, 12544: 64}
 SETTINGS: dict[str, dict[str, Any]] = {
     "RandomChoiceResize": {"scales": [64]},
-    "ResizeShortestEdge": {"scale": 64},
     "RandomResize": {"scale": (64, 64)},
     "Resize": {"scale": (64, 64)},
     "RandomCrop": {"crop_size": SMALL},
@@ -109,6 +111,27 @@ def is_arm(path: Path) -> bool:
 def test_every_arm_has_a_config_for_every_stream():
     names = {path.stem for path in FILES}
     assert {f"mask2former_swin-s_{stream}_{arm}" for stream in STREAMS for arm in ARMS} <= names
+
+
+def resized(pipeline: list[dict], size: tuple[int, int]) -> tuple[int, int]:
+    """The (H, W) that a test pipeline makes of a frame."""
+    results = {"img": np.zeros((*size, 3), np.uint8)}
+    for transform in pipeline:
+        if "Resize" in transform.type:
+            results = TRANSFORMS.build(transform).transform(results)
+    return results["img"].shape[:2]
+
+
+STREAMED = [path for path in FILES if "kitti-step" in path.stem or "camvid" in path.stem]
+
+
+@pytest.mark.parametrize("path", STREAMED, ids=lambda path: path.stem)
+def test_frames_have_one_size_in_the_test_run_and_in_a_script_and_the_papers_on_kitti_step(path):
+    cfg = Config.fromfile(path)
+    tiny.enter("mmseg")
+    size = resized(cfg.test_dataloader.dataset.pipeline, (375, 1242))
+    assert size == resized(cfg.test_pipeline, (375, 1242))
+    assert size == ((618, 2048) if "kitti" in path.stem else (96, 128))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -331,9 +331,12 @@ def test_workers_that_keep_the_order_change_nothing(make, root):
     assert same_bits(outputs_of(make(v.hook(), test_dataloader=loader)), outputs_of(make(v.hook())))
 
 
-def test_flips_and_several_views_are_refused(make, root):
+def test_flips_random_changes_and_several_views_are_refused(make, root):
     with pytest.raises(ConfigError, match=r"flips frames \(RandomFlip, prob=0.5\)"):
         make(v.hook(), test_dataloader=with_pipeline(root, {"type": "RandomFlip", "prob": 0.5})).test()
+    for change in ({"type": "PhotoMetricDistortion"}, {"type": "RandomResize", "scale": (96, 64)}):
+        with pytest.raises(ConfigError, match=rf"at random \({change['type']}\).*take it out$"):
+            make(v.hook(), test_dataloader=with_pipeline(root, change)).test()
     views = {"type": "TestTimeAug", "transforms": [[{"type": "RandomFlip", "prob": 0.0}], [{"type": "PackSegInputs"}]]}
     loader = v.loader_of(root)
     loader["dataset"]["pipeline"] = [{"type": "LoadImageFromFile"}, views]

@@ -189,6 +189,21 @@ def test_a_data_preprocessor_beside_a_model_without_one_becomes_the_model_s():
     assert type(model.model.data_preprocessor).__name__ == "SegDataPreProcessor"
 
 
+def test_a_data_preprocessor_that_the_model_s_own_overrides_is_told(monkeypatch):
+    logged = []
+    monkeypatch.setattr("ttt_adapt_openmmlab.joint.print_log", lambda message, **_: logged.append(message))
+    config = tiny.fcn()
+    outer = {**config["data_preprocessor"], "bgr_to_rgb": False}
+    tiny.enter("mmseg")
+    JointMAE(config, {"decoder": "conv"}, data_preprocessor=config["data_preprocessor"])
+    assert not logged
+    model = JointMAE(config, {"decoder": "conv"}, data_preprocessor=outer)
+    assert model.data_preprocessor.channel_conversion
+    assert "True for model.data_preprocessor.bgr_to_rgb, not False" in logged[0]
+    with pytest.raises(ConfigError, match="'data_preprocessor', and the model is built already"):
+        JointMAE(model.model, {}, data_preprocessor=outer)
+
+
 def test_the_name_resolves_in_the_scopes_of_mmseg_and_mmdet():
     import mmdet.registry
     import mmseg.registry
@@ -216,9 +231,9 @@ def without(config: dict, key: str) -> dict:
     [
         (lambda: NoBackbone(), {}, "NoBackbone has no backbone"),
         (lambda: without(tiny.fcn(), "backbone"), {}, "EncoderDecoder has no backbone"),
-        (lambda: without(tiny.fcn(), "data_preprocessor"), {}, "no data preprocessor.*SegDataPreProcessor"),
+        (lambda: without(tiny.fcn(), "data_preprocessor"), {}, "no data_preprocessor.*SegDataPreProcessor"),
         (lambda: "mask2former", {}, "expected a module, or a config"),
-        (tiny.fcn, {"mask_rato": 0.8}, "branch has 'mask_rato'"),
+        (tiny.fcn, {"mask_rato": 0.8}, "'mask_rato' .did you mean 'mask_ratio'"),
         (tiny.fcn, {"mask_ratio": 1.5}, "mask_ratio is 1.5"),
         (tiny.fcn, {"encoder": "back"}, "no module 'back'"),
         (tiny.fcn, {"decoder": "copyhead"}, "decoder is 'copyhead'"),

@@ -48,6 +48,13 @@ def test_file_names_are_ordered_by_their_numbers():
     assert frame_key({"img_path": "/x/9.png", "frame_id": 3}) < frame_key({"img_path": "/x/1.png", "frame_id": 4})
 
 
+def test_frames_without_a_number_are_ordered_by_any_file_name_or_refused():
+    assert frame_key({"img_path": "/x/a\u00b2_1.png"}) < frame_key({"img_path": "/x/a\u00b2_2.png"})
+    for metainfo in ({"video_id": "a"}, {"video_id": "a", "frame_id": "first"}):
+        with pytest.raises(DataError, match="frame of video 'a' has frame_id.*meta_keys"):
+            frame_key(metainfo)
+
+
 def test_every_frame_goes_to_one_rank_with_its_whole_video_in_order(monkeypatch):
     infos = videos(a=3, b=7, c=2, d=5)
     shares = []

@@ -255,11 +255,13 @@ def misfits(cfg: Config) -> dict[str, tuple[Any, str]]:
             "no data_preprocessor",
         ),
         "unknown keyword": (functools.partial(model, mask_rato=0.8), "mask_rato"),
-        "unknown checkpoint": (functools.partial(model, encoder="back"), "no module 'back'"),
+        "unknown encoder": (functools.partial(model, encoder="back"), "no module 'back'"),
     }
 
 
-@pytest.mark.parametrize("case", ["no config", "no pipeline", "no image", "no preprocessor", "unknown keyword"])
+@pytest.mark.parametrize(
+    "case", ["no config", "no pipeline", "no image", "no preprocessor", "unknown keyword", "unknown encoder"]
+)
 def test_models_that_cannot_stream_are_refused_with_what_to_do(case):
     call, message = misfits(config(tiny.fcn()))[case]
     with pytest.raises(TTTAdaptError, match=message):
