@@ -170,6 +170,24 @@ def test_a_source_pull_of_one_equals_no_carried_weights():
     assert same_bits(outs[0], outs[1])
 
 
+def test_embedding_tables_of_the_decoder_are_not_decayed():
+    class Decoder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.queries, self.out = torch.nn.Embedding(16, 12), torch.nn.Linear(12, 3)
+
+        def forward(self, features):
+            finest = features.maps[0]
+            image = self.out((finest.mean((2, 3))[:, None] + self.queries.weight.mean(0))[:, 0])
+            return image[:, :, None, None].expand(-1, -1, *features.image_size)
+
+    adapter = StreamAdapter(zoo.TinySeg(), encoder="backbone", decoder=Decoder(), config=StreamConfig.paper())
+    decay = {id(p): group["weight_decay"] for group in adapter._optimizer.param_groups for p in group["params"]}
+    decoder = adapter.branch.decoder
+    assert decay[id(decoder.queries.weight)] == 0.0
+    assert decay[id(decoder.out.weight)] == 0.05
+
+
 def test_a_source_pull_leaves_running_statistics_to_their_own_momentum():
     means = []
     for pull in (0.0, 0.5):

@@ -102,7 +102,8 @@ class StreamAdapter:
         self._drops = [m for m in model.modules() if config.drop_path and "drop" in type(m).__name__.lower()]
         self._preprocess = default_preprocess(model, self._device) if preprocess is None else preprocess
         self._predict = model if predict is None else predict
-        groups = parameter_groups(encoder, own, model, config)
+        modules = [m for m in (model, self._branch) if isinstance(m, nn.Module)]
+        groups = parameter_groups(encoder, own, modules, config)
         self._make_optimizer = lambda: (optimizer or adamw)([dict(group) for group in groups])
         self._new_optimizer()
         self._tensors = _adapted_tensors(encoder, own, self._norms if config.norm_stats != "frozen" else [])

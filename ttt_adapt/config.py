@@ -126,7 +126,7 @@ class StreamConfig:
         return cls(**{**preset, **_known(cls, changes)})
 
 
-_PRESET = {"lr": 1e-4, "source_pull": 0.2}
+_PRESET = {"lr": 1e-4, "source_pull": 0.5}
 
 
 def _known(config: type[StreamConfig], changes: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,20 +14,23 @@ ParamGroups = list[dict[str, Any]]
 
 
 def parameter_groups(
-    encoder: Mapping[str, nn.Parameter], own: Mapping[str, nn.Parameter], model: nn.Module, config: StreamConfig
+    encoder: Mapping[str, nn.Parameter],
+    own: Mapping[str, nn.Parameter],
+    modules: Iterable[nn.Module],
+    config: StreamConfig,
 ) -> ParamGroups:
     """Encoder and decoder, each with and without weight decay.
 
     Args:
         encoder: name -> parameter of the model that is adapted, at `lr * encoder_lr_scale`.
         own: name -> parameter of the branch, at `lr`.
-        model: the user's model, whose embedding tables are not decayed.
+        modules: where the parameters live, the user's model and the branch: embedding tables are not decayed.
         config: learning rates and weight decay.
 
     Returns:
         Groups with `name`, `params`, `lr` and `weight_decay`; empty ones are left out.
     """
-    tables = embedding_tables(model)
+    tables = embedding_tables(*modules)
     groups = []
     for part, named, lr in (("encoder", encoder, config.lr * config.encoder_lr_scale), ("decoder", own, config.lr)):
         bare = {n for n, p in named.items() if not decays(n, p) or id(p) in tables}
@@ -46,9 +49,10 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim > 1 and not any(word in name.rpartition(".")[2] for word in words)
 
 
-def embedding_tables(model: nn.Module) -> set[int]:
+def embedding_tables(*modules: nn.Module) -> set[int]:
     """The ids of the parameters of `nn.Embedding` layers, which are not decayed either."""
-    return {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    layers = (layer for module in modules for layer in module.modules())
+    return {id(p) for layer in layers if isinstance(layer, nn.Embedding) for p in layer.parameters()}
 
 
 def adamw(groups: ParamGroups) -> torch.optim.Optimizer:
