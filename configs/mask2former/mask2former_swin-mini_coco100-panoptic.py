@@ -84,13 +84,13 @@ val_dataloader = None
 val_evaluator = None
 val_cfg = None
 
-iterations = 200
+iterations = 1000
 optim_wrapper = dict(
     optimizer=dict(lr=5e-4), clip_grad=dict(max_norm=1.0), paramwise_cfg=dict(_delete_=True, norm_decay_mult=0.0)
 )
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.01, begin=0, end=20, by_epoch=False),
-    dict(type="PolyLR", eta_min=0, power=0.9, begin=20, end=iterations, by_epoch=False),
+    dict(type="LinearLR", start_factor=0.01, begin=0, end=50, by_epoch=False),
+    dict(type="PolyLR", eta_min=0, power=0.9, begin=50, end=iterations, by_epoch=False),
 ]
 train_cfg = dict(_delete_=True, type="IterBasedTrainLoop", max_iters=iterations)
 default_hooks = dict(checkpoint=dict(interval=iterations, max_keep_ckpts=1))
