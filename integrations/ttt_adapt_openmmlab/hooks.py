@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ttt_adapt import ConfigError, FrameError, FrameTypeError, StepReport, Strea
 from ttt_adapt_openmmlab.arms import contradiction, stream_config
 from ttt_adapt_openmmlab.batches import branch_for_stream, images, only_sample
 from ttt_adapt_openmmlab.decoders import branch_settings
-from ttt_adapt_openmmlab.joint import data_preprocessor_of, plain_model
+from ttt_adapt_openmmlab.joint import data_preprocessor_of, plain_model, unwrapped
 from ttt_adapt_openmmlab.loaders import check_stream, offline_indices, stream_infos
 from ttt_adapt_openmmlab.panels import panels
 from ttt_adapt_openmmlab.samplers import FrameOrder, file_of, video_of
@@ -128,9 +128,6 @@ class OnlineTTTHook(Hook):
             return
         loader = runner.test_dataloader
         check_stream(loader)
-        warning = contradiction(self.arm, self.config)
-        if warning:
-            runner.logger.warning(warning)
         self._preprocessor = data_preprocessor_of(plain_model(runner.model))
         stream = offline_indices(loader) if self.arm == "offline" else stream_infos(loader)
         self._indices, self._infos = stream if stream is not None else ([], [])
@@ -139,7 +136,25 @@ class OnlineTTTHook(Hook):
             self._follow(runner, order, info)
         self._model = plain_model(runner.model)
         self._objective = branch_for_stream(runner.model, self.branch, self.config.seed)
+        for warning in self._doubts(runner.model):
+            runner.logger.warning(warning)
         self._flags = {module: module.training for module in runner.model.modules()}
+
+    def _doubts(self, model: nn.Module) -> Iterator[str]:
+        """What runs, and is hardly what was meant."""
+        if told := contradiction(self.arm, self.config):
+            yield told
+        if self.branch is None and unwrapped(model).branch_is_new:
+            yield (
+                "the checkpoint holds no trained branch (mae_branch): adapting by an untrained one does not help; "
+                "train it jointly first, by ttt-adapt mm train"
+            )
+        masks = self._objective.mask_ratio, self._objective.loss_on
+        if self.arm == "paper" and masks != (0.85, "all"):
+            yield (
+                f"the branch hides {masks[0]} and has its loss on {masks[1]!r} pixels; the paper's released code hides "
+                "0.85 and has it on 'all': branch=dict(mask_ratio=0.85, loss_on='all')"
+            )
 
     def before_test_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Adapt to the frame that is about to be predicted."""

@@ -66,6 +66,7 @@ class JointMAE(BaseModel):
             attached = branch_for(plain, **settings)
         self.model: Any = plain  # its methods are those of MMEngine's models
         self.mae_branch = attached
+        self.branch_is_new = False  # weights without a branch were loaded, and nothing trained it since
         self.register_state_dict_post_hook(_plain_names)
         self.register_load_state_dict_post_hook(_loaded)
 
@@ -83,6 +84,7 @@ class JointMAE(BaseModel):
             mode: "tensor", "predict" or "loss".
         """
         outputs = self.model(inputs, data_samples, mode=mode)
+        self.branch_is_new = self.branch_is_new and mode != "loss"
         return {**outputs, "loss_mae": self.mae_branch.loss(inputs)} if mode == "loss" else outputs
 
     def loss(self, inputs: Tensor, data_samples: Any) -> dict[str, Any]:
@@ -141,13 +143,13 @@ class JointMAE(BaseModel):
 
 def plain_model(model: nn.Module) -> nn.Module:
     """The segmentor or detector itself, out of `JointMAE` and wrappers for distributed training."""
-    inside = _unwrapped(model)
+    inside = unwrapped(model)
     return inside.model if isinstance(inside, JointMAE) else inside
 
 
 def find_branch(model: nn.Module) -> MAEBranch | None:
     """The branch of a `JointMAE`, also inside a wrapper for distributed training; None for other models."""
-    inside = _unwrapped(model)
+    inside = unwrapped(model)
     return inside.branch if isinstance(inside, JointMAE) else None
 
 
@@ -166,7 +168,8 @@ def data_preprocessor_of(model: nn.Module) -> nn.Module:
     return found
 
 
-def _unwrapped(model: Any) -> nn.Module:
+def unwrapped(model: Any) -> Any:
+    """The model inside a wrapper for distributed training."""
     return model.module if is_model_wrapper(model) else model
 
 
@@ -181,6 +184,7 @@ def _plain_names(_module: nn.Module, state_dict: Any, prefix: str, _metadata: An
 def _loaded(module: JointMAE, incompatible: Any) -> None:
     """After loading: names as in the plain model; a checkpoint without a branch lacks nothing."""
     prefix, with_branch = module._loading
+    module.branch_is_new = not with_branch
     for keys in incompatible:
         keys[:] = [prefix + key[len(prefix) :].removeprefix(INNER) if key.startswith(prefix) else key for key in keys]
     if not with_branch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import pickle
 from collections.abc import Iterator
@@ -12,12 +13,23 @@ from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.runner import Runner
+from mmengine.runner import CheckpointLoader, Runner
+from torch import nn
 
-from ttt_adapt import CheckpointError, ConfigError
-from ttt_adapt_openmmlab.arms import MEMORY, stream_config
+from ttt_adapt import CheckpointError, ConfigError, MissingPackageError
+from ttt_adapt_openmmlab.arms import MEMORY, nearest, stream_config
+from ttt_adapt_openmmlab.joint import plain_model
 
 LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
+_READ_BY_RUNNER = (  # beside its arguments
+    "activation_checkpointing",
+    "compile",
+    "custom_imports",
+    "efficient_conv_bn_eval",
+    "find_unused_parameters",
+    "model_wrapper_cfg",
+    "sync_bn",
+)
 
 
 def read_config(path: Path, work_dir: Path | None, options: list[str]) -> Config:
@@ -34,6 +46,11 @@ def read_config(path: Path, work_dir: Path | None, options: list[str]) -> Config
     except (ImportError, SyntaxError, NameError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"config {path} cannot be read: {type(error).__name__}: {error}") from error
     changes = parse_options(options)
+    known = {*cfg.keys(), *inspect.signature(Runner).parameters, *_READ_BY_RUNNER}
+    for name in changes:
+        entry = name.partition(".")[0]
+        if entry not in known:
+            raise ConfigError(f"--cfg-options {name}: the config has no entry {entry!r}{nearest(entry, known)}")
     try:
         cfg.merge_from_dict(changes)
     except (TypeError, KeyError, ValueError, IndexError, AttributeError) as error:
@@ -129,14 +146,43 @@ def set_show_dir(cfg: Config, folder: Path) -> None:
 
 
 def run(cfg: Config, what: str, launcher: str, local_rank: int | None) -> None:
-    """`Runner.train()` or `Runner.test()` on a config."""
-    _prepare_processes(cfg, launcher, local_rank)
+    """`Runner.train()` or `Runner.test()` on a config.
+
+    Raises:
+        ConfigError, CheckpointError, FileNotFoundError: told in one line, for what is wrong in config or checkpoint.
+    """
     try:
+        _prepare_processes(cfg, launcher, local_rank)
+        if what == "test" and cfg.get("load_from") is None:
+            raise ConfigError(
+                "there are no weights to test: name them (ttt-adapt mm test CONFIG CHECKPOINT), or set load_from"
+            )
         with _told_in_a_line():
-            getattr(Runner.from_cfg(cfg), what)()
+            runner = Runner.from_cfg(cfg)
+            if what == "test":
+                _check_weights(runner.model, cfg.load_from)
+            getattr(runner, what)()
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _check_weights(model: nn.Module, file: str) -> None:
+    """Refuse a checkpoint of another model, which MMEngine would load as far as it fits.
+
+    Raises:
+        CheckpointError: less than half of the model's weights are in the file.
+    """
+    loaded = CheckpointLoader.load_checkpoint(file, map_location="cpu")
+    state = loaded.get("state_dict", loaded)
+    shapes = {key.removeprefix("module."): getattr(value, "shape", None) for key, value in state.items()}
+    plain = plain_model(model)
+    own = plain.state_dict()
+    fitting = sum(shapes.get(key) == value.shape for key, value in own.items())
+    if 2 * fitting < len(own):
+        raise CheckpointError(
+            f"{file} holds {fitting} of the {len(own)} weights of this {type(plain).__name__}: it is of another config"
+        )
 
 
 def _prepare_processes(cfg: Config, launcher: str, local_rank: int | None) -> None:
@@ -181,6 +227,18 @@ def _told_in_a_line() -> Iterator[None]:
         if "unexpected keyword argument" not in str(error):
             raise
         raise ConfigError(f"the config passes an argument that is not known: {error}") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error.filename or error} does not exist: set data_root of the dataset in train_dataloader and "
+            "test_dataloader; ttt-adapt mm check KIND PATH tells what a folder should hold"
+        ) from error
+    except ImportError as error:
+        if "panopticapi" not in str(error):
+            raise
+        raise MissingPackageError(
+            "panopticapi is not installed: it is not on the package index, and LoadPanopticSegments and StreamPQMetric "
+            "do what LoadPanopticAnnotations and CocoPanopticMetric need it for"
+        ) from error
     except (pickle.UnpicklingError, EOFError) as error:
         raise CheckpointError(f"the checkpoint cannot be read: {error}") from error
     except RuntimeError as error:

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
+from mmengine.utils import ManagerMixin
 
 import videos as v
 from ttt_adapt.cli import main
@@ -34,8 +36,25 @@ def write(path: Path, **entries) -> Path:
     return v.write_config(path, entries)
 
 
+@pytest.fixture
+def checkpoint(config, tmp_path):
+    """Weights of the config's model, as they are made."""
+    init_default_scope("mmseg")
+    file = tmp_path / "model.pth"
+    torch.save({"state_dict": MODELS.build(Config.fromfile(config).model).state_dict()}, file)
+    return file
+
+
+def forget(kind: type) -> None:
+    """All instances that MMEngine keeps by name."""
+    for child in kind.__subclasses__():
+        child._instance_dict.clear()
+        forget(child)
+
+
 def mm(*args: object) -> int:
-    """Exit status of the command."""
+    """Exit status of the command, as of a process of its own: MMEngine keeps one log for all runs of one second."""
+    forget(ManagerMixin)
     sys.argv = ["ttt-adapt", "mm", *map(str, args)]
     try:
         main()
@@ -92,21 +111,21 @@ def test_cfg_options_are_mmengines(config, tmp_path, monkeypatch):
     options = [
         "--cfg-options",
         "model.branch.mask_ratio=0.75",
-        "a.b=[1,(2,3)]",
+        "env_cfg.b=[1,(2,3)]",
         "--out",
         "here",
         "--cfg-options",
-        "c=x,y",
+        "param_scheduler=x,y",
     ]
-    assert mm("test", *options, "--cfg-options", "d='p q'", config) == 0
+    assert mm("train", *options, "--cfg-options", "load_from='p q'", config) == 0
     cfg = taken["cfg"]
     assert cfg.model.branch.mask_ratio == 0.75
-    assert cfg.a.b == [1, (2, 3)]
-    assert (cfg.c, cfg.d, cfg.work_dir) == (["x", "y"], "pq", "here")
+    assert cfg.env_cfg.b == [1, (2, 3)]
+    assert (cfg.param_scheduler, cfg.load_from, cfg.work_dir) == (["x", "y"], "pq", "here")
 
 
 class _Nothing:
-    def test(self):
+    def train(self):
         pass
 
 
@@ -161,15 +180,17 @@ def test_an_arm_by_name_brings_the_hook():
     assert cfg.custom_hooks == [{"type": "OnlineTTTHook", "arm": "online"}]
 
 
-def test_predictions_are_painted_into_a_folder(config, tmp_path):
+def test_predictions_are_painted_into_a_folder(config, checkpoint, tmp_path):
     hook = "default_hooks.visualization.type=SegVisualizationHook"
-    assert mm("test", config, "--show-dir", tmp_path / "shown", "--cfg-options", hook) == 0
+    assert mm("test", config, checkpoint, "--show-dir", tmp_path / "shown", "--cfg-options", hook) == 0
     assert list((tmp_path / "shown").rglob("*.png"))
 
 
-def test_wrong_calls_are_told_in_a_line(config, tmp_path, capsys):
+def test_wrong_calls_are_told_in_a_line(config, checkpoint, tmp_path, capsys):
     broken = tmp_path / "broken.pth"
     broken.write_bytes(b"no checkpoint")
+    other = tmp_path / "other.pth"
+    torch.save({"state_dict": {"backbone.layer9.weight": torch.zeros(1)}}, other)
     for args, message in [
         (("test", "absent.py"), "config absent.py does not exist"),
         (("test", config, "absent.pth"), "checkpoint absent.pth does not exist"),
@@ -179,11 +200,15 @@ def test_wrong_calls_are_told_in_a_line(config, tmp_path, capsys):
         (("test", config, "--launcher", "torchrun"), "pytorch, slurm, mpi"),
         (("test", config, "--launcher", "pytorch"), "torchrun --nproc-per-node"),
         (("test", config, "--cfg-options", "window"), "KEY=VALUE"),
-        (("test", config, "--cfg-options", "a=[1,2"), "Imbalanced"),
+        (("test", config, "--cfg-options", "load_from=[1,2"), "Imbalanced"),
+        (("test", config, "--cfg-options", "modle.branch.mask_ratio=0.5"), "did you mean 'model'"),
+        (("test", config), "there are no weights to test"),
+        (("test", config, other), "holds 0 of the"),
         (("test", config, "--cfg-options", "custom_hooks.7.arm=fixed"), "custom_hooks.7.arm=fixed"),
-        (("test", config, "--cfg-options", "custom_hooks.0.windows=3"), "'window'"),
-        (("test", config, "--cfg-options", "custom_hooks.0.type=TTTHook"), "TTTHook is not in"),
-        (("test", config, "--cfg-options", "test_dataloader.batch_size=2"), "batch_size=1"),
+        (("test", config, checkpoint, "--cfg-options", "custom_hooks.0.windows=3"), "'window'"),
+        (("test", config, checkpoint, "--cfg-options", "custom_hooks.0.type=TTTHook"), "TTTHook is not in"),
+        (("test", config, checkpoint, "--cfg-options", "test_dataloader.batch_size=2"), "batch_size=1"),
+        (("test", config, checkpoint, "--cfg-options", "test_dataloader.dataset.data_root=no"), "set data_root"),
         (("test", config, "--show-dir", "x"), "default_hooks.visualization"),
     ]:
         assert message in failed(capsys, *args), args
@@ -206,12 +231,12 @@ def test_configs_that_cannot_be_read_are_told_in_a_line(tmp_path, capsys, text):
     assert "bad.py" in failed(capsys, "test", tmp_path / "bad.py") or "absent.py" in text
 
 
-def test_an_interrupted_run_exits_with_130(config, monkeypatch, capsys):
+def test_an_interrupted_run_exits_with_130(config, checkpoint, monkeypatch, capsys):
     def interrupted(self):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Runner, "test", interrupted)
-    assert mm("test", config) == 130
+    assert mm("test", config, checkpoint) == 130
     assert "Traceback" not in capsys.readouterr().err
 
 

@@ -243,6 +243,32 @@ def test_settings_that_turn_an_arm_into_another_are_warned_of(make):
     assert "'no_memory' means window=1" in log_of(runner)
 
 
+def test_a_checkpoint_without_a_branch_is_warned_of_and_training_or_a_branch_ends_that(make, tmp_path):
+    file = tmp_path / "plain.pth"
+    runner = make(v.hook())
+    save_checkpoint({"state_dict": plain_model(runner.model).state_dict()}, str(file))
+    runner.load_checkpoint(str(file))
+    runner.test()
+    assert "holds no trained branch" in log_of(runner)
+    assert runner.model.branch_is_new
+    batch = runner.model.data_preprocessor(watcher_of(runner).batches[0], training=True)
+    runner.model(**batch, mode="loss")
+    assert not runner.model.branch_is_new
+    joint = make(v.hook()).model
+    assert not joint.branch_is_new
+    joint.load_state_dict(torch.load(file)["state_dict"])
+    assert joint.branch_is_new
+    joint.load_state_dict(runner.model.state_dict())
+    assert not joint.branch_is_new
+
+
+@pytest.mark.parametrize(("branch", "warned"), [({}, True), ({"mask_ratio": 0.85, "loss_on": "all"}, False)])
+def test_the_arm_of_the_paper_with_other_masks_is_warned_of(make, branch, warned):
+    runner = make(v.hook(arm="paper"), model=v.joint_model(**branch))
+    runner.test()
+    assert ("the paper's released code hides 0.85" in log_of(runner)) == warned
+
+
 # ---- branches
 
 
