@@ -1,4 +1,4 @@
-"""The commands and code blocks of the README, for the tests and the project's own check."""
+"""The commands and code blocks of the README and of pages beside it, for the tests and the project's own check."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 README = Path(__file__).parent.parent / "README.md"
 
 
-def blocks(language: str) -> list[str]:
-    """The fenced code blocks of a language, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: Path = README) -> list[str]:
+    """The fenced code blocks of a language on a page, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
 def command(last_word: str) -> str:

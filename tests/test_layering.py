@@ -16,9 +16,10 @@ ROOT = Path(ttt_adapt.__file__).parent
 # A module imports from layers above its own, or from its own where the entry says so.
 LAYERS = [
     {"errors"},
-    {"config", "masking", "features", "window", "snapshot"},
+    {"config", "masking", "features", "window", "snapshot", "theory", "gate"},
     {"taps"},
     {"encoder", "decoders"},
+    {"attached"},
     {"frames", "branch", "objectives", "engine", "optim"},
     {"joint", "adapter"},
     {"augment"},

@@ -13,7 +13,12 @@ import readme
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("code", readme.blocks("python"), ids=lambda code: code.strip().splitlines()[0][:40])
+OBJECTIVES = readme.blocks("python", ROOT / "docs" / "objectives.md")
+
+
+@pytest.mark.parametrize(
+    "code", [*readme.blocks("python"), *OBJECTIVES], ids=lambda code: code.strip().splitlines()[0][:40]
+)
 def test_every_python_block_runs_as_it_stands(code: str, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ step on the reconstruction of a batch drawn from the window, then predict the fr
 from __future__ import annotations
 
 import inspect
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,10 +23,12 @@ from ttt_adapt.config import StreamConfig
 from ttt_adapt.engine import explained_memory_errors, gradients
 from ttt_adapt.errors import CheckpointError, ConfigError, FrameError, StateError
 from ttt_adapt.frames import Preprocess, default_preprocess, to_model_input
-from ttt_adapt.objectives.base import Objective
+from ttt_adapt.gate import SurpriseGate
+from ttt_adapt.objectives.base import Objective, Remembering
 from ttt_adapt.optim import ParamGroups, adamw, parameter_groups
 from ttt_adapt.snapshot import Snapshot, copied
 from ttt_adapt.taps import norm_layers, updating_norms
+from ttt_adapt.theory import AutoWindow, gradient_sketch
 from ttt_adapt.window import FrameWindow
 
 _adapting: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -40,7 +43,7 @@ class StepReport:
         losses: the loss before each gradient step of this frame.
         grad_norm: norm of the whole gradient before clipping, of the last step; None without a step.
         adapted: whether the weights were updated, by at least one of the steps.
-        reason: why an update was left out ("every", "non-finite gradient"); "" if none was.
+        reason: why an update was left out ("every", "gate", "non-finite gradient"); "" if none was.
         ms: wall time of the whole call, in milliseconds.
     """
 
@@ -106,15 +109,19 @@ class StreamAdapter:
         groups = parameter_groups(encoder, own, modules, config)
         self._make_optimizer = lambda: (optimizer or adamw)([dict(group) for group in groups])
         self._new_optimizer()
+        memory, self._after_step = _memory(self._branch)
         self._tensors = _adapted_tensors(encoder, own, self._norms if config.norm_stats != "frozen" else [])
         self._pull = config.source_pull if config.carry_weights else 1.0
         statistics = [name for name in self._tensors if name.startswith("norm.")]
         self._statistics = [self._tensors[name] for name in statistics]
-        self._source = Snapshot(self._tensors, whole=statistics)
-        self._window = FrameWindow(config.window)
+        self._tensors |= memory
+        self._source = Snapshot(self._tensors, whole=[*statistics, *memory])
+        self._window = FrameWindow(config.capacity)
+        self._auto = AutoWindow(config.capacity, draws=config.batch_size) if config.window == "auto" else None
         self._generator = torch.Generator(self._device).manual_seed(config.seed)
         self._flags = {module: module.training for module in model.modules()}
         self._attached = True
+        self._gate = SurpriseGate()
         self._frame_index = 0
         self.last: StepReport | None = None
         _adapting.add(model)
@@ -129,6 +136,11 @@ class StreamAdapter:
     def branch(self) -> Objective:
         """The objective that the stream is adapted with."""
         return self._branch
+
+    @property
+    def window(self) -> int:
+        """How many frames the next step draws from, the frame that comes included, once as many were seen."""
+        return self.config.capacity if self._auto is None else self._auto.length
 
     def step(self, frame: Any) -> Any:
         """Adapt to a frame, then predict it.
@@ -170,6 +182,9 @@ class StreamAdapter:
         self._new_optimizer()
         self._window.clear()
         self._generator.manual_seed(self.config.seed)
+        self._gate = SurpriseGate()
+        if self._auto is not None:
+            self._auto.reset()
         self._frame_index = 0
         self.last = None
 
@@ -201,6 +216,7 @@ class StreamAdapter:
         with self._undone_if_it_fails():
             self._window.stage(x[0])
             losses: list[float] = []
+            sketch: list[float] = []
             updates = 0
             norm, reason = None, "" if self._frame_index % self.config.every == 0 else "every"
             if not reason or self._pull == 1.0:  # without carried weights every frame starts from the source
@@ -209,12 +225,19 @@ class StreamAdapter:
                 self._renew_norm_stats(x)
                 if self.config.restart_optimizer or self._pull == 1.0:
                     self._restart_optimizer()
-                for _ in range(self.config.iterations):
-                    loss, norm, problem = self._iterate()
+                for i in range(self.config.iterations):
+                    loss, norm, problem, moved = self._iterate(first=i == 0)
                     losses.append(loss)
+                    sketch = sketch or moved
                     updates += not problem
                     reason = reason or problem
+                    if problem == "gate":
+                        break
         self._window.commit()
+        for loss in losses[:1]:
+            self._gate.record(loss)
+        if self._auto is not None and sketch:
+            self._auto.update(sketch)
         ms = (time.perf_counter() - started) * 1e3
         self.last = StepReport(self._frame_index, tuple(losses), norm, updates > 0, reason, ms)
         self._frame_index += 1
@@ -224,10 +247,16 @@ class StreamAdapter:
         """Implicit memory: carry the weights on, pull them toward the source, or start from it."""
         self._source.pull(self._pull)
 
-    def _iterate(self) -> tuple[float, float, str]:
-        """One gradient step; returns the loss, the gradient norm and why there was no update ("" if there was)."""
+    def _iterate(self, first: bool) -> tuple[float, float, str, list[float]]:
+        """One gradient step.
+
+        Returns:
+            The loss, the gradient norm, why there was no update ("" if there was), and what the automatic window wants
+            to know of the frame's first gradient.
+        """
         config = self.config
-        batch = self._window.draw(config.batch_size, self._generator, config.crop_size)  # type: ignore[arg-type]
+        crop: Any = config.crop_size
+        batch = self._window.draw(config.batch_size, self._generator, crop, self.window)
         with self._learning():
             loss = gradients(
                 lambda: self._branch.loss(batch, generator=self._generator),
@@ -237,13 +266,19 @@ class StreamAdapter:
                 self._device,
             )
             norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+            wanted = first and self._auto is not None
+            sketch = gradient_sketch(self._parameters) if wanted else loss.new_empty(0)
             if config.grad_clip is not None:
                 nn.utils.clip_grads_with_norm_(self._parameters, config.grad_clip, norm)
-            value, total = torch.stack([loss.float(), norm.float()]).tolist()  # the one wait for the device
-            if total != total or total == float("inf"):
-                return value, total, "non-finite gradient"
+            numbers = torch.cat([torch.stack([loss.float(), norm.float()]), sketch.float()])
+            value, total, *moved = numbers.tolist()  # the one wait for the device
+            if not math.isfinite(total):
+                return value, total, "non-finite gradient", []
+            if first and config.gate == "surprise" and not self._gate.is_open(value):
+                return value, total, "gate", moved
             self._optimizer.step()
-        return value, total, ""
+            self._after_step()
+        return value, total, "", moved
 
     def _predict_input(self, x: Tensor) -> Any:
         with torch.no_grad(), explained_memory_errors(self.config):
@@ -338,6 +373,8 @@ class StreamAdapter:
             "optimizer": {"kind": type(self._optimizer).__name__, "state": copied(self._optimizer.state_dict())},
             "window": self._window.state_dict(),
             "random": self._generator.get_state(),
+            "gate": self._gate.losses(),
+            "auto": None if self._auto is None else self._auto.state_dict(),
             "frame_index": self._frame_index,
         }
 
@@ -350,7 +387,8 @@ class StreamAdapter:
         self._check_attached()
         if not isinstance(state, Mapping):
             raise CheckpointError(f"the state is a {type(state).__name__}; expected what state_dict() returned")
-        missing = [k for k in ("config", "weights", "optimizer", "window", "random", "frame_index") if k not in state]
+        parts = ("config", "weights", "optimizer", "window", "random", "gate", "auto", "frame_index")
+        missing = [part for part in parts if part not in state]
         if missing:
             raise CheckpointError(f"this is no state of a StreamAdapter: {', '.join(missing)} missing")
         other = {k: v for k, v in state["config"].items() if asdict(self.config).get(k) != v}
@@ -360,6 +398,9 @@ class StreamAdapter:
                 f"{ {k: asdict(self.config).get(k) for k in other} }: make the adapter with the same StreamConfig"
             )
         check_state(self._tensors, state["weights"], "this adapter's model")
+        auto = None if self._auto is None else AutoWindow(self.config.capacity, draws=self.config.batch_size)
+        if auto is not None:
+            auto.load_state_dict(state["auto"])
         previous, fresh = self._optimizer, self._fresh_groups
         try:  # on new objects: what does not fit must not have changed anything
             torch.Generator(self._device).set_state(state["random"].cpu())
@@ -381,6 +422,7 @@ class StreamAdapter:
             self._window.load_state_dict(state["window"], self._device)
         torch.clear_autocast_cache()
         self._generator.set_state(state["random"].cpu())
+        self._gate, self._auto = SurpriseGate(state["gate"]), auto
         self._frame_index = state["frame_index"]
         self.last = None
 
@@ -433,3 +475,10 @@ def _adapted_tensors(
     for i, norm in enumerate(norms):
         tensors |= {f"norm.{i}.{name}": buffer for name, buffer in norm.named_buffers()}
     return tensors
+
+
+def _memory(objective: Objective) -> tuple[dict[str, Tensor], Callable[[], None]]:
+    """What an objective remembers beside weights, by name, and what it wants to be called after a gradient step."""
+    if not isinstance(objective, Remembering):
+        return {}, lambda: None
+    return {f"memory.{name}": tensor for name, tensor in objective.memory().items()}, objective.after_step

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ttt_adapt.attached import Attached
 from ttt_adapt.decoders import Decoder, HeadCopy, build_decoder
 from ttt_adapt.encoder import EncoderInfo, evaluating, inspect_encoder
-from ttt_adapt.errors import CheckpointError, ConfigError, EncoderError, FrameError, StateError
+from ttt_adapt.errors import CheckpointError, ConfigError, EncoderError
 from ttt_adapt.features import Features, to_maps
 from ttt_adapt.masking import hidden_patches, pad_to_multiple, patchify, random_mask, unpatchify, upsample_mask
 from ttt_adapt.taps import frozen_norms, hidden_channel, run_encoder, visible_tokens, without_checkpointing
@@ -33,7 +34,7 @@ class Reconstruction:
     loss: Tensor
 
 
-class MAEBranch(nn.Module):
+class MAEBranch(Attached):
     """A masked-autoencoder branch (He et al., 2022) on the encoder of an existing model.
 
     Make one with `MAEBranch.attach`. The branch reads the model through hooks that exist only during its own passes,
@@ -52,8 +53,7 @@ class MAEBranch(nn.Module):
         loss_on: str,
         norm_pix_loss: bool,
     ) -> None:
-        super().__init__()
-        self._info: EncoderInfo | None = info
+        super().__init__(info)
         self.masking = "tokens" if tokens else "pixels"
         self.patch_size, self.mask_ratio = patch_size, mask_ratio
         self.loss_on, self.norm_pix_loss = loss_on, norm_pix_loss
@@ -123,23 +123,6 @@ class MAEBranch(nn.Module):
         branch._check_decoder()
         return branch
 
-    @property
-    def info(self) -> EncoderInfo:
-        """What the branch is attached to."""
-        if self._info is None:
-            raise StateError("this branch is detached: attach a new one with MAEBranch.attach(model, ...)")
-        return self._info
-
-    @property
-    def model(self) -> nn.Module:
-        """The user's model."""
-        return self.info.model
-
-    def encoder_parameters(self) -> dict[str, nn.Parameter]:
-        """Name in the model -> parameter, for all parameters that the encoder's features depend on."""
-        named = dict(self.model.named_parameters(remove_duplicate=False))
-        return {name: named[name] for name in self.info.parameters}
-
     def loss(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Reconstruction loss of freshly masked images, with its graph.
 
@@ -189,7 +172,7 @@ class MAEBranch(nn.Module):
 
     def draw_mask(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One random mask per image: bool [B, ceil(H / p), ceil(W / p)], True = visible."""
-        b, _, h, w = self._checked(images).shape
+        b, _, h, w = self.checked(images).shape
         grid = (-(-h // self.patch_size), -(-w // self.patch_size))
         return random_mask(b, grid, self.mask_ratio, generator=generator, device=images.device)
 
@@ -255,12 +238,6 @@ class MAEBranch(nn.Module):
         scaled = patchify(prediction, self.patch_size) * std + patches.mean(-1, keepdim=True)
         return unpatchify(scaled, self.patch_size, grid)
 
-    def _checked(self, images: Tensor) -> Tensor:
-        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            got = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
-            raise FrameError(f"got {got}; expected float images [B, 3, H, W], normalised as the model takes them")
-        return images
-
     def _check_decoder(self) -> None:
         images = self.info.probe_images()
         with evaluating(self.model), evaluating(self), torch.no_grad():
@@ -286,16 +263,6 @@ class MAEBranch(nn.Module):
         """
         check_state(self.state_dict(), state_dict, "this branch")
         return super().load_state_dict(state_dict, strict, assign)
-
-    def detach(self) -> None:
-        """Let go of the model. Nothing has to be undone on it; the branch keeps its weights. May be called twice."""
-        self._info = None
-
-    def __enter__(self) -> MAEBranch:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.detach()
 
     def extra_repr(self) -> str:
         """The settings, for `print(branch)`."""

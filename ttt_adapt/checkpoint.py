@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttt_adapt.attached import Attached
 from ttt_adapt.branch import MAEBranch, check_state
-from ttt_adapt.errors import CheckpointError, missing
+from ttt_adapt.errors import CheckpointError, ConfigError, missing
 from ttt_adapt.frames import Normalize
 from ttt_adapt.models import SegmentationModel
 
@@ -68,8 +69,22 @@ class Checkpoint:
     """A model in eval mode, its branch (None if it was trained for the main task alone) and what they are."""
 
     model: SegmentationModel
-    branch: MAEBranch | None
+    branch: Attached | None
     spec: ModelSpec
+
+    @property
+    def mae_branch(self) -> MAEBranch:
+        """The reconstruction branch.
+
+        Raises:
+            ConfigError: it was trained without one.
+        """
+        if not isinstance(self.branch, MAEBranch):
+            trained = "the main task alone" if self.branch is None else type(self.branch).__name__
+            raise ConfigError(
+                f"this checkpoint was trained for {trained}: adaptation by reconstruction needs its branch"
+            )
+        return self.branch
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint, half: bool = False) -> None:

@@ -14,7 +14,8 @@ class StreamConfig:
     """How a model adapts to a stream. Immutable; `replace` makes a changed copy.
 
     Attributes:
-        window: explicit memory, the last k frames (the current one included).
+        window: explicit memory, the last k frames (the current one included); "auto" chooses k for each frame from
+            how far and how noisily the gradient moves (`ttt_adapt.theory.AutoWindow`), at most 32.
         batch_size: crops or frames drawn from the window, with replacement, for each gradient step.
         iterations: gradient steps per frame.
         carry_weights: implicit memory; False starts every frame from the source weights.
@@ -35,10 +36,12 @@ class StreamConfig:
         drop_path: stochastic depth and dropout active in the gradient step.
         engine: how a step runs: "auto" or "eager".
         every: adapt on every n-th frame only.
+        gate: "none", or "surprise": update only where the frame's first loss exceeds the mean plus one standard
+            deviation of those of the last 50 frames. The pull toward the source goes on while the gate is shut.
         seed: of masks, draws and crops.
     """
 
-    window: int = 16
+    window: int | str = 16
     batch_size: int = 8
     iterations: int = 1
     carry_weights: bool = True
@@ -55,11 +58,16 @@ class StreamConfig:
     drop_path: bool = False
     engine: str = "auto"
     every: int = 1
+    gate: str = "none"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("window", "batch_size", "iterations", "every"):
+        for name in ("batch_size", "iterations", "every"):
             _check_count(name, getattr(self, name))
+        if self.window != "auto":
+            _check_count("window", self.window, ', or "auto"')
+        elif self.every != 1:
+            raise ConfigError(f'every is {self.every}; window="auto" measures each step of the stream: expected 1')
         for name in ("source_pull", "norm_momentum"):
             _check_number(name, getattr(self, name), 0.0, 1.0)
         for name in ("lr", "encoder_lr_scale", "weight_decay"):
@@ -75,9 +83,15 @@ class StreamConfig:
                 raise ConfigError(f"grad_clip is {self.grad_clip!r}; expected a positive number, or None for no limit")
         _check_choice("precision", self.precision, ("fp32", "bf16"))
         _check_choice("norm_stats", self.norm_stats, ("frozen", "ema", "batch"))
+        _check_choice("gate", self.gate, ("none", "surprise"))
         _check_choice("engine", self.engine, ("auto", "eager"))
         if self.crop_size is not None:
             object.__setattr__(self, "crop_size", _pair(self.crop_size))
+
+    @property
+    def capacity(self) -> int:
+        """Frames that the window holds."""
+        return 32 if isinstance(self.window, str) else self.window
 
     def replace(self, **changes: Any) -> StreamConfig:
         """A copy with some fields changed, checked again."""
@@ -137,9 +151,9 @@ def _known(config: type[StreamConfig], changes: dict[str, Any]) -> dict[str, Any
     return changes
 
 
-def _check_count(name: str, value: Any) -> None:
+def _check_count(name: str, value: Any, alternative: str = "") -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} is {value!r}; expected a whole number, at least 1")
+        raise ConfigError(f"{name} is {value!r}; expected a whole number, at least 1{alternative}")
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:

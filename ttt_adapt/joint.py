@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from ttt_adapt.branch import MAEBranch, check_state
+from ttt_adapt.attached import Attached
+from ttt_adapt.branch import check_state
 from ttt_adapt.errors import CheckpointError, ConfigError, StateError
 from ttt_adapt.optim import decays, embedding_tables
 from ttt_adapt.taps import frozen_norms, run_encoder
@@ -106,7 +107,7 @@ class Progress:
 class JointLoss(nn.Module):
     """The model, its branch and the criterion as one module: what data-parallel training wraps."""
 
-    def __init__(self, model: nn.Module, branch: MAEBranch | None, criterion: Criterion, stage: str) -> None:
+    def __init__(self, model: nn.Module, branch: Attached | None, criterion: Criterion, stage: str) -> None:
         super().__init__()
         self.model, self.branch = model, branch if stage in ("joint", "mae") else None
         self._criterion, self._stage = criterion, stage
@@ -127,7 +128,7 @@ class JointLoss(nn.Module):
 
 def fit(
     model: nn.Module,
-    branch: MAEBranch | None,
+    branch: Attached | None,
     data: Dataset[Any],
     criterion: Criterion,
     config: TrainConfig,
@@ -143,7 +144,8 @@ def fit(
 
     Args:
         model: on the device to train on; it is left in eval mode, also by an error or Ctrl-C.
-        branch: attached to `model`, on the same device; not needed by "main".
+        branch: an `MAEBranch` or another objective with layers of its own (`objectives.Rotation`), attached to `model`,
+            on the same device; not needed by "main". Its loss takes the place of the reconstruction loss ("mae").
         data: samples (image [3, H, W] as the model takes it, target); `set_epoch(epoch)` is called where it exists.
         criterion: (model output, targets) -> scalar loss.
         config: see `TrainConfig`.
@@ -171,7 +173,7 @@ class _Run:
     """One call of `fit`: optimizer, schedule, loader and process group."""
 
     def __init__(
-        self, model: nn.Module, branch: MAEBranch | None, data: Any, criterion: Criterion, config: TrainConfig
+        self, model: nn.Module, branch: Attached | None, data: Any, criterion: Criterion, config: TrainConfig
     ) -> None:
         self.config, self.data, self.model, self.branch = config, data, model, branch
         self.world, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -330,7 +332,7 @@ def _read_state(file: str | Path, device: torch.device) -> dict[str, Any]:
     return state
 
 
-def _parameters_to_freeze(model: nn.Module, branch: MAEBranch | None, stage: str) -> list[nn.Parameter]:
+def _parameters_to_freeze(model: nn.Module, branch: Attached | None, stage: str) -> list[nn.Parameter]:
     """What a stage does not train: the head for "mae", the encoder for "probe"."""
     if branch is None or stage in ("main", "joint"):
         return []

@@ -3,7 +3,8 @@
 - `run_encoder` runs the model from its input and stops where the encoder ends.
 - `hidden_channel` adds the mask channel's convolution to the stem.
 - `visible_tokens` lets a transformer's blocks see the visible tokens only.
-- `frozen_norms` keeps BatchNorm statistics out of a pass, `updating_norms` lets a pass into them.
+- `frozen_norms` keeps BatchNorm statistics out of a pass, `updating_norms` lets a pass into them, and with
+  `batch_statistics` a pass has its own.
 """
 
 from __future__ import annotations
@@ -249,3 +250,16 @@ def updating_norms(norms: list[nn.Module], momentum: float) -> Iterator[None]:
     finally:
         for norm, (training, before) in zip(norms, saved, strict=True):
             norm.training, norm.momentum = training, before
+
+
+@contextmanager
+def batch_statistics(norms: list[nn.Module]) -> Iterator[None]:
+    """Inside the block, passes are normalised by the statistics of their own batch; the running ones do not change."""
+    saved = [(norm.training, norm.track_running_stats) for norm in norms]
+    for norm in norms:
+        norm.training, norm.track_running_stats = True, False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for norm, (training, tracking) in zip(norms, saved, strict=True):
+            norm.training, norm.track_running_stats = training, tracking

@@ -44,20 +44,27 @@ class FrameWindow:
         """Make the staged frame the newest of the window."""
         self._committed += 1
 
-    def draw(self, count: int, generator: torch.Generator, crop_size: tuple[int, int] | None = None) -> Tensor:
-        """Draw from the staged frame and the capacity - 1 before it, with replacement.
+    def draw(
+        self,
+        count: int,
+        generator: torch.Generator,
+        crop_size: tuple[int, int] | None = None,
+        newest: int | None = None,
+    ) -> Tensor:
+        """Draw from the staged frame and those before it, with replacement.
 
         Args:
             count: number of draws B.
             generator: random source, on the frames' device.
             crop_size: (H, W) of a random crop for each draw, at most the frame; None: whole frames.
+            newest: how many frames to draw from, the staged one included, at most `capacity`; None: all.
 
         Returns:
             [B, 3, H, W], a copy.
         """
         assert self._buffer is not None, "stage a frame first"
         device = self._buffer.device
-        known = min(self._committed + 1, self.capacity)
+        known = min(self._committed + 1, newest or self.capacity)
         age = torch.randint(known, (count,), generator=generator, device=device)
         rows = (self._committed - age) % (self.capacity + 1)
         if crop_size is None:

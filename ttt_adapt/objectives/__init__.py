@@ -1,5 +1,8 @@
 """Label-free objectives that a stream can be adapted with."""
 
-from ttt_adapt.objectives.base import Objective
+from ttt_adapt.objectives.base import Objective, Remembering
+from ttt_adapt.objectives.entropy import Entropy
+from ttt_adapt.objectives.pseudo import PseudoLabel
+from ttt_adapt.objectives.rotation import Rotation
 
-__all__ = ["Objective"]
+__all__ = ["Entropy", "Objective", "PseudoLabel", "Remembering", "Rotation"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 class Objective(Protocol):
     """Anything with trainable parameters and a label-free loss on frames; `MAEBranch` is one.
 
-    The members below are all that `StreamAdapter` uses.
+    The members below are all that `StreamAdapter` uses, with those of `Remembering` where an objective has them.
     """
 
     @property
@@ -39,4 +39,17 @@ class Objective(Protocol):
 
     def detach(self) -> None:
         """Let go of the model; may be called twice."""
+        ...
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """What an `Objective` has beside its members if it remembers more of the stream than weights."""
+
+    def memory(self) -> Mapping[str, Tensor]:
+        """Name -> tensor that changes with the stream: saved with it, and as it was again after a reset or detach."""
+        ...
+
+    def after_step(self) -> None:
+        """Called after every gradient step, without gradients."""
         ...

@@ -1,0 +1,119 @@
+"""The surprise gate, alone and in the stream."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+import models as zoo
+from conftest import same_bits
+from ttt_adapt import MAEBranch, StreamAdapter, StreamConfig
+from ttt_adapt.errors import ConfigError
+from ttt_adapt.gate import SurpriseGate
+
+SIZE = (32, 48)
+CONFIG = StreamConfig(window=2, batch_size=2, lr=1e-2, gate="surprise", seed=3)
+
+
+def clip(count: int = 12) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(3, *SIZE, generator=generator) * (1.0 + 2.0 * (t % 5 == 4)) for t in range(count)]
+
+
+def attached(config: StreamConfig = CONFIG) -> StreamAdapter:
+    torch.manual_seed(9)
+    model = zoo.PlainSeg()
+    return StreamAdapter(model, MAEBranch.attach(model, "backbone"), config=config)
+
+
+def test_the_gate_opens_above_mean_plus_deviation_of_the_last_fifty():
+    gate, losses = SurpriseGate(), np.random.default_rng(0).gamma(2.0, size=200).tolist()
+    opened = 0
+    for t, loss in enumerate(losses):
+        past = losses[max(t - 50, 0) : t]
+        expected = t < 2 or loss > np.mean(past) + np.std(past)
+        assert gate.is_open(loss) == expected
+        opened += expected
+        gate.record(loss)
+    assert gate.losses() == losses[-50:]
+    assert 10 < opened < 60
+
+
+def test_a_loss_that_is_not_finite_is_no_measure_of_surprise():
+    gate = SurpriseGate([1.0, 2.0])
+    gate.record(float("nan"))
+    gate.record(float("inf"))
+    assert gate.losses() == [1.0, 2.0]
+
+
+def test_a_shut_gate_leaves_weights_and_optimizer_alone_and_says_so():
+    adapter = attached()
+    shut = 0
+    history = []
+    for frame in clip():
+        before = adapter.state_dict()
+        report = adapter.adapt(frame)
+        surprise = len(history) < 2 or report.losses[0] > np.mean(history) + np.std(history)
+        assert report.adapted == surprise
+        assert report.reason == ("" if surprise else "gate")
+        history.append(report.losses[0])
+        after = adapter.state_dict()
+        if not surprise:
+            shut += 1
+            assert same_bits(before["weights"], after["weights"])
+            assert same_bits(before["optimizer"], after["optimizer"])
+    assert 3 < shut < 10
+
+
+def test_the_first_loss_of_a_frame_decides_for_all_its_iterations():
+    adapter = attached(CONFIG.replace(iterations=3))
+    counts = {(len(report.losses), report.adapted) for report in map(adapter.adapt, clip())}
+    assert counts == {(3, True), (1, False)}
+
+
+def test_the_pull_toward_the_source_goes_on_while_the_gate_is_shut():
+    adapter = attached(CONFIG.replace(source_pull=0.5))
+    source = adapter.state_dict()["weights"]
+    distance = []
+    for frame in clip(5)[:4]:
+        report = adapter.adapt(frame)
+        now = adapter.state_dict()["weights"]
+        distance.append((report.adapted, sum(float((now[k] - source[k]).norm() ** 2) for k in now) ** 0.5))
+    shut = [b / a for (_, a), (adapted, b) in itertools.pairwise(distance) if not adapted]
+    assert shut
+    assert shut == pytest.approx([0.5] * len(shut), rel=1e-3)
+
+
+def test_reset_forgets_the_losses_and_resume_is_exact():
+    adapter = attached()
+    whole = []
+    for t, frame in enumerate(clip()):
+        if t == 7:
+            state = adapter.state_dict()
+        whole.append((adapter.step(frame), adapter.last.losses, adapter.last.reason))
+    assert len(state["gate"]) == 7
+    adapter.reset()
+    assert adapter.state_dict()["gate"] == []
+    again = [(adapter.step(frame), adapter.last.losses, adapter.last.reason) for frame in clip()]
+    assert same_bits(again, whole)
+    other = attached()
+    other.load_state_dict(state)
+    rest = [(other.step(frame), other.last.losses, other.last.reason) for frame in clip()[7:]]
+    assert same_bits(rest, whole[7:])
+
+
+def test_a_step_that_fails_is_no_entry_in_the_gate(monkeypatch):
+    adapter = attached()
+    adapter.adapt(clip()[0])
+    monkeypatch.setattr(adapter._optimizer, "step", lambda: (_ for _ in ()).throw(RuntimeError("broken")))
+    with pytest.raises(RuntimeError, match="broken"):
+        adapter.adapt(clip()[1])
+    assert len(adapter.state_dict()["gate"]) == 1
+
+
+def test_an_unknown_gate_is_refused():
+    with pytest.raises(ConfigError, match="gate is 'open'"):
+        StreamConfig(gate="open")

@@ -1,0 +1,65 @@
+"""Rotation prediction, the task of the original test-time training."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ttt_adapt.attached import Attached
+from ttt_adapt.encoder import EncoderInfo, inspect_encoder
+from ttt_adapt.errors import ConfigError
+from ttt_adapt.features import to_maps
+from ttt_adapt.taps import frozen_norms, run_encoder, without_checkpointing
+
+
+class Rotation(Attached):
+    """By which quarter turn was the image rotated? (Sun et al., "Test-Time Training with Self-Supervision", ICML 2020.)
+
+    A linear layer on the mean of the encoder's coarsest features tells four classes apart. As with the reconstruction,
+    the head has to be trained jointly first (`ttt_adapt.joint.fit` takes a `Rotation` in place of the branch).
+
+    Make one with `Rotation.attach`; what is turned are random square crops, as large as the images allow.
+    """
+
+    def __init__(self, info: EncoderInfo) -> None:
+        super().__init__(info)
+        self.head = nn.Linear(info.maps[-1].channels, 4)
+        self.to(next(iter(info.parameters.values())))
+
+    @classmethod
+    @torch.inference_mode(False)
+    def attach(
+        cls, model: nn.Module, encoder: str | nn.Module, image_size: int | tuple[int, int] | None = None
+    ) -> Rotation:
+        """Attach a rotation head; arguments and errors as in `MAEBranch.attach`."""
+        return cls(inspect_encoder(model, encoder, image_size))
+
+    def loss(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Cross-entropy of the four turns, one drawn for each image; images [B, 3, H, W] as the model takes them."""
+        turned, turns = self.turn(self.checked(images), generator)
+        with frozen_norms(self.info.norms), without_checkpointing(self.info.checkpointing):
+            raw = run_encoder(self.info.model, self.info.module, turned)
+        coarsest = to_maps(raw, self.info.maps, (turned.shape[-2], turned.shape[-1]))[-1]
+        return F.cross_entropy(self.head(coarsest.mean((2, 3))), turns)
+
+    def turn(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Square crops [B, 3, S, S] of `images`, each turned counterclockwise, and by how many quarters, int64 [B].
+
+        Raises:
+            ConfigError: the images are smaller than one cell of the features.
+        """
+        b, _, h, w = images.shape
+        cell = self.info.maps[-1].stride
+        side = min(h, w) - min(h, w) % cell
+        if not side:
+            raise ConfigError(f"images of {h} x {w} have no whole cell of {cell} x {cell} to turn: use larger frames")
+        y, x = (
+            torch.randint(full - side + 1, (b, 1), generator=generator, device=images.device)
+            + torch.arange(side, device=images.device)
+            for full in (h, w)
+        )
+        rows = torch.arange(b, device=images.device)
+        crops = images[rows[:, None, None], :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+        turns = torch.randint(4, (b,), generator=generator, device=images.device)
+        return torch.stack([torch.rot90(crops, quarters, (2, 3)) for quarters in range(4)])[turns, rows], turns
