@@ -1,0 +1,196 @@
+"""Labelled clips: frames with their class ids, read from disk when asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from ttt_adapt.data.images import FRAME_SUFFIXES, check_ids, images_in, match, open_image, pillow, read_ids, read_mask
+from ttt_adapt.errors import ConfigError, DataError
+
+Sample: TypeAlias = tuple[np.ndarray, np.ndarray]
+"""A frame, `uint8 [H, W, 3]` RGB, and its labels, `uint8 [H, W]` class ids."""
+
+BINARY_CLASSES = ("background", "foreground")
+FRAME_FOLDERS = ("images", "frames")
+
+
+class Clip:
+    """The frames of one clip with their labels, in order; a sequence of `Sample`.
+
+    Attributes:
+        name: the clip's name.
+        classes: class names; the position is the class id.
+        ignore: the id of void pixels.
+        size: (height, width) that samples are resized to, or None for the size on disk.
+        fps: labelled frames per second, or None where unknown.
+        times: seconds of every frame from the start, or None where unknown.
+
+    Args:
+        name: the clip's name.
+        files: the (frame, label) files.
+        read: label file -> class ids, `uint8 [H, W]`.
+        classes: class names.
+        ignore: the id of void pixels.
+        size: (height, width) to resize to: frames bilinear with antialiasing, labels to the nearest pixel.
+        fps: labelled frames per second.
+        times: seconds of every frame.
+
+    Raises:
+        ConfigError: `size` is no pair. Reading raises DataError for a broken file, labels of another size than their
+            frame, and an id outside the class list; each names the file.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        files: Sequence[tuple[Path, Path]],
+        read: Callable[[Path], np.ndarray],
+        *,
+        classes: Sequence[str],
+        ignore: int = 255,
+        size: tuple[int, int] | None = None,
+        fps: float | None = None,
+        times: tuple[float, ...] | None = None,
+    ) -> None:
+        check_size(size)
+        self.name, self.classes, self.ignore, self.size = name, tuple(classes), ignore, size
+        self.fps, self.times = fps, times
+        self._files, self._read = list(files), read
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Sample:
+        frame_file, label_file = self._files[index]
+        frame, ids = open_image(frame_file), self._read(label_file)
+        if ids.shape != (frame.height, frame.width):
+            raise DataError(
+                f"{label_file} is {ids.shape[0]} x {ids.shape[1]}, its frame {frame_file.name} is "
+                f"{frame.height} x {frame.width} (height x width); labels must have their frame's size"
+            )
+        allowed = {*range(len(self.classes)), self.ignore}
+        check_ids(ids, allowed, f"0..{len(self.classes) - 1} or {self.ignore}", label_file)
+        frame = frame.convert("RGB")
+        if self.size is not None:
+            resampling = pillow().Resampling
+            frame = frame.resize(self.size[::-1], resampling.BILINEAR)
+            ids = np.asarray(pillow().fromarray(ids).resize(self.size[::-1], resampling.NEAREST))
+        return np.array(frame), np.array(ids)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[index] for index in range(len(self)))
+
+    def __repr__(self) -> str:
+        kind = type(self).__name__
+        return f"{kind}({self.name!r}, frames={len(self)}, classes={len(self.classes)}, size={self.size})"
+
+
+class LabelledClip(Clip):
+    """One folder of frames and labels.
+
+    The folder holds either `images/` (or `frames/`) beside `labels/`, or `NAME.jpg` beside `NAME.png` in one place.
+    Labels are palette or grayscale PNG files of class ids under the frames' stems. Frames come in natural order
+    (`2.jpg` before `10.jpg`). An `index.json` with `classes`, `ignore` and `clips` in the parent folder supplies
+    class names, ignore id and times; arguments win over it.
+
+    Attributes:
+        binary: the labels are object masks of 0 and 255.
+
+    Args:
+        folder: where the clip lies.
+        name: another name for it; by default the folder's.
+        classes: class names, for a clip without an index.
+        ignore: the id of void pixels; 255 without an index.
+        binary: the label images are object masks of 0 and 255 (DAVIS): 0 becomes class 0 and 255 becomes class 1,
+            and no pixel is void. The classes are then background and foreground unless two others are given.
+        size: (height, width) to resize to.
+
+    Raises:
+        DataError: the folder or its frames are missing, a frame has no label or a label no frame, or the class
+            names are unknown.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        name: str | None = None,
+        classes: Sequence[str] | None = None,
+        ignore: int | None = None,
+        binary: bool = False,
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        check_size(size)
+        folder = Path(folder)
+        index = read_index(folder.parent)
+        files = pair_files(folder)
+        entry: dict[str, Any] = next((clip for clip in index.get("clips", []) if clip.get("clip") == folder.name), {})
+        gap = entry.get("label_gap_s")
+        seconds = {frame.get("frame"): frame.get("t") for frame in entry.get("frames", [])}
+        known = all(seconds.get(frame.name) is not None for frame, _ in files)
+        super().__init__(
+            name or folder.name,
+            files,
+            read_mask if binary else read_ids,
+            classes=_class_names(folder, classes, binary, index),
+            ignore=int(index.get("ignore", 255)) if ignore is None else ignore,
+            size=size,
+            fps=1.0 / gap if gap else None,
+            times=tuple(seconds[frame.name] for frame, _ in files) if known else None,
+        )
+        self.binary = binary
+
+
+def check_size(size: tuple[int, int] | None) -> None:
+    """Raises ConfigError unless `size` is None or (height, width)."""
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise ConfigError(f"size is {size}; expected (height, width), both at least 1")
+
+
+def pair_files(folder: Path) -> list[tuple[Path, Path]]:
+    """The (frame, label) files of a clip folder in natural order.
+
+    Raises:
+        DataError: the folder, its frames or its labels are missing or do not match.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; expected a clip of frames and labels")
+    frame_folder = next((folder / name for name in FRAME_FOLDERS if (folder / name).is_dir()), folder)
+    label_folder = folder if frame_folder == folder else folder / "labels"
+    if not label_folder.is_dir():
+        raise DataError(f"{frame_folder} has no labels beside it; expected {label_folder}")
+    suffixes = FRAME_SUFFIXES - {".png"} if label_folder == frame_folder else FRAME_SUFFIXES
+    frames = images_in(frame_folder, suffixes)
+    if not frames:
+        raise DataError(f"no frames ({', '.join(sorted(suffixes))}) in {frame_folder}")
+    labels = images_in(label_folder, {".png"})
+    return match(frames, labels, lambda frame: label_folder / f"{frame.stem}.png")
+
+
+def read_index(root: Path) -> dict[str, Any]:
+    """The `index.json` of a folder of clips; empty where there is none of that kind."""
+    file = root / "index.json"
+    if not file.is_file():
+        return {}
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file} is not JSON: {error}") from error
+    return index if isinstance(index, dict) and {"classes", "clips"} <= index.keys() else {}
+
+
+def _class_names(folder: Path, given: Sequence[str] | None, binary: bool, index: dict[str, Any]) -> tuple[str, ...]:
+    names = given or (BINARY_CLASSES if binary else index.get("classes"))
+    if not names:
+        raise DataError(
+            f"the classes of {folder} are unknown: no index.json beside it. Pass classes=(names in the order of "
+            "their ids), or binary=True for masks of 0 and 255"
+        )
+    if binary and len(names) != 2:
+        raise DataError(f"binary=True has 2 classes, got {len(names)}: {', '.join(names)}")
+    return tuple(names)

@@ -1,0 +1,185 @@
+"""COCO's JSON formats as semantic labels.
+
+`panoptic.json` (or `annotations/CLIP.json`, `annotations/SPLIT/CLIP.json`, one file per video) lists segments whose
+ids R + 256 G + 65536 B are in the label images, in `panoptic/`, `panoptic_images/CLIP/` or a folder of the JSON's own
+name. `instances.json` holds masks as polygons or run lengths; larger ones are drawn first. Frames lie in `images/` or
+`raw_images/`, with a folder per video where there are several. Classes are the JSON's categories in their order; pixels
+of no segment, of category 255 and of unknown categories are void.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ttt_adapt.data.clips import Clip
+from ttt_adapt.data.images import natural, read_rgb
+from ttt_adapt.errors import DataError, missing
+
+VOID = 255
+_FRAMES = ("raw_images", "images")
+_LABELS = ("panoptic_images", "panoptic")
+
+
+def is_coco(root: Path) -> bool:
+    """Whether a folder looks like a data set of this format."""
+    return any((root / name).is_dir() for name in _FRAMES) and bool(_annotations(root))
+
+
+def find(
+    root: Path, size: tuple[int, int] | None, classes: Sequence[str] | None, binary: bool
+) -> dict[str, Callable[[], Clip]]:
+    """How to open every clip of the data set, by name.
+
+    Raises:
+        DataError: no annotations.
+    """
+    files = _annotations(root)
+    if not files:
+        raise DataError(f"{root} holds no COCO annotations; expected panoptic.json, instances.json or annotations/")
+
+    def opener(file: Path) -> Callable[[], Clip]:
+        return lambda: _open(root, file, size, classes)
+
+    return {_name(root, file): opener(file) for file in files}
+
+
+def _annotations(root: Path) -> list[Path]:
+    single = [root / name for name in ("panoptic.json", "instances.json") if (root / name).is_file()]
+    videos = sorted((root / "annotations").rglob("*.json"), key=natural) if (root / "annotations").is_dir() else []
+    return single[:1] or videos
+
+
+def _name(root: Path, file: Path) -> str:
+    return root.name if file.parent == root else file.stem
+
+
+def _open(root: Path, file: Path, size: tuple[int, int] | None, classes: Sequence[str] | None) -> Clip:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        images = sorted(data["images"], key=lambda image: natural(Path(image["file_name"])))
+        categories = data["categories"]
+        ids = {category["id"]: place for place, category in enumerate(categories)}
+        names = [category["name"] for category in categories]
+        panoptic = bool(data["annotations"]) and "segments_info" in data["annotations"][0]
+        frames = [_locate(root, _FRAMES, file.stem, image["file_name"]) for image in images]
+        if panoptic:
+            labels, read = _panoptic(root, file, data, images, ids)
+        else:
+            labels, read = frames, _instances(data, images, frames, ids)
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{file} is no COCO annotation ({type(error).__name__}: {error}); expected images, categories, and "
+            "annotations with segments_info or segmentation"
+        ) from error
+    if not images:
+        raise DataError(f"{file} lists no images; expected the frames of a clip")
+    clip = _name(root, file)
+    return Clip(clip, list(zip(frames, labels, strict=True)), read, classes=classes or names, size=size)
+
+
+def _locate(root: Path, kinds: Sequence[str], video: str, name: str) -> Path:
+    """Where a file that the JSON names lies: below one of the folders, with or without the video's own."""
+    places = [root / kind / inner for kind in kinds for inner in (name, f"{video}/{Path(name).name}")]
+    for place in places:
+        if place.is_file():
+            return place
+    raise DataError(f"{name}, which {video}.json names, is in none of {', '.join(str(place) for place in places)}")
+
+
+def _panoptic(
+    root: Path, file: Path, data: dict[str, Any], images: list[dict[str, Any]], ids: dict[int, int]
+) -> tuple[list[Path], Callable[[Path], np.ndarray]]:
+    """The label images in the order of `images`, and how to read one."""
+    by_image = {entry["image_id"]: entry for entry in data["annotations"]}
+    labels, segments = [], {}
+    for image in images:
+        entry = by_image.get(image["id"])
+        if entry is None:
+            raise DataError(f"frame {image['file_name']} has no annotation in {file}")
+        label = _locate(root, (*_LABELS, file.stem), file.stem, entry["file_name"])
+        labels.append(label)
+        segments[label] = {s["id"]: ids.get(s["category_id"], VOID) for s in entry["segments_info"]}
+
+    def read(label: Path) -> np.ndarray:
+        codes = read_rgb(label).astype(np.int64) @ np.array([1, 256, 65536])
+        values, places = np.unique(codes, return_inverse=True)
+        table = np.array([segments[label].get(int(value), VOID) for value in values], dtype=np.uint8)
+        return table[places].reshape(codes.shape)
+
+    return labels, read
+
+
+def _instances(
+    data: dict[str, Any], images: list[dict[str, Any]], frames: list[Path], ids: dict[int, int]
+) -> Callable[[Path], np.ndarray]:
+    """How to draw the labels of a frame from its instances."""
+    by_image: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in images}
+    for entry in data["annotations"]:
+        by_image[entry["image_id"]].append(entry)
+    known = dict(zip(frames, images, strict=True))
+
+    def read(frame: Path) -> np.ndarray:
+        image = known[frame]
+        canvas = np.full((image["height"], image["width"]), VOID, dtype=np.uint8)
+        for entry in sorted(by_image[image["id"]], key=lambda entry: -entry.get("area", 0)):
+            canvas[draw_mask(entry["segmentation"], *canvas.shape)] = ids.get(entry["category_id"], VOID)
+        return canvas
+
+    return read
+
+
+def draw_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """A COCO segmentation as `bool [height, width]`.
+
+    Args:
+        segmentation: polygons [[x, y, x, y, ...], ...], or {"size": [height, width], "counts": run lengths down the
+            columns, first of zeros}, as numbers or in COCO's text coding.
+        height: of the frame.
+        width: of the frame.
+
+    Raises:
+        DataError: run lengths of another size.
+        MissingPackageError: pillow is not installed.
+    """
+    if isinstance(segmentation, list):
+        try:
+            from PIL import Image, ImageDraw
+        except ImportError as error:
+            raise missing("pillow", "eval") from error
+        picture = Image.new("1", (width, height))
+        for polygon in segmentation:
+            ImageDraw.Draw(picture).polygon([float(value) for value in polygon], fill=1)
+        return np.asarray(picture)
+    counts = segmentation["counts"]
+    runs = _decode(counts) if isinstance(counts, str) else list(counts)
+    if list(segmentation["size"]) != [height, width] or sum(runs) != height * width:
+        raise DataError(f"a mask of {segmentation['size']} covers {sum(runs)} pixels; expected {[height, width]}")
+    values = np.arange(len(runs)) % 2 == 1
+    return np.repeat(values, runs).reshape(width, height).T
+
+
+def _decode(text: str) -> list[int]:
+    """COCO's text coding of run lengths.
+
+    Five bits per character, from the lowest, on an offset of 48; bit 6 says that more follow and bit 5 of the last one
+    is the sign. From the fourth on, a number is the difference to the run before the last.
+    """
+    runs: list[int] = []
+    place = 0
+    while place < len(text):
+        value, shift, more = 0, 0, True
+        while more:
+            bits = ord(text[place]) - 48
+            value |= (bits & 31) << shift
+            shift, place, more = shift + 5, place + 1, bool(bits & 32)
+            if not more and bits & 16:
+                value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+    return runs

@@ -1,0 +1,126 @@
+"""Image files: reading, order, and frames matched with their labels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ttt_adapt.errors import DataError, missing
+
+FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+
+
+def pillow() -> Any:
+    """The module `PIL.Image`.
+
+    Raises:
+        MissingPackageError: pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise missing("pillow", "eval") from error
+    return Image
+
+
+def open_image(file: Path) -> Any:
+    """A decoded PIL image.
+
+    Raises:
+        DataError: the file is missing or no image.
+    """
+    library = pillow()
+    try:
+        image = library.open(file)
+        image.load()
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{file} cannot be read as an image: {error}") from error
+    return image
+
+
+def read_ids(file: Path) -> np.ndarray:
+    """The class ids of a palette or grayscale image, `uint8 [H, W]`.
+
+    Raises:
+        DataError: another kind of image.
+    """
+    image = open_image(file)
+    if image.mode not in ("L", "P"):
+        raise DataError(f"{file} has mode {image.mode}; expected a palette or 8-bit grayscale image of class ids")
+    return np.asarray(image)
+
+
+def read_rgb(file: Path) -> np.ndarray:
+    """An image of codes in three channels, `uint8 [H, W, 3]`.
+
+    Raises:
+        DataError: another kind of image.
+    """
+    image = open_image(file)
+    if image.mode not in ("RGB", "RGBA"):
+        raise DataError(f"{file} has mode {image.mode}; expected an RGB image whose channels hold ids")
+    return np.asarray(image)[..., :3]
+
+
+def read_mask(file: Path) -> np.ndarray:
+    """An object mask of 0 and 255 as class ids 0 and 1, `uint8 [H, W]`.
+
+    Raises:
+        DataError: other values than 0 and 255.
+    """
+    ids = read_ids(file)
+    check_ids(ids, {0, 255}, "0 and 255 (binary=True)", file)
+    return (ids == 255).astype(np.uint8)
+
+
+def check_ids(ids: np.ndarray, allowed: set[int], expected: str, file: Path) -> None:
+    """Raises DataError if `ids` holds others than `allowed`."""
+    wrong = sorted(set(np.bincount(ids.ravel()).nonzero()[0].tolist()) - allowed)
+    if wrong:
+        raise DataError(f"{file} holds label id {', '.join(map(str, wrong))}; expected {expected}")
+
+
+def natural(path: Path) -> list[tuple[int, int, str]]:
+    """A sort key under which numbers in names count by value."""
+    parts = re.findall(r"\d+|\D+", path.stem)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
+
+
+def folders_in(root: Path) -> list[Path]:
+    """The visible folders in `root`, in natural order."""
+    return sorted((path for path in root.iterdir() if path.is_dir() and path.name[0] != "."), key=natural)
+
+
+def images_in(folder: Path, suffixes: Iterable[str] = FRAME_SUFFIXES) -> list[Path]:
+    """The visible image files in `folder`, in natural order."""
+    known = set(suffixes)
+    visible = [path for path in folder.iterdir() if path.is_file() and path.name[0] != "."]
+    return sorted((path for path in visible if path.suffix.lower() in known), key=natural)
+
+
+def match(
+    frames: list[Path], labels: Iterable[Path], expected: Callable[[Path], Path], every_label: bool = True
+) -> list[tuple[Path, Path]]:
+    """The (frame, label) files of a clip, in the order of the frames.
+
+    Args:
+        frames: image files.
+        labels: the label files that are there.
+        expected: where a frame's label has to lie.
+        every_label: whether a label without a frame is an error too.
+
+    Raises:
+        DataError: a frame has no label, or a label no frame.
+    """
+    known, used = set(labels), set()
+    for frame in frames:
+        if expected(frame) not in known:
+            raise DataError(f"frame {frame} has no label; expected {expected(frame)}")
+        used.add(expected(frame))
+    for label in sorted(known - used) if every_label else ():
+        raise DataError(f"label {label} has no frame in {frames[0].parent if frames else 'its clip'}")
+    return [(frame, expected(frame)) for frame in frames]
