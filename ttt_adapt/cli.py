@@ -31,6 +31,8 @@ app = typer.Typer(
 )
 console = Console()
 
+_ARMS = "fixed,no-memory,implicit,explicit,online"
+
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option(help="Seed of masks and draws.")]
 Preset = Annotated[str, typer.Option(help="online, paper, no-memory, implicit or explicit.")]
@@ -168,51 +170,69 @@ def run(
 
 @app.command(name="eval")
 def evaluate(
-    data: Annotated[str, typer.Argument(help="Folder of labelled clips.")],
+    data: Annotated[str, typer.Argument(help="Folder of labelled clips, or 'street'.")],
     checkpoint: Annotated[list[Path], typer.Option(help="Jointly trained checkpoint; repeat it, one per seed.")],
     baseline: Annotated[
         list[Path] | None, typer.Option(help="Checkpoint trained for the main task alone; one per seed.")
     ] = None,
-    arms: Annotated[str, typer.Option(help="Comma-separated arms.")] = "fixed,no-memory,implicit,explicit,online",
+    arms: Annotated[str | None, typer.Option(help=f"Comma-separated arms; by default {_ARMS}.")] = None,
+    study: Annotated[
+        str | None, typer.Option(help="memory, window, smoothness, iterations or mask-ratio, instead of --arms.")
+    ] = None,
     clips: Annotated[str, typer.Option(help="Comma-separated names of the clips; all by default.")] = "",
+    format: Annotated[str, typer.Option(help="auto, folder, davis, kitti-step, cityscapes or coco.")] = "auto",
+    classes: Annotated[str, typer.Option(help="Comma-separated class names, where the data bring none.")] = "",
     size: Annotated[
         str | None, typer.Option(metavar="HxW", help="Size of the frames; the checkpoint's by default, or 'native'.")
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0",
+    seeds: Annotated[str, typer.Option(help="Comma-separated seeds of adaptation.")] = "0",
+    seed: Annotated[int, typer.Option(min=0, help="Which street, for 'street'.")] = 0,
+    frames: Annotated[int, typer.Option(min=1, help="Length of the stream, for 'street'.")] = 240,
+    real_time: Annotated[
+        bool, typer.Option("--real-time", help="An arm misses the frames that go by while it is busy.")
+    ] = False,
+    forwards: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ARM=R", help="Forward passes per frame for --real-time; measured by default."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.json, table.md and plots.")] = Path("ttt-adapt-eval"),
     preset: Preset = "online",
     settings: Settings = None,
     device: Device = "auto",
 ) -> None:
-    """Compare arms on labelled clips: a table, a JSON and plots."""
+    """Compare arms on labelled clips: tables, a JSON and plots."""
     from ttt_adapt.checkpoint import read_spec
     from ttt_adapt.commands.common import parse_size
-    from ttt_adapt.commands.evaluate import Contender, clips_from
+    from ttt_adapt.commands.contenders import clips_from, contenders_of, real_time_of
+    from ttt_adapt.commands.evaluate import check_failures
     from ttt_adapt.commands.evaluate import evaluate as run_evaluation
-    from ttt_adapt.evaluation.arms import find_arms
+    from ttt_adapt.commands.study import run_study
     from ttt_adapt.evaluation.report import rich_table
+    from ttt_adapt.evaluation.studies import find_study
 
-    found = find_arms(list(_names(arms)))
-    if not found or not _names(seeds):
-        raise ConfigError("--arms and --seeds are comma-separated; expected at least one arm and one seed")
-    rows = [Contender(arm.name, arm.title, tuple(checkpoint)) for arm in found]
-    if baseline:
-        rows.insert(0, Contender("fixed", "Main Task Only", tuple(baseline)))
-    numbers = [int(text) if text.isdigit() else _bad_seed(text) for text in _names(seeds)]
-    for files in (checkpoint, baseline or []):
-        if len(files) > 1 and len(files) != len(numbers):
-            raise ConfigError(f"{len(files)} checkpoints for {len(numbers)} seeds; expected one, or one per seed")
-    frames = parse_size(size) if size else read_spec(checkpoint[0]).size
-    report = run_evaluation(
-        rows,
-        clips_from(data, _names(clips), frames),
-        _config(preset, settings, 0),
-        numbers,
-        out,
-        _device(device),
+    if study is not None and (arms is not None or baseline):
+        raise ConfigError("--study brings its own rows: leave out --arms and --baseline")
+    chosen = None if study is None else find_study(study)
+    rows = contenders_of(_names(_ARMS if arms is None else arms), checkpoint, baseline or [])
+    numbers = _seeds(seeds, checkpoint, baseline or [])
+    charged = real_time_of(real_time, forwards or [])
+    found = clips_from(
+        data,
+        _names(clips),
+        parse_size(size) if size else read_spec(checkpoint[0]).size,
+        format=format,
+        classes=_names(classes),
+        seed=seed,
+        frames=frames,
     )
-    console.print(rich_table(report, rows[0].label))
-    _say(f"report, table and plots: {out}")
+    config, where = _config(preset, settings, 0), _device(device)
+    if chosen is None:
+        report = run_evaluation(rows, found, config, numbers, out, where, real_time=charged)
+    else:
+        report = run_study(chosen, checkpoint, found, config, numbers, out, where, charged)
+    console.print(rich_table(report))
+    _say(f"report, tables and plots: {out}")
+    check_failures(report, out)
 
 
 @app.command()
@@ -259,6 +279,16 @@ def _say(text: str) -> None:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _seeds(text: str, *checkpoints: list[Path]) -> list[int]:
+    numbers = [int(part) if part.isdigit() else _bad_seed(part) for part in _names(text)]
+    if not numbers:
+        raise ConfigError("--seeds is comma-separated; expected at least one seed")
+    for files in checkpoints:
+        if len(files) > 1 and len(files) != len(numbers):
+            raise ConfigError(f"{len(files)} checkpoints for {len(numbers)} seeds; expected one, or one per seed")
+    return numbers
 
 
 def _bad_seed(text: str) -> int:

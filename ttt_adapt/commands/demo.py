@@ -70,11 +70,10 @@ def demo(
 
 
 def _reconstruct(checkpoint: Checkpoint, frame: np.ndarray) -> np.ndarray:
-    assert checkpoint.branch is not None
     device = next(checkpoint.model.parameters()).device
     normalize = checkpoint.spec.preprocess(device)
     x = normalize(frame)
-    seen = checkpoint.branch.reconstruct(x, generator=torch.Generator(device).manual_seed(0))
+    seen = checkpoint.mae_branch.reconstruct(x, generator=torch.Generator(device).manual_seed(0))
     return reconstruction_image(seen, x, normalize)
 
 

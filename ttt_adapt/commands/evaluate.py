@@ -1,47 +1,46 @@
-"""`ttt-adapt eval`: arms side by side on labelled clips, with a table, a JSON and plots."""
+"""`ttt-adapt eval`: arms side by side on labelled clips, with tables, a JSON and plots."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ttt_adapt.branch import MAEBranch
 from ttt_adapt.checkpoint import Checkpoint, load_checkpoint
 from ttt_adapt.commands.common import notice, progress_bar
+from ttt_adapt.commands.contenders import Contender, RealTime, check, describe
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.data import LabelledClip, open_clips
-from ttt_adapt.errors import CheckpointError, DataError
-from ttt_adapt.evaluation.arms import ARMS, find_arms
+from ttt_adapt.data import Clip
+from ttt_adapt.errors import DataError, StateError
+from ttt_adapt.evaluation.arms import find_arm
 from ttt_adapt.evaluation.plots import plot_bars, plot_stream
+from ttt_adapt.evaluation.realtime import measure_forwards
 from ttt_adapt.evaluation.report import Report, environment, markdown_table
 from ttt_adapt.evaluation.runner import run_arm
-
-
-@dataclass(frozen=True)
-class Contender:
-    """One row of the table: an arm's name, its label there, and the checkpoint it runs, one file per seed."""
-
-    arm: str
-    label: str
-    checkpoints: tuple[Path, ...]
+from ttt_adapt.evaluation.tables import describe_failure
 
 
 def evaluate(
     contenders: Sequence[Contender],
-    clips: Sequence[LabelledClip],
+    clips: Sequence[Clip],
     config: StreamConfig,
     seeds: Sequence[int],
     out: Path,
     device: torch.device | str = "cpu",
+    *,
+    real_time: RealTime | None = None,
+    study: str | None = None,
 ) -> Report:
     """Run every contender on every clip with every seed, and write report.json, table.md and plots into `out`.
 
-    The report is saved after every run, so an interrupted evaluation goes on where it stopped.
+    The report is saved after every run, so an interrupted evaluation goes on where it stopped. A run that breaks off
+    is noted in `failures` and costs the others nothing; see `check_failures`.
 
     Args:
         contenders: rows; the first is the reference of the relative changes. A contender with several checkpoints
@@ -51,71 +50,146 @@ def evaluate(
         seeds: of adaptation.
         out: folder for the results.
         device: where to run.
+        real_time: charge every streaming arm for its time; None lets the frames wait.
+        study: what the rows are of, for the record.
 
     Raises:
-        ConfigError, CheckpointError, DataError: something does not fit; before anything runs or is written.
+        ConfigError, CheckpointError, DataError, MissingPackageError: something does not fit; before anything runs or
+            is written.
+        StateError: every run failed.
     """
-    _check(contenders, clips, config, device)
+    check(contenders, clips, config, device, real_time)
     out.mkdir(parents=True, exist_ok=True)
     settings = {
         "config": asdict(config),
         "seeds": list(seeds),
-        "contenders": {c.label: {"arm": c.arm, "checkpoints": _fingerprints(c.checkpoints)} for c in contenders},
+        "contenders": {contender.label: describe(contender) for contender in contenders},
         "clips": [clip.name for clip in clips],
         "size": list(clips[0].size or ()),
+        **({} if real_time is None else {"real_time": dict(real_time.forwards)}),
+        **({} if study is None else {"study": study}),
     }
     report = _open_report(out / "report.json", settings)
     try:
-        _run_missing(report, contenders, clips, config, seeds, out, device)
+        _run_missing(report, contenders, clips, config, seeds, out, device, real_time)
     except BaseException:
         if report.runs:
             notice(f"{len(report.runs)} finished runs are kept in {out / 'report.json'}: the same command goes on")
         raise
-    (out / "table.md").write_text(markdown_table(report, contenders[0].label), encoding="utf-8")
-    plot_bars(out / "miou.png", report)
-    for clip in clips:
-        plot_stream(out / f"{clip.name}.png", report.select(clip=clip.name))
+    if not report.runs:
+        check_failures(report, out)
+    _write(report, contenders, out)
     return report
+
+
+def check_failures(report: Report, out: Path) -> None:
+    """Raises StateError if a run failed, naming each; what the others found is kept."""
+    if report.failures:
+        lines = "; ".join(describe_failure(failure) for failure in report.failures)
+        raise StateError(
+            f"{len(report.failures)} runs failed, {len(report.runs)} are kept in {out / 'report.json'}: {lines}. The "
+            "same command tries the failed ones again"
+        )
+
+
+def _write(report: Report, contenders: Sequence[Contender], out: Path) -> None:
+    reference = next(c.label for c in contenders if c.label in report.arms)
+    (out / "table.md").write_text(markdown_table(report, reference), encoding="utf-8")
+    plot_bars(out / "miou.png", report)
+    for clip in report.clips:
+        plot_stream(out / f"{clip}.png", report.select(clip=clip))
+    seen = {name for run in report.runs for name, iou in run.per_class.items() if iou is not None}
+    absent = [name for name in report.runs[0].per_class if name not in seen]
+    if absent:
+        notice(f"no label of these clips shows {', '.join(absent)}: n/a in the table, and in no mean")
 
 
 def _run_missing(
     report: Report,
     contenders: Sequence[Contender],
-    clips: Sequence[LabelledClip],
+    clips: Sequence[Clip],
     config: StreamConfig,
     seeds: Sequence[int],
     out: Path,
     device: torch.device | str,
+    real_time: RealTime | None,
 ) -> None:
     """Make every run that the report does not hold yet, and save it after each."""
     loaded: dict[Path, Checkpoint] = {}
+    report.failures.clear()
     for i, seed in enumerate(seeds):
         for contender in contenders:
             path = contender.checkpoints[i % len(contender.checkpoints)]
-            if path not in loaded:
-                loaded = {path: load_checkpoint(path, device)}
             for clip in clips:
-                if not report.has(contender.label, clip.name, seed):
-                    _run(report, contender, loaded[path], clip, config.replace(seed=seed))
-                    report.save(out / "report.json")
+                if report.has(contender.label, clip.name, seed):
+                    continue
+                try:
+                    if path not in loaded:
+                        loaded = {path: load_checkpoint(path, device)}
+                    changed = config.replace(seed=seed, **contender.changes)
+                    _run(report, contender, loaded[path], clip, changed, real_time)
+                except Exception as error:  # one arm's crash is not the others'
+                    loaded.clear()  # in whatever state the crash left it
+                    text = " ".join(f"{type(error).__name__}: {error}".split())
+                    report.failures.append({"arm": contender.label, "clip": clip.name, "seed": seed, "error": text})
+                    notice(f"failed, going on with the next: {describe_failure(report.failures[-1])}")
+                report.save(out / "report.json")
 
 
 def _run(
-    report: Report, contender: Contender, checkpoint: Checkpoint, clip: LabelledClip, config: StreamConfig
+    report: Report,
+    contender: Contender,
+    checkpoint: Checkpoint,
+    clip: Clip,
+    config: StreamConfig,
+    real_time: RealTime | None,
 ) -> None:
     title = f"{contender.label} on {clip.name}, seed {config.seed}"
-    with progress_bar(title, len(clip)) as advance:
+    with _mask_ratio(checkpoint, contender.mask_ratio), progress_bar(title, len(clip)) as advance:
         run = run_arm(
-            ARMS[contender.arm],
+            find_arm(contender.arm),
             checkpoint,
             clip,
             config,
             name=clip.name,
             label=contender.label,
             ignore=clip.ignore,
+            forwards=None if real_time is None else _forwards(report, contender, checkpoint, clip, config, real_time),
             on_frame=_loss_only(advance),
         )
     report.add(run)
+
+
+def _forwards(
+    report: Report,
+    contender: Contender,
+    checkpoint: Checkpoint,
+    clip: Clip,
+    config: StreamConfig,
+    real_time: RealTime,
+) -> float | None:
+    """What a frame costs a streaming arm: as given, as an earlier run was charged, or measured; None for others."""
+    arm = find_arm(contender.arm)
+    if not arm.streaming:
+        return None
+    if contender.arm in real_time.forwards:
+        return real_time.forwards[contender.arm]
+    earlier = (run.forwards for run in report.select(contender.label) if run.forwards is not None)
+    return next(earlier, None) or measure_forwards(arm, checkpoint, clip, config)
+
+
+@contextmanager
+def _mask_ratio(checkpoint: Checkpoint, ratio: float | None) -> Iterator[None]:
+    """Another mask ratio during the block."""
+    branch = checkpoint.branch
+    if ratio is None or not isinstance(branch, MAEBranch):
+        yield
+        return
+    own, branch.mask_ratio = branch.mask_ratio, ratio
+    try:
+        yield
+    finally:
+        branch.mask_ratio = own
 
 
 def _loss_only(advance: Callable[[Any], None]) -> Any:
@@ -129,35 +203,3 @@ def _open_report(path: Path, settings: dict[str, Any]) -> Report:
     if report.config != json.loads(json.dumps(settings)):  # JSON has no tuples
         raise DataError(f"{path} holds results of other settings: choose another --out, or remove it")
     return report
-
-
-def _check(
-    contenders: Sequence[Contender], clips: Sequence[LabelledClip], config: StreamConfig, device: torch.device | str
-) -> None:
-    """Fail before the first run, not hours later: every checkpoint loads, suits its arms and knows the classes."""
-    find_arms([contender.arm for contender in contenders])
-    for path in dict.fromkeys(path for contender in contenders for path in contender.checkpoints):
-        checkpoint = load_checkpoint(path, device)
-        for clip in clips:
-            _check_classes(checkpoint, clip, path)
-        for contender in contenders:
-            if path in contender.checkpoints:
-                ARMS[contender.arm].start(checkpoint, config).close()
-
-
-def _fingerprints(files: Sequence[Path]) -> list[str]:
-    """Name and content of files, so that a file that was trained anew is another one."""
-    return [f"{file.name} sha256:{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}" for file in files]
-
-
-def _check_classes(checkpoint: Checkpoint, clip: LabelledClip, path: Path) -> None:
-    if tuple(checkpoint.spec.classes) != tuple(clip.classes):
-        raise CheckpointError(
-            f"{path} was trained on the classes {', '.join(checkpoint.spec.classes)}; "
-            f"clip {clip.name} has {', '.join(clip.classes)}"
-        )
-
-
-def clips_from(data: str, names: Sequence[str], size: tuple[int, int] | None) -> list[LabelledClip]:
-    """The labelled clips called `names` under the folder `data`; all of them without names."""
-    return open_clips(data, list(names) or None, size)

@@ -52,7 +52,7 @@ def inspect_model(
         checkpoint = load_checkpoint(name)
         size = size or checkpoint.spec.size
         model: nn.Module = checkpoint.model
-        branch = checkpoint.branch or MAEBranch.attach(model, "backbone", **(attach or {}))
+        branch = checkpoint.mae_branch if checkpoint.branch else MAEBranch.attach(model, "backbone", **(attach or {}))
     else:
         model = _timm_model(name)
         branch = MAEBranch.attach(model, encoder or _default_encoder(model), **(attach or {}))

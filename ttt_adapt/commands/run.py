@@ -110,9 +110,8 @@ class _View:
             return adapted
         x = self._normalize(frame)
         fixed = self._fixed(x).argmax(1)[0].to(torch.uint8).cpu().numpy()
-        assert self._checkpoint.branch is not None
         generator = torch.Generator(self._device).manual_seed(0)
-        seen = self._checkpoint.branch.reconstruct(x, generator=generator)
+        seen = self._checkpoint.mae_branch.reconstruct(x, generator=generator)
         return panels(
             {
                 "frame": frame,

@@ -9,6 +9,15 @@ Pixels whose label is the ignore id count nowhere. With the pixels that are left
 - **mean over frames** (`miou_frames`): IoU from the counts of one frame, averaged over the classes present in that
   frame's labels, then averaged over frames.
 
+With two classes, background and foreground, there is also the **region similarity J** of DAVIS (Perazzi et al., 2016;
+the part of its J & F measure that looks at regions, not boundaries): the IoU of class 1 alone, over the clip (`j`), and
+per frame, averaged over all frames that have a labelled pixel (`j_frames`). A frame without foreground in labels and
+prediction counts 1, as in DAVIS' own code; unlike there, the first and the last frame count too, since nothing was
+given on them.
+
+Instance and panoptic scores (AP, PQ) are for models that predict instances: `StreamAPMetric` and `StreamPQMetric` of
+the OpenMMLab integration.
+
 Which classes are averaged depends on the labels alone, so two arms are always divided by the same number. A class
 predicted where it never occurs still costs: its pixels are missing from the classes that do occur.
 """
@@ -34,6 +43,8 @@ class Scores(TypedDict):
         pixel_accuracy: share of the labelled pixels of the clip that are right.
         per_class: IoU over the clip by class name; None for a class that its labels never show.
         frames: number of frames seen, all-void ones included.
+        j: region similarity of class 1 over the clip; None unless there are two classes, and foreground in the clip.
+        j_frames: its mean over frames; None unless there are two classes.
     """
 
     miou: float
@@ -41,6 +52,8 @@ class Scores(TypedDict):
     pixel_accuracy: float
     per_class: dict[str, float | None]
     frames: int
+    j: float | None
+    j_frames: float | None
 
 
 class SegmentationScore:
@@ -67,6 +80,7 @@ class SegmentationScore:
         self.num_classes, self.ignore, self.classes = num_classes, ignore, tuple(names)
         self.confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
         self._per_frame: list[float] = []
+        self._regions: list[float] = []
 
     def update(self, prediction: np.ndarray | Tensor, labels: np.ndarray | Tensor) -> float:
         """Adds one frame.
@@ -99,6 +113,8 @@ class SegmentationScore:
         confusion = self._confusion(predicted, truth)
         self.confusion += confusion
         self._per_frame.append(_mean_iou(confusion))
+        if self.num_classes == 2 and confusion.any():
+            self._regions.append(_region_similarity(confusion))
         return self._per_frame[-1]
 
     def per_frame(self) -> np.ndarray:
@@ -124,6 +140,8 @@ class SegmentationScore:
             "pixel_accuracy": float(np.trace(self.confusion) / self.confusion.sum()),
             "per_class": dict(zip(self.classes, per_class, strict=True)),
             "frames": frames.size,
+            "j": per_class[1] if self._regions else None,
+            "j_frames": float(np.mean(self._regions)) if self._regions else None,
         }
 
     def _confusion(self, predicted: Tensor, truth: Tensor) -> np.ndarray:
@@ -135,6 +153,12 @@ class SegmentationScore:
             predicted, truth, self.num_classes, ignore_index=self.ignore, validate_args=False
         )
         return counts.numpy()
+
+
+def _region_similarity(confusion: np.ndarray) -> float:
+    """IoU of class 1 from counts `[2, 2]` (rows = labels); 1 where it is in neither."""
+    union = confusion.sum() - confusion[0, 0]
+    return float(confusion[1, 1] / union) if union else 1.0
 
 
 def summarize(values: Sequence[float]) -> tuple[float, float | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +100,111 @@ def plot_bars(path: str | Path, report: Report) -> None:
     unique = dict(zip(names, handles, strict=True))
     figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=min(len(unique), 6), frameon=False)
     _save(figure, path)
+
+
+def plot_sweep(
+    path: str | Path,
+    report: Report,
+    values: Mapping[str, float | None],
+    reference: str,
+    axis: str,
+    log: bool = True,
+) -> None:
+    """Draws the gain over `reference` against a setting: every clip thin, their mean thick; 1050 x 750 pixels as PNG.
+
+    Args:
+        path: where to write; the suffix chooses the format (png, svg, pdf).
+        report: what to draw.
+        values: label of an arm -> its place on the axis; one without a place (None) becomes a dashed level.
+        reference: the arm at zero; the gain is in points of dataset-level mIoU, on the same clip and seed.
+        axis: what the axis says.
+        log: whether it is logarithmic.
+
+    Raises:
+        DataError: no arm of `values` ran.
+        MissingPackageError: matplotlib is not installed.
+    """
+    places = sorted({value for arm, value in values.items() if value is not None and arm in report.arms})
+    if not places:
+        raise DataError("none of the settings ran; there is nothing to draw")
+    figure = _figure(7.0, 5.0)
+    axes = figure.subplots()
+    curves = []
+    for position, clip in enumerate(report.clips):
+        gains = {arm: _gains(report, arm, reference, clip) for arm in values}
+        at = {value: gains[arm] for arm, value in values.items() if value is not None and gains[arm]}
+        curves.append(np.array([np.mean(at[place]) if place in at else np.nan for place in places]))
+        spread = [float(np.std(at[place], ddof=1)) if len(at.get(place, ())) > 1 else 0.0 for place in places]
+        colour = _COLOURS[1 + position % (len(_COLOURS) - 1)]
+        axes.errorbar(places, curves[-1], spread, color=colour, linewidth=1, marker="o", markersize=3, label=clip)
+    if len(curves) > 1:
+        axes.plot(places, _mean_over_present(np.array(curves), axis=0), color="#000000", linewidth=2.6, label="mean")
+    for arm in (arm for arm, value in values.items() if value is None):
+        level = [np.mean(gain) for clip in report.clips if (gain := _gains(report, arm, reference, clip))]
+        if level:
+            axes.axhline(float(np.mean(level)), color="#000000", linestyle="--", linewidth=1.4, label=arm)
+    axes.axhline(0.0, color=_COLOURS[0], linewidth=1.4)
+    if log:
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(places, [f"{place:g}" for place in places], minor=False)
+    axes.set_xlabel(axis)
+    axes.set_ylabel(f"mIoU - {reference} (points)")
+    _style(axes)
+    axes.grid(True, color="#e4e4e4", linewidth=0.8)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def plot_losses(path: str | Path, report: Report) -> bool:
+    """Draws mIoU against the mean label-free loss, one point per run, one colour per arm; 1050 x 750 pixels as PNG.
+
+    Both are taken relative to the clip: its mean over the runs that are drawn is subtracted, so that a clip which is
+    hard to reconstruct, or to segment, does not look like a relation between the two.
+
+    Args:
+        path: where to write; the suffix chooses the format (png, svg, pdf).
+        report: what to draw; arms without a loss are left out.
+
+    Returns:
+        Whether there was anything to draw; if not, nothing is written.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    points = []
+    for clip in report.clips:
+        runs = [run for run in report.select(clip=clip) if any(loss is not None for loss in run.losses)]
+        losses = np.array([np.mean([loss for loss in run.losses if loss is not None]) for run in runs])
+        scores = np.array([100 * run.miou for run in runs])
+        points += (
+            [
+                (run.arm, loss, score)
+                for run, loss, score in zip(runs, losses - losses.mean(), scores - scores.mean(), strict=True)
+            ]
+            if runs
+            else []
+        )
+    if not points:
+        return False
+    figure = _figure(7.0, 5.0)
+    axes = figure.subplots()
+    for position, arm in enumerate(dict.fromkeys(arm for arm, _, _ in points)):
+        x, y = zip(*[(loss, score) for name, loss, score in points if name == arm], strict=True)
+        colour, marker = _COLOURS[(1 + position) % len(_COLOURS)], "os^Dv"[position // len(_COLOURS) % 5]
+        axes.scatter(x, y, s=28, color=colour, marker=marker, label=arm)
+    axes.set_xlabel("mean loss of the run - that of its clip")
+    axes.set_ylabel("mIoU - that of its clip (points)")
+    _style(axes)
+    axes.grid(True, color="#e4e4e4", linewidth=0.8)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    _save(figure, path)
+    return True
+
+
+def _gains(report: Report, arm: str, reference: str, clip: str) -> list[float]:
+    """mIoU above the reference on one clip in points, for every seed that both ran."""
+    base = {run.seed: run.miou for run in report.select(reference, clip)}
+    return [100 * (run.miou - base[run.seed]) for run in report.select(arm, clip) if run.seed in base]
 
 
 def _figure(width: float, height: float) -> Figure:

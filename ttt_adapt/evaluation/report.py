@@ -15,16 +15,16 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..errors import ConfigError, DataError, StateError, missing, nearest
-from .metrics import SegmentationScore, summarize
+from ..errors import DataError, StateError
+from .metrics import SegmentationScore
+from .tables import markdown_table, rich_table
 
-if TYPE_CHECKING:
-    from rich.table import Table
+__all__ = ["Report", "Run", "environment", "markdown_table", "rich_table", "write_json"]
 
 FORMAT = 1
 """Version of the JSON layout."""
@@ -45,6 +45,11 @@ class Run:
         per_frame: mIoU of every frame; None where a frame is all void.
         losses: label-free loss at every frame; None where the arm did not adapt, or the loss was not finite.
         ms_per_frame: median time of a step, in milliseconds.
+        j: region similarity of the foreground over the clip; None unless the classes are background and foreground.
+        j_frames: its mean over frames.
+        fps: labelled frames per second of the clip; None where unknown.
+        peak_memory_mib: peak memory above what was held at the start (`ttt_adapt.evaluation.memory`); None if unknown.
+        forwards: under real-time scoring, the forward passes per frame that the arm was charged; None without.
     """
 
     arm: str
@@ -57,6 +62,11 @@ class Run:
     per_frame: list[float | None]
     losses: list[float | None]
     ms_per_frame: float
+    j: float | None = None
+    j_frames: float | None = None
+    fps: float | None = None
+    peak_memory_mib: float | None = None
+    forwards: float | None = None
 
     @classmethod
     def from_score(
@@ -68,7 +78,7 @@ class Run:
         losses: Sequence[float | None],
         ms: Sequence[float],
     ) -> Run:
-        """A run from its collected score, the loss at every frame (None = none) and the milliseconds of every step.
+        """A run from its collected score, and for every frame the loss (None = none) and milliseconds (NaN = none).
 
         Raises:
             DataError: `losses` or `ms` has not one value per frame, or there is nothing to score.
@@ -87,7 +97,9 @@ class Run:
             per_class=result["per_class"],
             per_frame=[_finite(value) for value in score.per_frame()],
             losses=[_finite(value) for value in losses],
-            ms_per_frame=float(np.median(np.asarray(ms, dtype=np.float64))),
+            ms_per_frame=float(np.nanmedian(np.asarray(ms, dtype=np.float64))),
+            j=result["j"],
+            j_frames=result["j_frames"],
         )
 
 
@@ -99,11 +111,13 @@ class Report:
         config: the settings it ran with; anything JSON can hold.
         environment: where it ran; see `environment`.
         runs: in the order they were made.
+        failures: runs that broke off, with arm, clip, seed and error; they are made again by the next call.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
+    failures: list[dict[str, Any]] = field(default_factory=list)
 
     def has(self, arm: str, clip: str, seed: int) -> bool:
         """Whether this run was made already."""
@@ -150,7 +164,7 @@ class Report:
                 raise DataError(f"{path} has format {data['format']}; this version reads format {FORMAT}")
             names = {entry.name for entry in fields(Run)}
             runs = [Run(**{key: value for key, value in run.items() if key in names}) for run in data["runs"]]
-            return cls(config=data["config"], environment=data["environment"], runs=runs)
+            return cls(data["config"], data["environment"], runs, list(data.get("failures", [])))
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error}") from error
         except DataError:
@@ -180,44 +194,6 @@ def write_json(path: str | Path, report: Report) -> None:
         raise
 
 
-def markdown_table(report: Report, reference: str | None = None) -> str:
-    """A Markdown table: one row per arm, for each clip dataset-level mIoU, mean over frames, and time.
-
-    Cells are mean ± sample standard deviation over seeds, in percent; in brackets stands the change of the mean
-    relative to `reference` (by default the first arm), in percent of it. A value is bold where it is the best
-    beyond the spread: every arm ran at least two seeds, and its mean minus its deviation is above the mean plus
-    deviation of every other arm.
-
-    Raises:
-        ConfigError: `reference` is no arm of the report.
-        DataError: the report holds no runs.
-    """
-    header, rows, caption = _table(report, reference)
-    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"]
-    lines += ["| " + " | ".join(f"**{text}**" if best else text for text, best in row) + " |" for row in rows]
-    return "\n".join([*lines, "", caption]) + "\n"
-
-
-def rich_table(report: Report, reference: str | None = None) -> Table:
-    """The table of `markdown_table` for the terminal, best values in bold.
-
-    Raises:
-        MissingPackageError: rich is not installed.
-    """
-    try:
-        from rich.table import Table
-        from rich.text import Text
-    except ImportError as error:
-        raise missing("rich", "cli") from error
-    header, rows, caption = _table(report, reference)
-    table = Table(caption=caption, caption_justify="left")
-    for position, name in enumerate(header):
-        table.add_column(name, justify="right" if position else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(text, style="bold" if best else "") for text, best in row))
-    return table
-
-
 def environment() -> dict[str, Any]:
     """Versions and hardware that a result depends on.
 
@@ -240,63 +216,6 @@ def environment() -> dict[str, Any]:
         "commit": commit,
         "dirty": None if changes is None else bool(changes),
     }
-
-
-Cell = tuple[str, bool]
-"""A table cell: its text, and whether it is the best beyond the spread."""
-
-
-def _table(report: Report, reference: str | None) -> tuple[list[str], list[list[Cell]], str]:
-    """Header, rows and caption of the report's table."""
-    if not report.runs:
-        raise DataError("the report holds no runs; add at least one")
-    reference = report.arms[0] if reference is None else reference
-    if reference not in report.arms:
-        raise ConfigError(f"reference arm {reference!r} is not in the report; {nearest(reference, report.arms)}")
-    header, columns = ["arm"], [[(arm, False) for arm in report.arms]]
-    for clip in report.clips:
-        for title, name in (("mIoU", "miou"), ("frame mIoU", "miou_frames")):
-            header.append(f"{clip}: {title} (%)")
-            columns.append(_score_column(report, clip, name, reference))
-        header.append(f"{clip}: ms/frame")
-        columns.append([_time_cell(report.select(arm, clip)) for arm in report.arms])
-    counts = sorted({len(report.select(arm, clip)) for arm in report.arms for clip in report.clips})
-    seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    caption = (
-        "mIoU over the whole clip; frame mIoU is the mean over frames; mean ± sample standard deviation over "
-        f"{seeds} seed{'' if counts == [1] else 's'}; in brackets the change relative to {reference}."
-    )
-    return header, [list(row) for row in zip(*columns, strict=True)], caption
-
-
-def _score_column(report: Report, clip: str, name: str, reference: str) -> list[Cell]:
-    values = [[getattr(run, name) for run in report.select(arm, clip)] for arm in report.arms]
-    stats = [summarize(scores) if scores else None for scores in values]
-    base = stats[report.arms.index(reference)]
-    cells: list[Cell] = []
-    for position, (arm, stat) in enumerate(zip(report.arms, stats, strict=True)):
-        if stat is None:
-            cells.append(("n/a", False))
-            continue
-        mean, spread = stat
-        text = f"{100 * mean:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
-        if base is not None and base[0] > 0 and arm != reference:
-            text += f" ({100 * (mean / base[0] - 1):+.1f}%)"
-        cells.append((text, _is_best(stats, position)))
-    return cells
-
-
-def _is_best(stats: Sequence[tuple[float, float | None] | None], position: int) -> bool:
-    """Whether mean - deviation at `position` is above mean + deviation everywhere else."""
-    known = [(stat[0], stat[1]) for stat in stats if stat is not None and stat[1] is not None]
-    if len(known) < len(stats) or len(stats) < 2:
-        return False
-    mean, spread = known[position]
-    return all(mean - spread > other + width for place, (other, width) in enumerate(known) if place != position)
-
-
-def _time_cell(runs: Sequence[Run]) -> Cell:
-    return (f"{summarize([run.ms_per_frame for run in runs])[0]:.1f}" if runs else "n/a"), False
 
 
 def _finite(value: float | None) -> float | None:

@@ -1,0 +1,31 @@
+"""A small checkpoint and a labelled clip for tests of arms and of the evaluation."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from conftest import settle_norms
+from ttt_adapt import StreamConfig
+from ttt_adapt.checkpoint import Checkpoint, ModelSpec
+
+SIZE = (48, 64)
+CLASSES = ("road", "car", "sky")
+CONFIG = StreamConfig(window=3, batch_size=2, lr=1e-3, encoder_lr_scale=1.0)
+VIT = {"encoder": "vit_tiny_patch16_224", "encoder_options": {"depth": 2, "embed_dim": 48, "num_heads": 3}}
+
+
+def checkpoint(seed: int = 0, **changes) -> Checkpoint:
+    torch.manual_seed(seed)
+    cnn = {"encoder": "resnet18", "encoder_options": {"channels": [8, 16, 24, 32]}}
+    spec = ModelSpec(**{**cnn, "classes": CLASSES, "size": SIZE, "branch": {}, "width": 16, **changes})
+    model, branch = spec.build()
+    settle_norms(model)
+    return Checkpoint(model.eval(), branch, spec)
+
+
+def frames(count: int = 4, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    random = np.random.default_rng(seed)
+    labels = (np.arange(SIZE[0])[:, None] // 16 + np.zeros(SIZE, int)).astype(np.uint8)
+    labels[:4] = 255
+    return [(random.integers(0, 256, (*SIZE, 3), dtype=np.uint8), labels) for _ in range(count)]

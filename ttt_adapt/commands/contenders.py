@@ -1,0 +1,157 @@
+"""The rows, clips and costs that an evaluation is asked for, and whether they go together."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ttt_adapt.checkpoint import Checkpoint, load_checkpoint
+from ttt_adapt.commands.common import parse_settings
+from ttt_adapt.config import StreamConfig
+from ttt_adapt.data import Clip, StreetClip, open_clips
+from ttt_adapt.errors import CheckpointError, ConfigError, missing
+from ttt_adapt.evaluation.arms import find_arm, find_arms
+from ttt_adapt.evaluation.realtime import stride
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row of the table.
+
+    Attributes:
+        arm: the arm's name.
+        label: the row's name in the report.
+        checkpoints: the files it runs, one for all seeds or one per seed.
+        changes: fields of the online configuration that differ in this row.
+        mask_ratio: of the branch in this row; None for its own.
+    """
+
+    arm: str
+    label: str
+    checkpoints: tuple[Path, ...]
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    mask_ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class RealTime:
+    """Score as if frames did not wait; see `ttt_adapt.evaluation.realtime`.
+
+    Attributes:
+        forwards: forward passes per frame by arm; those of other arms are measured.
+    """
+
+    forwards: Mapping[str, float] = field(default_factory=dict)
+
+
+def contenders_of(arms: Sequence[str], checkpoints: Sequence[Path], baselines: Sequence[Path]) -> list[Contender]:
+    """A row for every arm, under its title, after one for the model trained for the main task alone, if there is one.
+
+    Raises:
+        ConfigError: an unknown arm, or none.
+    """
+    if not arms:
+        raise ConfigError("--arms is comma-separated; expected at least one arm")
+    rows = [Contender(arm.name, arm.title, tuple(checkpoints)) for arm in find_arms(list(arms))]
+    return [Contender("fixed", "Main Task Only", tuple(baselines)), *rows] if baselines else rows
+
+
+def real_time_of(wanted: bool, pairs: Sequence[str]) -> RealTime | None:
+    """["online=4.1"] as the costs of real-time scoring.
+
+    Raises:
+        ConfigError: costs without real-time scoring, or one that is no number.
+    """
+    if not wanted:
+        if pairs:
+            raise ConfigError("--forwards is what --real-time charges; give both or neither")
+        return None
+    costs = parse_settings(list(pairs))
+    for arm, cost in costs.items():
+        if not isinstance(cost, int | float) or isinstance(cost, bool):
+            raise ConfigError(f"--forwards {arm}={cost}: expected a number of forward passes, such as {arm}=4")
+    return RealTime(costs)
+
+
+def clips_from(
+    data: str,
+    names: Sequence[str],
+    size: tuple[int, int] | None,
+    *,
+    format: str = "auto",
+    classes: Sequence[str] = (),
+    seed: int = 0,
+    frames: int = 240,
+) -> list[Clip]:
+    """The labelled clips called `names` under the folder `data`; all of them without names.
+
+    Args:
+        data: a folder, or "street" for the rendered stream of the demo.
+        names: which clips.
+        size: (height, width) of the frames.
+        format: see `ttt_adapt.data.open_clips`.
+        classes: class names, where the data bring none.
+        seed: which street.
+        frames: length of the street's stream.
+    """
+    if data == "street" and not Path(data).exists():
+        if names:
+            raise ConfigError(f"'street' is one clip, got --clips {', '.join(names)}; choose a street with --seed")
+        return [StreetClip(seed, frames, size)]
+    return open_clips(data, list(names) or None, size, classes=list(classes) or None, format=format)
+
+
+def check(
+    contenders: Sequence[Contender],
+    clips: Sequence[Clip],
+    config: StreamConfig,
+    device: torch.device | str,
+    real_time: RealTime | None,
+) -> None:
+    """Fail before the first run, not hours later: packages are there, checkpoints load and suit arms and classes."""
+    find_arms([contender.arm for contender in contenders])
+    for package, spelled in (("torchmetrics", "torchmetrics"), ("matplotlib", "matplotlib"), ("PIL", "pillow")):
+        if importlib.util.find_spec(package) is None:
+            raise missing(spelled, "eval")
+    for arm, forwards in (real_time.forwards if real_time else {}).items():
+        find_arms([arm])
+        stride(forwards)
+    for label in (labels := [contender.label for contender in contenders]):
+        if labels.count(label) > 1:
+            raise ConfigError(f"two rows are called {label!r}; expected every arm once")
+    for path in dict.fromkeys(path for contender in contenders for path in contender.checkpoints):
+        checkpoint = load_checkpoint(path, device)
+        for clip in clips:
+            _check_classes(checkpoint, clip, path)
+        for contender in contenders:
+            if path in contender.checkpoints:
+                find_arm(contender.arm).start(checkpoint, config.replace(**contender.changes)).close()
+
+
+def describe(contender: Contender) -> dict[str, Any]:
+    """What a contender is, for the record."""
+    row: dict[str, Any] = {"arm": contender.arm, "checkpoints": _fingerprints(contender.checkpoints)}
+    if contender.changes:
+        row["changes"] = dict(contender.changes)
+    if contender.mask_ratio is not None:
+        row["mask_ratio"] = contender.mask_ratio
+    return row
+
+
+def _fingerprints(files: Sequence[Path]) -> list[str]:
+    """Name and content of files, so that a file that was trained anew is another one."""
+    return [f"{file.name} sha256:{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}" for file in files]
+
+
+def _check_classes(checkpoint: Checkpoint, clip: Clip, path: Path) -> None:
+    if tuple(checkpoint.spec.classes) != tuple(clip.classes):
+        raise CheckpointError(
+            f"{path} was trained on the classes {', '.join(checkpoint.spec.classes)}; "
+            f"clip {clip.name} has {', '.join(clip.classes)}"
+        )

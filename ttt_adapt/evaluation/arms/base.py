@@ -1,0 +1,94 @@
+"""What an arm is: a name, a factory, and what its runner may see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ttt_adapt.checkpoint import Checkpoint
+from ttt_adapt.config import StreamConfig
+
+Predict = Callable[[Any], Tensor]
+"""A frame -> class scores [1, C, H, W]."""
+
+Score = Callable[[Predict], float]
+"""Scores a way of predicting on the labelled clip: larger is better. The one thing in which labels reach an arm."""
+
+
+class Runner(Protocol):
+    """A model on a stream. Class scores are logits: their softmax is the predicted distribution."""
+
+    @property
+    def loss(self) -> float | None:
+        """The label-free loss at the last frame; None where there was none."""
+        ...
+
+    def step(self, frame: Any) -> Tensor:
+        """Class scores [1, C, H, W] for the next frame of the stream."""
+        ...
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Class scores for images [1, 3, H, W] as the model takes them, of any size; the stream takes no notice."""
+        ...
+
+    def close(self) -> None:
+        """Give the model back as it was."""
+        ...
+
+
+@runtime_checkable
+class ClipRunner(Runner, Protocol):
+    """A runner of an arm that is not streaming: `prepare` comes before the first `step`."""
+
+    def prepare(self, frames: Sequence[Any], score: Score | None = None) -> None:
+        """Look at the whole clip.
+
+        Args:
+            frames: all frames of the clip, in order; read by index, as often as needed.
+            score: for an oracle arm only.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A named way of running a checkpoint.
+
+    A streaming arm is given frame after frame and nothing else. The runner of any other one is a `ClipRunner`, which
+    is given the whole clip first.
+
+    Attributes:
+        name: as on the command line.
+        title: as in tables.
+        make: (checkpoint, online configuration) -> runner.
+        streaming: whether frame t and those before it are all that the prediction of frame t depends on.
+        oracle: whether it chooses by the labels; its results are a bound, not a method.
+    """
+
+    name: str
+    title: str
+    make: Callable[[Checkpoint, StreamConfig], Runner]
+    streaming: bool = True
+    oracle: bool = False
+
+    def start(self, checkpoint: Checkpoint, config: StreamConfig) -> Runner:
+        """A runner at the beginning of a stream; `config` is the online arm's, other arms vary it.
+
+        Raises:
+            ConfigError: the arm does not apply to this model; the message says why.
+        """
+        return self.make(checkpoint, config)
+
+
+def device_of(checkpoint: Checkpoint) -> torch.device:
+    """Where the checkpoint's model is."""
+    return next(checkpoint.model.parameters()).device
+
+
+def log_scores(probabilities: Tensor) -> Tensor:
+    """Probabilities as logits: their softmax gives them back."""
+    return probabilities.clamp_min(torch.finfo(probabilities.dtype).tiny).log()

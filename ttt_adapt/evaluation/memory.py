@@ -1,0 +1,66 @@
+"""Peak memory of a run, above what was held when it began (the model itself, in an evaluation).
+
+On a GPU it is exact: the largest sum of live tensors (`torch.cuda.max_memory_allocated`). On the CPU it is the growth
+of the process's largest resident size, as Linux counts it: coarse, because memory that earlier runs gave back to the
+allocator, but not to the system, is used again without showing. Compare arms of one order of magnitude on a GPU only.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class PeakMemory:
+    """Measures the block of a `with` statement.
+
+    Attributes:
+        mib: the peak above the start in MiB, after the block; None where the system does not say.
+
+    Args:
+        device: where the tensors live.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._start: float | None = None
+        self.mib: float | None = None
+
+    def __enter__(self) -> PeakMemory:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._start = torch.cuda.memory_allocated(self._device) / 2**20
+        elif _forget_peak():
+            self._start = _resident("VmRSS")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._start is None:
+            return
+        cuda = self._device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(self._device) / 2**20 if cuda else _resident("VmHWM")
+        self.mib = None if peak is None else max(0.0, peak - self._start)
+
+
+def _forget_peak() -> bool:
+    """Let the kernel count the largest resident size of this process from now on; False where it does not."""
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _resident(field: str) -> float | None:
+    """A size from Linux's account of this process, in MiB."""
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:")), None)

@@ -1,0 +1,93 @@
+"""Real-time scoring: an arm that is slower than the stream misses frames.
+
+The stream runs at the fixed model's speed, one frame in the time of one of its forward passes. An arm that costs R of
+them per frame is busy with a frame while the next ceil(R) - 1 go by: it never sees those, and is scored on them with
+its last prediction. The fixed model itself has R = 1 and misses none.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from ttt_adapt.checkpoint import Checkpoint
+from ttt_adapt.config import StreamConfig
+from ttt_adapt.errors import ConfigError, DataError
+from ttt_adapt.evaluation.arms import ARMS, Arm
+
+PROBE = 9
+"""Frames that the cost of an arm is measured on; the first warms up and does not count."""
+
+
+def stride(forwards: float) -> int:
+    """Every how many frames an arm of `forwards` passes per frame is free: ceil(R).
+
+    Raises:
+        ConfigError: `forwards` is not a finite number above 0.
+    """
+    if not 0 < forwards < math.inf:
+        raise ConfigError(f"forwards is {forwards!r}; expected a finite number of forward passes per frame, above 0")
+    return math.ceil(forwards)
+
+
+def schedule(frames: int, forwards: float) -> list[int]:
+    """For every frame of a stream, the index of the frame whose prediction it is scored with.
+
+    Args:
+        frames: length of the stream.
+        forwards: forward passes of the fixed model that the arm costs per frame, R.
+
+    Raises:
+        ConfigError: see `stride`.
+    """
+    step = stride(forwards)
+    return [index - index % step for index in range(frames)]
+
+
+def measure_forwards(arm: Arm, checkpoint: Checkpoint, clip: Iterable[Any], config: StreamConfig) -> float:
+    """How many forward passes of the fixed model a frame costs the arm, measured here and now.
+
+    Both run on the clip's first frames, one after the other; the mean time per frame of one is divided by that of the
+    other and rounded to one decimal, so that the noise of a clock does not cost a frame. The model is given back.
+
+    Args:
+        arm: what to measure; a streaming arm.
+        checkpoint: the model.
+        clip: (frame, labels) pairs; the labels are not looked at.
+        config: of the online arm.
+
+    Raises:
+        DataError: the clip has no frames.
+    """
+    if arm.name == "fixed":
+        return 1.0
+    frames = [frame for frame, _ in islice(clip, PROBE)]
+    if not frames:
+        raise DataError("the clip has no frames: nothing to measure an arm's cost on")
+    fixed, own = (_seconds(some, checkpoint, frames, config) for some in (ARMS["fixed"], arm))
+    return max(1.0, round(own / fixed, 1))
+
+
+def _seconds(arm: Arm, checkpoint: Checkpoint, frames: list[Any], config: StreamConfig) -> float:
+    """Mean time of a step after the first."""
+    runner = arm.start(checkpoint, config)
+    try:
+        times = [timed(runner.step, frame)[1] for frame in frames]
+    finally:
+        runner.close()
+    return float(np.mean(times[1:] or times))
+
+
+def timed(step: Any, frame: Any) -> tuple[Any, float]:
+    """(result of step(frame), seconds until the device had it)."""
+    started = time.perf_counter()
+    result = step(frame)
+    if isinstance(result, torch.Tensor) and result.is_cuda:
+        torch.cuda.synchronize(result.device)
+    return result, time.perf_counter() - started
