@@ -29,21 +29,24 @@ SIZE = (144, 192)
 ARMS = {"no-memory": "TTT-MAE No Memory", "online": "Online TTT-MAE"}
 NORM_ARMS = {"norm-ema": "BatchNorm EMA, forward only", "online-norm-ema": "Online TTT-MAE + BatchNorm EMA"}
 MODELS: dict[str, dict[str, Any]] = {
-    "vit": {
-        "encoder": "vit_tiny_patch16_224",
-        "encoder_options": {"img_size": SIZE, "depth": 4},
-        "epochs": 25,
-        "arms": ARMS,
-    },
-    "regnet": {"encoder": "regnetx_002", "encoder_options": {}, "epochs": 16, "arms": ARMS | NORM_ARMS},
-    "convnext": {"encoder": "convnext_atto", "encoder_options": {}, "epochs": 12, "arms": ARMS},
+    "vit": {"encoder": "vit_tiny_patch16_224", "options": {"depth": 4}, "epochs": 25, "arms": ARMS},
+    "regnet": {"encoder": "regnetx_002", "options": {}, "epochs": 16, "arms": ARMS | NORM_ARMS},
+    "convnext": {"encoder": "convnext_atto", "options": {}, "epochs": 12, "arms": ARMS},
 }
 
 
-def checkpoints(name: str, seed: int, data: Path, folder: Path) -> tuple[Path, Path]:
-    """Train what is missing; returns the files of (Main Task Only, joint)."""
+def checkpoints(
+    name: str,
+    seed: int,
+    data: Path,
+    stem: Path,
+    clips: tuple[str, ...] = TRAIN,
+    size: tuple[int, int] = SIZE,
+) -> tuple[Path, Path]:
+    """Train what is missing; returns the files of (Main Task Only, joint), which begin with `stem`."""
     model = MODELS[name]
-    first, main, joint = (folder / f"{name}-{seed}-{part}.safetensors" for part in ("first", "main", "joint"))
+    options = model["options"] | ({"img_size": size} if name == "vit" else {})
+    first, main, joint = (Path(f"{stem}-{part}.safetensors") for part in ("first", "main", "joint"))
     for out, recipe, init in ((first, "main", None), (main, "main", first), (joint, "joint", first)):
         if out.exists():
             continue
@@ -52,9 +55,9 @@ def checkpoints(name: str, seed: int, data: Path, folder: Path) -> tuple[Path, P
                 data=str(data),
                 out=out,
                 encoder=model["encoder"],
-                encoder_options=model["encoder_options"],
-                clips=TRAIN,
-                size=SIZE,
+                encoder_options=options,
+                clips=clips,
+                size=size,
                 recipe=recipe,
                 first_epochs=0,
                 init=init,
@@ -76,7 +79,7 @@ def main() -> None:
     options = parser.parse_args()
     clips = open_clips(options.data, STREAMS, SIZE)
     for name in options.models:
-        pairs = [checkpoints(name, seed, options.data, options.weights) for seed in options.seeds]
+        pairs = [checkpoints(name, seed, options.data, options.weights / f"{name}-{seed}") for seed in options.seeds]
         joint = tuple(pair[1] for pair in pairs)
         rows = [
             Contender("fixed", "MAE Joint Training (fixed)", joint),

@@ -1,0 +1,113 @@
+"""All arms, the window sweep and the shuffle experiment, on real driving, real objects and the rendered street.
+
+    python benchmarks/arms.py --data DATA                        # DATA holds camvid/ and davis/; hours on one core
+    python benchmarks/arms.py --data DATA --only camvid --parts arms window
+
+- **camvid**: the ViTs of `camvid.py`, one per seed, on the 15 Hz clip and the dusk clip.
+- **davis**: the ten DAVIS sequences, foreground against background. Two folds: a ViT trained on five sequences (as
+  `camvid.py` trains, at 112 x 192) streams the five others, and the other way round; one pair per seed.
+- **street**: the demo's model on three rendered streets of 120 frames.
+
+Everything goes on where it stopped when the command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from camvid import SIZE, STREAMS, checkpoints
+from ttt_adapt import StreamConfig
+from ttt_adapt.commands.contenders import Contender, contenders_of
+from ttt_adapt.commands.demo import WEIGHTS
+from ttt_adapt.commands.evaluate import evaluate
+from ttt_adapt.commands.study import run_study
+from ttt_adapt.data import Clip, StreetClip, open_clips
+from ttt_adapt.evaluation.studies import find_study
+
+ARMS = (
+    "fixed",
+    "ln-adapt",
+    "no-memory",
+    "implicit",
+    "explicit",
+    "online",
+    "online-gate",
+    "every-4",
+    "online-shuffled",
+    "offline-200",
+    "offline-oracle-200",
+    "tent",
+    "tent+class",
+    "self-train",
+    "self-train+class",
+    "self-train-plain",
+    "ema-teacher",
+    "fixed+smooth",
+    "online+smooth",
+    "fixed+vote",
+    "online+vote",
+)
+DAVIS_SIZE = (112, 192)
+PARTS = ("arms", "window")
+
+
+def camvid(data: Path, weights: Path, seeds: Sequence[int]) -> list[tuple[str, list[Clip], list[Path], list[Path]]]:
+    """(name, clips, joint checkpoints, main-task checkpoints), one checkpoint of each per seed."""
+    pairs = [checkpoints("vit", seed, data / "camvid", weights / f"vit-{seed}") for seed in seeds]
+    clips = open_clips(data / "camvid", STREAMS, SIZE)
+    return [("camvid", clips, [joint for _, joint in pairs], [main for main, _ in pairs])]
+
+
+def davis(data: Path, weights: Path, seeds: Sequence[int]) -> list[tuple[str, list[Clip], list[Path], list[Path]]]:
+    """The same for each half of the sequences, by models trained on the other half."""
+    names = [clip.name for clip in open_clips(data / "davis")]
+    halves = {"davis-1": names[0::2], "davis-2": names[1::2]}
+    found = []
+    for half, streams in halves.items():
+        others = tuple(name for name in names if name not in streams)
+        pairs = [
+            checkpoints("vit", seed, data / "davis", weights / f"{half}-{seed}", others, DAVIS_SIZE) for seed in seeds
+        ]
+        clips = open_clips(data / "davis", streams, DAVIS_SIZE)
+        found.append((half, clips, [joint for _, joint in pairs], [main for main, _ in pairs]))
+    return found
+
+
+def street(data: Path, weights: Path, seeds: Sequence[int]) -> list[tuple[str, list[Clip], list[Path], list[Path]]]:
+    """The demo's model; each street is a clip of its own."""
+    return [("street", [StreetClip(seed, 120) for seed in seeds], [WEIGHTS], [])]
+
+
+STREAMS_OF = {"camvid": camvid, "davis": davis, "street": street}
+
+
+def rows(joint: Sequence[Path], main: Sequence[Path]) -> list[Contender]:
+    """The jointly trained fixed model first: all others are compared with it."""
+    found = contenders_of(ARMS, joint, main)
+    return sorted(found, key=lambda row: row.label != "Fixed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=os.environ.get("TTT_ADAPT_DATA"), help="holds camvid/ and davis/")
+    parser.add_argument("--only", choices=list(STREAMS_OF), nargs="+", default=list(STREAMS_OF))
+    parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--weights", type=Path, default=Path("runs/arms"))
+    parser.add_argument("--out", type=Path, default=Path("runs/arms"), help="folder for the reports")
+    options = parser.parse_args()
+    config = StreamConfig.online()
+    for kind in options.only:
+        for name, clips, joint, main_task in STREAMS_OF[kind](Path(options.data), options.weights, options.seeds):
+            seeds = options.seeds
+            if "arms" in options.parts:
+                evaluate(rows(joint, main_task), clips, config, seeds, options.out / f"{name}-arms")
+            if "window" in options.parts:
+                run_study(find_study("window"), joint, clips, config, seeds, options.out / f"{name}-window")
+
+
+if __name__ == "__main__":
+    main()
