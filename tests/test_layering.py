@@ -21,6 +21,7 @@ LAYERS = [
     {"encoder", "decoders"},
     {"attached"},
     {"frames", "branch", "objectives", "engine", "optim"},
+    {"loan"},
     {"joint", "adapter"},
     {"augment"},
     {"models", "data", "demo", "video"},

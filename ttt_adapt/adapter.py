@@ -6,7 +6,6 @@ step on the reconstruction of a batch drawn from the window, then predict the fr
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 import weakref
@@ -24,14 +23,13 @@ from ttt_adapt.engine import explained_memory_errors, gradients
 from ttt_adapt.errors import CheckpointError, ConfigError, FrameError, StateError
 from ttt_adapt.frames import Preprocess, default_preprocess, to_model_input
 from ttt_adapt.gate import SurpriseGate
-from ttt_adapt.objectives.base import Objective, Remembering
+from ttt_adapt.loan import adapted_tensors, adapting, check_arguments, give_back, memory_of
+from ttt_adapt.objectives.base import Objective
 from ttt_adapt.optim import ParamGroups, adamw, parameter_groups
 from ttt_adapt.snapshot import Snapshot, copied
-from ttt_adapt.taps import norm_layers, updating_norms
+from ttt_adapt.taps import batch_statistics, norm_layers, updating_norms
 from ttt_adapt.theory import AutoWindow, gradient_sketch
 from ttt_adapt.window import FrameWindow
-
-_adapting: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ class StreamAdapter:
         **attach: Any,
     ) -> None:
         config = StreamConfig() if config is None else config
-        _check_arguments(model, branch, config, attach)
+        check_arguments(model, branch, config, attach)
         self._owns_branch = branch is None
         self._branch: Objective = MAEBranch.attach(model, **attach) if branch is None else branch
         self._model, self.config = model, config
@@ -109,8 +107,8 @@ class StreamAdapter:
         groups = parameter_groups(encoder, own, modules, config)
         self._make_optimizer = lambda: (optimizer or adamw)([dict(group) for group in groups])
         self._new_optimizer()
-        memory, self._after_step = _memory(self._branch)
-        self._tensors = _adapted_tensors(encoder, own, self._norms if config.norm_stats != "frozen" else [])
+        memory, self._after_step = memory_of(self._branch)
+        self._tensors = adapted_tensors(encoder, own, self._norms if config.norm_stats == "ema" else [])
         self._pull = config.source_pull if config.carry_weights else 1.0
         statistics = [name for name in self._tensors if name.startswith("norm.")]
         self._statistics = [self._tensors[name] for name in statistics]
@@ -124,9 +122,9 @@ class StreamAdapter:
         self._gate = SurpriseGate()
         self._frame_index = 0
         self.last: StepReport | None = None
-        _adapting.add(model)
+        adapting.add(model)
         # an adapter that is lost without detach() gives the model back too
-        self._finalizer = weakref.finalize(self, _give_back, model, self._source, self._flags, self._parameters)
+        self._finalizer = weakref.finalize(self, give_back, model, self._source, self._flags, self._parameters)
         self._finalizer.atexit = False
         model.eval()
         self._branch_training = bool(getattr(self._branch, "training", False))
@@ -196,7 +194,7 @@ class StreamAdapter:
         """
         if self._attached:
             self._finalizer.detach()
-            _give_back(self._model, None if keep_adapted else self._source, self._flags, self._parameters)
+            give_back(self._model, None if keep_adapted else self._source, self._flags, self._parameters)
             self._branch.train(self._branch_training)
             if self._owns_branch:
                 self._branch.detach()
@@ -219,6 +217,9 @@ class StreamAdapter:
             sketch: list[float] = []
             updates = 0
             norm, reason = None, "" if self._frame_index % self.config.every == 0 else "every"
+            surprise = self._surprise() if self.config.gate == "surprise" and not reason else None
+            if surprise is not None and not self._gate.is_open(surprise):
+                reason, losses = "gate", [surprise]
             if not reason or self._pull == 1.0:  # without carried weights every frame starts from the source
                 self._recall_source()
             if not reason:
@@ -231,17 +232,25 @@ class StreamAdapter:
                     sketch = sketch or moved
                     updates += not problem
                     reason = reason or problem
-                    if problem == "gate":
-                        break
         self._window.commit()
-        for loss in losses[:1]:
-            self._gate.record(loss)
+        if surprise is not None:
+            self._gate.record(surprise)
         if self._auto is not None and sketch:
             self._auto.update(sketch)
         ms = (time.perf_counter() - started) * 1e3
         self.last = StepReport(self._frame_index, tuple(losses), norm, updates > 0, reason, ms)
         self._frame_index += 1
         return self.last
+
+    def _surprise(self) -> float:
+        """The loss of a batch with the weights as they are, without a gradient: what the gate looks at."""
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            return float(self._branch.loss(self._draw(), generator=self._generator))
+
+    def _draw(self) -> Tensor:
+        """A batch from the window."""
+        crop: Any = self.config.crop_size
+        return self._window.draw(self.config.batch_size, self._generator, crop, self.window)
 
     def _recall_source(self) -> None:
         """Implicit memory: carry the weights on, pull them toward the source, or start from it."""
@@ -254,9 +263,7 @@ class StreamAdapter:
             The loss, the gradient norm, why there was no update ("" if there was), and what the automatic window wants
             to know of the frame's first gradient.
         """
-        config = self.config
-        crop: Any = config.crop_size
-        batch = self._window.draw(config.batch_size, self._generator, crop, self.window)
+        config, batch = self.config, self._draw()
         with self._learning():
             loss = gradients(
                 lambda: self._branch.loss(batch, generator=self._generator),
@@ -274,24 +281,21 @@ class StreamAdapter:
             value, total, *moved = numbers.tolist()  # the one wait for the device
             if not math.isfinite(total):
                 return value, total, "non-finite gradient", []
-            if first and config.gate == "surprise" and not self._gate.is_open(value):
-                return value, total, "gate", moved
             self._optimizer.step()
             self._after_step()
         return value, total, "", moved
 
     def _predict_input(self, x: Tensor) -> Any:
-        with torch.no_grad(), explained_memory_errors(self.config):
+        own = self._norms if self.config.norm_stats == "batch" else []
+        with torch.no_grad(), explained_memory_errors(self.config), batch_statistics(own):
             return self._predict(x)
 
     @torch.no_grad()
     def _renew_norm_stats(self, x: Tensor) -> None:
         """Let clean frames into the running statistics of BatchNorm, if asked for."""
-        if self.config.norm_stats == "frozen" or not self._norms:
-            return
-        momentum = 1.0 if self.config.norm_stats == "batch" else self.config.norm_momentum
-        with updating_norms(self._norms, momentum):
-            self._predict(x)
+        if self.config.norm_stats == "ema" and self._norms:
+            with updating_norms(self._norms, self.config.norm_momentum):
+                self._predict(x)
 
     # ---- what surrounds it
 
@@ -425,60 +429,3 @@ class StreamAdapter:
         self._gate, self._auto = SurpriseGate(state["gate"]), auto
         self._frame_index = state["frame_index"]
         self.last = None
-
-
-def _give_back(
-    model: nn.Module, source: Snapshot | None, flags: Mapping[nn.Module, bool], parameters: list[nn.Parameter]
-) -> None:
-    """Undo what an adapter does to a model: weights (if `source` is given), gradients and train flags."""
-    if source is not None:
-        source.restore()
-    for parameter in parameters:
-        parameter.grad = None
-    for module, training in flags.items():
-        module.training = training
-    torch.clear_autocast_cache()
-    _adapting.discard(model)
-
-
-def _check_arguments(
-    model: nn.Module, branch: Objective | None, config: StreamConfig, attach: Mapping[str, Any]
-) -> None:
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
-    if branch is not None and not isinstance(branch, Objective):
-        raise ConfigError(
-            f"branch is a {type(branch).__name__}; expected an MAEBranch or another Objective. To name the encoder, "
-            "write StreamAdapter(model, encoder=...)"
-        )
-    if not isinstance(config, StreamConfig):
-        raise ConfigError(f"config is a {type(config).__name__}; expected a StreamConfig")
-    if branch is None and "encoder" not in attach:
-        raise ConfigError("pass a branch from MAEBranch.attach(model, ...), or encoder=... to attach one here")
-    unknown = set(attach) - set(inspect.signature(MAEBranch.attach).parameters)
-    if unknown:
-        raise ConfigError(f"{', '.join(map(repr, sorted(unknown)))}: unknown; expected keywords of MAEBranch.attach")
-    if branch is not None and attach:
-        raise ConfigError(f"{', '.join(attach)} belong to MAEBranch.attach and a branch was given: pass only one")
-    if branch is not None and branch.model is not model:
-        raise ConfigError("the branch is attached to another model: attach one to this model")
-    if model in _adapting:
-        raise StateError("this model already has a StreamAdapter: detach() that one first, or copy the model")
-
-
-def _adapted_tensors(
-    encoder: Mapping[str, nn.Parameter], own: Mapping[str, nn.Parameter], norms: list[nn.Module]
-) -> dict[str, Tensor]:
-    """Everything that adaptation changes, by name: the weights, and the running statistics where they move."""
-    tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in encoder.items()}
-    tensors |= {f"branch.{name}": p for name, p in own.items()}
-    for i, norm in enumerate(norms):
-        tensors |= {f"norm.{i}.{name}": buffer for name, buffer in norm.named_buffers()}
-    return tensors
-
-
-def _memory(objective: Objective) -> tuple[dict[str, Tensor], Callable[[], None]]:
-    """What an objective remembers beside weights, by name, and what it wants to be called after a gradient step."""
-    if not isinstance(objective, Remembering):
-        return {}, lambda: None
-    return {f"memory.{name}": tensor for name, tensor in objective.memory().items()}, objective.after_step

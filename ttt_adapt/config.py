@@ -31,13 +31,14 @@ class StreamConfig:
         crop_size: (H, W) or side of random crops for the gradient step; None: whole frames.
         precision: of the gradient step: "fp32", or "bf16" by autocast. Predictions are always the model's own.
         norm_stats: running statistics of BatchNorm: "frozen", "ema" (a moving average over clean frames with
-            `norm_momentum`), or "batch" (those of the current clean frame). Masked frames never enter.
+            `norm_momentum`), or "batch" (each frame is predicted with its own). Masked frames never enter.
         norm_momentum: weight of the current frame in "ema".
         drop_path: stochastic depth and dropout active in the gradient step.
         engine: how a step runs: "auto" or "eager".
         every: adapt on every n-th frame only.
-        gate: "none", or "surprise": update only where the frame's first loss exceeds the mean plus one standard
-            deviation of those of the last 50 frames. The pull toward the source goes on while the gate is shut.
+        gate: "none", or "surprise": update only where the loss of a batch, taken first and without a gradient, exceeds
+            the mean plus one standard deviation of those of the last 50 frames. While the gate is shut the weights
+            stay as they are: the pull toward the source belongs to an update.
         seed: of masks, draws and crops.
     """
 

@@ -153,7 +153,6 @@ class Adapting:
         model = objective.model
         if config.norm_stats != "frozen" and not norm_layers(model):
             raise ConfigError(f"this model has no BatchNorm: norm_stats={config.norm_stats!r} does not apply to it")
-        self._call = predict or model
         self.model, self.preprocess = model, preprocess
         self.adapter = StreamAdapter(model, objective, config=config, preprocess=preprocess, predict=predict)
 
@@ -169,8 +168,7 @@ class Adapting:
 
     def predict(self, x: Tensor) -> Tensor:
         """Class scores with the weights as they are."""
-        with torch.no_grad():
-            return self._call(x)
+        return self.adapter._predict_input(x)
 
     def close(self) -> None:
         """Detach the adapter; the source weights are back."""
