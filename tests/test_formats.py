@@ -63,11 +63,11 @@ def test_davis_masks_are_two_classes_without_being_told(tmp_path, official, form
     np.testing.assert_array_equal(clips[1][1][1], ids(1, [0, 255]) // 255)
 
 
-def test_masks_with_other_values_are_refused_by_name(tmp_path):
+def test_the_object_ids_of_davis_2017_are_all_foreground(tmp_path):
     write_davis(tmp_path, official=True)
-    save(tmp_path / "Annotations" / "480p" / "dog" / "00001.png", ids(1, [0, 1, 255]))
-    with pytest.raises(DataError, match=r"dog/00001\.png holds label id 1; expected 0 and 255"):
-        open_clips(tmp_path, ["dog"])[0][1]
+    objects = ids(1, [0, 1, 2, 3])
+    save(tmp_path / "Annotations" / "480p" / "dog" / "00001.png", objects)
+    np.testing.assert_array_equal(open_clips(tmp_path, ["dog"])[0][1][1], objects > 0)
 
 
 @pytest.mark.skipif(not (DATA / "davis").is_dir(), reason=f"no DAVIS clips in {DATA}")
@@ -101,6 +101,28 @@ def test_kitti_step_has_its_class_in_the_red_channel(tmp_path):
 def test_a_clip_without_labels_is_refused_when_it_is_asked_for(tmp_path):
     with pytest.raises(DataError, match=r"clip 0001 has no labels: .*panoptic_maps/test/0001 is missing.*--clips"):
         open_clips(write_kitti(tmp_path), ["0001"])
+
+
+def test_labelled_sequences_keep_their_names_where_test_sequences_have_the_same(tmp_path):
+    write_kitti(tmp_path)
+    save(tmp_path / "images" / "test" / "0002" / "000000.png", frame(5))
+    assert sorted(clip.name for clip in open_clips(tmp_path)) == ["0000", "0002"]
+    np.testing.assert_array_equal(open_clips(tmp_path, ["0002"])[0][0][0], frame(0))
+    with pytest.raises(DataError, match=r"clip test-0002 has no labels"):
+        open_clips(tmp_path, ["test-0002"])
+
+
+def test_no_clip_is_lost_to_another_of_its_name(tmp_path):
+    write_coco_videos(tmp_path / "coco")
+    train = tmp_path / "coco" / "annotations" / "train"
+    train.mkdir()
+    (train / "bar.json").write_text((tmp_path / "coco" / "annotations" / "val" / "bar.json").read_text())
+    assert sorted(clip.name for clip in open_clips(tmp_path / "coco")) == ["bar", "havana", "val-bar"]
+    for parent in ("a", "b"):
+        save(tmp_path / parent / "clip" / "images" / "0.png", frame(0))
+        save(tmp_path / parent / "clip" / "labels" / "0.png", ids(0, [0, 1]))
+    with pytest.raises(DataError, match="clip names must differ, and clip come more than once"):
+        open_clips([tmp_path / "a" / "clip", tmp_path / "b" / "clip"], classes=("x", "y"))
 
 
 def test_a_frame_without_its_label_and_a_class_out_of_range_are_named(tmp_path):
@@ -217,8 +239,16 @@ def test_instances_are_drawn_from_the_largest_to_the_smallest(tmp_path):
     data = {"images": [image], "annotations": annotations, "categories": CATEGORIES}
     (tmp_path / "instances.json").write_text(json.dumps(data))
     (clip,) = open_clips(tmp_path)
-    assert clip[0][1][0].tolist() == [1, 1, 0, 0, 0, 255, 255, 255]
+    assert clip[0][1][0].tolist() == [1, 1, 0, 0, 255, 255, 255, 255]
     assert clip[0][1][5, 7] == 255  # a category that the file does not list
+
+
+def test_a_polygon_covers_the_pixels_inside_it():
+    square = draw_mask([[2, 1, 6, 1, 6, 5, 2, 5]], 8, 10)
+    assert square.sum() == 16
+    assert square[1:5, 2:6].all()
+    two = draw_mask([[0, 0, 2, 0, 2, 2, 0, 2], [4, 4, 6, 4, 6, 6, 4, 6]], 8, 10)
+    assert two.sum() == 8
 
 
 def test_run_lengths_go_down_the_columns_in_both_codings():
@@ -258,7 +288,7 @@ def test_coco_images_give_the_same_people_from_segments_and_from_instances(tmp_p
     for i in range(0, 20):
         a, b = segments[i][1] == 0, instances[i][1] == 0
         same, union = same + (a & b).sum(), union + (a | b).sum()
-    assert same > 0.97 * union
+    assert same > 0.98 * union
 
 
 # Street, names, formats --------------------------------------------------------------------------------------------

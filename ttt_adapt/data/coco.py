@@ -42,10 +42,15 @@ def find(
     if not files:
         raise DataError(f"{root} holds no COCO annotations; expected panoptic.json, instances.json or annotations/")
 
-    def opener(file: Path) -> Callable[[], Clip]:
-        return lambda: _open(root, file, size, classes)
+    def opener(name: str, file: Path) -> Callable[[], Clip]:
+        return lambda: _open(name, root, file, size, classes)
 
-    return {_name(root, file): opener(file) for file in files}
+    openers: dict[str, Callable[[], Clip]] = {}
+    for file in files:
+        name = root.name if file.parent == root else file.stem
+        name = f"{file.parent.name}-{name}" if name in openers else name
+        openers[name] = opener(name, file)
+    return openers
 
 
 def _annotations(root: Path) -> list[Path]:
@@ -54,11 +59,7 @@ def _annotations(root: Path) -> list[Path]:
     return single[:1] or videos
 
 
-def _name(root: Path, file: Path) -> str:
-    return root.name if file.parent == root else file.stem
-
-
-def _open(root: Path, file: Path, size: tuple[int, int] | None, classes: Sequence[str] | None) -> Clip:
+def _open(name: str, root: Path, file: Path, size: tuple[int, int] | None, classes: Sequence[str] | None) -> Clip:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         images = sorted(data["images"], key=lambda image: natural(Path(image["file_name"])))
@@ -80,8 +81,7 @@ def _open(root: Path, file: Path, size: tuple[int, int] | None, classes: Sequenc
         ) from error
     if not images:
         raise DataError(f"{file} lists no images; expected the frames of a clip")
-    clip = _name(root, file)
-    return Clip(clip, list(zip(frames, labels, strict=True)), read, classes=classes or names, size=size)
+    return Clip(name, list(zip(frames, labels, strict=True)), read, classes=classes or names, size=size)
 
 
 def _locate(root: Path, kinds: Sequence[str], video: str, name: str) -> Path:
@@ -136,7 +136,7 @@ def _instances(
 
 
 def draw_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """A COCO segmentation as `bool [height, width]`.
+    """A COCO segmentation as `bool [height, width]`, drawn by pycocotools.
 
     Args:
         segmentation: polygons [[x, y, x, y, ...], ...], or {"size": [height, width], "counts": run lengths down the
@@ -146,40 +146,17 @@ def draw_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
 
     Raises:
         DataError: run lengths of another size.
-        MissingPackageError: pillow is not installed.
+        MissingPackageError: pycocotools is not installed.
     """
+    try:
+        from pycocotools import mask
+    except ImportError as error:
+        raise missing("pycocotools", "eval") from error
     if isinstance(segmentation, list):
-        try:
-            from PIL import Image, ImageDraw
-        except ImportError as error:
-            raise missing("pillow", "eval") from error
-        picture = Image.new("1", (width, height))
-        for polygon in segmentation:
-            ImageDraw.Draw(picture).polygon([float(value) for value in polygon], fill=1)
-        return np.asarray(picture)
+        return mask.decode(mask.merge(mask.frPyObjects(segmentation, height, width))).astype(bool)
     counts = segmentation["counts"]
-    runs = _decode(counts) if isinstance(counts, str) else list(counts)
-    if list(segmentation["size"]) != [height, width] or sum(runs) != height * width:
-        raise DataError(f"a mask of {segmentation['size']} covers {sum(runs)} pixels; expected {[height, width]}")
-    values = np.arange(len(runs)) % 2 == 1
-    return np.repeat(values, runs).reshape(width, height).T
-
-
-def _decode(text: str) -> list[int]:
-    """COCO's text coding of run lengths.
-
-    Five bits per character, from the lowest, on an offset of 48; bit 6 says that more follow and bit 5 of the last one
-    is the sign. From the fourth on, a number is the difference to the run before the last.
-    """
-    runs: list[int] = []
-    place = 0
-    while place < len(text):
-        value, shift, more = 0, 0, True
-        while more:
-            bits = ord(text[place]) - 48
-            value |= (bits & 31) << shift
-            shift, place, more = shift + 5, place + 1, bool(bits & 32)
-            if not more and bits & 16:
-                value -= 1 << shift
-        runs.append(value + runs[-2] if len(runs) > 2 else value)
-    return runs
+    covered = height * width if isinstance(counts, str) else sum(counts)
+    if list(segmentation["size"]) != [height, width] or covered != height * width:
+        raise DataError(f"a mask of {segmentation['size']} covers {covered} pixels; expected {[height, width]}")
+    runs = segmentation if isinstance(counts, str) else mask.frPyObjects(segmentation, height, width)
+    return mask.decode(runs).astype(bool)

@@ -77,6 +77,11 @@ def read_mask(file: Path) -> np.ndarray:
     return (ids == 255).astype(np.uint8)
 
 
+def read_objects(file: Path) -> np.ndarray:
+    """DAVIS' annotations as class ids 0 and 1, `uint8 [H, W]`: masks of 0 and 255 (2016), or ids of objects (2017)."""
+    return (read_ids(file) != 0).astype(np.uint8)
+
+
 def check_ids(ids: np.ndarray, allowed: set[int], expected: str, file: Path) -> None:
     """Raises DataError if `ids` holds others than `allowed`."""
     wrong = sorted(set(np.bincount(ids.ravel()).nonzero()[0].tolist()) - allowed)

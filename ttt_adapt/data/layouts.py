@@ -3,7 +3,7 @@
 | format | frames | labels |
 |---|---|---|
 | folder | `CLIP/images/*`, `CLIP/frames/*` or `CLIP/NAME.jpg` | `CLIP/labels/NAME.png` or `CLIP/NAME.png`: class ids |
-| davis | the same, or `JPEGImages/480p/CLIP/*.jpg` | the same, or `Annotations/480p/CLIP/*.png`: masks of 0 and 255 |
+| davis | as above, or `JPEGImages/480p/CLIP/*.jpg` | masks of 0 and 255, or `Annotations/480p/CLIP/*.png`: object ids |
 | kitti-step | `images/SPLIT/CLIP/*.png` | `panoptic_maps/SPLIT/CLIP/*.png`: red = class id |
 | cityscapes | `leftImg8bit/SPLIT/CITY/*.png` | `gtFine/SPLIT/CITY/*_gtFine_labelTrainIds.png`, or `_labelIds` |
 | coco | `images/*` (`images/CLIP/*`, `raw_images/CLIP/*`) | see `ttt_adapt.data.coco` |
@@ -18,7 +18,7 @@ import numpy as np
 
 from ttt_adapt.data import coco
 from ttt_adapt.data.clips import BINARY_CLASSES, FRAME_FOLDERS, Clip, LabelledClip, pair_files, read_index
-from ttt_adapt.data.images import check_ids, folders_in, images_in, match, read_ids, read_mask, read_rgb
+from ttt_adapt.data.images import check_ids, folders_in, images_in, match, read_ids, read_objects, read_rgb
 from ttt_adapt.errors import ConfigError, DataError, nearest
 
 CITYSCAPES = (
@@ -75,7 +75,7 @@ def open_clips(
         if name not in found:
             raise DataError(f"no clip {name!r} in {source}; {nearest(name, found)}")
     if len(set(chosen)) < len(chosen):
-        raise DataError(f"clip names must differ, got {chosen}")
+        raise DataError(f"clips must be named once each, got {chosen}")
     return [found[name]() for name in chosen]
 
 
@@ -107,6 +107,9 @@ def _openers(
     def opener(folder: Path) -> Opener:
         return lambda: LabelledClip(folder, classes=classes, binary=binary, size=size)
 
+    names = [folder.name for folder in folders]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(f"clip names must differ, and {', '.join(twice)} come more than once")
     return {folder.name: opener(folder) for folder in folders}
 
 
@@ -125,7 +128,7 @@ def _davis(root: Path, size: tuple[int, int] | None, classes: Sequence[str] | No
         return _folders(root, size, classes, True)
     frames, labels = (_resolution(root / kind) for kind in ("JPEGImages", "Annotations"))
     pairs = _paired(frames, labels, lambda frame: f"{frame.stem}.png", {".jpg"})
-    return _clips(pairs, read_mask, classes or BINARY_CLASSES, size, None)
+    return _clips(pairs, read_objects, classes or BINARY_CLASSES, size, None)
 
 
 def _resolution(folder: Path) -> Path:
@@ -205,7 +208,8 @@ def _clips(
 
     openers: dict[str, Opener] = {}
     labelled: dict[str, Opener] = {}
-    for name, folder, beside, expected, suffixes in pairs:
+    # labelled clips have the plain names, also where a test set has the same ones
+    for name, folder, beside, expected, suffixes in sorted(pairs, key=lambda pair: not pair[2].is_dir()):
         key = name if name not in openers else f"{folder.parent.name}-{name}"
         openers[key] = opener(key, folder, beside, expected, suffixes)
         if beside.is_dir():
