@@ -20,7 +20,7 @@ from ttt_adapt.evaluation.runner import run_arm
 from ttt_adapt.objectives import PseudoLabel, Rotation
 
 SHORT = {"offline": "offline-6", "offline-oracle": "offline-oracle-6", "every-4": "every-2"}
-COMPOSED = ["online+smooth-2", "fixed+vote", "tent+class", "self-train-plain+class-2+smooth", "online-shuffled+smooth"]
+COMPOSED = ["online+smooth-2", "fixed+vote", "tent+class", "self-train-plain+class-2+smooth"]
 EVERY = [*(SHORT.get(name, name) for name in ARMS), *COMPOSED]
 STREAMING = [name for name in EVERY if find_arm(name).streaming]
 RECONSTRUCTING = [
@@ -90,14 +90,17 @@ def test_without_a_learning_rate_tent_is_the_model_with_the_statistics_of_each_f
     )
     made, plain = checkpoint(), checkpoint()
     found = predictions("tent", made, CONFIG.replace(lr=0.0))
-    for module in plain.model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.train()
-            module.momentum = 1.0
+    own = [module for module in plain.model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for module in own:  # by the formula: each channel of the frame with its own mean and biased variance
+        module.forward = lambda x, m=module: (
+            ((x - x.mean((0, 2, 3), keepdim=True)) / (x.var((0, 2, 3), correction=0, keepdim=True) + m.eps).sqrt())
+            * m.weight[:, None, None]
+            + m.bias[:, None, None]
+        )
+    assert own
     with torch.no_grad():
         for output, (frame, _) in zip(found, frames(), strict=True):
-            plain.model.train(True)(plain.spec.preprocess()(frame))
-            assert torch.equal(output, plain.model.eval()(plain.spec.preprocess()(frame)))
+            torch.testing.assert_close(output, plain.model(plain.spec.preprocess()(frame)), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("arm", [name for name in EVERY if name != "fixed"])
@@ -532,9 +535,9 @@ def test_class_balance_counts_classes_of_the_source_model_and_of_the_adapted_one
 
 
 def test_class_balance_resets_where_the_mean_difference_over_the_buffer_is_above_a_half(monkeypatch):
-    fewer, buffer, expected = [0, 1, 1, 0, 1, 1, 1, 1, 0, 0, 1, 0], [], []
+    fewer, buffer, expected = [0, 1, 1, 0, 1, 1, 1, 1, 0, 0, 1, 0, 1, 1], [], []
     for less in fewer:
-        expected.append(bool(buffer) and sum(buffer) / len(buffer) > 0.5)
+        expected.append(len(buffer) == 3 and sum(buffer) / len(buffer) > 0.5)
         buffer = ([] if expected[-1] else buffer[-2:]) + [less]
     assert 1 < sum(expected) < 6
     counts = iter([n for less in fewer for n in (3, 3 - less)])

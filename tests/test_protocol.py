@@ -14,12 +14,13 @@ import ttt_adapt.commands.evaluate as command
 from arm_inputs import CONFIG, checkpoint, frames
 from test_evaluation import clips, contenders, counted, files, results  # noqa: F401
 from test_report import make_report, make_run
-from ttt_adapt import cli
+from ttt_adapt import StreamConfig, cli
+from ttt_adapt.commands.common import per_arm
 from ttt_adapt.commands.contenders import Contender, RealTime, contenders_of, real_time_of
 from ttt_adapt.commands.evaluate import check_failures, evaluate
 from ttt_adapt.data import open_clips
 from ttt_adapt.errors import ConfigError, DataError, FrameError, FrameTypeError, MissingPackageError, StateError
-from ttt_adapt.evaluation.arms import ARMS, Arm
+from ttt_adapt.evaluation.arms import ARMS, Arm, find_arm
 from ttt_adapt.evaluation.memory import PeakMemory
 from ttt_adapt.evaluation.metrics import SegmentationScore, paired_bootstrap
 from ttt_adapt.evaluation.report import Report, markdown_table
@@ -309,12 +310,38 @@ def test_real_time_charges_given_costs_and_measures_the_others_once(tmp_path, cl
 
 
 def test_costs_are_read_from_the_command_line():
-    assert real_time_of(False, []) is None
-    assert real_time_of(True, ["online=4.1", "tent=2"]).forwards == {"online": 4.1, "tent": 2}
+    arms = ("online", "tent")
+    assert real_time_of(False, [], arms) is None
+    assert real_time_of(True, ["online=4.1", "tent=2"], arms).forwards == {"online": 4.1, "tent": 2}
     with pytest.raises(ConfigError, match="--real-time"):
-        real_time_of(False, ["online=4"])
+        real_time_of(False, ["online=4"], arms)
     with pytest.raises(ConfigError, match="expected a number"):
-        real_time_of(True, ["online=fast"])
+        real_time_of(True, ["online=fast"], arms)
+    with pytest.raises(ConfigError, match="implicit is none of the arms online, tent"):
+        real_time_of(True, ["implicit=4"], arms)
+
+
+def test_settings_are_of_all_arms_or_of_one():
+    assert per_arm(["lr=1e-4", "tent.lr=1e-3", "tent.window=2"]) == (["lr=1e-4"], {"tent": {"lr": 1e-3, "window": 2}})
+    with pytest.raises(ConfigError, match="--seeds"):
+        per_arm(["seed=3"])
+    rows = contenders_of(["fixed", "tent"], [], [], {"tent": {"lr": 1e-3}}, {"loss_on": "all"})
+    assert [dict(row.changes) for row in rows] == [{}, {"lr": 1e-3}]
+    assert {tuple(row.branch.items()) for row in rows} == {(("loss_on", "all"),)}
+    with pytest.raises(ConfigError, match=r"--set online\.lr: online is none of --arms tent"):
+        contenders_of(["tent"], [], [], {"online": {"lr": 1e-3}})
+
+
+def test_methods_of_others_have_no_pull_unless_they_are_given_one():
+    config = StreamConfig.online()
+    for name in ("tent", "self-train", "self-train-plain", "ema-teacher"):
+        for changes, pull in (({}, 0.0), ({"source_pull": 0.25}, 0.25)):
+            runner = find_arm(name).start(checkpoint(), config, changes)
+            assert runner.adapter.config.source_pull == pull
+            runner.close()
+    runner = find_arm("online").start(checkpoint(), config)
+    assert runner.adapter.config == config
+    runner.close()
 
 
 @pytest.mark.parametrize(("costs", "match"), [({"onlin": 2}, "'online'"), ({"online": 0}, "above 0")])
@@ -344,3 +371,41 @@ def test_a_report_of_an_earlier_version_is_read(tmp_path):
             del run[name]
     (tmp_path / "report.json").write_text(json.dumps(data))
     assert Report.load(tmp_path / "report.json") == make_report()
+
+
+# Resuming ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", ["longer clip", "other device", "other commit"])
+def test_results_of_other_frames_devices_or_code_are_not_gone_on_with(change, tmp_path, clips, files, monkeypatch):  # noqa: F811
+    rows = contenders_of(["fixed"], files[:1], [])
+    evaluate(rows, clips, CONFIG, [0], tmp_path / "out")
+    evaluate(rows, clips, CONFIG, [0], tmp_path / "out")
+    if change == "longer clip":
+        clips[0]._files.append(clips[0]._files[0])
+    elif change == "other device":
+        saved = json.loads((tmp_path / "out" / "report.json").read_text())
+        saved["config"]["device"] = "cuda"
+        (tmp_path / "out" / "report.json").write_text(json.dumps(saved))
+    else:
+        here = command.environment()
+        monkeypatch.setattr(command, "environment", lambda: {**here, "commit": "another"})
+    with pytest.raises(DataError, match={"longer clip": "clips", "other device": "device"}.get(change, "commit")):
+        evaluate(rows, clips, CONFIG, [0], tmp_path / "out")
+
+
+def test_arms_that_see_the_whole_clip_are_marked_and_never_the_best():
+    report = Report()
+    for seed in (0, 1):
+        for arm, score in (("fixed", 0.5), ("online", 0.6), ("offline", 0.7), ("oracle", 0.8)):
+            run = make_run(arm, seed=seed, miou=score + 0.001 * seed)
+            run.streaming, run.oracle = arm in ("fixed", "online"), arm == "oracle"
+            report.add(run)
+    table = markdown_table(report)
+    first, _, _ = table.partition("###")
+    rows = {line.split("|")[1].strip(): line for line in first.splitlines() if line.startswith("| ")}
+    assert "offline †" in rows
+    assert "oracle ‡" in rows
+    assert "**" in rows["online"]
+    assert not any("**" in rows[name] for name in ("fixed", "offline †", "oracle ‡"))
+    assert "chooses by the labels" in table

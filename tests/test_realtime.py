@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -12,28 +13,8 @@ import ttt_adapt.evaluation.realtime as realtime
 from arm_inputs import CONFIG, checkpoint, frames
 from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt.evaluation.arms import ARMS, Arm
-from ttt_adapt.evaluation.realtime import measure_forwards, schedule, stride
+from ttt_adapt.evaluation.realtime import measure_forwards, stride
 from ttt_adapt.evaluation.runner import run_arm
-
-
-@pytest.mark.parametrize(
-    ("forwards", "expected"),
-    [
-        (1.0, [0, 1, 2, 3, 4, 5, 6]),
-        (0.5, [0, 1, 2, 3, 4, 5, 6]),
-        (1.1, [0, 0, 2, 2, 4, 4, 6]),
-        (2.0, [0, 0, 2, 2, 4, 4, 6]),
-        (2.3, [0, 0, 0, 3, 3, 3, 6]),
-        (4, [0, 0, 0, 0, 4, 4, 4]),
-        (100, [0] * 7),
-    ],
-)
-def test_an_arm_of_r_passes_misses_ceil_r_minus_1_frames_after_each_it_sees(forwards, expected):
-    assert schedule(7, forwards) == expected
-    missed = [
-        later - earlier - 1 for earlier, later in zip(sorted(set(expected)), sorted(set(expected))[1:], strict=False)
-    ]
-    assert set(missed) <= {math.ceil(forwards) - 1}
 
 
 @pytest.mark.parametrize("forwards", [0, -1.0, float("nan"), float("inf")])
@@ -66,6 +47,30 @@ class Counting:
 def numbered(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Frame i has value i, and all its pixels are of class i mod 3."""
     return [(np.full((8, 8, 3), i, np.uint8), np.full((8, 8), i % 3, np.uint8)) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("forwards", "expected"),
+    [
+        (1.0, [0, 1, 2, 3, 4, 5, 6]),
+        (0.5, [0, 1, 2, 3, 4, 5, 6]),
+        (1.1, [0, 0, 2, 2, 4, 4, 6]),
+        (2.0, [0, 0, 2, 2, 4, 4, 6]),
+        (2.3, [0, 0, 0, 3, 3, 3, 6]),
+        (4, [0, 0, 0, 0, 4, 4, 4]),
+        (100, [0] * 7),
+    ],
+)
+def test_an_arm_of_r_passes_misses_ceil_r_minus_1_frames_after_each_it_sees(forwards, expected):
+    runner, shown = Counting(), []
+    arm = Arm("counting", "Counting", lambda *_: runner)
+    run_arm(
+        arm, checkpoint(), numbered(7), CONFIG, name="clip", forwards=forwards,
+        on_frame=lambda _i, _f, prediction, _m, _l: shown.append(runner.seen[-1]),
+    )  # fmt: skip
+    assert shown == expected
+    missed = [later - earlier - 1 for earlier, later in itertools.pairwise(runner.seen)]
+    assert set(missed) <= {math.ceil(forwards) - 1}
 
 
 def test_missed_frames_are_never_seen_and_scored_with_the_last_prediction():
@@ -128,7 +133,32 @@ def test_measuring_gives_the_model_back_and_looks_at_the_first_frames_only():
             yield pair
 
     assert measure_forwards(ARMS["online"], made, clip(), CONFIG) > 1.0
-    assert len(read) == realtime.PROBE
+    assert len(read) == 1 + realtime.PROBE
     assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
     with pytest.raises(DataError, match="no frames"):
         measure_forwards(ARMS["online"], made, [], CONFIG)
+
+
+def test_an_arm_that_is_busy_on_some_frames_is_measured_over_whole_periods(monkeypatch):
+    seen = []
+
+    class Quick:
+        loss = None
+
+        def step(self, frame):
+            seen.append(frame)
+
+        def close(self) -> None:
+            pass
+
+    for name, period in (("fixed", 1), ("lazy", 12)):
+        seen.clear()
+        monkeypatch.setitem(realtime.ARMS, name, Arm(name, name, lambda *_: Quick(), period=period))
+        if name == "lazy":
+            measure_forwards(realtime.ARMS["lazy"], None, frames(40), CONFIG)
+            assert len(seen) == 2 * (1 + 2 * 12)
+
+
+def test_an_arm_that_sees_the_whole_clip_is_not_scored_in_real_time():
+    with pytest.raises(ConfigError, match="sees the whole clip"):
+        run_arm(ARMS["online-shuffled"], checkpoint(), frames(), CONFIG, name="clip", forwards=2.0)

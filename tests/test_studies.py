@@ -39,7 +39,7 @@ def clips(tmp_path) -> list:
 
 
 def rows(name: str, longest: int = 20) -> dict[str, tuple]:
-    return {s.label: (s.arm, s.value, dict(s.changes), s.mask_ratio) for s in find_study(name).settings(longest)}
+    return {s.label: (s.arm, s.value, dict(s.changes), dict(s.branch)) for s in find_study(name).settings(longest)}
 
 
 # What runs ---------------------------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def test_windows_are_the_powers_of_two_and_all_frames(longest, sizes):
 
 
 def test_the_automatic_window_takes_part():
-    assert rows("window")["Window auto"] == ("online", None, {"window": "auto"}, None)
+    assert rows("window")["Window auto"] == ("online", None, {"window": "auto"}, {})
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -125,13 +125,16 @@ def test_the_mask_ratio_is_the_settings_while_it_runs_and_the_branchs_afterwards
         return run_arm(arm, made, *args, **keywords)
 
     monkeypatch.setattr(command, "run_arm", watch)
-    settings = [Setting("Fixed", "fixed"), *(Setting(f"{r}", "online", r, mask_ratio=r) for r in (0.25, 0.9))]
+    settings = [
+        Setting("Fixed", "fixed"),
+        *(Setting(f"{r}", "online", r, branch={"mask_ratio": r}) for r in (0.25, 0.9)),
+    ]
     study = Study("mask-ratio", "Mask ratio", "share", False, lambda _: [*settings, Setting("own", "online")])
     report = run_study(study, files[:1], clips[:1], CONFIG, [0], tmp_path / "out")
     own = checkpoint().branch.mask_ratio
     assert dict(seen) == {"Fixed": own, "0.25": 0.25, "0.9": 0.9, "own": own}
     assert len({tuple(run.losses) for run in report.runs}) == 4
-    assert report.config["contenders"]["0.25"]["mask_ratio"] == 0.25
+    assert report.config["contenders"]["0.25"]["branch"] == {"mask_ratio": 0.25}
 
 
 def test_the_command_runs_a_study(tmp_path, clips, files, monkeypatch, capsys):  # noqa: F811
@@ -167,9 +170,9 @@ def sweep_report() -> Report:
 def test_the_table_of_a_study_has_one_row_per_setting_averaged_over_clips():
     lines = study_table(sweep_report(), "Window", "fixed").splitlines()
     assert lines[0] == "## Window"
-    assert "| fixed | 50.00 | 40.00 |  |" in "\n".join(lines)
+    assert "| fixed | 50.00 ± 0.00 | 40.00 ± 0.00 |  |" in "\n".join(lines)
     # k16 gains 16 points on every frame of both clips, and 0.1 with the second seed
-    assert "| k16 | 66.05 | 56.05 |" in "\n".join(lines)
+    assert "| k16 | 66.05 ± 0.07 | 56.05 ± 0.07 |" in "\n".join(lines)
     assert lines[-1] == "Clips: dusk, noon. Seeds: 2. Intervals draw clips."
     with pytest.raises(DataError, match="no runs"):
         study_table(Report(), "Window", "fixed")

@@ -1,17 +1,27 @@
 from __future__ import annotations
 
+from functools import wraps
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import models as zoo
-from conftest import hooks_of, left_as_it_was, settle_norms
+from conftest import hooks_of, left_as_it_was, same_bits, settle_norms
 from ttt_adapt import MAEBranch
 from ttt_adapt.encoder import inspect_encoder
 from ttt_adapt.errors import EncoderError
 from ttt_adapt.masking import random_mask, upsample_mask
-from ttt_adapt.taps import frozen_norms, hidden_channel, norm_layers, run_encoder, visible_tokens
+from ttt_adapt.taps import (
+    frozen_norms,
+    hidden_channel,
+    norm_layers,
+    run_encoder,
+    visible_tokens,
+    without_checkpointing,
+)
 
 # ---- the run to the end of the encoder
 
@@ -277,3 +287,53 @@ def test_frozen_norms_use_running_statistics_and_give_flags_back_after_an_error(
         model.backbone.train()
         with pytest.raises(KeyError), frozen_norms(norms):
             raise KeyError
+
+
+# ---- activation checkpointing
+
+
+def recomputing(module: nn.Module) -> nn.Module:
+    """As MMEngine's `turn_on_activation_checkpointing` does it: the forward of the instance is wrapped."""
+    forward = module.forward
+
+    @wraps(forward)
+    def wrapper(*args):
+        return checkpoint(forward, *args, use_reentrant=False)
+
+    module.forward = wrapper
+    return module
+
+
+def gradients_of_a_masked_pass(model: nn.Module, branch: MAEBranch) -> list[torch.Tensor]:
+    model.zero_grad()
+    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    branch.loss(images, generator=torch.Generator().manual_seed(2)).backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("wrapped", ["layer2", "layer2.0", "layer1 layer3", "layer2 layer2", ""])
+def test_a_wrapped_forward_that_recomputes_changes_no_gradient_and_no_running_statistics(wrapped):
+    model = settle_norms(zoo.resnet()).train()
+    branch = MAEBranch.attach(model, "layer4")
+    expected = gradients_of_a_masked_pass(model, branch)
+    for name in wrapped.split() or [""]:
+        recomputing(model.get_submodule(name))  # after the branch was attached, as MMEngine does before a run
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    forwards = {module: vars(module).get("forward") for module in model.modules()}
+    assert same_bits(gradients_of_a_masked_pass(model, branch), expected)
+    assert same_bits(dict(model.named_buffers()), before)
+    assert all(vars(module).get("forward") is forward for module, forward in forwards.items())
+    assert sum(forward is not None for forward in forwards.values()) == max(len(set(wrapped.split())), 1)
+
+
+def test_a_wrapped_forward_is_given_back_after_an_error_and_other_wrappers_are_left_alone():
+    recomputes, moves = recomputing(nn.Conv2d(3, 4, 1)), nn.Conv2d(3, 4, 1)
+    plain = moves.forward
+    moves.forward = wraps(plain)(lambda x: plain(x.to("cpu")))  # as libraries that place tensors do
+    before = [(dict(vars(module)), list(vars(module))) for module in (recomputes, moves)]
+    with without_checkpointing([recomputes, moves]):
+        assert recomputes.forward.__func__ is nn.Conv2d.forward
+        assert moves.forward is before[1][0]["forward"]
+    with pytest.raises(KeyError), without_checkpointing([recomputes, moves]):
+        raise KeyError
+    assert [(dict(vars(module)), list(vars(module))) for module in (recomputes, moves)] == before

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -263,6 +264,25 @@ class MAEBranch(Attached):
         """
         check_state(self.state_dict(), state_dict, "this branch")
         return super().load_state_dict(state_dict, strict, assign)
+
+    @contextmanager
+    def using(self, **settings: Any) -> Iterator[MAEBranch]:
+        """Another `mask_ratio`, `loss_on` or `norm_pix_loss` inside the block: what is hidden and scored at test time.
+
+        Raises:
+            ConfigError: another name, or a value out of range; before anything changes.
+        """
+        known = ("mask_ratio", "loss_on", "norm_pix_loss")
+        if unknown := [name for name in settings if name not in known]:
+            raise ConfigError(f"{', '.join(map(repr, unknown))} cannot change after attaching; {', '.join(known)} can")
+        own = {name: getattr(self, name) for name in known}
+        wanted = {**own, **settings}
+        _check_settings(self.masking, self.patch_size, wanted["mask_ratio"], wanted["loss_on"])
+        vars(self).update(settings)
+        try:
+            yield self
+        finally:
+            vars(self).update(own)
 
     def extra_repr(self) -> str:
         """The settings, for `print(branch)`."""

@@ -40,6 +40,14 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a field of StreamConfig; repeatable.")
 ]
 Size = Annotated[str | None, typer.Option(metavar="HxW", help="Resize frames for the model, such as 144x192.")]
+TestBranch = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--branch",
+        metavar="NAME=VALUE",
+        help="mask_ratio, loss_on or norm_pix_loss at test time.",
+    ),
+]
 BranchSettings = Annotated[
     list[str] | None,
     typer.Option("--branch", metavar="NAME=VALUE", help="A keyword of MAEBranch.attach, such as mask_ratio=0.75."),
@@ -145,11 +153,12 @@ def run(
     limit: Annotated[int | None, typer.Option(min=1, help="Stop after this many frames.")] = None,
     preset: Preset = "online",
     settings: Settings = None,
+    branch: TestBranch = None,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
     """Adapt a trained model to a video, frame by frame, and write what it sees."""
-    from ttt_adapt.commands.common import parse_size
+    from ttt_adapt.commands.common import parse_settings, parse_size
     from ttt_adapt.commands.run import RunOptions
     from ttt_adapt.commands.run import run as run_video
 
@@ -163,6 +172,7 @@ def run(
         limit=limit,
         device=_device(device),
         config=_config(preset, settings, seed),
+        branch=parse_settings(branch or []),
     )
     count = run_video(options)
     _say(f"wrote {count} frames to {out}")
@@ -186,8 +196,8 @@ def evaluate(
         str | None, typer.Option(metavar="HxW", help="Size of the frames; the checkpoint's by default, or 'native'.")
     ] = None,
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds of adaptation.")] = "0",
-    seed: Annotated[int, typer.Option(min=0, help="Which street, for 'street'.")] = 0,
-    frames: Annotated[int, typer.Option(min=1, help="Length of the stream, for 'street'.")] = 240,
+    seed: Annotated[int | None, typer.Option(min=0, help="Which street, for 'street'; 0 by default.")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Length of the stream, for 'street'; 240.")] = None,
     real_time: Annotated[
         bool, typer.Option("--real-time", help="An arm misses the frames that go by while it is busy.")
     ] = False,
@@ -197,12 +207,20 @@ def evaluate(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.json, table.md and plots.")] = Path("ttt-adapt-eval"),
     preset: Preset = "online",
-    settings: Settings = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="[ARM.]NAME=VALUE",
+            help="Change a field of StreamConfig, for all arms or one of them (tent.lr=1e-3); repeatable.",
+        ),
+    ] = None,
+    branch: TestBranch = None,
     device: Device = "auto",
 ) -> None:
     """Compare arms on labelled clips: tables, a JSON and plots."""
     from ttt_adapt.checkpoint import read_spec
-    from ttt_adapt.commands.common import parse_size
+    from ttt_adapt.commands.common import parse_settings, parse_size, per_arm
     from ttt_adapt.commands.contenders import clips_from, contenders_of, real_time_of
     from ttt_adapt.commands.evaluate import check_failures
     from ttt_adapt.commands.evaluate import evaluate as run_evaluation
@@ -213,9 +231,12 @@ def evaluate(
     if study is not None and (arms is not None or baseline):
         raise ConfigError("--study brings its own rows: leave out --arms and --baseline")
     chosen = None if study is None else find_study(study)
-    rows = contenders_of(_names(_ARMS if arms is None else arms), checkpoint, baseline or [])
+    common, own = per_arm(settings or [])
+    hidden = parse_settings(branch or [])
+    names = _names(_ARMS if arms is None else arms) if chosen is None else tuple(s.arm for s in chosen.settings(1))
+    rows = contenders_of(names, checkpoint, baseline or [], own, hidden) if chosen is None else []
     numbers = _seeds(seeds, checkpoint, baseline or [])
-    charged = real_time_of(real_time, forwards or [])
+    charged = real_time_of(real_time, forwards or [], names)
     found = clips_from(
         data,
         _names(clips),
@@ -225,11 +246,11 @@ def evaluate(
         seed=seed,
         frames=frames,
     )
-    config, where = _config(preset, settings, 0), _device(device)
+    config, where = _config(preset, common, 0), _device(device)
     if chosen is None:
         report = run_evaluation(rows, found, config, numbers, out, where, real_time=charged)
     else:
-        report = run_study(chosen, checkpoint, found, config, numbers, out, where, charged)
+        report = run_study(chosen, checkpoint, found, config, numbers, out, where, charged, hidden)
     console.print(rich_table(report))
     _say(f"report, tables and plots: {out}")
     check_failures(report, out)

@@ -68,17 +68,28 @@ def uncompiled() -> Iterator[None]:
 @contextmanager
 def without_checkpointing(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Switch activation checkpointing off inside the block: it would run blocks again after the hooks are gone."""
-    active = [(m, name) for m in modules for name in CHECKPOINT_FLAGS if getattr(m, name, False) is True]
-    for module, name in active:
-        setattr(module, name, False)
+    found = [(m, name, vars(m)[name]) for m in modules for name in CHECKPOINT_FLAGS if name in vars(m)]
+    active = [(m, name, value, off) for m, name, value in found if (off := _without(value)) is not value]
+    for module, name, _, off in active:
+        setattr(module, name, off)
     try:
         yield
     finally:
-        for module, name in active:
-            setattr(module, name, True)
+        for module, name, value, _ in active:
+            setattr(module, name, value)
 
 
-CHECKPOINT_FLAGS = ("grad_checkpointing", "gradient_checkpointing", "with_cp")  # timm, Hugging Face, OpenMMLab
+CHECKPOINT_FLAGS = ("grad_checkpointing", "gradient_checkpointing", "with_cp", "forward")
+"""Where a module says that it recomputes: flags of timm, Hugging Face and OpenMMLab; MMEngine wraps its `forward`."""
+
+
+def _without(value: Any) -> Any:
+    """A flag that is off, or a forward that keeps its activations; anything else as it is."""
+    if value is True:
+        return False
+    code = getattr(value, "__code__", None)
+    recomputes = code is not None and "checkpoint" in code.co_names  # other wrappers move tensors or compile
+    return _without(value.__wrapped__) if recomputes and hasattr(value, "__wrapped__") else value
 
 
 @contextmanager

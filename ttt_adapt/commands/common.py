@@ -47,6 +47,25 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
     return settings
 
 
+def per_arm(pairs: list[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """["lr=1e-4", "tent.lr=1e-3"] -> (["lr=1e-4"], {"tent": {"lr": 1e-3}}).
+
+    Raises:
+        ConfigError: an entry without "=", or the seed, which has an option of its own.
+    """
+    common: list[str] = []
+    own: dict[str, dict[str, Any]] = {}
+    for pair, (name, value) in zip(pairs, (next(iter(parse_settings([p]).items())) for p in pairs), strict=True):
+        arm, dot, field = name.rpartition(".")
+        if field == "seed":
+            raise ConfigError(f"--set {pair}: the seeds of an evaluation are --seeds 0,1,2")
+        if dot:
+            own.setdefault(arm, {})[field] = value
+        else:
+            common.append(pair)
+    return common, own
+
+
 def branch_settings(pairs: list[str]) -> dict[str, Any]:
     """NAME=VALUE for `MAEBranch.attach`.
 

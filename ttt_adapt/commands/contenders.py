@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ttt_adapt.branch import MAEBranch
 from ttt_adapt.checkpoint import Checkpoint, load_checkpoint
 from ttt_adapt.commands.common import parse_settings
 from ttt_adapt.config import StreamConfig
@@ -29,14 +30,14 @@ class Contender:
         label: the row's name in the report.
         checkpoints: the files it runs, one for all seeds or one per seed.
         changes: fields of the online configuration that differ in this row.
-        mask_ratio: of the branch in this row; None for its own.
+        branch: what the branch hides and scores in this row, see `MAEBranch.using`.
     """
 
     arm: str
     label: str
     checkpoints: tuple[Path, ...]
     changes: Mapping[str, Any] = field(default_factory=dict)
-    mask_ratio: float | None = None
+    branch: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -50,23 +51,43 @@ class RealTime:
     forwards: Mapping[str, float] = field(default_factory=dict)
 
 
-def contenders_of(arms: Sequence[str], checkpoints: Sequence[Path], baselines: Sequence[Path]) -> list[Contender]:
+def contenders_of(
+    arms: Sequence[str],
+    checkpoints: Sequence[Path],
+    baselines: Sequence[Path],
+    changes: Mapping[str, Mapping[str, Any]] | None = None,
+    branch: Mapping[str, Any] | None = None,
+) -> list[Contender]:
     """A row for every arm, under its title, after one for the model trained for the main task alone, if there is one.
 
+    Args:
+        arms: names.
+        checkpoints: jointly trained, one for all seeds or one per seed.
+        baselines: the same, trained for the main task alone.
+        changes: arm -> fields of the configuration that it has of its own.
+        branch: of all rows, see `MAEBranch.using`.
+
     Raises:
-        ConfigError: an unknown arm, or none.
+        ConfigError: an unknown arm, or none; changes of an arm that is not among them.
     """
     if not arms:
         raise ConfigError("--arms is comma-separated; expected at least one arm")
-    rows = [Contender(arm.name, arm.title, tuple(checkpoints)) for arm in find_arms(list(arms))]
+    own = changes or {}
+    for name in own:
+        if name not in arms:
+            raise ConfigError(f"--set {name}.{next(iter(own[name]))}: {name} is none of --arms {', '.join(arms)}")
+    rows = [
+        Contender(arm.name, arm.title, tuple(checkpoints), own.get(arm.name, {}), branch or {})
+        for arm in find_arms(list(arms))
+    ]
     return [Contender("fixed", "Main Task Only", tuple(baselines)), *rows] if baselines else rows
 
 
-def real_time_of(wanted: bool, pairs: Sequence[str]) -> RealTime | None:
+def real_time_of(wanted: bool, pairs: Sequence[str], arms: Sequence[str]) -> RealTime | None:
     """["online=4.1"] as the costs of real-time scoring.
 
     Raises:
-        ConfigError: costs without real-time scoring, or one that is no number.
+        ConfigError: costs without real-time scoring, one that is no number, or of none of the arms.
     """
     if not wanted:
         if pairs:
@@ -74,6 +95,8 @@ def real_time_of(wanted: bool, pairs: Sequence[str]) -> RealTime | None:
         return None
     costs = parse_settings(list(pairs))
     for arm, cost in costs.items():
+        if arm not in arms:
+            raise ConfigError(f"--forwards {arm}={cost}: {arm} is none of the arms {', '.join(arms)}")
         if not isinstance(cost, int | float) or isinstance(cost, bool):
             raise ConfigError(f"--forwards {arm}={cost}: expected a number of forward passes, such as {arm}=4")
     return RealTime(costs)
@@ -86,8 +109,8 @@ def clips_from(
     *,
     format: str = "auto",
     classes: Sequence[str] = (),
-    seed: int = 0,
-    frames: int = 240,
+    seed: int | None = None,
+    frames: int | None = None,
 ) -> list[Clip]:
     """The labelled clips called `names` under the folder `data`; all of them without names.
 
@@ -97,13 +120,16 @@ def clips_from(
         size: (height, width) of the frames.
         format: see `ttt_adapt.data.open_clips`.
         classes: class names, where the data bring none.
-        seed: which street.
-        frames: length of the street's stream.
+        seed: which street; 0 by default.
+        frames: length of the street's stream; 240 by default.
     """
     if data == "street" and not Path(data).exists():
         if names:
             raise ConfigError(f"'street' is one clip, got --clips {', '.join(names)}; choose a street with --seed")
-        return [StreetClip(seed, frames, size)]
+        return [StreetClip(seed or 0, 240 if frames is None else frames, size)]
+    for name, value in (("--seed", seed), ("--frames", frames)):
+        if value is not None:
+            raise ConfigError(f"{name} {value} is of the rendered street, and {data} is not it; adaptation has --seeds")
     return open_clips(data, list(names) or None, size, classes=list(classes) or None, format=format)
 
 
@@ -131,7 +157,10 @@ def check(
             _check_classes(checkpoint, clip, path)
         for contender in contenders:
             if path in contender.checkpoints:
-                find_arm(contender.arm).start(checkpoint, config.replace(**contender.changes)).close()
+                find_arm(contender.arm).start(checkpoint, config, contender.changes).close()
+                if contender.branch and isinstance(checkpoint.branch, MAEBranch):
+                    with checkpoint.branch.using(**contender.branch):
+                        pass  # its checks
 
 
 def describe(contender: Contender) -> dict[str, Any]:
@@ -139,8 +168,8 @@ def describe(contender: Contender) -> dict[str, Any]:
     row: dict[str, Any] = {"arm": contender.arm, "checkpoints": _fingerprints(contender.checkpoints)}
     if contender.changes:
         row["changes"] = dict(contender.changes)
-    if contender.mask_ratio is not None:
-        row["mask_ratio"] = contender.mask_ratio
+    if contender.branch:
+        row["branch"] = dict(contender.branch)
     return row
 
 

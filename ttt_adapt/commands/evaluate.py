@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,8 @@ def evaluate(
         "config": asdict(config),
         "seeds": list(seeds),
         "contenders": {contender.label: describe(contender) for contender in contenders},
-        "clips": [clip.name for clip in clips],
-        "size": list(clips[0].size or ()),
+        "clips": {clip.name: clip.describe() for clip in clips},
+        "device": str(device),
         **({} if real_time is None else {"real_time": dict(real_time.forwards)}),
         **({} if study is None else {"study": study}),
     }
@@ -78,7 +78,7 @@ def evaluate(
         raise
     if not report.runs:
         check_failures(report, out)
-    _write(report, contenders, out)
+    _write(report, out)
     return report
 
 
@@ -92,9 +92,8 @@ def check_failures(report: Report, out: Path) -> None:
         )
 
 
-def _write(report: Report, contenders: Sequence[Contender], out: Path) -> None:
-    reference = next(c.label for c in contenders if c.label in report.arms)
-    (out / "table.md").write_text(markdown_table(report, reference), encoding="utf-8")
+def _write(report: Report, out: Path) -> None:
+    (out / "table.md").write_text(markdown_table(report), encoding="utf-8")
     plot_bars(out / "miou.png", report)
     for clip in report.clips:
         plot_stream(out / f"{clip}.png", report.select(clip=clip))
@@ -126,8 +125,7 @@ def _run_missing(
                 try:
                     if path not in loaded:
                         loaded = {path: load_checkpoint(path, device)}
-                    changed = config.replace(seed=seed, **contender.changes)
-                    _run(report, contender, loaded[path], clip, changed, real_time)
+                    _run(report, contender, loaded[path], clip, config.replace(seed=seed), real_time)
                 except Exception as error:  # one arm's crash is not the others'
                     loaded.clear()  # in whatever state the crash left it
                     text = " ".join(f"{type(error).__name__}: {error}".split())
@@ -145,7 +143,7 @@ def _run(
     real_time: RealTime | None,
 ) -> None:
     title = f"{contender.label} on {clip.name}, seed {config.seed}"
-    with _mask_ratio(checkpoint, contender.mask_ratio), progress_bar(title, len(clip)) as advance:
+    with _branch_settings(checkpoint, contender.branch), progress_bar(title, len(clip)) as advance:
         run = run_arm(
             find_arm(contender.arm),
             checkpoint,
@@ -154,6 +152,7 @@ def _run(
             name=clip.name,
             label=contender.label,
             ignore=clip.ignore,
+            changes=contender.changes,
             forwards=None if real_time is None else _forwards(report, contender, checkpoint, clip, config, real_time),
             on_frame=_loss_only(advance),
         )
@@ -175,21 +174,15 @@ def _forwards(
     if contender.arm in real_time.forwards:
         return real_time.forwards[contender.arm]
     earlier = (run.forwards for run in report.select(contender.label) if run.forwards is not None)
-    return next(earlier, None) or measure_forwards(arm, checkpoint, clip, config)
+    return next(earlier, None) or measure_forwards(arm, checkpoint, clip, config.replace(**contender.changes))
 
 
 @contextmanager
-def _mask_ratio(checkpoint: Checkpoint, ratio: float | None) -> Iterator[None]:
-    """Another mask ratio during the block."""
+def _branch_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Iterator[None]:
+    """What a row hides and scores at test time; rows without reconstruction have no use for it."""
     branch = checkpoint.branch
-    if ratio is None or not isinstance(branch, MAEBranch):
+    with branch.using(**settings) if settings and isinstance(branch, MAEBranch) else nullcontext():
         yield
-        return
-    own, branch.mask_ratio = branch.mask_ratio, ratio
-    try:
-        yield
-    finally:
-        branch.mask_ratio = own
 
 
 def _loss_only(advance: Callable[[Any], None]) -> Any:
@@ -200,6 +193,15 @@ def _open_report(path: Path, settings: dict[str, Any]) -> Report:
     if not path.exists():
         return Report(config=settings, environment=environment())
     report = Report.load(path)
-    if report.config != json.loads(json.dumps(settings)):  # JSON has no tuples
-        raise DataError(f"{path} holds results of other settings: choose another --out, or remove it")
+    known = json.loads(json.dumps(settings))  # JSON has no tuples
+    if other := [name for name in {*known, *report.config} if report.config.get(name) != known.get(name)]:
+        raise DataError(
+            f"{path} holds results of other settings ({', '.join(sorted(other))}): choose another --out, or remove it"
+        )
+    here = environment()
+    if other := [name for name in ("commit", "packages") if report.environment.get(name) != here[name]]:
+        raise DataError(
+            f"{path} was begun with another {' and '.join(other)}: choose another --out, or remove it, so that a table "
+            "is of one piece"
+        )
     return report

@@ -34,6 +34,7 @@ class RunOptions:
         limit: stop after this many frames; None: at the end.
         device: where to run.
         config: how to adapt.
+        branch: what the branch hides and scores at test time, see `MAEBranch.using`.
     """
 
     source: str
@@ -45,6 +46,7 @@ class RunOptions:
     limit: int | None = None
     device: torch.device | str = "cpu"
     config: StreamConfig = field(default_factory=StreamConfig)
+    branch: dict[str, Any] = field(default_factory=dict)
 
 
 def run(options: RunOptions) -> int:
@@ -62,6 +64,7 @@ def run(options: RunOptions) -> int:
     count, writer = 0, None
     try:
         with ExitStack() as stack:
+            stack.enter_context(checkpoint.mae_branch.using(**options.branch))
             video = stack.enter_context(open_video(options.source))
             normalize = _normalize(checkpoint, options, video.size)
             adapter = stack.enter_context(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,6 +26,7 @@ def run_study(
     out: Path,
     device: torch.device | str = "cpu",
     real_time: RealTime | None = None,
+    branch: Mapping[str, Any] | None = None,
 ) -> Report:
     """Run a study, and write all that `evaluate` writes, with NAME.md, NAME.png and loss.png.
 
@@ -37,12 +39,13 @@ def run_study(
         out: folder for the results; the same command goes on there.
         device: where to run.
         real_time: as for `evaluate`.
+        branch: of all rows, see `MAEBranch.using`.
 
     Raises:
         As `evaluate`.
     """
     settings = study.settings(max(len(clip) for clip in clips))
-    rows = [Contender(s.arm, s.label, tuple(checkpoints), s.changes, s.mask_ratio) for s in settings]
+    rows = [Contender(s.arm, s.label, tuple(checkpoints), s.changes, {**(branch or {}), **s.branch}) for s in settings]
     report = evaluate(rows, clips, config, seeds, out, device, real_time=real_time, study=study.name)
     _write(report, study, settings, out)
     return report

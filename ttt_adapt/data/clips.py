@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -84,6 +85,13 @@ class Clip:
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
+
+    def describe(self) -> dict[str, Any]:
+        """What a score of this clip depends on, for the record; of the files, names and lengths."""
+        files = [(file.name, file.stat().st_size) for pair in self._files for file in pair]
+        what = repr((files, self.classes, self.ignore, self.fps))
+        digest = hashlib.sha256(what.encode()).hexdigest()[:16]
+        return {"frames": len(self), "size": list(self.size or ()), "content": f"sha256:{digest}"}
 
     def __repr__(self) -> str:
         kind = type(self).__name__

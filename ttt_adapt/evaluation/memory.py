@@ -1,12 +1,15 @@
 """Peak memory of a run, above what was held when it began (the model itself, in an evaluation).
 
 On a GPU it is exact: the largest sum of live tensors (`torch.cuda.max_memory_allocated`). On the CPU it is the growth
-of the process's largest resident size, as Linux counts it: coarse, because memory that earlier runs gave back to the
-allocator, but not to the system, is used again without showing. Compare arms of one order of magnitude on a GPU only.
+of the process's largest resident size, as Linux counts it, after what earlier runs left to the allocator went back to
+the system: good to some MiB. The first run of a process also pays for what libraries set up.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -34,8 +37,10 @@ class PeakMemory:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             self._start = torch.cuda.memory_allocated(self._device) / 2**20
-        elif _forget_peak():
-            self._start = _resident("VmRSS")
+        else:
+            _give_back_free_memory()
+            if _forget_peak():
+                self._start = _resident("VmRSS")
         return self
 
     def __exit__(
@@ -55,6 +60,13 @@ def _forget_peak() -> bool:
     except OSError:
         return False
     return True
+
+
+def _give_back_free_memory() -> None:
+    """What Python and the C library hold unused goes back to the system, as far as they can."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # other C libraries than glibc have no such call
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _resident(field: str) -> float | None:

@@ -21,8 +21,8 @@ from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt.evaluation.arms import ARMS, Arm
 
-PROBE = 9
-"""Frames that the cost of an arm is measured on; the first warms up and does not count."""
+PROBE = 8
+"""Frames, at least, that the cost of an arm is measured on, after one that warms up."""
 
 
 def stride(forwards: float) -> int:
@@ -36,25 +36,12 @@ def stride(forwards: float) -> int:
     return math.ceil(forwards)
 
 
-def schedule(frames: int, forwards: float) -> list[int]:
-    """For every frame of a stream, the index of the frame whose prediction it is scored with.
-
-    Args:
-        frames: length of the stream.
-        forwards: forward passes of the fixed model that the arm costs per frame, R.
-
-    Raises:
-        ConfigError: see `stride`.
-    """
-    step = stride(forwards)
-    return [index - index % step for index in range(frames)]
-
-
 def measure_forwards(arm: Arm, checkpoint: Checkpoint, clip: Iterable[Any], config: StreamConfig) -> float:
     """How many forward passes of the fixed model a frame costs the arm, measured here and now.
 
     Both run on the clip's first frames, one after the other; the mean time per frame of one is divided by that of the
-    other and rounded to one decimal, so that the noise of a clock does not cost a frame. The model is given back.
+    other and rounded to one decimal, so that the noise of a clock does not cost a frame. An arm that is busy on every
+    n-th frame only is measured over whole periods. The model is given back.
 
     Args:
         arm: what to measure; a streaming arm.
@@ -67,7 +54,8 @@ def measure_forwards(arm: Arm, checkpoint: Checkpoint, clip: Iterable[Any], conf
     """
     if arm.name == "fixed":
         return 1.0
-    frames = [frame for frame, _ in islice(clip, PROBE)]
+    period = max(arm.period, config.every)
+    frames = [frame for frame, _ in islice(clip, 1 + period * max(2, -(-PROBE // period)))]
     if not frames:
         raise DataError("the clip has no frames: nothing to measure an arm's cost on")
     fixed, own = (_seconds(some, checkpoint, frames, config) for some in (ARMS["fixed"], arm))

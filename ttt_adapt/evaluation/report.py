@@ -44,11 +44,13 @@ class Run:
         per_class: IoU by class name; None for classes that the clip never shows.
         per_frame: mIoU of every frame; None where a frame is all void.
         losses: label-free loss at every frame; None where the arm did not adapt, or the loss was not finite.
-        ms_per_frame: median time of a step, in milliseconds.
+        ms_per_frame: mean time of a step, in milliseconds, without the first one, which warms up.
         j: region similarity of the foreground over the clip; None unless the classes are background and foreground.
         j_frames: its mean over frames.
         fps: labelled frames per second of the clip; None where unknown.
         peak_memory_mib: peak memory above what was held at the start (`ttt_adapt.evaluation.memory`); None if unknown.
+        streaming: whether the arm saw no frame before its time.
+        oracle: whether it chose by the labels.
         forwards: under real-time scoring, the forward passes per frame that the arm was charged; None without.
     """
 
@@ -67,6 +69,8 @@ class Run:
     fps: float | None = None
     peak_memory_mib: float | None = None
     forwards: float | None = None
+    streaming: bool = True
+    oracle: bool = False
 
     @classmethod
     def from_score(
@@ -97,7 +101,7 @@ class Run:
             per_class=result["per_class"],
             per_frame=[_finite(value) for value in score.per_frame()],
             losses=[_finite(value) for value in losses],
-            ms_per_frame=float(np.nanmedian(np.asarray(ms, dtype=np.float64))),
+            ms_per_frame=_mean_time(ms),
             j=result["j"],
             j_frames=result["j_frames"],
         )
@@ -141,6 +145,11 @@ class Report:
     def arms(self) -> list[str]:
         """Arm names in the order they first ran."""
         return list(dict.fromkeys(run.arm for run in self.runs))
+
+    @property
+    def reference(self) -> str | None:
+        """The arm that others are compared with: the first that was asked for, of those that ran; None without runs."""
+        return next((label for label in [*self.config.get("contenders", ()), *self.arms] if label in self.arms), None)
 
     @property
     def clips(self) -> list[str]:
@@ -216,6 +225,12 @@ def environment() -> dict[str, Any]:
         "commit": commit,
         "dirty": None if changes is None else bool(changes),
     }
+
+
+def _mean_time(ms: Sequence[float]) -> float:
+    """The mean of what was measured after the first frame; of the first, where there is nothing else."""
+    later = [value for value in ms[1:] if not math.isnan(value)]
+    return float(np.mean(later or ms[:1]))
 
 
 def _finite(value: float | None) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ttt_adapt.checkpoint import Checkpoint
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.errors import DataError, FrameError, FrameTypeError
+from ttt_adapt.errors import ConfigError, DataError, FrameError, FrameTypeError
 from ttt_adapt.evaluation.arms import Arm, Predict
 from ttt_adapt.evaluation.memory import PeakMemory
 from ttt_adapt.evaluation.metrics import SegmentationScore
@@ -31,6 +31,7 @@ def run_arm(
     name: str,
     label: str | None = None,
     ignore: int = 255,
+    changes: Mapping[str, Any] | None = None,
     forwards: float | None = None,
     on_frame: OnFrame | None = None,
 ) -> Run:
@@ -47,11 +48,13 @@ def run_arm(
         name: the clip's name in the report.
         label: the arm's name in the report; its own by default.
         ignore: label id of void.
+        changes: fields of the configuration that win over the arm's own.
         forwards: for real-time scoring, the forward passes that the arm costs per frame: it misses the frames that go
             by meanwhile (see `ttt_adapt.evaluation.realtime`). None: it sees every frame.
-        on_frame: called after each frame with (index, frame, prediction [H, W] uint8, mIoU, loss).
+        on_frame: called after each frame with (index, frame, prediction [H, W], mIoU, loss); uint8 up to 256 classes.
 
     Raises:
+        ConfigError: real-time scoring of an arm that sees the whole clip first.
         DataError: the clip has no frames, or none with a labelled pixel, or can be read only once and the arm is not
             streaming.
         FrameError, FrameTypeError: the model's output is not [1, classes, H, W] of the frame's size.
@@ -60,8 +63,12 @@ def run_arm(
     losses: list[float | None] = []
     ms: list[float] = []
     every = 1 if forwards is None else stride(forwards)
+    if forwards is not None and not arm.streaming:
+        raise ConfigError(
+            f"arm {arm.name} sees the whole clip before it predicts: real-time scoring is for streaming arms"
+        )
     with PeakMemory(next(checkpoint.model.parameters()).device) as memory:
-        runner = arm.start(checkpoint, config)
+        runner = arm.start(checkpoint, config, changes)
         try:
             prepared = 0.0 if arm.streaming else _show_clip(arm, runner, clip, checkpoint, ignore)
             for index, (frame, labels) in enumerate(clip):
@@ -75,7 +82,7 @@ def run_arm(
                     ms.append(math.nan)
                 miou = score.update(prediction, labels)
                 if on_frame is not None:
-                    on_frame(index, frame, prediction.to(torch.uint8).cpu().numpy(), miou, losses[-1])
+                    on_frame(index, frame, prediction.numpy(), miou, losses[-1])
         finally:
             runner.close()
     ms = [each + prepared * 1e3 / len(ms) for each in ms]  # what was done before the first frame is shared by all
@@ -85,6 +92,7 @@ def run_arm(
         raise DataError(f"clip {name} has no labelled pixel: all are void ({ignore}); leave it out with --clips")
     run = Run.from_score(label or arm.name, name, config.seed, score, losses, ms)
     run.fps, run.peak_memory_mib, run.forwards = getattr(clip, "fps", None), memory.mib, forwards
+    run.streaming, run.oracle = arm.streaming, arm.oracle
     return run
 
 
@@ -109,6 +117,9 @@ def _show_clip(arm: Arm, runner: Any, clip: Any, checkpoint: Checkpoint, ignore:
             "only be read once: pass a list of (frame, labels), or a LabelledClip"
         )
 
+    if not len(clip):
+        raise DataError("the clip has no frames; expected at least one")
+
     def score(predict: Predict) -> float:
         found = SegmentationScore(len(checkpoint.spec.classes), ignore, checkpoint.spec.classes)
         for frame, labels in (clip[i] for i in range(len(clip))):
@@ -119,7 +130,7 @@ def _show_clip(arm: Arm, runner: Any, clip: Any, checkpoint: Checkpoint, ignore:
 
 
 def _class_map(output: Any, labels: np.ndarray, classes: int, what: str) -> Tensor:
-    """The most likely class of every pixel, [H, W]."""
+    """The most likely class of every pixel, [H, W] on the CPU."""
     if not isinstance(output, Tensor):
         raise FrameTypeError(f"{what} returned a {type(output).__name__}; expected class scores, a tensor [1, C, H, W]")
     expected = [1, classes, *labels.shape]
@@ -128,4 +139,4 @@ def _class_map(output: Any, labels: np.ndarray, classes: int, what: str) -> Tens
             f"{what} returned {[*output.shape]}; expected class scores {expected}, of the frame's own size "
             "(resize them in the model or in `predict`)"
         )
-    return output.argmax(1)[0]
+    return output.argmax(1)[0].to(torch.uint8 if classes <= 256 else torch.int32).cpu()

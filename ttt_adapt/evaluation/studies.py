@@ -30,14 +30,14 @@ class Setting:
         arm: what runs.
         value: its place on the study's axis; None for a row without one.
         changes: fields of the online configuration that differ.
-        mask_ratio: of the branch while it runs; None for its own.
+        branch: what the branch hides and scores, see `MAEBranch.using`.
     """
 
     label: str
     arm: str
     value: float | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
-    mask_ratio: float | None = None
+    branch: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _iterations(_frames: int) -> list[Setting]:
 
 
 def _mask_ratio(_frames: int) -> list[Setting]:
-    return [FIXED, *(Setting(f"Mask {r:g}", "online", r, mask_ratio=r) for r in MASK_RATIOS)]
+    return [FIXED, *(Setting(f"Mask {r:g}", "online", r, branch={"mask_ratio": r}) for r in MASK_RATIOS)]
 
 
 STUDIES = {

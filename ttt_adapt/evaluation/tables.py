@@ -79,16 +79,16 @@ def markdown_table(report: Report, reference: str | None = None) -> str:
     differences to `reference` with their intervals, the means over clips, the IoU of every class, and failed runs.
 
     Cells are mean ± sample standard deviation over seeds, in percent; in brackets stands the change of the mean
-    relative to `reference` (by default the first arm), in percent of it. A value is bold where it is the best
-    beyond the spread: every arm ran at least two seeds, and its mean minus its deviation is above the mean plus
-    deviation of every other arm.
+    relative to `reference` (by default the first arm that was asked for), in percent of it. A value is bold where it is
+    the best beyond the spread: every streaming arm ran at least two seeds, and its mean minus its deviation is above
+    the mean plus deviation of every other. Arms that see the whole clip first are marked, and never bold.
 
     Raises:
         ConfigError: `reference` is no arm of the report.
         DataError: the report holds no runs.
     """
     header, rows, caption = _table(report, reference)
-    reference = report.arms[0] if reference is None else reference
+    reference = _reference(report, reference)
     parts = [_markdown(header, rows), caption]
     if len(report.arms) > 1:
         parts += [f"### Paired difference to {reference}", *_difference_table(report, reference)]
@@ -146,10 +146,10 @@ def _table(report: Report, reference: str | None) -> tuple[list[str], list[list[
     """Header, rows and caption of the report's table."""
     if not report.runs:
         raise DataError("the report holds no runs; add at least one")
-    reference = report.arms[0] if reference is None else reference
+    reference = _reference(report, reference)
     if reference not in report.arms:
         raise ConfigError(f"reference arm {reference!r} is not in the report; {nearest(reference, report.arms)}")
-    header, columns = ["arm"], [[(arm, False) for arm in report.arms]]
+    header, columns = ["arm"], [[(_marked(report, arm), False) for arm in report.arms]]
     for clip in report.clips:
         for title, name in _SCORES.items():
             if all(getattr(run, name) is None for run in report.select(clip=clip)):
@@ -167,6 +167,8 @@ def _table(report: Report, reference: str | None) -> tuple[list[str], list[list[
         "mIoU over the whole clip; frame mIoU is the mean over frames; mean ± sample standard deviation over "
         f"{seeds} seed{'' if counts == [1] else 's'}; in brackets the change relative to {reference}."
     )
+    if not all(run.streaming for run in report.runs):
+        caption += " † sees the whole clip before it predicts; ‡ and chooses by the labels: a bound, not a method."
     if any(run.j is not None for run in report.runs):
         caption += " J is DAVIS' region similarity of the foreground, over the clip and per frame."
     charged = {run.arm: run.forwards for run in report.runs if run.forwards is not None}
@@ -175,33 +177,53 @@ def _table(report: Report, reference: str | None) -> tuple[list[str], list[list[
             f"{arm} {forwards:g}" for arm, forwards in charged.items()
         )
         caption += "; an arm misses ceil of it - 1 frames after each that it sees, and keeps its last prediction."
+        caption += "" if all(run.streaming for run in report.runs) else " Arms with a mark are not charged."
     return header, [list(row) for row in zip(*columns, strict=True)], caption
+
+
+def _reference(report: Report, name: str | None) -> str:
+    found = report.reference if name is None else name
+    if found is None:
+        raise DataError("the report holds no runs; add at least one")
+    return found
+
+
+def _marked(report: Report, arm: str) -> str:
+    """The arm's name, with a mark where it is no streaming method."""
+    runs = report.select(arm)
+    return arm + (" ‡" if any(run.oracle for run in runs) else "" if all(run.streaming for run in runs) else " †")
 
 
 def _score_column(report: Report, clip: str, name: str, reference: str) -> list[Cell]:
     values = [_present(report.select(arm, clip), name) for arm in report.arms]
     stats = [summarize(scores) if scores else None for scores in values]
     base = stats[report.arms.index(reference)]
+    methods = [arm for arm in report.arms if all(run.streaming for run in report.select(arm))]
     cells: list[Cell] = []
     for position, (arm, stat) in enumerate(zip(report.arms, stats, strict=True)):
         if stat is None:
             cells.append(("n/a", False))
             continue
         mean, spread = stat
-        text = f"{100 * mean:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
+        text = _percent(mean, spread)
         if base is not None and base[0] > 0 and arm != reference:
             text += f" ({100 * (mean / base[0] - 1):+.1f}%)"
-        cells.append((text, _is_best(stats, position)))
+        cells.append((text, arm in methods and _is_best(stats, position, [report.arms.index(arm) for arm in methods])))
     return cells
 
 
-def _is_best(stats: Sequence[tuple[float, float | None] | None], position: int) -> bool:
-    """Whether mean - deviation at `position` is above mean + deviation everywhere else."""
-    known = [(stat[0], stat[1]) for stat in stats if stat is not None and stat[1] is not None]
-    if len(known) < len(stats) or len(stats) < 2:
+def _percent(mean: float, spread: float | None) -> str:
+    return f"{100 * mean:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
+
+
+def _is_best(stats: Sequence[tuple[float, float | None] | None], position: int, among: Sequence[int]) -> bool:
+    """Whether mean - deviation at `position` is above mean + deviation everywhere else `among` them."""
+    found = {place: stats[place] for place in among}
+    known = {place: (stat[0], stat[1]) for place, stat in found.items() if stat is not None and stat[1] is not None}
+    if len(known) < len(found) or len(known) < 2:
         return False
     mean, spread = known[position]
-    return all(mean - spread > other + width for place, (other, width) in enumerate(known) if place != position)
+    return all(mean - spread > other + width for place, (other, width) in known.items() if place != position)
 
 
 _SCORES = {"mIoU": "miou", "frame mIoU": "miou_frames", "J": "j", "frame J": "j_frames"}
@@ -258,9 +280,11 @@ def _average_table(report: Report, reference: str) -> str:
     for arm in report.arms:
         row: list[Cell] = [(arm, False)]
         for name in names.values():
-            means = [_present(report.select(arm, clip), name) for clip in report.clips]
-            known = all(means)
-            row.append((f"{100 * np.mean([np.mean(values) for values in means]):.2f}" if known else "n/a", False))
+            seeds = {run.seed for run in report.select(arm)}
+            each = [[getattr(run, name) for run in report.select(arm) if run.seed == seed] for seed in sorted(seeds)]
+            whole = all(len(values) == len(report.clips) for values in each)
+            means = [float(np.mean(values)) for values in each]
+            row.append((_percent(*summarize(means)) if whole else "n/a", False))
         row.append(("", False) if arm == reference else _difference_cell(average_difference(report, arm, reference)))
         rows.append([*row, _plain_cell(report.select(arm), "ms_per_frame")])
     header = ["arm", *(f"{title} (%)" for title in names), f"frame mIoU - {reference} [95 %]", "ms/frame"]

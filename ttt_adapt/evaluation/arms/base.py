@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -67,6 +67,8 @@ class Arm:
         make: (checkpoint, online configuration) -> runner.
         streaming: whether frame t and those before it are all that the prediction of frame t depends on.
         oracle: whether it chooses by the labels; its results are a bound, not a method.
+        period: it updates on every how many-th frame.
+        defaults: fields of the configuration that this arm has of its own.
     """
 
     name: str
@@ -74,14 +76,21 @@ class Arm:
     make: Callable[[Checkpoint, StreamConfig], Runner]
     streaming: bool = True
     oracle: bool = False
+    period: int = 1
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
-    def start(self, checkpoint: Checkpoint, config: StreamConfig) -> Runner:
-        """A runner at the beginning of a stream; `config` is the online arm's, other arms vary it.
+    def start(self, checkpoint: Checkpoint, config: StreamConfig, changes: Mapping[str, Any] | None = None) -> Runner:
+        """A runner at the beginning of a stream.
+
+        Args:
+            checkpoint: the model.
+            config: the online arm's; other arms vary it.
+            changes: fields that win over the arm's own.
 
         Raises:
             ConfigError: the arm does not apply to this model; the message says why.
         """
-        return self.make(checkpoint, config)
+        return self.make(checkpoint, config.replace(**{**self.defaults, **(changes or {})}))
 
 
 def device_of(checkpoint: Checkpoint) -> torch.device:

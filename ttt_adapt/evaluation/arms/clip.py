@@ -72,7 +72,7 @@ class Offline:
 
     Args:
         runner: adapts and predicts.
-        steps: frames to adapt to, each with the configuration's number of gradient steps.
+        steps: frames to adapt to, with a gradient step each.
         seed: of the order.
     """
 

@@ -107,9 +107,9 @@ class Voting(Modified):
 class ClassBalanced(Modified):
     """Reset the adapted weights when predictions collapse to few classes (Volpi et al., CVPR 2022).
 
-    The source model predicts every frame too, from a copy of its weights. When, over the last frames, it has predicted
-    more than `slack` classes more on average than the adapted model, the next frame begins with the source weights, an
-    empty window and an empty buffer.
+    The source model predicts every frame too, from a copy of its weights. When, over the last `length` frames, it has
+    predicted more than `slack` classes more on average than the adapted model, the next frame begins with the source
+    weights, an empty window and an empty buffer.
 
     Args:
         runner: adapts weights.
@@ -128,7 +128,7 @@ class ClassBalanced(Modified):
 
     def step(self, frame: Any) -> Tensor:
         """Begin anew if it is time to; adapt, predict, and compare with the source model."""
-        if self._fewer and sum(self._fewer) / len(self._fewer) > self._slack:
+        if len(self._fewer) == self._fewer.maxlen and sum(self._fewer) / len(self._fewer) > self._slack:
             self._adapter.reset()
             self._fewer.clear()
             self.resets += 1

@@ -85,7 +85,7 @@ def _rotation(checkpoint: Checkpoint, config: StreamConfig) -> Runner:
 
 
 def _every(number: int) -> Arm:
-    return Arm(f"every-{number}", f"Online TTT-MAE, every {number} frames", _adapting(every=number))
+    return Arm(f"every-{number}", f"Online TTT-MAE, every {number} frames", _adapting(every=number), period=number)
 
 
 # ---- arms that see the whole clip
@@ -97,7 +97,7 @@ def _shuffled(checkpoint: Checkpoint, config: StreamConfig) -> Runner:
 
 def _offline_runner(steps: int) -> Make:
     def make(checkpoint: Checkpoint, config: StreamConfig) -> Runner:
-        config = config.replace(carry_weights=True, source_pull=0.0, every=1, gate="none")
+        config = config.replace(iterations=1, carry_weights=True, source_pull=0.0, every=1, gate="none")
         return Offline(_mae(checkpoint, config), steps, config.seed)
 
     return make
@@ -113,6 +113,9 @@ def _oracle(steps: int = OFFLINE_STEPS) -> Arm:
     title = f"Offline MAE All Frames, oracle best of {steps} steps"
     return Arm(name, title, _offline_runner(steps), streaming=False, oracle=True)
 
+
+_BASELINE = {"source_pull": 0.0}
+"""Methods of others as they are published: weights are carried, and nothing pulls them back but `+class`."""
 
 ARMS = {
     arm.name: arm
@@ -131,10 +134,15 @@ ARMS = {
         Arm("online-shuffled", "Online TTT-MAE, shuffled frames", _shuffled, streaming=False),
         _offline(),
         _oracle(),
-        Arm("tent", "Tent", _tent),
-        Arm("self-train", "Self-Train", _self_train()),
-        Arm("self-train-plain", "Self-Train, no threshold, no mask", _self_train(threshold=0.0, mask_ratio=0.0)),
-        Arm("ema-teacher", "EMA teacher", _ema_teacher),
+        Arm("tent", "Tent", _tent, defaults=_BASELINE),
+        Arm("self-train", "Self-Train", _self_train(), defaults=_BASELINE),
+        Arm(
+            "self-train-plain",
+            "Self-Train, no threshold, no mask",
+            _self_train(threshold=0.0, mask_ratio=0.0),
+            defaults=_BASELINE,
+        ),
+        Arm("ema-teacher", "EMA teacher", _ema_teacher, defaults=_BASELINE),
         Arm("rotation", "TTT-Rotation", _rotation),
     )
 }
@@ -156,11 +164,18 @@ def _balanced(runner: Runner, checkpoint: Checkpoint, config: StreamConfig, numb
 
 
 def _smoothed(runner: Runner, checkpoint: Checkpoint, config: StreamConfig, number: int | None) -> Runner:
+    _refuse_shuffled(runner, "smooth")
     return Smoothed(runner, SMOOTH_LENGTH if number is None else number)
 
 
 def _voting(runner: Runner, checkpoint: Checkpoint, config: StreamConfig, number: int | None) -> Runner:
+    _refuse_shuffled(runner, "vote")
     return Voting(runner, _preprocess(checkpoint))
+
+
+def _refuse_shuffled(runner: Runner, modifier: str) -> None:
+    if isinstance(runner, Shuffled):
+        raise ConfigError(f"online-shuffled keeps predicted classes, and +{modifier} is made of distributions")
 
 
 MODIFIERS: dict[str, tuple[str, Callable[[Runner, Checkpoint, StreamConfig, int | None], Runner], bool]] = {
