@@ -472,3 +472,43 @@ def test_a_demo_without_weights_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ttt_adapt.commands.demo.WEIGHTS", tmp_path / "none.safetensors")
     assert "none.safetensors" in fail(capsys, monkeypatch, "demo", f"--out={tmp_path / 'demo'}")
     assert not list(tmp_path.iterdir())
+
+
+# ---- what is reconstructed, and other objectives
+
+
+def test_a_model_trained_with_rotation_is_saved_loaded_and_adapted_by_it(tmp_path, clips):
+    out = tmp_path / "rotation.safetensors"
+    invoke("train", *TRAIN, f"--out={out}", "--objective=rotation")
+    assert type(load_checkpoint(out).branch).__name__ == "Rotation"
+    table = invoke("eval", clips, f"--checkpoint={out}", "--arms=fixed,rotation", f"--out={tmp_path / 'out'}")
+    assert "TTT-Rotation" in table
+    runs = json.loads((tmp_path / "out" / "report.json").read_text())["runs"]
+    losses = [loss for run in runs if run["arm"] == "TTT-Rotation" for loss in run["losses"]]
+    assert len(losses) == 6
+    assert all(0.3 < loss < 4.0 for loss in losses)  # about ln 4: four turns
+
+
+def test_what_the_branch_hides_and_scores_can_be_set_at_test_time(tmp_path, trained, clips, capsys, monkeypatch):
+    losses = []
+    for settings in ([], ["--branch=loss_on=all", "--branch=mask_ratio=0.5"]):
+        out = tmp_path / str(len(settings))
+        invoke("eval", clips, f"--checkpoint={trained}", "--arms=online", "--clips=first", f"--out={out}", *settings)
+        report = json.loads((out / "report.json").read_text())
+        losses.append(report["runs"][0]["losses"])
+    assert report["config"]["contenders"]["Online TTT-MAE"]["branch"] == {"loss_on": "all", "mask_ratio": 0.5}
+    assert losses[0] != losses[1]
+    wrong = ["eval", clips, f"--checkpoint={trained}", "--arms=online", f"--out={tmp_path / 'no'}"]
+    assert "patch_size" in fail(capsys, monkeypatch, *wrong, "--branch=patch_size=8")
+    assert "loss_on is 'some'" in fail(capsys, monkeypatch, *wrong, "--branch=loss_on=some")
+    assert not (tmp_path / "no").exists()
+
+
+def test_options_that_would_do_nothing_are_refused(tmp_path, trained, clips, capsys, monkeypatch):
+    call = ["eval", clips, f"--checkpoint={trained}", "--arms=fixed", f"--out={tmp_path / 'no'}"]
+    for option, told in (
+        ("--seed=3", "rendered street"),
+        ("--frames=3", "rendered street"),
+        ("--set=seed=1", "--seeds"),
+    ):
+        assert told in fail(capsys, monkeypatch, *call, option)

@@ -17,6 +17,10 @@ from ttt_adapt.branch import MAEBranch, check_state
 from ttt_adapt.errors import CheckpointError, ConfigError, missing
 from ttt_adapt.frames import Normalize
 from ttt_adapt.models import SegmentationModel
+from ttt_adapt.objectives import Rotation
+
+OBJECTIVES: dict[str, Any] = {"mae": MAEBranch, "rotation": Rotation}
+"""What a model can be trained with jointly."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,9 @@ class ModelSpec:
         classes: class names in the order of their ids.
         size: (H, W) of the training images.
         encoder_options: keywords of `timm.create_model`.
-        branch: keywords of `MAEBranch.attach`; None for a model trained for the main task alone.
+        branch: keywords of `MAEBranch.attach` (or of `Rotation.attach`); None for a model trained for the main task
+            alone.
+        objective: what it was trained with jointly, "mae" or "rotation".
         palette: one RGB colour per class; () for the default palette.
         mean: per channel, of images in 0..1.
         std: per channel.
@@ -41,13 +47,14 @@ class ModelSpec:
     size: tuple[int, int]
     encoder_options: dict[str, Any] = field(default_factory=dict)
     branch: dict[str, Any] | None = None
+    objective: str = "mae"
     palette: tuple[tuple[int, int, int], ...] = ()
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     width: int = 64
     training: list[dict[str, Any]] = field(default_factory=list)
 
-    def build(self, pretrained: bool = False) -> tuple[SegmentationModel, MAEBranch | None]:
+    def build(self, pretrained: bool = False) -> tuple[SegmentationModel, Attached | None]:
         """The model with fresh (or timm's pretrained) weights, and its branch."""
         model = SegmentationModel(
             self.encoder,
@@ -56,8 +63,8 @@ class ModelSpec:
             pretrained=pretrained,
             encoder_options=self.encoder_options,
         )
-        branch = None if self.branch is None else MAEBranch.attach(model, "backbone", **self.branch)
-        return model, branch
+        attach = OBJECTIVES[self.objective].attach
+        return model, None if self.branch is None else attach(model, "backbone", **self.branch)
 
     def preprocess(self, device: torch.device | str | None = None) -> Normalize:
         """The normalisation that the model was trained with."""
@@ -150,7 +157,7 @@ def load_initial(path: str | Path, checkpoint: Checkpoint) -> None:
     device = next(checkpoint.model.parameters()).device
     weights, spec = _read(path, device)
     load_weights(checkpoint.model, weights, "model.", str(path))
-    if checkpoint.branch is not None and spec.branch is not None:
+    if checkpoint.branch is not None and spec.branch is not None and spec.objective == checkpoint.spec.objective:
         load_weights(checkpoint.branch, weights, "branch.", str(path))
 
 

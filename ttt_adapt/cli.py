@@ -82,6 +82,7 @@ def train(
     encoder_option: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Keyword of timm.create_model; repeatable.")
     ] = None,
+    objective: Annotated[str, typer.Option(help="What is trained jointly: mae, or rotation.")] = "mae",
     branch: BranchSettings = None,
     clips: Annotated[str, typer.Option(help="Comma-separated names of the clips to train on; all by default.")] = "",
     size: Size = None,
@@ -124,6 +125,7 @@ def train(
             out=out,
             encoder=encoder,
             encoder_options=parse_settings(encoder_option or []),
+            objective=objective,
             branch=branch_settings(branch or []),
             clips=_names(clips),
             size=parse_size(size),

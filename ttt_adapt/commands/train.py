@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttt_adapt.checkpoint import Checkpoint, ModelSpec, load_initial, save_checkpoint
+from ttt_adapt.checkpoint import OBJECTIVES, Checkpoint, ModelSpec, load_initial, save_checkpoint
 from ttt_adapt.commands.common import notice, pick_device, progress_bar
 from ttt_adapt.data import Augment, StillsDataset, open_clips
 from ttt_adapt.errors import ConfigError, StateError
@@ -33,6 +33,7 @@ class TrainOptions:
         out: the checkpoint to write, .safetensors.
         encoder: timm model name.
         encoder_options: keywords of `timm.create_model`.
+        objective: what is trained jointly: "mae", or "rotation".
         branch: keywords of `MAEBranch.attach`.
         clips: names of the clips to use; () for all.
         size: (H, W) that images are resized to; None: as on disk.
@@ -51,6 +52,7 @@ class TrainOptions:
     out: Path
     encoder: str = "vit_tiny_patch16_224"
     encoder_options: dict[str, Any] = field(default_factory=dict)
+    objective: str = "mae"
     branch: dict[str, Any] = field(default_factory=dict)
     clips: tuple[str, ...] = ()
     size: tuple[int, int] | None = None
@@ -73,6 +75,12 @@ def train(options: TrainOptions) -> Checkpoint:
     """
     if options.recipe not in RECIPES:
         raise ConfigError(f"recipe is {options.recipe!r}; expected one of {', '.join(RECIPES)}")
+    if options.objective not in OBJECTIVES:
+        raise ConfigError(f"objective is {options.objective!r}; expected one of {', '.join(OBJECTIVES)}")
+    if options.branch and options.objective != "mae":
+        raise ConfigError(
+            f"--branch {next(iter(options.branch))} is of the MAE branch; {options.objective} has no settings"
+        )
     if options.out.suffix != ".safetensors":
         raise ConfigError(f"--out is {options.out}; expected a file name ending in .safetensors")
     device = _device(options.device)
@@ -130,7 +138,18 @@ def _try_size(checkpoint: Checkpoint, device: torch.device) -> None:
 
 def _origin(options: TrainOptions) -> str:
     """What a run depends on beside its `TrainConfig`, for its state files."""
-    names = ("data", "clips", "size", "stills", "encoder", "encoder_options", "branch", "init", "pretrained")
+    names = (
+        "data",
+        "clips",
+        "size",
+        "stills",
+        "encoder",
+        "encoder_options",
+        "objective",
+        "branch",
+        "init",
+        "pretrained",
+    )
     return ", ".join(f"{name}={getattr(options, name)}" for name in names)
 
 
@@ -166,7 +185,7 @@ def _open_data(options: TrainOptions) -> tuple[NormalizedStills, ModelSpec]:
         classes = sources[0].classes
         size = options.size or sources[0][0][1].shape
     branch = None if options.recipe == "main" else options.branch
-    spec = ModelSpec(options.encoder, tuple(classes), size, options.encoder_options, branch, palette)
+    spec = ModelSpec(options.encoder, tuple(classes), size, options.encoder_options, branch, options.objective, palette)
     return NormalizedStills(StillsDataset(sources, Augment(), options.config.seed), spec), spec
 
 

@@ -78,8 +78,7 @@ def _ema_teacher(checkpoint: Checkpoint, config: StreamConfig) -> Runner:
 def _rotation(checkpoint: Checkpoint, config: StreamConfig) -> Runner:
     if not isinstance(checkpoint.branch, Rotation):
         raise ConfigError(
-            "this checkpoint has no rotation head: train the model jointly with ttt_adapt.objectives.Rotation "
-            "(docs/objectives.md) and make a Checkpoint with it as the branch"
+            "this checkpoint has no rotation head: train the model with one (ttt-adapt train --objective rotation)"
         )
     return Adapting(checkpoint.branch, _preprocess(checkpoint), config)
 
