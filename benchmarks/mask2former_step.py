@@ -3,10 +3,10 @@
     python benchmarks/mask2former_step.py                                  # the CPU, or the GPU where there is one
     python benchmarks/mask2former_step.py --size 128 256 --batches 1 2 4   # smaller
 
-A frame is adapted to and predicted, and the plain model predicts it in turn; medians over `--frames` frames after one
-to warm up. Each batch size runs in a process of its own, so that its peak memory is its own. The parts of a step:
-encoder and decoder (the masked forward pass), backward, optimizer, predict. Weights are random: they do not change the
-cost.
+A frame is adapted to by the online preset and predicted, and the plain model predicts it in turn; medians over
+`--frames` frames after one to warm up. Each batch size, and plain inference by itself, runs in a process of its own, so
+that its peak memory is its own. The parts of a step: encoder and decoder (the masked forward pass), backward,
+optimizer, predict. Weights are random: they do not change the cost.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,12 @@ class Clock:
         return time.perf_counter()
 
 
-def build(size: tuple[int, int], device: torch.device) -> tuple[nn.Module, Any]:
-    """The segmentor in eval mode, and its branch."""
+def build(device: torch.device) -> nn.Module:
+    """The segmentor in eval mode."""
     from mmengine.config import Config
     from mmengine.registry import MODELS, init_default_scope
 
-    import ttt_adapt_openmmlab
+    import ttt_adapt_openmmlab  # noqa: F401  # registers the models' names
 
     with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
         file.write(f"_base_ = ['{CONFIG}']\nmodel = dict(backbone=dict(init_cfg=None))\n")
@@ -68,15 +69,35 @@ def build(size: tuple[int, int], device: torch.device) -> tuple[nn.Module, Any]:
         config = Config.fromfile(file.name)
     init_default_scope("mmseg")
     torch.manual_seed(0)
-    model = MODELS.build(config.model).to(device).eval()
-    return model, ttt_adapt_openmmlab.branch_for(model, encoder="backbone", decoder="copy_head", image_size=size)
+    return MODELS.build(config.model).to(device).eval()
+
+
+def predictor(model: nn.Module, size: tuple[int, int]) -> Callable[[torch.Tensor], Any]:
+    """How the segmentor is called on one frame."""
+    from mmseg.structures import SegDataSample
+
+    meta = [SegDataSample(metainfo={"img_shape": size, "ori_shape": size, "pad_shape": size})]
+    return lambda x: model.predict(x, meta)
+
+
+def measure_plain(size: tuple[int, int], frames: int, device: torch.device) -> dict[str, float]:
+    """Plain inference: the median in milliseconds, and peak memory in MiB."""
+    clock, found = Clock(device), []
+    predict = predictor(build(device), size)
+    for _ in range(frames + 1):
+        frame = torch.randn(1, 3, *size, device=device)
+        clock.start()
+        with torch.no_grad():
+            predict(frame)
+        clock.stop("forward")()
+        found.append(clock.ms["forward"])
+    return {"forward": statistics.median(found[1:]), "peak_mib": peak_mib(device)}
 
 
 def measure(size: tuple[int, int], batch: int, frames: int, device: torch.device) -> dict[str, float]:
-    """Medians in milliseconds, and peak memory in MiB, for one batch size."""
-    from mmseg.structures import SegDataSample
-
+    """Online steps: medians in milliseconds, and peak memory in MiB, for one batch size."""
     from ttt_adapt import StreamAdapter, StreamConfig
+    from ttt_adapt_openmmlab import branch_for
 
     clock = Clock(device)
 
@@ -86,47 +107,50 @@ def measure(size: tuple[int, int], batch: int, frames: int, device: torch.device
         made.register_step_post_hook(clock.stop("optimizer"))
         return made
 
-    model, branch = build(size, device)
-    config = StreamConfig.online(batch_size=batch, source_pull=0.0)
+    model = build(device)
+    branch = branch_for(model, encoder="backbone", decoder="copy_head", image_size=size)
+    predict, config = predictor(model, size), StreamConfig.online(batch_size=batch)
     found: dict[str, list[float]] = {name: [] for name in (*PARTS, "predict", "step", "forward")}
-    meta = [SegDataSample(metainfo={"img_shape": size, "ori_shape": size, "pad_shape": size})]
-
-    def predict(x: torch.Tensor) -> Any:
-        return model.predict(x, meta)
-
     with StreamAdapter(model, branch, config=config, optimizer=optimizer, predict=predict) as adapter:
         for index in range(frames + 1):
             frame = torch.randn(1, 3, *size, device=device)
-            begun = time.perf_counter()
-            handles = [
-                model.backbone.register_forward_pre_hook(clock.start),
-                model.backbone.register_forward_hook(clock.stop("encoder")),
-                branch.decoder.register_forward_hook(clock.stop("decoder")),
-            ]
-            adapter.adapt(frame)
-            for handle in handles:
-                handle.remove()
-            clock.start()
-            adapter.predict(frame)
-            clock.stop("predict")()
-            step = 1e3 * (time.perf_counter() - begun)
+            one_step(adapter, frame, clock)
             clock.start()
             with torch.no_grad():
                 predict(frame)
             clock.stop("forward")()
             if index:
                 for name, values in found.items():
-                    values.append(step if name == "step" else clock.ms[name])
-    peak = (
-        torch.cuda.max_memory_allocated() / 2**20
-        if device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    )
-    return {name: statistics.median(values) for name, values in found.items()} | {"peak_mib": peak}
+                    values.append(clock.ms[name])
+    return {name: statistics.median(values) for name, values in found.items()} | {"peak_mib": peak_mib(device)}
+
+
+def one_step(adapter: Any, frame: torch.Tensor, clock: Clock) -> None:
+    """Adapt to a frame and predict it; the clock reads the parts and the whole."""
+    begun = time.perf_counter()
+    handles = [
+        adapter.branch.model.backbone.register_forward_pre_hook(clock.start),
+        adapter.branch.model.backbone.register_forward_hook(clock.stop("encoder")),
+        adapter.branch.decoder.register_forward_hook(clock.stop("decoder")),
+    ]
+    adapter.adapt(frame)
+    for handle in handles:
+        handle.remove()
+    clock.start()
+    adapter.predict(frame)
+    clock.stop("predict")()
+    clock.ms["step"] = 1e3 * (time.perf_counter() - begun)
+
+
+def peak_mib(device: torch.device) -> float:
+    """Peak memory of this process: on the GPU, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def in_own_process(options: argparse.Namespace, batch: int) -> dict[str, float] | str:
-    """The measurement of one batch size, or why there is none."""
+    """The measurement of one batch size (0: of plain inference), or why there is none."""
     size = [str(side) for side in options.size]
     command = [sys.executable, __file__, "--only", str(batch), "--frames", str(options.frames), "--size", *size]
     done = subprocess.run([*command, "--device", options.device], capture_output=True, text=True)
@@ -146,15 +170,29 @@ def main() -> None:
     parser.add_argument("--only", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    if options.only:
-        print(json.dumps(measure(tuple(options.size), options.only, options.frames, torch.device(options.device))))
+    if options.only is not None:
+        size, device = tuple(options.size), torch.device(options.device)
+        batch = options.only
+        found = measure(size, batch, options.frames, device) if batch else measure_plain(size, options.frames, device)
+        print(json.dumps(found))
         return
+    compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Measure all batch sizes and plain inference; a table to the screen, and a report to a file."""
     from ttt_adapt.evaluation.report import environment
 
-    report: dict[str, Any] = {"environment": environment(), "size": options.size, "batches": {}}
+    plain = in_own_process(options, 0)
+    report: dict[str, Any] = {"environment": environment(), "size": options.size, "plain": plain, "batches": {}}
     columns = (*PARTS, "predict", "step", "forward")
     print("| batch | " + " | ".join(f"{name} ms" for name in columns) + " | step / forward | peak MiB |")
     print("|---:|" + "---:|" * (len(columns) + 2))
+    if isinstance(plain, str):
+        print(f"| plain | {plain} |")
+    else:
+        blank = " |" * (len(columns) - 1)
+        print(f"| plain |{blank} {plain['forward']:.0f} | | {plain['peak_mib']:.0f} |")
     for batch in options.batches:
         found = report["batches"][batch] = in_own_process(options, batch)
         options.out.write_text(json.dumps(report, indent=2) + "\n")

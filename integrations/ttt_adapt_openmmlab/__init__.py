@@ -1,4 +1,8 @@
-"""Online test-time training in MMEngine, mmsegmentation and mmdetection: one wrapper to train, one hook to test."""
+"""Online test-time training in MMEngine, mmsegmentation and mmdetection: one wrapper to train, one hook to test.
+
+Import it before `mmseg.apis` and `mmdet.apis`: beside mmcv-lite, which has no compiled operators, these import only
+once this package stands in for the operators. In a config, `custom_imports` sees to it.
+"""
 
 from ttt_adapt_openmmlab.ops import allow_zoo_checkpoints, require_packages, stand_in_for_missing_ops
 

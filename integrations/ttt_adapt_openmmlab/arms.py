@@ -10,16 +10,10 @@ from typing import Any
 from ttt_adapt import ConfigError, StreamConfig
 
 ARMS = ("fixed", "no_memory", "implicit_only", "explicit_only", "online", "paper", "offline")
-MEMORY: dict[str, dict[str, Any]] = {  # what makes each arm what it is
-    "fixed": {},
-    "no_memory": {"window": 1, "carry_weights": False},
-    "implicit_only": {"window": 1, "carry_weights": True},
-    "explicit_only": {"carry_weights": False},
-    "online": {"carry_weights": True},
-    "paper": {"carry_weights": True},
-    "offline": {"carry_weights": True},
-}
-_OWN = ("arm", "branch", "log_interval", "visualize_interval", "offline_epochs")
+_ONE_FRAME = ("no_memory", "implicit_only")  # arms without a window, and
+_FROM_SOURCE = ("no_memory", "explicit_only")  # arms whose weights do not go on
+_FREE = ("crop_size", "seed", "precision", "engine")  # what the paper's recipe leaves to the data and the machine
+_OWN = ("arm", "branch", "log_interval", "visualize_interval", "offline_steps")
 
 
 def stream_config(arm: str, fields: Mapping[str, Any]) -> StreamConfig:
@@ -38,18 +32,39 @@ def stream_config(arm: str, fields: Mapping[str, Any]) -> StreamConfig:
                 f"StreamConfig or one of {', '.join(_OWN)}"
             )
     if arm == "offline":
-        size = fields.get("batch_size", StreamConfig.batch_size)
-        return StreamConfig.online(**{"source_pull": 0.0, "window": size, **fields})
+        return StreamConfig.online(**{"source_pull": 0.0, **fields})
     make: Callable[..., StreamConfig] = getattr(StreamConfig, "online" if arm == "fixed" else arm)
     return make(**fields)
 
 
+def contradictions(arm: str, config: StreamConfig) -> dict[str, str]:
+    """The fields of `config` that turn the arm into another, and what the arm means by each."""
+    if arm == "fixed":
+        return {}
+    if arm == "paper":
+        meant = dataclasses.asdict(StreamConfig.paper())
+        return {
+            name: f"{name}={value!r}"
+            for name, value in meant.items()
+            if name not in _FREE and getattr(config, name) != value
+        }
+    wrong, carries = {}, arm not in _FROM_SOURCE
+    if arm in _ONE_FRAME and config.window != 1:
+        wrong["window"] = "window=1"
+    if arm not in _ONE_FRAME and config.capacity < 2:
+        wrong["window"] = "a window of at least 2"
+    if config.carry_weights != carries:
+        wrong["carry_weights"] = f"carry_weights={carries}"
+    if carries and config.source_pull == 1:  # which goes all the way back before each frame
+        wrong["source_pull"] = "source_pull below 1"
+    return wrong
+
+
 def contradiction(arm: str, config: StreamConfig) -> str:
     """A warning where explicit settings turn an arm into another; "" elsewhere."""
-    meant = MEMORY[arm]
-    changed = [f"{name}={getattr(config, name)}" for name, value in meant.items() if getattr(config, name) != value]
-    expected = ", ".join(f"{name}={value}" for name, value in meant.items())
-    return f"arm {arm!r} means {expected}, and the hook was given {', '.join(changed)}" if changed else ""
+    wrong = contradictions(arm, config)
+    given = ", ".join(f"{name}={getattr(config, name)!r}" for name in wrong)
+    return f"arm {arm!r} means {', '.join(wrong.values())}, and the hook was given {given}" if wrong else ""
 
 
 def nearest(name: Any, choices: Iterable[str]) -> str:

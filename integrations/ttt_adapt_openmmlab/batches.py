@@ -51,11 +51,19 @@ def branch_for_stream(model: nn.Module, keywords: Mapping[str, Any] | None, seed
     return branch
 
 
+def branch_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The branch's part of the weights of a `JointMAE`."""
+    return {name.removeprefix(BRANCH): value for name, value in state.items() if name.startswith(BRANCH)}
+
+
 def _branch_weights(path: str) -> dict[str, Tensor]:
-    """The branch's part of a checkpoint of `JointMAE`."""
-    checkpoint = CheckpointLoader.load_checkpoint(path, map_location="cpu")
-    state = checkpoint.get("state_dict", checkpoint)
-    weights = {name.removeprefix(BRANCH): value for name, value in state.items() if name.startswith(BRANCH)}
+    try:
+        checkpoint = CheckpointLoader.load_checkpoint(path, map_location="cpu")
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"the branch's checkpoint {path} does not exist; expected the file or URL of a JointMAE run"
+        ) from error
+    weights = branch_part(checkpoint.get("state_dict", checkpoint))
     if not weights:
         raise CheckpointError(f"{path} holds no weights under {BRANCH!r}; expected a checkpoint of JointMAE")
     return weights

@@ -28,12 +28,15 @@ COCO_LAYOUT = (
 def check_tree(kind: str, root: str | Path) -> list[str]:
     """The problems of a data set on disk; every label image is read.
 
+    Nothing on disk says how long a sequence of KITTI-STEP or how large a city of Cityscapes was: what is missing at the
+    end, images and labels both, is not noticed. CamVid's index and COCO's JSON files name all of their frames.
+
     Args:
         kind: camvid, kitti-step, coco-videos, cityscapes or coco.
         root: the folder that a config names as `data_root`.
 
     Returns:
-        A sentence for every problem, with counts and file names; empty if the data set is complete and well-formed.
+        A sentence for every problem, with counts and file names; empty if none was found.
 
     Raises:
         ConfigError: an unknown kind.
@@ -142,13 +145,13 @@ def _coco(root: Path) -> Iterator[str]:
         if not images.is_dir():
             yield f"{images} is missing; expected {COCO_LAYOUT}"
             continue
-        for file in (instances, panoptic):
-            yield from _coco_images(images, file)
+        yield from _coco_images(images, instances, "instance")
+        yield from _coco_images(images, panoptic, "panoptic")
         yield from _coco_panoptic(panoptic, maps)
 
 
-def _coco_images(images: Path, file: Path) -> Iterator[str]:
-    data = _json(file)
+def _coco_images(images: Path, file: Path, kind: str) -> Iterator[str]:
+    data = _json(file, kind)
     if isinstance(data, str):
         yield data
         return
@@ -159,15 +162,15 @@ def _coco_images(images: Path, file: Path) -> Iterator[str]:
     if missing:
         lack = f"{len(missing)} of the {len(files)} images of {file.name}"
         yield f"{images} lacks {lack}: {listed(missing)}; get them again"
-    known = set(LABELS) if "segments_info" in next(iter(data["annotations"]), {}) else set(THING_IDS)
-    unknown = sorted({item["id"] for item in data["categories"]} - known)
+    known = LABELS if kind == "panoptic" else THING_IDS
+    unknown = sorted({item["id"] for item in data["categories"]} - set(known))
     if unknown:
         yield f"{file} has category {', '.join(map(str, unknown[:5]))}; expected COCO's ids"
 
 
 def _coco_panoptic(file: Path, maps: Path) -> Iterator[str]:
-    data = _json(file)
-    if isinstance(data, str):
+    data = _json(file, "panoptic")
+    if isinstance(data, str):  # told already
         return
     pairs = [(maps / item["file_name"], item["segments_info"]) for item in data["annotations"]]
     missing = [path for path, _ in pairs if not path.is_file()]
@@ -219,7 +222,13 @@ def _read_kitti(file: Path) -> None:
     kitti_segments(segment_ids(colour), str(file))
 
 
-def _json(file: Path) -> dict | str:
+_NOTES = {
+    "instance": ("image_id", "category_id", "bbox", "segmentation"),
+    "panoptic": ("image_id", "file_name", "segments_info"),
+}
+
+
+def _json(file: Path, kind: str) -> dict | str:
     """COCO's JSON, or what is wrong with it."""
     if not file.is_file():
         return f"{file} is missing; expected {COCO_LAYOUT}"
@@ -228,7 +237,15 @@ def _json(file: Path) -> dict | str:
     except ValueError as error:
         return f"{file} is not JSON ({error}); get it again"
     lacking = [key for key in ("images", "annotations", "categories") if key not in data]
-    return f"{file} lacks {', '.join(lacking)}; expected COCO's annotations" if lacking else data
+    if lacking:
+        return f"{file} lacks {', '.join(lacking)}; expected COCO's annotations"
+    bare = [key for key in _NOTES[kind] if any(key not in note for note in data["annotations"])]
+    if bare:
+        return (
+            f"{file} has annotations without {', '.join(bare)}; expected COCO's {kind} annotations: put the {kind} "
+            "file of the release there"
+        )
+    return data
 
 
 _KINDS: dict[str, tuple[str, Callable[[Path], Iterator[str]]]] = {

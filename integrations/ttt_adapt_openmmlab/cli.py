@@ -123,4 +123,4 @@ def check_data(
         typer.echo(problem)
     if problems:
         raise typer.Exit(1)
-    typer.echo(f"{path}: a complete {name}")
+    typer.echo(f"{path}: no problem found in this {name}")

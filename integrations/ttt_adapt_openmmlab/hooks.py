@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from itertools import chain, islice
 from typing import Any
 
+import numpy as np
 import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
@@ -54,16 +56,16 @@ class OnlineTTTHook(Hook):
         batch_size: frames or crops drawn from the window for a gradient step (not of the dataloader).
         crop_size: (H, W) of random crops for the gradient step; None: whole frames.
         arm: "online" (both memories), "no_memory", "implicit_only", "explicit_only", "paper" (the released code's
-            recipe), "fixed" (no adaptation: the hook does nothing), or "offline": before a video is predicted, its
-            frames go `offline_epochs` times through adaptation in an order shuffled by the seed, with a window of
-            `batch_size` frames; then all are predicted with these weights.
+            recipe), "fixed" (no adaptation: the hook does nothing), or "offline": before a video is predicted, the
+            model adapts to `offline_steps` of its frames, which come again and again in an order shuffled by the seed,
+            without a pull toward the source; then all are predicted with these weights.
         branch: None for the branch of a `JointMAE` model, or keywords of `MAEBranch.attach` to attach one to the
             plain model (`encoder="backbone"` by default); `checkpoint=` names a file or URL with its weights, as
             `JointMAE` saves them.
         log_interval: a line in the log every n frames. Scalars `ttt/loss` and `ttt/ms` go to the message hub and the
             visualizer on every frame.
         visualize_interval: every n frames an image (frame, masked frame, reconstruction) to the visualizer; 0: never.
-        offline_epochs: passes over a video in arm "offline".
+        offline_steps: frames that arm "offline" adapts to before each video.
         **config: other fields of `ttt_adapt.StreamConfig`: lr, iterations, source_pull, seed, precision, ...
 
     Raises:
@@ -83,7 +85,7 @@ class OnlineTTTHook(Hook):
         branch: Mapping[str, Any] | None = None,
         log_interval: int = 10,
         visualize_interval: int = 0,
-        offline_epochs: int = 1,
+        offline_steps: int = 1000,
         **config: Any,
     ) -> None:
         given = {"window": window, "batch_size": batch_size, "crop_size": crop_size}
@@ -91,11 +93,11 @@ class OnlineTTTHook(Hook):
         for name, value, least in (
             ("log_interval", log_interval, 1),
             ("visualize_interval", visualize_interval, 0),
-            ("offline_epochs", offline_epochs, 1),
+            ("offline_steps", offline_steps, 1),
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number, at least {least}")
-        self.arm, self.offline_epochs = arm, offline_epochs
+        self.arm, self.offline_steps = arm, offline_steps
         self.branch = None if branch is None else branch_settings(branch, "checkpoint")
         self.log_interval, self.visualize_interval = log_interval, visualize_interval
         self._adapter: StreamAdapter | None = None
@@ -146,8 +148,8 @@ class OnlineTTTHook(Hook):
             yield told
         if self.branch is None and unwrapped(model).branch_is_new:
             yield (
-                "the checkpoint holds no trained branch (mae_branch): adapting by an untrained one does not help; "
-                "train it jointly first, by ttt-adapt mm train"
+                "the checkpoint holds no trained branch (mae_branch), or not the whole of this one: adapting by an "
+                "untrained one does not help; train it jointly first, by ttt-adapt mm train"
             )
         masks = self._objective.mask_ratio, self._objective.loss_on
         if self.arm == "paper" and masks != (0.85, "all"):
@@ -217,17 +219,19 @@ class OnlineTTTHook(Hook):
             runner.visualizer.add_image("ttt_reconstruction", image, step=self._totals.frames)
 
     def _fit_video(self, runner: Any, begin: int, info: Mapping[str, Any]) -> None:
-        """Arm "offline": adapt to all frames of the video that begins at position `begin` of the stream."""
+        """Arm "offline": adapt to all frames of the video that begins at position `begin` of the stream.
+
+        "Test-Time Training on Video Streams", section 6.1: batches of all frames in random order, for a fixed number of
+        steps.
+        """
         name = video_of(self._infos[begin])
         indices = [index for index, other in zip(self._indices, self._infos, strict=True) if video_of(other) == name]
         loader = runner.test_dataloader
-        generator = torch.Generator().manual_seed(self.config.seed)
-        for epoch in range(self.offline_epochs):
-            for i in torch.randperm(len(indices), generator=generator).tolist():
-                batch = loader.collate_fn([loader.dataset[indices[i]]])
-                found = {**info, **only_sample(batch).metainfo}
-                report = self._adapt(images(self._preprocessor, batch), found)
-                self._record(runner, report, self._totals.losses + 1, f"{name}, epoch {epoch + 1}")
+        for step, i in enumerate(_shuffled(len(indices), self.offline_steps, self.config.seed), start=1):
+            batch = loader.collate_fn([loader.dataset[indices[i]]])
+            found = {**info, **only_sample(batch).metainfo}
+            report = self._adapt(images(self._preprocessor, batch), found)
+            self._record(runner, report, self._totals.losses + 1, f"{name}, step {step}/{self.offline_steps}")
 
     def _adapt(self, x: Tensor, info: Mapping[str, Any]) -> StepReport:
         try:
@@ -275,3 +279,10 @@ class OnlineTTTHook(Hook):
             self._warned.add(name)
             runner.logger.warning(warning)
         return new
+
+
+def _shuffled(count: int, steps: int, seed: int) -> Iterator[int]:
+    """`steps` numbers below `count`: all of them in random order, again and again."""
+    random = np.random.default_rng(seed)
+    epochs = (random.permutation(count).tolist() for _ in range(-(-steps // count)))
+    return islice(chain.from_iterable(epochs), steps)

@@ -66,7 +66,7 @@ class JointMAE(BaseModel):
             attached = branch_for(plain, **settings)
         self.model: Any = plain  # its methods are those of MMEngine's models
         self.mae_branch = attached
-        self.branch_is_new = False  # weights without a branch were loaded, and nothing trained it since
+        self.branch_is_new = False  # weights without this branch were loaded, and nothing trained it since
         self.register_state_dict_post_hook(_plain_names)
         self.register_load_state_dict_post_hook(_loaded)
 
@@ -133,7 +133,10 @@ class JointMAE(BaseModel):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Give the plain model's keys the place that they have in here; PyTorch and MMEngine both come by."""
-        self._loading = prefix, any(key.startswith(prefix + BRANCH) for key in state_dict)
+        own, start = self.mae_branch.state_dict(), prefix + BRANCH
+        found = {key.removeprefix(start): value for key, value in state_dict.items() if key.startswith(start)}
+        whole = all(key in found and found[key].shape == value.shape for key, value in own.items())
+        self._loading = prefix, bool(found), whole
         _rename(state_dict, prefix, lambda key: key if key.startswith(BRANCH) else INNER + key)
         versions = {} if prefix else getattr(state_dict, "_metadata", None) or {}
         for key in list(versions):
@@ -183,8 +186,8 @@ def _plain_names(_module: nn.Module, state_dict: Any, prefix: str, _metadata: An
 
 def _loaded(module: JointMAE, incompatible: Any) -> None:
     """After loading: names as in the plain model; a checkpoint without a branch lacks nothing."""
-    prefix, with_branch = module._loading
-    module.branch_is_new = not with_branch
+    prefix, with_branch, whole = module._loading
+    module.branch_is_new = not whole
     for keys in incompatible:
         keys[:] = [prefix + key[len(prefix) :].removeprefix(INNER) if key.startswith(prefix) else key for key in keys]
     if not with_branch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import os
 import pickle
@@ -13,12 +14,13 @@ from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.runner import CheckpointLoader, Runner
+from mmengine.runner import CheckpointLoader, Runner, find_latest_checkpoint
 from torch import nn
 
-from ttt_adapt import CheckpointError, ConfigError, MissingPackageError
-from ttt_adapt_openmmlab.arms import MEMORY, nearest, stream_config
-from ttt_adapt_openmmlab.joint import plain_model
+from ttt_adapt import CheckpointError, ConfigError, MissingPackageError, StreamConfig
+from ttt_adapt_openmmlab.arms import contradictions, nearest, stream_config
+from ttt_adapt_openmmlab.batches import branch_part
+from ttt_adapt_openmmlab.joint import find_branch, plain_model
 
 LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
 _READ_BY_RUNNER = (  # beside its arguments
@@ -93,10 +95,17 @@ def set_amp(cfg: Config) -> None:
 
 
 def set_resume(cfg: Config, resume: str) -> None:
-    """Go on from the latest checkpoint of the work dir ("auto"), or from a file or URL."""
-    cfg.resume, cfg.load_from = True, None
-    if resume != "auto":
-        set_checkpoint(cfg, resume)
+    """Go on from a file or URL, or from the latest checkpoint of the work dir ("auto").
+
+    Where "auto" finds none, the run begins as the config says, `load_from` included.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    found = find_latest_checkpoint(cfg.work_dir) if resume == "auto" else resume
+    cfg.resume = found is not None
+    if found is not None:
+        set_checkpoint(cfg, found)
 
 
 def set_checkpoint(cfg: Config, checkpoint: str) -> None:
@@ -105,9 +114,13 @@ def set_checkpoint(cfg: Config, checkpoint: str) -> None:
     Raises:
         FileNotFoundError: no such file.
     """
+    _check_exists(checkpoint)
+    cfg.load_from = checkpoint
+
+
+def _check_exists(checkpoint: str) -> None:
     if "://" not in checkpoint and not Path(checkpoint).expanduser().is_file():
         raise FileNotFoundError(f"checkpoint {checkpoint} does not exist")
-    cfg.load_from = checkpoint
 
 
 def set_arm(cfg: Config, arm: str) -> None:
@@ -118,10 +131,12 @@ def set_arm(cfg: Config, arm: str) -> None:
     if not ours:
         ours = [{"type": "OnlineTTTHook"}]
         hooks += ours
+    known = {field.name for field in dataclasses.fields(StreamConfig)}
     for hook in ours:
         hook["arm"] = arm
-        for field in (*MEMORY[arm], *(["window"] if arm == "offline" else [])):
-            hook.pop(field, None)
+        given = {name: hook[name] for name in known & hook.keys() if hook[name] is not None or name == "grad_clip"}
+        for name in contradictions(arm, stream_config(arm, given)):
+            hook.pop(name, None)
     cfg.custom_hooks = hooks
 
 
@@ -153,7 +168,9 @@ def run(cfg: Config, what: str, launcher: str, local_rank: int | None) -> None:
     """
     try:
         _prepare_processes(cfg, launcher, local_rank)
-        if what == "test" and cfg.get("load_from") is None:
+        if cfg.get("load_from") is not None:
+            _check_exists(cfg.load_from)
+        elif what == "test":
             raise ConfigError(
                 "there are no weights to test: name them (ttt-adapt mm test CONFIG CHECKPOINT), or set load_from"
             )
@@ -168,21 +185,27 @@ def run(cfg: Config, what: str, launcher: str, local_rank: int | None) -> None:
 
 
 def _check_weights(model: nn.Module, file: str) -> None:
-    """Refuse a checkpoint of another model, which MMEngine would load as far as it fits.
+    """Refuse a checkpoint of another model or branch, which MMEngine would load as far as it fits.
 
     Raises:
-        CheckpointError: less than half of the model's weights are in the file.
+        CheckpointError: less than half of the model's weights are in the file, or it holds another branch.
     """
     loaded = CheckpointLoader.load_checkpoint(file, map_location="cpu")
-    state = loaded.get("state_dict", loaded)
-    shapes = {key.removeprefix("module."): getattr(value, "shape", None) for key, value in state.items()}
-    plain = plain_model(model)
+    state = {key.removeprefix("module."): value for key, value in loaded.get("state_dict", loaded).items()}
+    plain, branch, trained = plain_model(model), find_branch(model), branch_part(state)
     own = plain.state_dict()
-    fitting = sum(shapes.get(key) == value.shape for key, value in own.items())
+    fitting = sum(key in state and getattr(state[key], "shape", None) == value.shape for key, value in own.items())
     if 2 * fitting < len(own):
         raise CheckpointError(
             f"{file} holds {fitting} of the {len(own)} weights of this {type(plain).__name__}: it is of another config"
         )
+    if branch is not None and trained:
+        try:
+            branch.load_state_dict(trained)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{file} holds a branch (mae_branch) of another config: {error}. Set model.branch as in the training"
+            ) from error
 
 
 def _prepare_processes(cfg: Config, launcher: str, local_rank: int | None) -> None:
@@ -228,9 +251,11 @@ def _told_in_a_line() -> Iterator[None]:
             raise
         raise ConfigError(f"the config passes an argument that is not known: {error}") from error
     except FileNotFoundError as error:
+        if error.filename is None:  # MMEngine's own, over weights: its text names the file
+            raise
         raise FileNotFoundError(
-            f"{error.filename or error} does not exist: set data_root of the dataset in train_dataloader and "
-            "test_dataloader; ttt-adapt mm check KIND PATH tells what a folder should hold"
+            f"{error.filename} does not exist: if it belongs to a data set, set data_root of the dataset in "
+            "train_dataloader and test_dataloader; ttt-adapt mm check KIND PATH tells what a folder should hold"
         ) from error
     except ImportError as error:
         if "panopticapi" not in str(error):

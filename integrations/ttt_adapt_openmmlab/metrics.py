@@ -34,14 +34,14 @@ class StreamMetric(BaseMetric):
     """The base: keeps one value per frame, and scores data set, frames and videos by one function.
 
     Args:
-        averaged: which scores get the readings over frames and videos: their name there -> their name in `score`.
+        averaged: which scores get the readings over frames and videos.
         collect_device: "cpu" or "gpu", as MMEngine takes it.
         prefix: put before the names of the scores.
     """
 
     default_prefix = "stream"
 
-    def __init__(self, averaged: Mapping[str, str], collect_device: str = "cpu", prefix: str | None = None) -> None:
+    def __init__(self, averaged: Sequence[str], collect_device: str = "cpu", prefix: str | None = None) -> None:
         super().__init__(collect_device=collect_device, prefix=prefix)
         self.averaged = averaged
 
@@ -73,14 +73,14 @@ class StreamMetric(BaseMetric):
         lengths = [len(video) for video in videos.values()]
         together = [value for video in videos.values() for value in video]
         scores = self.score(together) if len(videos) > 1 else dict(whole[next(iter(videos))])
-        for name, source in self.averaged.items():
-            scores[f"{name}_frames"] = _mean([frame[source] for video in single.values() for frame in video])
-            scores[f"{name}_videos"] = _mean([video[source] for video in whole.values()], lengths)
+        for name in self.averaged:
+            scores[f"{name}_frames"] = _mean([frame[name] for video in single.values() for frame in video])
+            scores[f"{name}_videos"] = _mean([video[name] for video in whole.values()], lengths)
         if len(videos) > 1:
             for video, label in _labels(videos).items():
-                for name, source in self.averaged.items():
-                    scores[f"{label}/{name}"] = whole[video][source]
-                    scores[f"{label}/{name}_frames"] = _mean([frame[source] for frame in single[video]])
+                for name in self.averaged:
+                    scores[f"{label}/{name}"] = whole[video][name]
+                    scores[f"{label}/{name}_frames"] = _mean([frame[name] for frame in single[video]])
         headline = ", ".join(f"{name} {value:.2f}" for name, value in scores.items() if "/" not in name)
         MMLogger.get_current_instance().info(f"{sum(lengths)} frames of {len(videos)} videos, percent: {headline}")
         return scores
@@ -102,8 +102,8 @@ class StreamIoUMetric(StreamMetric):
 
     `mIoU`, `mAcc` and `aAcc` are what `IoUMetric` reports: its mIoU averages over the classes that occur in ground
     truth or prediction. `mIoU_present` averages over the classes that occur in the ground truth only, so that one wrong
-    pixel of an absent class costs no whole class; `mIoU_frames` and `mIoU_videos` are means of it, and the scores of
-    single videos are of this kind too. Void pixels count nowhere.
+    pixel of an absent class costs no whole class, which weighs most in single frames. Both have all readings, each
+    under its own name: `mIoU_frames` and `mIoU_present_frames`, and so on. Void pixels count nowhere.
 
     Args:
         ignore_index: the label of void pixels.
@@ -111,7 +111,7 @@ class StreamIoUMetric(StreamMetric):
     """
 
     def __init__(self, ignore_index: int = 255, **options: Any) -> None:
-        super().__init__({"mIoU": "mIoU_present"}, **options)
+        super().__init__(("mIoU", "mIoU_present"), **options)
         self.ignore_index = ignore_index
 
     def measure(self, sample: dict) -> np.ndarray:
@@ -174,7 +174,7 @@ class StreamAPMetric(StreamMetric):
         self.metrics = [metric] if isinstance(metric, str) else list(metric)
         if not self.metrics or set(self.metrics) - set(IOU_TYPES):
             raise ConfigError(f"metric is {metric!r}; expected {' or '.join(IOU_TYPES)}, or a list of both")
-        super().__init__({f"{kind}_mAP": f"{kind}_mAP" for kind in self.metrics}, **options)
+        super().__init__([f"{kind}_mAP" for kind in self.metrics], **options)
 
     def measure(self, sample: dict) -> Frame:
         """The true instances and the detections of a frame."""
@@ -196,7 +196,8 @@ class StreamAPMetric(StreamMetric):
 class StreamPQMetric(StreamMetric):
     """Panoptic quality by its definition (Kirillov et al., Panoptic Segmentation, CVPR 2019), with COCO's crowd rule.
 
-    `PQ`, `SQ` and `RQ` average over all classes with a segment, `PQ_th` and so on over things, `PQ_st` over stuff.
+    `PQ`, `SQ` and `RQ` average over all classes with a segment, `PQ_th` and so on over things, `PQ_st` over stuff. As
+    in the official code a class that is only predicted counts as 0, also in the PQ of a single frame (`PQ_frames`).
     Predictions are mmdetection's `pred_panoptic_seg` (instance x 1000 + label; label `num_classes` is void). Ground
     truth is the panoptic PNG at `seg_map_path` with the `segments_info` of the data sample; name both in the
     `meta_keys` of `PackDetInputs`. A thing class that is no thing there is a crowd; pixels of no listed segment are
@@ -207,7 +208,7 @@ class StreamPQMetric(StreamMetric):
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__({name: name for name in ("PQ", "SQ", "RQ")}, **options)
+        super().__init__(("PQ", "SQ", "RQ"), **options)
 
     def measure(self, sample: dict) -> np.ndarray:
         """Sums of IoU, true positives, false positives and false negatives of a frame, `float64 [4, classes]`."""

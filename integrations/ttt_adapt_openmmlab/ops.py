@@ -67,9 +67,9 @@ class _StandIn(ModuleType):
 def _missing_op(name: str) -> Callable[..., Any]:
     def op(*_args: Any, **_kwargs: Any) -> Any:
         raise MissingOpError(
-            f"the operator {name!r} needs the compiled mmcv, and this one came without its operators (mmcv-lite). "
-            "Run: pip uninstall mmcv-lite, then MMCV_WITH_OPS=1 pip install --no-build-isolation mmcv==2.1.0 "
-            "(it needs a C++ compiler), or take a model without it, such as Mask2Former"
+            f"the operator {name!r} needs the compiled mmcv==2.1.0, and this one came without its operators "
+            "(mmcv-lite): build it as 'Compiled operators' in docs/openmmlab.md says, or take a model without it, such "
+            "as Mask2Former"
         )
 
     op.__name__ = name

@@ -48,7 +48,22 @@ def stream_adapter(
         new = bool(attach) or find_branch(model) is None
         keywords = branch_settings(attach, "checkpoint") if new else None
         branch = branch_for_stream(model, keywords, 0 if config is None else config.seed)
-    return StreamAdapter(plain, branch, config=config, preprocess=frames, predict=frames.predict)
+    return _ImageAdapter(plain, branch, config=config, preprocess=frames, predict=frames.predict)
+
+
+class _ImageAdapter(StreamAdapter):
+    """Takes images only in `step`: what a prediction cannot be made of must not be adapted to either."""
+
+    def step(self, frame: Any) -> Any:
+        if isinstance(frame, np.ndarray | Tensor) and "float" in str(frame.dtype):
+            raise FrameError(_NO_IMAGE.format(frame.dtype, tuple(frame.shape)))
+        return super().step(frame)
+
+
+_NO_IMAGE = (
+    "a {} frame {} came, which says nothing of the image behind it (its size before the test pipeline): pass uint8 BGR "
+    "frames [H, W, 3]"
+)
 
 
 class _Frames:
@@ -81,10 +96,7 @@ class _Frames:
         """What `model.test_step` makes of the frame that became `x`."""
         known = self._data.get("inputs")
         if known is None or known.data_ptr() != x.data_ptr() or known.shape != x.shape:
-            raise FrameError(
-                f"a float frame {tuple(x.shape)} came, which says nothing of the image behind it (its size before the "
-                "test pipeline): pass uint8 BGR frames [H, W, 3]"
-            )
+            raise FrameError(_NO_IMAGE.format(x.dtype, tuple(x.shape)))
         samples = [sample.clone() for sample in self._data["data_samples"]]
         return self._model(**{**self._data, "data_samples": samples}, mode="predict")[0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,12 @@ BAD = [
     ("coco", lambda r: miniatures.panoptic(r / PNG, miniatures.boxed()),
      ["1 panoptic images that do not fit .*000000000002.png has no pixel of segment 9"]),
     ("coco", lambda r: (r / "instances.json").write_text("{"), ["instances.json is not JSON"]),
+    ("coco", lambda r: shutil.copy(r / "instances.json", r / "panoptic.json"),
+     ["panoptic.json has annotations without file_name, segments_info; expected COCO's panoptic annotations: put the"]),
+    ("coco", lambda r: shutil.copy(r / "panoptic.json", r / "instances.json"),
+     ["instances.json has annotations without category_id, bbox, segmentation; expected COCO's instance annotations"]),
+    ("coco", lambda r: edit(r / "panoptic.json", lambda d: d["annotations"][1].pop("segments_info")),
+     ["panoptic.json has annotations without segments_info"]),
 ]  # fmt: skip
 
 

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import HOOKS, MODELS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.utils import ManagerMixin
 
+import miniatures
 import videos as v
 from ttt_adapt.cli import main
 from ttt_adapt_openmmlab import launch
+from ttt_adapt_openmmlab.arms import contradiction
 from ttt_adapt_openmmlab.launch import parse_options, read_config, set_arm
 
 
@@ -105,6 +107,13 @@ def test_training_goes_on_where_it_stopped(config, tmp_path):
     assert "resumed epoch: 0, iter: 2" in log
 
 
+def test_resuming_in_an_empty_work_dir_begins_with_the_weights_of_the_config(config, checkpoint, tmp_path):
+    assert mm("train", config, "--resume", "--cfg-options", f"load_from={checkpoint}") == 0
+    log = next((tmp_path / "work").glob("*/*.log")).read_text()
+    assert f"Load checkpoint from {checkpoint}" in log
+    assert "resumed" not in log
+
+
 def test_cfg_options_are_mmengines(config, tmp_path, monkeypatch):
     taken = {}
     monkeypatch.setattr(Runner, "from_cfg", classmethod(lambda cls, cfg: taken.update(cfg=cfg) or _Nothing()))
@@ -117,11 +126,11 @@ def test_cfg_options_are_mmengines(config, tmp_path, monkeypatch):
         "--cfg-options",
         "param_scheduler=x,y",
     ]
-    assert mm("train", *options, "--cfg-options", "load_from='p q'", config) == 0
+    assert mm("train", *options, "--cfg-options", "experiment_name='p q'", config) == 0
     cfg = taken["cfg"]
     assert cfg.model.branch.mask_ratio == 0.75
     assert cfg.env_cfg.b == [1, (2, 3)]
-    assert (cfg.param_scheduler, cfg.load_from, cfg.work_dir) == (["x", "y"], "pq", "here")
+    assert (cfg.param_scheduler, cfg.experiment_name, cfg.work_dir) == (["x", "y"], "pq", "here")
 
 
 class _Nothing:
@@ -157,21 +166,32 @@ def test_configs_inherit_from_an_installed_project(tmp_path):
     assert cfg.model.branch == {"decoder": "copy_head", "mask_ratio": 0.9}
 
 
+MEMORIES = {"window": 16, "batch_size": 4, "carry_weights": True}
+
+
 @pytest.mark.parametrize(
-    ("arm", "left"),
+    ("arm", "given", "left"),
     [
-        ("no_memory", {"batch_size": 4}),
-        ("explicit_only", {"window": 16, "batch_size": 4}),
-        ("offline", {"batch_size": 4}),
-        ("fixed", {"window": 16, "batch_size": 4, "carry_weights": True}),
+        ("no_memory", MEMORIES, {"batch_size": 4}),
+        ("explicit_only", MEMORIES, {"window": 16, "batch_size": 4}),
+        ("explicit_only", {"window": 1, "lr": 0.1}, {"lr": 0.1}),
+        ("online", {"window": 1, "source_pull": 1.0, "batch_size": 4}, {"batch_size": 4}),
+        ("online", {"carry_weights": False, "window": None}, {"window": None}),
+        ("offline", MEMORIES, MEMORIES),
+        ("offline", {"window": 1, "offline_steps": 3}, {"offline_steps": 3}),
+        ("fixed", MEMORIES, MEMORIES),
+        ("paper", {**MEMORIES, "grad_clip": None, "lr": 0.1}, {"window": 16, "carry_weights": True}),
+        ("paper", {"crop_size": (4, 5), "seed": 3, "precision": "bf16"}, None),
+        ("paper", {"log_interval": 3, "branch": {"decoder": "conv"}}, None),
     ],
 )
-def test_an_arm_by_name_drops_what_contradicts_it(arm, left):
-    given = {"type": "OnlineTTTHook", "window": 16, "batch_size": 4, "carry_weights": True}
-    cfg = Config({"custom_hooks": [{"type": "EmptyCacheHook"}, given]})
+def test_an_arm_by_name_drops_what_contradicts_it_and_nothing_else(arm, given, left):
+    cfg = Config({"custom_hooks": [{"type": "EmptyCacheHook"}, {"type": "OnlineTTTHook", **given}]})
     set_arm(cfg, arm)
     assert cfg.custom_hooks[0] == {"type": "EmptyCacheHook"}
-    assert cfg.custom_hooks[1] == {"type": "OnlineTTTHook", "arm": arm, **left}
+    assert cfg.custom_hooks[1] == {"type": "OnlineTTTHook", "arm": arm, **(given if left is None else left)}
+    hook = HOOKS.build(cfg.custom_hooks[1])
+    assert not contradiction(arm, hook.config)
 
 
 def test_an_arm_by_name_brings_the_hook():
@@ -191,10 +211,15 @@ def test_wrong_calls_are_told_in_a_line(config, checkpoint, tmp_path, capsys):
     broken.write_bytes(b"no checkpoint")
     other = tmp_path / "other.pth"
     torch.save({"state_dict": {"backbone.layer9.weight": torch.zeros(1)}}, other)
+    backbone = [f"model.model.backbone.init_cfg.{entry}" for entry in ("type=Pretrained", "checkpoint=no.pth")]
     for args, message in [
         (("test", "absent.py"), "config absent.py does not exist"),
         (("test", config, "absent.pth"), "checkpoint absent.pth does not exist"),
         (("test", config, broken), "cannot be read"),
+        (("test", config, "--cfg-options", "load_from=absent.pth"), "checkpoint absent.pth does not exist"),
+        (("train", config, "--cfg-options", "load_from=absent.pth"), "checkpoint absent.pth does not exist"),
+        (("train", config, "--cfg-options", *backbone), "no.pth can not be found"),
+        (("test", config, checkpoint, "--cfg-options", "model.branch.decoder=copy_head"), "of another config: the"),
         (("train", config, "--resume", "absent.pth"), "absent.pth does not exist"),
         (("test", config, "--arm", "onlin"), "'online'"),
         (("test", config, "--launcher", "torchrun"), "pytorch, slurm, mpi"),
@@ -211,7 +236,9 @@ def test_wrong_calls_are_told_in_a_line(config, checkpoint, tmp_path, capsys):
         (("test", config, checkpoint, "--cfg-options", "test_dataloader.dataset.data_root=no"), "set data_root"),
         (("test", config, "--show-dir", "x"), "default_hooks.visualization"),
     ]:
-        assert message in failed(capsys, *args), args
+        line = failed(capsys, *args)
+        assert message in line, args
+        assert ("set data_root" in line) == (message == "set data_root"), args
 
 
 def test_mixed_precision_needs_a_gpu(config, capsys, monkeypatch):
@@ -243,4 +270,6 @@ def test_an_interrupted_run_exits_with_130(config, checkpoint, monkeypatch, caps
 def test_check_names_problems_and_exits_with_1(tmp_path, capsys):
     assert mm("check", "camvid", tmp_path / "absent") == 1
     assert "no folder" in capsys.readouterr().out
+    assert mm("check", "camvid", miniatures.camvid(tmp_path / "camvid")) == 0
+    assert "no problem found" in capsys.readouterr().out
     assert "expected one of camvid" in failed(capsys, "check", "vid", tmp_path)

@@ -22,6 +22,7 @@ import videos as v
 from conftest import left_as_it_was, mix_flags, same_bits, settle_norms
 from ttt_adapt import CheckpointError, ConfigError, DataError, EncoderError, FrameError, StreamAdapter, StreamConfig
 from ttt_adapt_openmmlab import OnlineTTTHook, find_branch, loaders, plain_model
+from ttt_adapt_openmmlab.arms import ARMS, contradiction
 from ttt_adapt_openmmlab.batches import images
 
 LENGTHS = {"a": 4, "b": 3}
@@ -197,7 +198,7 @@ def test_the_call_of_the_readme_is_understood():
         ({"batchsize": 4}, "'batch_size'"),
         ({"window": 0}, "window is 0"),
         ({"log_interval": 0}, "log_interval"),
-        ({"offline_epochs": True}, "offline_epochs"),
+        ({"offline_steps": True}, "offline_steps"),
         ({"branch": "conv"}, "dict\\(decoder='conv'\\)"),
         ({"branch": {"mask_ration": 0.5}}, "'mask_ratio'"),
     ],
@@ -217,22 +218,30 @@ def test_fixed_is_the_plain_model_and_needs_no_branch(make):
 
 
 def test_offline_adapts_to_the_whole_video_first_and_then_holds_still(make):
-    runner = make(v.hook(arm="offline", offline_epochs=2))
+    runner = make(v.hook(arm="offline", offline_steps=6))
     runner.test()
     weights = watcher_of(runner).weights
     assert all(same_bits(weights[0], other) for other in weights[:4])
     assert all(same_bits(weights[4], other) for other in weights[4:])
     assert not same_bits(weights[0], weights[4])
-    assert len(runner.message_hub.get_scalar("ttt/loss").data[0]) == 2 * 7
+    assert len(runner.message_hub.get_scalar("ttt/loss").data[0]) == 2 * 6
 
 
-def test_offline_is_adapt_over_the_shuffled_video(make):
-    runner = make(v.hook(arm="offline", seed=3))
+def test_offline_is_the_papers_thousand_steps_with_the_window_and_without_a_pull():
+    hook = OnlineTTTHook(arm="offline", batch_size=8)
+    assert hook.offline_steps == 1000
+    assert hook.config == StreamConfig.online(batch_size=8, source_pull=0.0)
+
+
+def test_offline_is_adapt_over_the_video_shuffled_again_and_again(make):
+    runner = make(v.hook(arm="offline", seed=3, offline_steps=10))
     runner.test()
     model, batches = plain_model(runner.model), watcher_of(runner).batches
     config = StreamConfig.online(window=2, batch_size=2, lr=0.01, source_pull=0.0, seed=3)
     with StreamAdapter(model, find_branch(runner.model), config=config) as adapter, torch.no_grad():
-        for i in torch.randperm(4, generator=torch.Generator().manual_seed(3)).tolist():
+        random = np.random.default_rng(3)
+        order = [i for _ in range(3) for i in random.permutation(4).tolist()][:10]
+        for i in order:
             adapter.adapt(images(model.data_preprocessor, batches[i]))
         assert same_bits(watcher_of(runner).weights[0], list(model.parameters()))
 
@@ -240,7 +249,39 @@ def test_offline_is_adapt_over_the_shuffled_video(make):
 def test_settings_that_turn_an_arm_into_another_are_warned_of(make):
     runner = make(v.hook(arm="no_memory"))
     runner.test()
-    assert "'no_memory' means window=1" in log_of(runner)
+    assert "arm 'no_memory' means window=1, and the hook was given window=2" in log_of(runner)
+
+
+@pytest.mark.parametrize(
+    ("arm", "fields", "warning"),
+    [
+        ("online", {"window": 1}, "a window of at least 2, and the hook was given window=1"),
+        ("explicit_only", {"window": 1}, "a window of at least 2"),
+        ("offline", {"window": 1}, "a window of at least 2"),
+        ("online", {"source_pull": 1.0}, "source_pull below 1, and the hook was given source_pull=1.0"),
+        ("implicit_only", {"source_pull": 1.0}, "source_pull below 1"),
+        ("online", {"carry_weights": False}, "carry_weights=True"),
+        ("no_memory", {"window": 2, "carry_weights": True}, "window=1, carry_weights=False"),
+        ("paper", {"batch_size": 8}, "batch_size=32"),
+        ("paper", {"lr": 1e-3}, "lr=0.0001"),
+        ("paper", {"grad_clip": None}, "grad_clip=0.01, and the hook was given grad_clip=None"),
+        ("paper", {"source_pull": 0.5}, "source_pull=0.0"),
+        ("paper", {"crop_size": (4, 5), "seed": 3, "precision": "bf16"}, ""),
+        ("online", {"window": "auto"}, ""),
+        ("online", {"window": 2, "batch_size": 1, "lr": 1.0, "source_pull": 0.9}, ""),
+        ("no_memory", {"source_pull": 1.0}, ""),
+        ("fixed", {"window": 1}, ""),
+    ],
+)
+def test_the_name_of_an_arm_is_what_runs_or_a_warning_says_so(arm, fields, warning):
+    told = contradiction(arm, OnlineTTTHook(arm=arm, **fields).config)
+    assert bool(told) == bool(warning)
+    assert warning in told
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_arm_as_it_is_contradicts_nothing(arm):
+    assert not contradiction(arm, OnlineTTTHook(arm=arm).config)
 
 
 def test_a_checkpoint_without_a_branch_is_warned_of_and_training_or_a_branch_ends_that(make, tmp_path):
@@ -260,6 +301,22 @@ def test_a_checkpoint_without_a_branch_is_warned_of_and_training_or_a_branch_end
     assert joint.branch_is_new
     joint.load_state_dict(runner.model.state_dict())
     assert not joint.branch_is_new
+
+
+@pytest.mark.parametrize("change", ["key", "shape"])
+def test_a_checkpoint_of_another_branch_is_warned_of_too(make, tmp_path, change):
+    runner = make(v.hook())
+    state = runner.model.state_dict()
+    name = next(name for name in state if name.startswith("mae_branch.decoder"))
+    if change == "key":
+        del state[name]
+    else:
+        state[name] = torch.zeros(1)
+    save_checkpoint({"state_dict": state}, str(tmp_path / "other.pth"))
+    runner.load_checkpoint(str(tmp_path / "other.pth"))
+    assert runner.model.branch_is_new
+    runner.test()
+    assert "or not the whole of this one" in log_of(runner)
 
 
 @pytest.mark.parametrize(("branch", "warned"), [({}, True), ({"mask_ratio": 0.85, "loss_on": "all"}, False)])
@@ -303,6 +360,9 @@ def test_a_checkpoint_without_a_branch_is_refused(make, tmp_path):
     save_checkpoint({"state_dict": runner.model.state_dict()}, str(file))
     with pytest.raises(CheckpointError, match=r"plain\.pth.*mae_branch"):
         runner.test()
+    missing = plain_runner(make, branch={"decoder": "conv", "checkpoint": "absent.pth"})
+    with pytest.raises(CheckpointError, match=r"the branch's checkpoint absent\.pth does not exist"):
+        missing.test()
 
 
 def test_a_model_without_a_branch_is_refused(make):

@@ -16,6 +16,7 @@ from mmengine.model.utils import revert_sync_batchnorm
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS
 from mmengine.runner import Runner, autocast, load_checkpoint, save_checkpoint
+from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 from mmengine.runner.checkpoint import get_state_dict
 from torch import nn
 
@@ -70,6 +71,21 @@ def test_losses_without_loss_mae_are_those_of_the_plain_model(family):
     assert 0.1 < mae.item() < 100
     assert same_bits(expected, got)
     assert same_bits(dict(plain.named_buffers()), dict(wrapped.model.named_buffers()))  # BatchNorm moved as far
+
+
+def test_activation_checkpointing_by_mmengine_changes_no_gradient_and_lets_no_masked_image_into_batchnorm():
+    model = joint(tiny.fcn()).train()
+    images = model.data_preprocessor(tiny.batch(tiny.fcn()), True)["inputs"]
+    encoder = list(model.branch.encoder_parameters().values())
+
+    def gradients() -> tuple:
+        torch.manual_seed(2)  # of the masks, and of the dropout in the copied head
+        return torch.autograd.grad(model.branch.loss(images), encoder)
+
+    expected, before = gradients(), {name: buffer.clone() for name, buffer in model.model.named_buffers()}
+    turn_on_activation_checkpointing(model, ["backbone.layer1", "backbone.layer3.0"])
+    assert same_bits(gradients(), expected)
+    assert same_bits(dict(model.model.named_buffers()), before)
 
 
 def test_the_total_loss_is_the_main_loss_plus_the_reconstruction_1_to_1():

@@ -108,25 +108,27 @@ def test_miou_is_that_of_mmsegmentation_and_of_a_pixel_by_pixel_count(two_videos
     assert ours["stream/mIoU_present"] == pytest.approx(slow_iou(pairs, 5, present), abs=1e-4)
 
 
-def test_miou_over_frames_and_videos_are_the_means_that_the_names_say(two_videos):
+@pytest.mark.parametrize(("name", "counted"), [("mIoU", either), ("mIoU_present", present)])
+def test_miou_over_frames_and_videos_are_the_means_of_what_the_name_says(two_videos, name, counted):
     samples = [seg_sample(*place, *pair) for place, pair in two_videos.items()]
     scores = evaluate(StreamIoUMetric(), samples, {"classes": NAMES})
-    frames = {place: slow_iou([pair], 5, present) for place, pair in two_videos.items()}
-    videos = {v: slow_iou([p for place, p in two_videos.items() if place[0] == v], 5, present) for v in "vw"}
-    assert scores["stream/mIoU_frames"] == pytest.approx(np.mean(list(frames.values())), abs=1e-4)
-    assert scores["stream/mIoU_videos"] == pytest.approx((3 * videos["v"] + videos["w"]) / 4, abs=1e-4)
-    assert scores["stream/v/mIoU"] == pytest.approx(videos["v"], abs=1e-4)
-    assert scores["stream/v/mIoU_frames"] == pytest.approx(np.mean([frames["v", i] for i in range(3)]), abs=1e-4)
-    assert scores["stream/w/mIoU"] == pytest.approx(frames["w", 0], abs=1e-4)
+    frames = {place: slow_iou([pair], 5, counted) for place, pair in two_videos.items()}
+    videos = {v: slow_iou([p for place, p in two_videos.items() if place[0] == v], 5, counted) for v in "vw"}
+    assert scores[f"stream/{name}_frames"] == pytest.approx(np.mean(list(frames.values())), abs=1e-4)
+    assert scores[f"stream/{name}_videos"] == pytest.approx((3 * videos["v"] + videos["w"]) / 4, abs=1e-4)
+    assert scores[f"stream/v/{name}"] == pytest.approx(videos["v"], abs=1e-4)
+    assert scores[f"stream/v/{name}_frames"] == pytest.approx(np.mean([frames["v", i] for i in range(3)]), abs=1e-4)
+    assert scores[f"stream/w/{name}"] == pytest.approx(frames["w", 0], abs=1e-4)
 
 
-def test_one_wrong_pixel_of_an_absent_class_costs_no_class_in_the_mean_over_frames():
+def test_one_wrong_pixel_of_an_absent_class_costs_no_class_among_those_present():
     truth = np.zeros((10, 10), int)
     prediction = truth.copy()
     prediction[0, 0] = 1
     scores = evaluate(StreamIoUMetric(), [seg_sample("v", 0, prediction, truth)], {"classes": NAMES})
-    assert scores["stream/mIoU_frames"] == pytest.approx(99.0)
-    assert scores["stream/mIoU"] == pytest.approx(49.5)  # upstream's reading: the absent class counts with IoU 0
+    assert scores["stream/mIoU_present_frames"] == pytest.approx(99.0)
+    for name in ("mIoU", "mIoU_frames"):  # upstream's reading: the absent class counts with IoU 0
+        assert scores[f"stream/{name}"] == pytest.approx(49.5)
 
 
 def test_frames_without_a_labelled_pixel_are_left_out_and_nothing_but_such_frames_is_nan():
@@ -802,6 +804,6 @@ def test_two_ranks_give_exactly_the_scores_of_one(tmp_path):
         os.chdir(where)
     mp.start_processes(rank_scores, args=(str(tmp_path), 2), nprocs=2, start_method="fork")
     one, *two = (torch.load(tmp_path / f"{name}.pt", weights_only=False) for name in ("1_0", "2_0", "2_1"))
-    assert {"iou/mIoU_frames", "ap/segm_mAP_videos", "pq/v/PQ"} <= one.keys()
+    assert {"iou/mIoU_frames", "iou/mIoU_present_videos", "ap/segm_mAP_videos", "pq/v/PQ"} <= one.keys()
     for scores in two:
         assert scores == pytest.approx(one, abs=0, rel=0, nan_ok=True)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+import ttt_adapt_openmmlab  # noqa: F401  # before mmdet and mmseg: it stands in for operators that mmcv-lite lacks
+
+# isort: split
 from mmdet.apis import inference_detector, init_detector
 from mmengine.config import Config
 from mmseg.apis import inference_model, init_model
@@ -280,12 +285,25 @@ def test_a_model_takes_one_adapter_at_a_time():
         stream_adapter(model, config=STILL)
 
 
-def test_float_frames_are_refused_for_prediction():
+USES: dict[str, Any] = {
+    "step": lambda adapter, frame: adapter.step(frame),
+    "step with an array": lambda adapter, frame: adapter.step(frame.numpy()),
+    "predict": lambda adapter, frame: adapter.predict(frame),
+    "stream": lambda adapter, frame: list(adapter.stream([frame])),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_float_frame_is_refused_and_changes_nothing(use):
     model = initialised(joined(tiny.fcn(), config(tiny.fcn())))
-    with stream_adapter(model, config=STILL) as adapter:
+    with stream_adapter(model, config=MOVING) as adapter:
         adapter.step(tiny.frame(FRAME))
-        with pytest.raises(FrameError, match="uint8 BGR"):
-            adapter.predict(torch.randn(1, 3, *tiny.SIZE))
+        before, report, state = photograph(model), adapter.last, copy.deepcopy(adapter.state_dict())
+        with pytest.raises(FrameError, match=r"float32 frame \(1, 3, 64, 96\).*uint8 BGR"):
+            USES[use](adapter, torch.randn(1, 3, *tiny.SIZE))
+        assert photograph(model) == before
+        assert adapter.last is report
+        assert same_bits(adapter.state_dict(), state)
 
 
 def test_videos_from_files_are_read_as_opencv_reads_them(tmp_path: Path):

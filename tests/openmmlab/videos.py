@@ -100,7 +100,7 @@ def loader_of(root: Path, **changes: Any) -> dict[str, Any]:
 
 
 def hook(**changes: Any) -> dict[str, Any]:
-    return {"type": "OnlineTTTHook", "window": 2, "batch_size": 2, "lr": 0.01, **changes}
+    return {"type": "OnlineTTTHook", "window": 2, "batch_size": 2, "lr": 0.01, "offline_steps": 5, **changes}
 
 
 def seg_config(root: Path, work_dir: Path, **changes: Any) -> dict[str, Any]:
