@@ -64,7 +64,7 @@ def test_it_is_read_and_its_hook_is_built(code, tmp_path):
 
 def test_configs_have_ten_lines_and_each_that_is_new_is_explained_below():
     page, known = PAGE.read_text(), set()
-    for code in printed_configs(*PAGES):
+    for code in printed_configs(PAGE):
         lines = code.splitlines()
         assert len(lines) == 10
         below = page.split(code)[1].split("\n## ")[0]
@@ -74,7 +74,7 @@ def test_configs_have_ten_lines_and_each_that_is_new_is_explained_below():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", printed_configs(*PAGES))
+@pytest.mark.parametrize("code", printed_configs(PAGE))
 def test_it_trains_jointly(code, tmp_path):
     cfg = read(saved(code, tmp_path), tmp_path)
     cfg.train_cfg = {"type": "IterBasedTrainLoop", "max_iters": 1}
