@@ -74,7 +74,7 @@ def test_configs_have_ten_lines_and_each_that_is_new_is_explained_below():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("code", printed_configs(PAGE))
+@pytest.mark.parametrize("code", printed_configs(*PAGES))
 def test_it_trains_jointly(code, tmp_path):
     cfg = read(saved(code, tmp_path), tmp_path)
     cfg.train_cfg = {"type": "IterBasedTrainLoop", "max_iters": 1}
