@@ -3,7 +3,8 @@
     python benchmarks/arms.py --data DATA                        # DATA holds camvid/ and davis/; hours on one core
     python benchmarks/arms.py --data DATA --only camvid --parts arms window
 
-- **camvid**: the ViTs of `camvid.py`, one per seed, on the 15 Hz clip and the dusk clip.
+- **camvid**: the ViTs and RegNets (BatchNorm) of `camvid.py`, one per seed, on the 15 Hz clip, which the online preset was
+  chosen on, and the dusk clip.
 - **davis**: the ten DAVIS sequences, foreground against background. Two folds: a ViT trained on five sequences (as
   `camvid.py` trains, at 112 x 192) streams the five others, and the other way round; one pair per seed.
 - **street**: the demo's model on three rendered streets of 120 frames.
@@ -50,19 +51,28 @@ ARMS = (
     "fixed+vote",
     "online+vote",
 )
+NORMS = ("norm-ema", "norm-blend", "online-norm-ema")
+"""In place of ln-adapt, where the encoder has BatchNorm."""
 DAVIS_SIZE = (112, 192)
 PARTS = ("arms", "window")
 
 
-def camvid(data: Path, weights: Path, seeds: Sequence[int]) -> list[tuple[str, list[Clip], list[Path], list[Path]]]:
-    """(name, clips, joint checkpoints, main-task checkpoints), one checkpoint of each per seed."""
-    pairs = [checkpoints("vit", seed, data / "camvid", weights / f"vit-{seed}") for seed in seeds]
+Job = tuple[str, list[Clip], list[Path], list[Path]]
+"""Name, clips, joint checkpoints and main-task checkpoints: one of each per seed, or one for all."""
+
+
+def camvid(data: Path, weights: Path, seeds: Sequence[int]) -> list[Job]:
+    """Two encoders on two clips."""
     clips = open_clips(data / "camvid", STREAMS, SIZE)
-    return [("camvid", clips, [joint for _, joint in pairs], [main for main, _ in pairs])]
+    found = []
+    for model in ("vit", "regnet"):
+        pairs = [checkpoints(model, seed, data / "camvid", weights / f"{model}-{seed}") for seed in seeds]
+        found.append((f"camvid-{model}", clips, [joint for _, joint in pairs], [main for main, _ in pairs]))
+    return found
 
 
-def davis(data: Path, weights: Path, seeds: Sequence[int]) -> list[tuple[str, list[Clip], list[Path], list[Path]]]:
-    """The same for each half of the sequences, by models trained on the other half."""
+def davis(data: Path, weights: Path, seeds: Sequence[int]) -> list[Job]:
+    """Each half of the sequences, by models trained on the other half."""
     names = [clip.name for clip in open_clips(data / "davis")]
     halves = {"davis-1": names[0::2], "davis-2": names[1::2]}
     found = []
@@ -76,7 +86,7 @@ def davis(data: Path, weights: Path, seeds: Sequence[int]) -> list[tuple[str, li
     return found
 
 
-def street(data: Path, weights: Path, seeds: Sequence[int]) -> list[tuple[str, list[Clip], list[Path], list[Path]]]:
+def street(data: Path, weights: Path, seeds: Sequence[int]) -> list[Job]:
     """The demo's model; each street is a clip of its own."""
     return [("street", [StreetClip(seed, 120) for seed in seeds], [WEIGHTS], [])]
 
@@ -84,9 +94,10 @@ def street(data: Path, weights: Path, seeds: Sequence[int]) -> list[tuple[str, l
 STREAMS_OF = {"camvid": camvid, "davis": davis, "street": street}
 
 
-def rows(joint: Sequence[Path], main: Sequence[Path]) -> list[Contender]:
+def rows(name: str, joint: Sequence[Path], main: Sequence[Path]) -> list[Contender]:
     """The jointly trained fixed model first: all others are compared with it."""
-    found = contenders_of(ARMS, joint, main)
+    arms = [arm for arm in ARMS if arm != "ln-adapt"] + [*NORMS] if name.endswith("regnet") else ARMS
+    found = contenders_of(arms, joint, main)
     return sorted(found, key=lambda row: row.label != "Fixed")
 
 
@@ -104,7 +115,7 @@ def main() -> None:
         for name, clips, joint, main_task in STREAMS_OF[kind](Path(options.data), options.weights, options.seeds):
             seeds = options.seeds
             if "arms" in options.parts:
-                evaluate(rows(joint, main_task), clips, config, seeds, options.out / f"{name}-arms")
+                evaluate(rows(name, joint, main_task), clips, config, seeds, options.out / f"{name}-arms")
             if "window" in options.parts:
                 run_study(find_study("window"), joint, clips, config, seeds, options.out / f"{name}-window")
 
