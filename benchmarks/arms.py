@@ -3,8 +3,8 @@
     python benchmarks/arms.py --data DATA                        # DATA holds camvid/ and davis/; hours on one core
     python benchmarks/arms.py --data DATA --only camvid --parts arms window
 
-- **camvid**: the ViTs and RegNets (BatchNorm) of `camvid.py`, one per seed, on the 15 Hz clip, which the online preset was
-  chosen on, and the dusk clip.
+- **camvid**: the ViTs and RegNets (BatchNorm) of `camvid.py`, one per seed, on the 15 Hz clip, which the online preset
+  was chosen on, and the dusk clip.
 - **davis**: the ten DAVIS sequences, foreground against background. Two folds: a ViT trained on five sequences (as
   `camvid.py` trains, at 112 x 192) streams the five others, and the other way round; one pair per seed.
 - **street**: the demo's model on three rendered streets of 120 frames.
