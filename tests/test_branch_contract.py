@@ -661,3 +661,11 @@ def test_error_types_are_builtins_too():
     for error, builtin in ((ConfigError, ValueError), (EncoderError, ValueError), (StateError, RuntimeError)):
         assert issubclass(error, TTTAdaptError)
         assert issubclass(error, builtin)
+
+
+def test_a_size_that_the_model_refuses_is_told_with_the_users_own_numbers():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    branch = MAEBranch.attach(model, "norm")
+    with pytest.raises(FrameError, match=r"does not take images of \(100, 90\).*\(112, 96\)"):
+        branch.loss(torch.randn(1, 3, 100, 90))

@@ -512,3 +512,38 @@ def test_options_that_would_do_nothing_are_refused(tmp_path, trained, clips, cap
         ("--set=seed=1", "--seeds"),
     ):
         assert told in fail(capsys, monkeypatch, *call, option)
+
+
+# ---- data without an index
+
+
+@pytest.fixture(scope="module")
+def nameless(clips, tmp_path_factory) -> Path:
+    """The clips without their index."""
+    root = tmp_path_factory.mktemp("nameless") / "data"
+    shutil.copytree(clips, root)
+    (root / "index.json").unlink()
+    return root
+
+
+def test_class_names_are_given_or_written_beside_the_clips(tmp_path, nameless, capsys, monkeypatch):
+    quick = [*TRAIN[1:], "--recipe=main"]
+    out = tmp_path / "m.safetensors"
+    told = fail(capsys, monkeypatch, "train", nameless, *quick, f"--out={out}")
+    assert "--classes" in told
+    assert "index.json" in told
+    invoke("train", nameless, *quick, f"--out={out}", f"--classes={','.join(CLASSES)}")
+    assert load_checkpoint(out).spec.classes == CLASSES
+    written = tmp_path / "written"
+    shutil.copytree(nameless, written)
+    (written / "index.json").write_text(json.dumps({"classes": CLASSES}))
+    invoke("train", written, *quick, f"--out={tmp_path / 'n.safetensors'}")
+    # the checkpoint knows the names
+    invoke("eval", nameless, f"--checkpoint={out}", "--arms=fixed", f"--out={tmp_path / 'out'}")
+    assert "--resume" in fail(capsys, monkeypatch, "train", written, *quick, f"--out={out}", "--resume")
+
+
+def test_settings_that_do_not_fit_name_the_arm_and_the_nearest_field(tmp_path, trained, clips, capsys, monkeypatch):
+    call = ["eval", clips, f"--checkpoint={trained}", "--arms=fixed,tent", f"--out={tmp_path / 'no'}"]
+    assert "Tent on street.safetensors: lr is 'x'" in fail(capsys, monkeypatch, *call, "--set=tent.lr=x")
+    assert "nearest: 'window'" in fail(capsys, monkeypatch, *call, "--set=windw=3")

@@ -145,7 +145,11 @@ def test_the_terminal_table_holds_the_same_cells():
         console.print(rich_table(make_report()))
     text = capture.get()
     assert "51.00 ± 1.00 (+27.5%)" in text
-    assert "day: ms/frame" in text
+    assert "ms/frame" in text
+    rows = [line for line in text.splitlines() if "day" in line]
+    assert len(rows) == 2
+    assert "n/a" in rows[0]  # fixed did not run there
+    assert "60.00 ± 0.00" in rows[1]
 
 
 # Environment -------------------------------------------------------------------------------------------------------
@@ -226,3 +230,19 @@ def test_the_bar_figure_draws_clips_that_some_arms_never_ran(tmp_path, plots):
 def test_the_running_mean_is_centred_and_steps_over_gaps(plots):
     nan = np.nan
     np.testing.assert_allclose(plots.running_mean(np.array([1.0, 2, 6, nan, 4]), 3), [1.5, 3, 4, nan, 4])
+
+
+@pytest.mark.parametrize("count", [6, 21])
+def test_the_legend_fits_into_the_figure(tmp_path, plots, count):
+    image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
+    report = Report()
+    for i in range(count):
+        report.add(make_run(f"Self-Train with a long name + Class {i}"))
+    for path in (tmp_path / "bars.png", tmp_path / "stream.png"):
+        plots.plot_bars(path, report) if path.stem == "bars" else plots.plot_stream(path, report.runs)
+        with image.open(path) as picture:
+            pixels = np.asarray(picture.convert("L"))
+        legend = pixels[:40] if path.stem == "bars" else pixels[-40:]  # its first or last rows
+        assert (legend < 128).any()
+        assert (legend[:, :8] > 250).all()
+        assert (legend[:, -8:] > 250).all()

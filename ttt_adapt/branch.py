@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ttt_adapt.attached import Attached
 from ttt_adapt.decoders import Decoder, HeadCopy, build_decoder
 from ttt_adapt.encoder import EncoderInfo, evaluating, inspect_encoder
-from ttt_adapt.errors import CheckpointError, ConfigError, EncoderError
+from ttt_adapt.errors import CheckpointError, ConfigError, EncoderError, FrameError
 from ttt_adapt.features import Features, to_maps
 from ttt_adapt.masking import hidden_patches, pad_to_multiple, patchify, random_mask, unpatchify, upsample_mask
 from ttt_adapt.taps import frozen_norms, hidden_channel, run_encoder, visible_tokens, without_checkpointing
@@ -181,7 +181,13 @@ class MAEBranch(Attached):
         """g(f(masked images)), [B, 3, H, W] of the padded images; `visible` patches in each mask."""
         padded = pad_to_multiple(images, self.multiple)
         with frozen_norms(self.info.norms), without_checkpointing(self.info.checkpointing):
-            raw = self._encode(padded, mask, visible)
+            try:
+                raw = self._encode(padded, mask, visible)
+            except AssertionError as error:  # how timm refuses a size
+                raise FrameError(
+                    f"the model does not take images of {tuple(images.shape[-2:])} (H, W), padded to "
+                    f"{tuple(padded.shape[-2:])}: {error}"
+                ) from error
             size = (padded.shape[-2], padded.shape[-1])
             prediction = self.decoder(Features(to_maps(raw, self.info.maps, size), raw, size))
         return prediction[..., : size[0], : size[1]]
@@ -245,7 +251,7 @@ class MAEBranch(Attached):
             mask = self.draw_mask(images, torch.Generator(images.device).manual_seed(0))
             try:
                 prediction = self._predict(images, mask, int(mask[0].sum()))
-            except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+            except (RuntimeError, FrameError, ValueError, IndexError) as error:
                 raise EncoderError(
                     f"a masked pass over images {tuple(images.shape)}, padded to multiples of {self.multiple}, failed "
                     f"in the model or the decoder: {error}. Models of one size need a patch_size that divides it"

@@ -85,6 +85,7 @@ def train(
     objective: Annotated[str, typer.Option(help="What is trained jointly: mae, or rotation.")] = "mae",
     branch: BranchSettings = None,
     clips: Annotated[str, typer.Option(help="Comma-separated names of the clips to train on; all by default.")] = "",
+    classes: Annotated[str, typer.Option(help="Comma-separated class names, where the data bring none.")] = "",
     size: Size = None,
     stills: Annotated[int, typer.Option(min=1, help="Images rendered for 'street'.")] = 400,
     recipe: Annotated[str, typer.Option(help="joint: main task, then joint. main: main task twice. probe.")] = "joint",
@@ -128,6 +129,7 @@ def train(
             objective=objective,
             branch=branch_settings(branch or []),
             clips=_names(clips),
+            classes=_names(classes),
             size=parse_size(size),
             stills=stills,
             recipe=recipe,
@@ -239,12 +241,14 @@ def evaluate(
     rows = contenders_of(names, checkpoint, baseline or [], own, hidden) if chosen is None else []
     numbers = _seeds(seeds, checkpoint, baseline or [])
     charged = real_time_of(real_time, forwards or [], names)
+    spec = read_spec(checkpoint[0])
     found = clips_from(
         data,
         _names(clips),
-        parse_size(size) if size else read_spec(checkpoint[0]).size,
+        parse_size(size) if size else spec.size,
         format=format,
         classes=_names(classes),
+        default_classes=spec.classes,
         seed=seed,
         frames=frames,
     )

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from ttt_adapt.errors import ConfigError
+from ttt_adapt.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,10 @@ _PRESET = {"lr": 1e-4, "source_pull": 0.5}
 
 def _known(config: type[StreamConfig], changes: dict[str, Any]) -> dict[str, Any]:
     """`changes`, if all of them are fields."""
-    unknown = set(changes) - {field.name for field in dataclasses.fields(config)}
-    if unknown:
-        raise ConfigError(f"StreamConfig has no field {', '.join(map(repr, sorted(unknown)))}")
+    known = [field.name for field in dataclasses.fields(config)]
+    for name in changes:
+        if name not in known:
+            raise ConfigError(f"StreamConfig has no field {name!r}; {nearest(name, known)}")
     return changes
 
 

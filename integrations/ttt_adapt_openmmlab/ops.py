@@ -35,7 +35,7 @@ def require_packages() -> None:
     """
     absent = [name for name in ("mmengine", "mmcv") if importlib.util.find_spec(name) is None]
     if all(importlib.util.find_spec(name) is None for name in ("mmseg", "mmdet")):
-        absent.append("neither mmsegmentation nor mmdetection")
+        absent.append("mmsegmentation or mmdetection")
     if absent:
         what = ", ".join(absent)
         raise MissingPackageError(f'{what} is not installed. Run: pip install "ttt-adapt[openmmlab]"')

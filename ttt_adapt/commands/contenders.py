@@ -15,7 +15,7 @@ from ttt_adapt.branch import MAEBranch
 from ttt_adapt.checkpoint import Checkpoint, load_checkpoint
 from ttt_adapt.commands.common import parse_settings
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.data import Clip, StreetClip, open_clips
+from ttt_adapt.data import Clip, StreetClip, is_unnamed, open_clips
 from ttt_adapt.errors import CheckpointError, ConfigError, missing
 from ttt_adapt.evaluation.arms import find_arm, find_arms
 from ttt_adapt.evaluation.realtime import stride
@@ -109,6 +109,7 @@ def clips_from(
     *,
     format: str = "auto",
     classes: Sequence[str] = (),
+    default_classes: Sequence[str] = (),
     seed: int | None = None,
     frames: int | None = None,
 ) -> list[Clip]:
@@ -120,6 +121,7 @@ def clips_from(
         size: (height, width) of the frames.
         format: see `ttt_adapt.data.open_clips`.
         classes: class names, where the data bring none.
+        default_classes: those of the checkpoint, for folders of class ids that bring none either.
         seed: which street; 0 by default.
         frames: length of the street's stream; 240 by default.
     """
@@ -130,7 +132,14 @@ def clips_from(
     for name, value in (("--seed", seed), ("--frames", frames)):
         if value is not None:
             raise ConfigError(f"{name} {value} is of the rendered street, and {data} is not it; adaptation has --seeds")
-    return open_clips(data, list(names) or None, size, classes=list(classes) or None, format=format)
+    return open_clips(
+        data, list(names) or None, size, classes=list(classes) or _unnamed(data, default_classes), format=format
+    )
+
+
+def _unnamed(data: str, classes: Sequence[str]) -> list[str] | None:
+    """`classes`, if `data` are folders of class ids without names."""
+    return list(classes) or None if is_unnamed(data) else None
 
 
 def check(
@@ -157,7 +166,10 @@ def check(
             _check_classes(checkpoint, clip, path)
         for contender in contenders:
             if path in contender.checkpoints:
-                find_arm(contender.arm).start(checkpoint, config, contender.changes).close()
+                try:
+                    find_arm(contender.arm).start(checkpoint, config, contender.changes).close()
+                except ConfigError as error:
+                    raise ConfigError(f"{contender.label} on {path.name}: {error}") from error
                 if contender.branch and isinstance(checkpoint.branch, MAEBranch):
                     with checkpoint.branch.using(**contender.branch):
                         pass  # its checks

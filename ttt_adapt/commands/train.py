@@ -36,6 +36,7 @@ class TrainOptions:
         objective: what is trained jointly: "mae", or "rotation".
         branch: keywords of `MAEBranch.attach`.
         clips: names of the clips to use; () for all.
+        classes: class names, where the data bring none.
         size: (H, W) that images are resized to; None: as on disk.
         stills: number of images rendered for "street".
         recipe: "joint" (main task, then joint), "main" (main task twice), or "probe" (reconstruction, then head).
@@ -55,6 +56,7 @@ class TrainOptions:
     objective: str = "mae"
     branch: dict[str, Any] = field(default_factory=dict)
     clips: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
     size: tuple[int, int] | None = None
     stills: int = 400
     recipe: str = "joint"
@@ -83,6 +85,11 @@ def train(options: TrainOptions) -> Checkpoint:
         )
     if options.out.suffix != ".safetensors":
         raise ConfigError(f"--out is {options.out}; expected a file name ending in .safetensors")
+    states = options.out.parent.glob(f"{options.out.stem}.*.state")
+    if options.resume and options.out.exists() and not any(states):
+        raise ConfigError(
+            f"--resume: {options.out} is complete; leave --resume out to train it anew, or choose another --out"
+        )
     device = _device(options.device)
     data, spec = _open_data(options)
     torch.manual_seed(options.config.seed)
@@ -181,7 +188,7 @@ def _open_data(options: TrainOptions) -> tuple[NormalizedStills, ModelSpec]:
         size = options.size or (128, 192)
         sources, classes, palette = list(street_stills(options.stills, size)), CLASSES, PALETTE
     else:
-        sources = open_clips(options.data, list(options.clips) or None, options.size)
+        sources = open_clips(options.data, options.clips or None, options.size, classes=options.classes or None)
         classes = sources[0].classes
         size = options.size or sources[0][0][1].shape
     branch = None if options.recipe == "main" else options.branch

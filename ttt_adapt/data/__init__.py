@@ -7,8 +7,18 @@ say otherwise) marks void pixels.
 
 from ttt_adapt.augment import Augment
 from ttt_adapt.data.clips import Clip, LabelledClip, Sample
-from ttt_adapt.data.layouts import FORMATS, open_clips
+from ttt_adapt.data.layouts import FORMATS, is_unnamed, open_clips
 from ttt_adapt.data.stills import StillsDataset
 from ttt_adapt.data.street import StreetClip
 
-__all__ = ["FORMATS", "Augment", "Clip", "LabelledClip", "Sample", "StillsDataset", "StreetClip", "open_clips"]
+__all__ = [
+    "FORMATS",
+    "Augment",
+    "Clip",
+    "LabelledClip",
+    "Sample",
+    "StillsDataset",
+    "StreetClip",
+    "is_unnamed",
+    "open_clips",
+]

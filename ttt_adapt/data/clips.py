@@ -175,7 +175,9 @@ def pair_files(folder: Path) -> list[tuple[Path, Path]]:
     suffixes = FRAME_SUFFIXES - {".png"} if label_folder == frame_folder else FRAME_SUFFIXES
     frames = images_in(frame_folder, suffixes)
     if not frames:
-        raise DataError(f"no frames ({', '.join(sorted(suffixes))}) in {frame_folder}")
+        raise DataError(
+            f"no frames in {frame_folder}; expected images/ (or frames/) beside labels/, or NAME.jpg beside NAME.png"
+        )
     labels = images_in(label_folder, {".png"})
     return match(frames, labels, lambda frame: label_folder / f"{frame.stem}.png")
 
@@ -189,15 +191,15 @@ def read_index(root: Path) -> dict[str, Any]:
         index = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{file} is not JSON: {error}") from error
-    return index if isinstance(index, dict) and {"classes", "clips"} <= index.keys() else {}
+    return index if isinstance(index, dict) and "classes" in index else {}
 
 
 def _class_names(folder: Path, given: Sequence[str] | None, binary: bool, index: dict[str, Any]) -> tuple[str, ...]:
     names = given or (BINARY_CLASSES if binary else index.get("classes"))
     if not names:
         raise DataError(
-            f"the classes of {folder} are unknown: no index.json beside it. Pass classes=(names in the order of "
-            "their ids), or binary=True for masks of 0 and 255"
+            f"the classes of {folder} are unknown: give their names in the order of the ids (classes=, --classes), or "
+            f'put {folder.parent / "index.json"} there with {{"classes": [...]}}. Masks of 0 and 255 are binary=True'
         )
     if binary and len(names) != 2:
         raise DataError(f"binary=True has 2 classes, got {len(names)}: {', '.join(names)}")

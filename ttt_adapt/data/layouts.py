@@ -79,6 +79,15 @@ def open_clips(
     return [found[name]() for name in chosen]
 
 
+def is_unnamed(source: str | Path) -> bool:
+    """Whether the folder `source` holds plain clips of class ids that nothing gives names to."""
+    root = Path(source)
+    if not root.is_dir() or _recognise(root) != "folder":
+        return False
+    first = _clip_folders(root)[0]
+    return not read_index(first.parent) and not _holds_masks(first)
+
+
 def _recognise(root: Path) -> str:
     """The format of the data set at `root`."""
     marks = {
@@ -95,10 +104,15 @@ def _recognise(root: Path) -> str:
 def _folders(
     root: Path, size: tuple[int, int] | None, classes: Sequence[str] | None, binary: bool
 ) -> dict[str, Opener]:
+    folders = _clip_folders(root)
+    return _openers(folders, size, classes, binary or (classes is None and _holds_masks(folders[0])))
+
+
+def _clip_folders(root: Path) -> list[Path]:
+    """The clips in `root`, or `root` if it is one."""
     inner = folders_in(root)
     whole = any((root / name).is_dir() for name in ("labels", *FRAME_FOLDERS))
-    folders = [root] if whole or not inner else inner
-    return _openers(folders, size, classes, binary or (classes is None and _holds_masks(folders[0])))
+    return [root] if whole or not inner else inner
 
 
 def _openers(

@@ -24,7 +24,7 @@ _DPI = 150
 
 
 def plot_stream(path: str | Path, runs: Sequence[Run], title: str = "") -> None:
-    """Draws reconstruction loss and mIoU along one clip, one colour per arm; 1200 x 900 pixels as PNG.
+    """Draws the label-free loss and mIoU along one clip, one colour per arm; 1200 x 900 pixels as PNG.
 
     Thin lines are single frames, thick lines a centred running mean over 9 frames. Seeds of one arm are averaged.
 
@@ -50,7 +50,7 @@ def plot_stream(path: str | Path, runs: Sequence[Run], title: str = "") -> None:
         chosen = [run for run in runs if run.arm == arm]
         _draw_line(upper, [run.losses for run in chosen], colour, dashes, arm)
         _draw_line(lower, [run.per_frame for run in chosen], colour, dashes, arm, scale=100.0)
-    upper.set_ylabel("reconstruction loss")
+    upper.set_ylabel("label-free loss")
     lower.set_ylabel("mIoU of the frame (%)")
     lower.set_xlabel("frame")
     lower.set_xlim(0, max(lengths.pop() - 1, 1))
@@ -62,7 +62,7 @@ def plot_stream(path: str | Path, runs: Sequence[Run], title: str = "") -> None:
         upper.set_yticks([])
     figure.suptitle(title or clips.pop(), fontsize=13, fontweight="bold")
     handles, names = lower.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), 5), frameon=False)
+    figure.legend(handles, names, loc="outside lower center", ncols=_columns(figure, names), frameon=False)
     _save(figure, path)
 
 
@@ -98,7 +98,9 @@ def plot_bars(path: str | Path, report: Report) -> None:
     axes.grid(True, axis="y", color="#e4e4e4", linewidth=0.8)
     handles, names = axes.get_legend_handles_labels()
     unique = dict(zip(names, handles, strict=True))
-    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=min(len(unique), 6), frameon=False)
+    figure.legend(
+        unique.values(), unique.keys(), loc="outside upper center", ncols=_columns(figure, names), frameon=False
+    )
     _save(figure, path)
 
 
@@ -218,6 +220,12 @@ def _figure(width: float, height: float) -> Figure:
 def _save(figure: Figure, path: str | Path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=_DPI)
+
+
+def _columns(figure: Figure, names: Sequence[str]) -> int:
+    """As many legend columns as fit the figure's width with names of this length."""
+    inches = 0.6 + 0.09 * max(len(name) for name in names)
+    return max(1, min(len(set(names)), int(figure.get_figwidth() // inches)))
 
 
 def _style(axes: Axes) -> None:

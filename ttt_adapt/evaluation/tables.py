@@ -130,11 +130,21 @@ def rich_table(report: Report, reference: str | None = None) -> Table:
     except ImportError as error:
         raise missing("rich", "cli") from error
     header, rows, caption = _table(report, reference)
+    titles = list(dict.fromkeys(name.partition(": ")[2] for name in header[1:]))
     table = Table(caption=caption, caption_justify="left")
-    for position, name in enumerate(header):
-        table.add_column(name, justify="right" if position else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(text, style="bold" if best else "") for text, best in row))
+    for title in ["clip", "arm", *titles]:
+        table.add_column(title, justify="left" if title in ("clip", "arm") else "right", overflow="fold")
+    for clip in report.clips:
+        for row in rows:
+            cells = {
+                name.partition(": ")[2]: cell
+                for name, cell in zip(header, row, strict=True)
+                if name.startswith(f"{clip}: ")
+            }
+            texts = [
+                Text(text, style="bold" if best else "") for text, best in (cells.get(t, ("", False)) for t in titles)
+            ]
+            table.add_row(clip, row[0][0], *texts, end_section=row is rows[-1])
     return table
 
 
