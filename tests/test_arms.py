@@ -347,7 +347,7 @@ def test_norm_arms_refuse_a_model_without_batchnorm(arm):
 def test_arms_say_where_they_do_not_apply():
     with pytest.raises(ConfigError, match="no LayerNorm.*norm-ema"):
         ARMS["ln-adapt"].start(checkpoint(), CONFIG)
-    with pytest.raises(ConfigError, match="no rotation head.*docs/objectives.md"):
+    with pytest.raises(ConfigError, match="no rotation head.*train --objective rotation"):
         ARMS["rotation"].start(checkpoint(), CONFIG)
     with pytest.raises(ConfigError, match="trained for Rotation"):
         ARMS["online"].start(suited("rotation"), CONFIG)
