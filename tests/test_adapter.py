@@ -406,16 +406,35 @@ def test_running_statistics_are_frozen_or_those_of_clean_frames(kind):
     source, momentum = photograph(adapter._model), norm.momentum
     for frame in clip(3):
         new_mean, new_var = clean_statistics(adapter._model, frame)
-        share = {"frozen": 0.0, "ema": 0.2, "batch": 1.0}[kind]
+        share = {"frozen": 0.0, "ema": 0.2, "batch": 0.0}[kind]
         mean, var = mean + share * (new_mean - mean), var + share * (new_var - var)
         adapter.step(frame)
         torch.testing.assert_close(norm.running_mean, mean, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(norm.running_var, var, rtol=1e-5, atol=1e-6)
     assert norm.momentum == momentum
     assert not norm.training
-    assert (photograph(adapter._model)["bytes"] == source["bytes"]) == (kind == "frozen")
+    assert (photograph(adapter._model)["bytes"] == source["bytes"]) == (kind != "ema")
     adapter.reset()
     assert photograph(adapter._model) == source
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_each_frame_is_predicted_with_its_own_statistics_and_the_weights_after_the_step(every):
+    adapter = attached(zoo.TinySeg, config=CONFIG.replace(norm_stats="batch", lr=1e-2, every=every))
+    for frame in clip(4):
+        found = adapter.step(frame)
+        plain = zoo.TinySeg()
+        plain.load_state_dict(adapter._model.state_dict())
+        for norm in (m for m in plain.modules() if isinstance(m, nn.BatchNorm2d)):
+            norm.forward = lambda x, m=norm: (
+                (x - x.mean((0, 2, 3), keepdim=True))
+                * (x.var((0, 2, 3), correction=0, keepdim=True) + m.eps).rsqrt()
+                * m.weight[:, None, None]
+                + m.bias[:, None, None]
+            )
+        with torch.no_grad():
+            expected = plain.eval()(adapter._take(frame))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_moving_statistics_survive_saving_in_mid_stream(tmp_path):

@@ -22,7 +22,8 @@ from ttt_adapt.video import VideoWriter, blend, panels
 WEIGHTS = Path(__file__).parent.parent / "demo" / "street.safetensors"
 FPS = 10
 CONFIG = StreamConfig.online(source_pull=0.02)
-"""The demo's own choice, made on street 77, which the demo never shows: its drift is strong, so the pull is weak."""
+"""Chosen by `benchmarks/demo_variants.py` on three streets that the demo does not show: the drift is strong, so the pull
+is weak."""
 
 
 def demo(
