@@ -22,8 +22,7 @@ from ttt_adapt.video import VideoWriter, blend, panels
 WEIGHTS = Path(__file__).parent.parent / "demo" / "street.safetensors"
 FPS = 10
 CONFIG = StreamConfig.online(source_pull=0.02)
-"""Chosen by `benchmarks/demo_variants.py` on three streets that the demo does not show: the drift is strong, so the pull
-is weak."""
+"""Chosen by `benchmarks/demo_variants.py` on streets that the demo does not show: strong drift wants a weak pull."""
 
 
 def demo(
