@@ -156,7 +156,7 @@ def test_eval_writes_report_table_and_plots_and_goes_on_where_it_was(trained, cl
     ]
     arguments += ["--set=batch_size=2", "--set=crop_size=(48, 48)", f"--baseline={trained}"]
     text = invoke(*arguments)
-    for word in ("Main Task Only", "Fixed", "TTT-MAE No Memory", "Online TTT-MAE", "first: mIoU", str(out)):
+    for word in ("Main Task Only", "Fixed", "TTT-MAE No Memory", "Online TTT-MAE", "first", "mIoU (%)", str(out)):
         assert word in text
     assert {p.name for p in out.iterdir()} == {"report.json", "table.md", "miou.png", "first.png", "second.png"}
     report = json.loads((out / "report.json").read_text())

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.dist import is_main_process
+from mmengine.hooks import LoggerHook
 from mmengine.runner import CheckpointLoader, Runner, find_latest_checkpoint
 from torch import nn
 
@@ -176,12 +178,20 @@ def run(cfg: Config, what: str, launcher: str, local_rank: int | None) -> None:
             )
         with _told_in_a_line():
             runner = Runner.from_cfg(cfg)
+            _let_one_process_write(runner)
             if what == "test":
                 _check_weights(runner.model, cfg.load_from)
             getattr(runner, what)()
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _let_one_process_write(runner: Runner) -> None:
+    """Keep all processes but the first from the file of the scores: MMEngine's LoggerHook writes it in each of them."""
+    for hook in runner.hooks:
+        if isinstance(hook, LoggerHook) and not is_main_process():
+            vars(hook)["after_test_epoch"] = lambda *_args, **_metrics: None
 
 
 def _check_weights(model: nn.Module, file: str) -> None:

@@ -134,6 +134,8 @@ def test_cfg_options_are_mmengines(config, tmp_path, monkeypatch):
 
 
 class _Nothing:
+    hooks = ()
+
     def train(self):
         pass
 
@@ -273,3 +275,11 @@ def test_check_names_problems_and_exits_with_1(tmp_path, capsys):
     assert mm("check", "camvid", miniatures.camvid(tmp_path / "camvid")) == 0
     assert "no problem found" in capsys.readouterr().out
     assert "expected one of camvid" in failed(capsys, "check", "vid", tmp_path)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_process_writes_the_scores(config, checkpoint, tmp_path, monkeypatch, rank):
+    monkeypatch.setattr(launch, "is_main_process", lambda: rank == 0)
+    assert mm("test", config, checkpoint, "--work-dir", tmp_path / "scores") == 0
+    folder = run_dir(tmp_path / "scores")
+    assert (folder / f"{folder.name}.json").exists() == (rank == 0)
