@@ -576,7 +576,7 @@ others = [torch.zeros_like(flat) for _ in range(2)]
 dist.all_gather(others, flat)
 assert torch.equal(others[0], others[1])
 assert not torch.isnan(flat).any()
-print("same", rank, flush=True)
+print("same %d\\n" % rank, end="", flush=True)  # one write: two processes share the pipe
 dist.destroy_process_group()
 """
 
