@@ -14,7 +14,6 @@ from ttt_adapt.theory import (
     drift_excess_loss,
     drift_minimiser,
     excess_loss_bound,
-    frame_sketch,
     gradient_sketch,
     simulate,
     sweet_spot,
@@ -256,16 +255,6 @@ def test_a_state_or_vector_that_does_not_fit_changes_nothing():
     after = auto.state_dict()
     assert all(torch.equal(after[n], before[n]) for n in ("recent", "differences", "counts"))
     assert after["since"] == before["since"] == 10
-
-
-def test_a_frame_sketch_holds_the_mean_of_every_cell():
-    x = torch.arange(2 * 3 * 16 * 24, dtype=torch.float32).reshape(2, 3, 16, 24)[:1]
-    sketch = frame_sketch(x, grid=2)
-    assert sketch.tolist() == [
-        x[0, c, 8 * i : 8 * i + 8, 12 * j : 12 * j + 12].mean() for c in range(3) for i in (0, 1) for j in (0, 1)
-    ]
-    assert torch.equal(frame_sketch(x[0], grid=2), sketch)
-    assert frame_sketch(torch.rand(3, 5, 7)).shape == (192,)
 
 
 def test_a_gradient_sketch_takes_the_same_entries_every_time():

@@ -26,7 +26,7 @@ from ttt_adapt.theory.bound import (
     simulate,
     sweet_spot,
 )
-from ttt_adapt.theory.window import AutoWindow, frame_sketch, gradient_sketch
+from ttt_adapt.theory.window import AutoWindow, gradient_sketch
 
 __all__ = [
     "AutoWindow",
@@ -34,7 +34,6 @@ __all__ = [
     "drift_excess_loss",
     "drift_minimiser",
     "excess_loss_bound",
-    "frame_sketch",
     "gradient_sketch",
     "simulate",
     "sweet_spot",

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt_adapt.errors import CheckpointError, ConfigError, FrameError
@@ -30,8 +29,7 @@ class AutoWindow:
     difference starts it anew.
 
     Memory is `reach` vectors and a few numbers, whatever the stream's length. No pass of the model is needed: the
-    vector is a sample of the step's own gradient (`gradient_sketch`), which carries the noise of masks and draws, or a
-    small picture of the frame (`frame_sketch`), which does not, so that windows come out shorter.
+    vector is a sample of the step's own gradient (`gradient_sketch`), which carries the noise of masks and draws.
 
     Args:
         capacity: longest window.
@@ -173,11 +171,6 @@ class AutoWindow:
         self._differences, self._counts, self._recent, self._since, self._cuts = (
             differences, counts, recent, since, cuts,
         )  # fmt: skip
-
-
-def frame_sketch(x: Tensor, grid: int = 8) -> Tensor:
-    """A frame as the model takes it, float [3, H, W] or [1, 3, H, W], averaged over grid x grid cells: [3 * grid^2]."""
-    return F.adaptive_avg_pool2d(x.detach().reshape(-1, *x.shape[-2:]), grid).flatten()
 
 
 def gradient_sketch(parameters: Iterable[nn.Parameter], size: int = 512) -> Tensor:
