@@ -19,7 +19,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from camvid import SIZE, STREAMS, checkpoints
+from camvid import SIZE, STREAMS, Training, checkpoints
 from ttt_adapt import StreamConfig
 from ttt_adapt.commands.contenders import Contender, contenders_of
 from ttt_adapt.commands.demo import WEIGHTS
@@ -66,7 +66,7 @@ def camvid(data: Path, weights: Path, seeds: Sequence[int]) -> list[Job]:
     clips = open_clips(data / "camvid", STREAMS, SIZE)
     found = []
     for model in ("vit", "regnet"):
-        pairs = [checkpoints(model, seed, data / "camvid", weights / f"{model}-{seed}") for seed in seeds]
+        pairs = checkpoints([Training(model, seed, data / "camvid", weights / f"{model}-{seed}") for seed in seeds])
         found.append((f"camvid-{model}", clips, [joint for _, joint in pairs], [main for main, _ in pairs]))
     return found
 
@@ -78,9 +78,10 @@ def davis(data: Path, weights: Path, seeds: Sequence[int]) -> list[Job]:
     found = []
     for half, streams in halves.items():
         others = tuple(name for name in names if name not in streams)
-        pairs = [
-            checkpoints("vit", seed, data / "davis", weights / f"{half}-{seed}", others, DAVIS_SIZE) for seed in seeds
+        trainings = [
+            Training("vit", seed, data / "davis", weights / f"{half}-{seed}", others, DAVIS_SIZE) for seed in seeds
         ]
+        pairs = checkpoints(trainings)
         clips = open_clips(data / "davis", streams, DAVIS_SIZE)
         found.append((half, clips, [joint for _, joint in pairs], [main for main, _ in pairs]))
     return found

@@ -8,14 +8,22 @@ augmentation go on, one with the main task alone ("Main Task Only"), one jointly
 stream the 15 Hz clip and the dusk clip at 144 x 192. Hyper-parameters of adaptation are chosen on the 15 Hz clip, as it
 is and artificially darkened (`camvid_variants.py`).
 
-Everything goes on where it stopped when the command is given again.
+As many trainings run side by side as there are cores, each on one thread, and write what they say to a log beside their
+checkpoints. Everything goes on where it stopped when the command is given again.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from ttt_adapt import StreamConfig
 from ttt_adapt.commands.evaluate import Contender, evaluate
@@ -35,38 +43,52 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def checkpoints(
-    name: str,
-    seed: int,
-    data: Path,
-    stem: Path,
-    clips: tuple[str, ...] = TRAIN,
-    size: tuple[int, int] = SIZE,
-) -> tuple[Path, Path]:
-    """Train what is missing; returns the files of (Main Task Only, joint), which begin with `stem`."""
-    model = MODELS[name]
-    options = model["options"] | ({"img_size": size} if name == "vit" else {})
-    first, main, joint = (Path(f"{stem}-{part}.safetensors") for part in ("first", "main", "joint"))
-    for out, recipe, init in ((first, "main", None), (main, "main", first), (joint, "joint", first)):
-        if out.exists():
-            continue
-        train(
-            TrainOptions(
-                data=str(data),
-                out=out,
-                encoder=model["encoder"],
-                encoder_options=options,
-                clips=clips,
-                size=size,
-                recipe=recipe,
-                first_epochs=0,
-                init=init,
-                resume=True,
-                device="cpu",
-                config=TrainConfig(epochs=model["epochs"], seed=seed),
-            )
-        )
+class Training(NamedTuple):
+    """Three trainings from one seed: a first one from scratch, then the main task alone and jointly from there."""
+
+    model: str
+    seed: int
+    data: Path
+    stem: Path
+    """What the names of the files begin with."""
+    clips: tuple[str, ...] = TRAIN
+    size: tuple[int, int] = SIZE
+
+
+def checkpoints(trainings: Sequence[Training]) -> list[tuple[Path, Path]]:
+    """The files of (Main Task Only, joint) of each; what is missing is trained, side by side."""
+    workers = min(len(os.sched_getaffinity(0)), len(trainings))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(_trained, trainings))
+
+
+def _trained(training: Training) -> tuple[Path, Path]:
+    first, main, joint = (Path(f"{training.stem}-{part}.safetensors") for part in ("first", "main", "joint"))
+    training.stem.parent.mkdir(parents=True, exist_ok=True)
+    with Path(f"{training.stem}.log").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        for out, recipe, init in ((first, "main", None), (main, "main", first), (joint, "joint", first)):
+            if not out.exists():
+                train(_options(training, out, recipe, init))
     return main, joint
+
+
+def _options(training: Training, out: Path, recipe: str, init: Path | None) -> TrainOptions:
+    model = MODELS[training.model]
+    return TrainOptions(
+        data=str(training.data),
+        out=out,
+        encoder=model["encoder"],
+        encoder_options=model["options"] | ({"img_size": training.size} if training.model == "vit" else {}),
+        clips=training.clips,
+        size=training.size,
+        recipe=recipe,
+        first_epochs=0,
+        init=init,
+        resume=True,
+        device="cpu",
+        config=TrainConfig(epochs=model["epochs"], seed=training.seed),
+    )
 
 
 def main() -> None:
@@ -78,8 +100,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/camvid"), help="folder for the reports")
     options = parser.parse_args()
     clips = open_clips(options.data, STREAMS, SIZE)
+    wanted = [(name, seed) for name in options.models for seed in options.seeds]
+    trainings = [Training(name, seed, options.data, options.weights / f"{name}-{seed}") for name, seed in wanted]
+    found = dict(zip(wanted, checkpoints(trainings), strict=True))
     for name in options.models:
-        pairs = [checkpoints(name, seed, options.data, options.weights / f"{name}-{seed}") for seed in options.seeds]
+        pairs = [found[name, seed] for seed in options.seeds]
         joint = tuple(pair[1] for pair in pairs)
         rows = [
             Contender("fixed", "MAE Joint Training (fixed)", joint),
