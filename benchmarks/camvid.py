@@ -66,7 +66,11 @@ def checkpoints(trainings: Sequence[Training]) -> list[tuple[Path, Path]]:
 def _trained(training: Training) -> tuple[Path, Path]:
     first, main, joint = (Path(f"{training.stem}-{part}.safetensors") for part in ("first", "main", "joint"))
     training.stem.parent.mkdir(parents=True, exist_ok=True)
-    with Path(f"{training.stem}.log").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with (
+        Path(f"{training.stem}.log").open("a") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):
         for out, recipe, init in ((first, "main", None), (main, "main", first), (joint, "joint", first)):
             if not out.exists():
                 train(_options(training, out, recipe, init))
