@@ -6,7 +6,7 @@
 - **camvid**: the ViTs and RegNets (BatchNorm) of `camvid.py`, one per seed, on the 15 Hz clip, which the online preset
   was chosen on, and the dusk clip.
 - **davis**: the ten DAVIS sequences, foreground against background. Two folds: a ViT trained on five sequences (as
-  `camvid.py` trains, at 112 x 192) streams the five others, and the other way round; one pair per seed.
+  `camvid.py` trains, at 96 x 160, half as long) streams the five others, and the other way round; one pair per seed.
 - **street**: the demo's model on three rendered streets of 120 frames.
 
 Everything goes on where it stopped when the command is given again.
@@ -53,7 +53,7 @@ ARMS = (
 )
 NORMS = ("norm-ema", "norm-blend", "online-norm-ema")
 """In place of ln-adapt, where the encoder has BatchNorm."""
-DAVIS_SIZE = (112, 192)
+DAVIS_SIZE, DAVIS_EPOCHS = (96, 160), 12
 PARTS = ("arms", "window")
 
 
@@ -79,7 +79,8 @@ def davis(data: Path, weights: Path, seeds: Sequence[int]) -> list[Job]:
     for half, streams in halves.items():
         others = tuple(name for name in names if name not in streams)
         trainings = [
-            Training("vit", seed, data / "davis", weights / f"{half}-{seed}", others, DAVIS_SIZE) for seed in seeds
+            Training("vit", seed, data / "davis", weights / f"{half}-{seed}", others, DAVIS_SIZE, DAVIS_EPOCHS)
+            for seed in seeds
         ]
         pairs = checkpoints(trainings)
         clips = open_clips(data / "davis", streams, DAVIS_SIZE)

@@ -53,6 +53,8 @@ class Training(NamedTuple):
     """What the names of the files begin with."""
     clips: tuple[str, ...] = TRAIN
     size: tuple[int, int] = SIZE
+    epochs: int | None = None
+    """Of each of the three; None for those of `MODELS`."""
 
 
 def checkpoints(trainings: Sequence[Training]) -> list[tuple[Path, Path]]:
@@ -91,7 +93,7 @@ def _options(training: Training, out: Path, recipe: str, init: Path | None) -> T
         init=init,
         resume=True,
         device="cpu",
-        config=TrainConfig(epochs=model["epochs"], seed=training.seed),
+        config=TrainConfig(epochs=training.epochs or model["epochs"], seed=training.seed),
     )
 
 
