@@ -8,8 +8,8 @@ augmentation go on, one with the main task alone ("Main Task Only"), one jointly
 stream the 15 Hz clip and the dusk clip at 144 x 192. Hyper-parameters of adaptation are chosen on the 15 Hz clip, as it
 is and artificially darkened (`camvid_variants.py`).
 
-As many trainings run side by side as there are cores, each on one thread, and write what they say to a log beside their
-checkpoints. Everything goes on where it stopped when the command is given again.
+As many trainings, and then evaluations, run side by side as there are cores, each on one thread; a training writes what
+it says to a log beside its checkpoints. Everything goes on where it stopped when the command is given again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import multiprocessing
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from ttt_adapt import StreamConfig
 from ttt_adapt.commands.evaluate import Contender, evaluate
 from ttt_adapt.commands.train import TrainOptions, train
 from ttt_adapt.data import open_clips
+from ttt_adapt.evaluation.report import markdown_table
 from ttt_adapt.joint import TrainConfig
 
 TRAIN = ("0006R0_train_a", "0016E5_train_a", "0016E5_train_b", "0016E5_train_d")
@@ -59,10 +61,15 @@ class Training(NamedTuple):
 
 def checkpoints(trainings: Sequence[Training]) -> list[tuple[Path, Path]]:
     """The files of (Main Task Only, joint) of each; what is missing is trained, side by side."""
-    workers = min(len(os.sched_getaffinity(0)), len(trainings))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with side_by_side() as pool:
         return list(pool.map(_trained, trainings))
+
+
+def side_by_side() -> ProcessPoolExecutor:
+    """A process per core, each with one thread."""
+    context = multiprocessing.get_context("spawn")
+    cores = len(os.sched_getaffinity(0))
+    return ProcessPoolExecutor(cores, context, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def _trained(training: Training) -> tuple[Path, Path]:
@@ -105,19 +112,27 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=Path("runs/camvid"))
     parser.add_argument("--out", type=Path, default=Path("runs/camvid"), help="folder for the reports")
     options = parser.parse_args()
-    clips = open_clips(options.data, STREAMS, SIZE)
     wanted = [(name, seed) for name in options.models for seed in options.seeds]
     trainings = [Training(name, seed, options.data, options.weights / f"{name}-{seed}") for name, seed in wanted]
     found = dict(zip(wanted, checkpoints(trainings), strict=True))
-    for name in options.models:
-        pairs = [found[name, seed] for seed in options.seeds]
-        joint = tuple(pair[1] for pair in pairs)
-        rows = [
-            Contender("fixed", "MAE Joint Training (fixed)", joint),
-            Contender("fixed", "Main Task Only (fixed)", tuple(pair[0] for pair in pairs)),
-            *(Contender(arm, title, joint) for arm, title in MODELS[name]["arms"].items()),
-        ]
-        evaluate(rows, clips, StreamConfig.online(), options.seeds, options.out / f"camvid-{name}")
+    pairs = [[found[name, seed] for seed in options.seeds] for name in options.models]
+    with side_by_side() as pool:
+        tables = pool.map(partial(_evaluated, options), options.models, pairs)
+        for name, table in zip(options.models, tables, strict=True):
+            print(f"{name}\n\n{table}")
+
+
+def _evaluated(options: argparse.Namespace, name: str, pairs: list[tuple[Path, Path]]) -> str:
+    """Stream the clips through a model's arms and write the report; returns the table."""
+    joint = tuple(pair[1] for pair in pairs)
+    rows = [
+        Contender("fixed", "MAE Joint Training (fixed)", joint),
+        Contender("fixed", "Main Task Only (fixed)", tuple(pair[0] for pair in pairs)),
+        *(Contender(arm, title, joint) for arm, title in MODELS[name]["arms"].items()),
+    ]
+    out = options.out / f"camvid-{name}"
+    clips = open_clips(options.data, STREAMS, SIZE)
+    return markdown_table(evaluate(rows, clips, StreamConfig.online(), options.seeds, out))
 
 
 if __name__ == "__main__":
