@@ -57,7 +57,7 @@ NORMS: dict[str, Variant] = {
     },
 }
 PARTS = {"grid": GRID, "others": OTHERS, "norms": NORMS}
-RATES = (1e-5, 1e-4, 1e-3)
+RATES = (1e-6, 1e-5, 1e-4)
 BRANCH = {"mask_ratio", "loss_on"}
 LIMIT = -0.02  # what the chosen variant may lose on the clip as it is, relative
 
