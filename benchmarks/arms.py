@@ -53,6 +53,8 @@ ARMS = (
 )
 NORMS = ("norm-ema", "norm-blend", "online-norm-ema")
 """In place of ln-adapt, where the encoder has BatchNorm."""
+RATES = {"tent": 1e-6, "self-train": 1e-6, "self-train-plain": 1e-6, "ema-teacher": 1e-6}
+"""Learning rates of the baselines, also below a modifier; `camvid_variants.py --arms` chose them."""
 DAVIS_SIZE, DAVIS_EPOCHS = (96, 160), 12
 PARTS = ("arms", "window")
 
@@ -99,7 +101,8 @@ STREAMS_OF = {"camvid": camvid, "davis": davis, "street": street}
 def rows(name: str, joint: Sequence[Path], main: Sequence[Path]) -> list[Contender]:
     """The jointly trained fixed model first: all others are compared with it."""
     arms = [arm for arm in ARMS if arm != "ln-adapt"] + [*NORMS] if name.endswith("regnet") else ARMS
-    found = contenders_of(arms, joint, main)
+    changes = {arm: {"lr": RATES[base]} for arm in arms if (base := arm.partition("+")[0]) in RATES}
+    found = contenders_of(arms, joint, main, changes)
     return sorted(found, key=lambda row: row.label != "Fixed")
 
 
