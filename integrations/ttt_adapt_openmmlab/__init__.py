@@ -4,10 +4,16 @@ Import it before `mmseg.apis` and `mmdet.apis`: beside mmcv-lite, which has no c
 once this package stands in for the operators. In a config, `custom_imports` sees to it.
 """
 
-from ttt_adapt_openmmlab.ops import allow_zoo_checkpoints, require_packages, stand_in_for_missing_ops
+from ttt_adapt_openmmlab.ops import (
+    allow_zoo_checkpoints,
+    require_packages,
+    speed_up_deformable_attention,
+    stand_in_for_missing_ops,
+)
 
 require_packages()
 stand_in_for_missing_ops()
+speed_up_deformable_attention()
 allow_zoo_checkpoints()
 
 from ttt_adapt_openmmlab.check import check_tree  # noqa: E402

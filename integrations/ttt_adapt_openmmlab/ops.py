@@ -1,7 +1,8 @@
 """What stands between OpenMMLab's packages and a machine without a compiler, or a newer PyTorch.
 
 `mmcv-lite` has no compiled operators (`mmcv._ext`), and `mmcv.ops`, which mmdet imports, does not import without them.
-A stand-in lets it: Mask2Former and most segmentation models never call one. PyTorch from 2.6 on loads only what is
+A stand-in lets it: Mask2Former and most segmentation models never call one. Mask2Former's deformable attention, which
+mmcv also has in plain PyTorch, is replaced there by `ttt_adapt_openmmlab.deformable`. PyTorch from 2.6 on loads only what is
 declared harmless, and checkpoints of the OpenMMLab zoo hold NumPy arrays and log buffers.
 """
 
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 from ttt_adapt import CheckpointError, MissingPackageError
+from ttt_adapt_openmmlab.deformable import instead_of
 
 EXTENSION = "mmcv._ext"
 
@@ -49,6 +51,16 @@ def stand_in_for_missing_ops() -> None:
     # Deformable attention also exists in plain PyTorch; mmcv takes that path where it believes to have no CUDA.
     attention: Any = importlib.import_module("mmcv.ops.multi_scale_deform_attn")
     attention.IS_CUDA_AVAILABLE = False
+
+
+def speed_up_deformable_attention() -> None:
+    """Put the library's deformable attention in the place of mmcv's function in plain PyTorch.
+
+    mmcv calls that function for CPU tensors, and for all tensors where `stand_in_for_missing_ops` told it that there is
+    no CUDA: so on a GPU a compiled operator stays in charge, and without one CUDA tensors come to a Triton kernel.
+    """
+    attention: Any = importlib.import_module("mmcv.ops.multi_scale_deform_attn")
+    attention.multi_scale_deformable_attn_pytorch = instead_of(attention.multi_scale_deformable_attn_pytorch)
 
 
 class _StandIn(ModuleType):
