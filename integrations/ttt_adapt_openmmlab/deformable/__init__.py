@@ -43,8 +43,8 @@ def deformable_attention(
         value: [B, S, heads, dim], the pixels of all levels one after the other, each row by row; CPU or CUDA.
         value_spatial_shapes: [L, 2], integers, height and width of every level; their areas add up to S. On the CPU, a
             table is made of (sum of heights + 4 L) x (largest width + 2) pixels per image.
-        sampling_locations: [B, Q, heads, L, points, 2], (x, y) in units of the level: 0 is its left or upper edge, 1 its
-            right or lower one. What lies outside is zero.
+        sampling_locations: [B, Q, heads, L, points, 2], (x, y) in units of the level: 0 is its left or upper edge, 1
+            its right or lower one. What lies outside is zero.
         attention_weights: [B, Q, heads, L, points].
 
     Returns:
@@ -62,7 +62,7 @@ def deformable_attention(
 def _check(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> None:
     if value.ndim != 4 or shapes.ndim != 2 or shapes.shape[1] != 2 or len(shapes) == 0:
         raise DeformableAttentionError(
-            f"values are {list(value.shape)} and level sizes {list(shapes.shape)}; expected [B, S, heads, dim] and [L, 2]"
+            f"values are {list(value.shape)}, level sizes {list(shapes.shape)}; expected [B, S, heads, dim] and [L, 2]"
         )
     expected = [value.shape[0], None, value.shape[2], len(shapes)]
     got = list(locations.shape)
@@ -98,9 +98,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    grad: Tensor, value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (value, locations, weights))  # type: ignore[return-value]
 
 
@@ -180,7 +178,7 @@ def _try_triton() -> bool:
         kernels.forward(pixel, pixel.new_ones(1, 2, dtype=torch.long), pixel[..., None, None, :2], pixel[..., :1, None])
     except Exception as error:  # of many kinds: no compiler, no driver, a device too old
         warnings.warn(
-            f"Triton runs no kernel on this device ({error!r}); deformable attention takes mmcv's path in plain PyTorch",
+            f"Triton runs no kernel here ({error!r}); deformable attention takes mmcv's path in plain PyTorch",
             stacklevel=2,
         )
         return False

@@ -1,9 +1,9 @@
-"""Multi-scale deformable attention on the CPU: weighted sums of rows of a table, through `torch.nn.functional.embedding_bag`.
+"""Multi-scale deformable attention on the CPU: weighted sums of rows of a table, by `F.embedding_bag`.
 
 The table has a row per pixel and head. All levels lie in it one above the other, at the line length of the widest, with
 two zero pixels after every line and two zero lines above and below: a sample that is pulled back to just outside of its
-level meets zeros, and no corner needs a test. The four corners of a sample are one row and three fixed distances from it,
-so that one set of rows serves all four, forward and backward. Next to `grid_sample` per level it writes no sampled
+level meets zeros, and no corner needs a test. The four corners of a sample are one row and three fixed distances from
+it, so that one set of rows serves all four, forward and backward. Next to `grid_sample` per level it writes no sampled
 values, and it reads a pixel's channels in one piece.
 """
 
@@ -51,7 +51,7 @@ class _Table:
         self.first = first + torch.arange(heads, dtype=torch.int32).repeat_interleave(len(sizes) * points)
 
     def levels(self, table: Tensor, value: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """For every level, its pixels in a table [B, rows, dim] and in values [B, S, heads, dim]: [B, h, w, heads, dim]."""
+        """Every level in a table [B, rows, dim] and in values [B, S, heads, dim]: two views [B, h, w, heads, dim]."""
         batch, dim, at = table.shape[0], table.shape[2], 0
         pixels = table.view(batch, self.pixels, self.heads, dim)
         for (height, width), start in zip(self.sizes, self.starts, strict=True):

@@ -24,7 +24,7 @@ TILE = 1024
 
 @triton.jit
 def _axis(locations, there, size, ACC: tl.constexpr):
-    """The lower of two neighbouring pixels along an axis, and the share of the upper; far outside becomes just outside."""
+    """The lower of two neighbours along an axis, and the share of the upper; far outside becomes just outside."""
     position = tl.load(locations, mask=there, other=0.0).to(ACC) * size - 0.5
     position = tl.clamp(position, -2.0, size.to(ACC), propagate_nan=tl.PropagateNan.ALL)
     low = tl.floor(position)
