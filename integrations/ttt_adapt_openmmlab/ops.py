@@ -2,8 +2,8 @@
 
 `mmcv-lite` has no compiled operators (`mmcv._ext`), and `mmcv.ops`, which mmdet imports, does not import without them.
 A stand-in lets it: Mask2Former and most segmentation models never call one. Mask2Former's deformable attention, which
-mmcv also has in plain PyTorch, is replaced there by `ttt_adapt_openmmlab.deformable`. PyTorch from 2.6 on loads only what
-is declared harmless, and checkpoints of the OpenMMLab zoo hold NumPy arrays and log buffers.
+mmcv also has in plain PyTorch, is replaced there by `ttt_adapt_openmmlab.deformable`. PyTorch from 2.6 on loads only
+what is declared harmless, and checkpoints of the OpenMMLab zoo hold NumPy arrays and log buffers.
 """
 
 from __future__ import annotations

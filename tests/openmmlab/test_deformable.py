@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from attention_cases import PYRAMID, RAGGED, assert_close, exact, inputs
 import ttt_adapt_openmmlab  # noqa: F401  # before mmcv.ops, which may lack its operators
+from attention_cases import PYRAMID, RAGGED, assert_close, exact, inputs
 from ttt_adapt import StateError, TTTAdaptError
 from ttt_adapt_openmmlab import deformable
 from ttt_adapt_openmmlab.deformable import DeformableAttentionError, bags, deformable_attention, instead_of
