@@ -120,7 +120,7 @@ def forward(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -
     table = _Table(shapes.tolist(), heads, points, exact)
     rows = table.fill(value, exact)
     for part in _groups(batch, queries * heads):
-        row, right, lower = table.meet(locations[part].to(exact).flatten(2, 4))
+        row, right, lower = table.meet(_flat(locations[part], exact))
         first, known = row.view(-1, samples), rows[part].view(-1, dim)
         total = out[part].view(-1, dim)
         for distance, share in zip(table.corners, _shares(_flat(weights[part], exact), right, lower), strict=True):
@@ -142,7 +142,7 @@ def backward(
     rows = table.fill(value, exact)
     grad_rows = torch.zeros_like(rows)
     for part in _groups(batch, queries * heads):
-        place = table.meet(locations[part].to(exact).flatten(2, 4))
+        place = table.meet(_flat(locations[part], exact))
         weight, g = _flat(weights[part], exact), grad[part].to(exact).reshape(-1, dim)
         _scatter(grad_rows[part].view(-1, dim), g, table, place, weight)
         along = _along(rows[part].view(-1, dim), g, table, place, weight)
@@ -199,9 +199,9 @@ def _groups(batch: int, sums: int) -> Iterator[slice]:
         yield slice(begin, begin + images)
 
 
-def _flat(weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """[G, Q, heads, levels, points] -> [G, Q, heads * levels * points]."""
-    return weights.to(dtype).flatten(2)
+def _flat(samples: Tensor, dtype: torch.dtype) -> Tensor:
+    """[G, Q, heads, levels, points, ...] -> [G, Q, heads * levels * points, ...], in order in memory."""
+    return samples.to(dtype).contiguous().flatten(2, 4)
 
 
 def _exact(value: Tensor) -> torch.dtype:
