@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -52,8 +53,12 @@ def test_compiled_operators_are_left_alone(monkeypatch):
     compiled = ModuleType(ops.EXTENSION)
     compiled.__spec__ = importlib.machinery.ModuleSpec(ops.EXTENSION, None, origin="_ext.so")
     monkeypatch.setitem(sys.modules, ops.EXTENSION, compiled)
+    attention = importlib.import_module("mmcv.ops.multi_scale_deform_attn")
+    monkeypatch.setattr(attention, "IS_CUDA_AVAILABLE", True)
     ops.stand_in_for_missing_ops()
+    ops.speed_up_deformable_attention()
     assert sys.modules[ops.EXTENSION] is compiled
+    assert attention.IS_CUDA_AVAILABLE  # on a GPU mmcv calls its compiled operator, as before
 
 
 @pytest.mark.parametrize("absent", [["mmengine"], ["mmcv"], ["mmseg", "mmdet"]])
@@ -79,6 +84,7 @@ class Absent:
         if name.partition('.')[0] in {absent!r}:
             raise ModuleNotFoundError(f'No module named {{name!r}}', name=name)
 sys.meta_path.insert(0, Absent())
+import importlib
 import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name.partition('.')[0] in {absent!r} else find(name, *a)
