@@ -30,7 +30,9 @@ class Tape(TorchDispatchMode):
 
     def _remember_what_is_written(self, func, args, kwargs):
         for i, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
+            # batch norm moves its running statistics, and its signature does not say so
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if not written and argument.name not in ("running_mean", "running_var"):
                 continue
             value = args[i] if i < len(args) else kwargs.get(argument.name)
             for x in tree_leaves(value):

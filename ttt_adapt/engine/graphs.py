@@ -73,7 +73,8 @@ class GraphEngine(EagerEngine):
     Args:
         recorder: how to record.
         reason: why this engine was picked.
-        falls_back: go on without recordings where one cannot be made, instead of raising.
+        falls_back: run updates as they are where they cannot be recorded, instead of raising. Predictions always do so:
+            what a model does to its outputs is its own business.
     """
 
     name = "cudagraph"
@@ -83,15 +84,15 @@ class GraphEngine(EagerEngine):
         super().__init__(reason)
         self._recorder, self._falls_back = recorder, falls_back
         self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
-        self._gave_up = False
+        self._eager: set[str] = set()
 
     def run(self, what: str, call: Callable[..., Any], *inputs: Tensor, key: Hashable = ()) -> Any:
         """As in `EagerEngine`; the result is a copy that the next replay leaves alone.
 
         Raises:
-            ConfigError: the call cannot be recorded.
+            ConfigError: the call cannot be recorded; nothing of it was done.
         """
-        if self._gave_up:
+        if what in self._eager:
             return call(*inputs)
         entry = self._entry((what, key, *((tuple(x.shape), x.dtype) for x in inputs)))
         if entry.runs < WARM_UP:
@@ -124,14 +125,13 @@ class GraphEngine(EagerEngine):
             raise
         except Exception as error:
             entry.replay = None
-            if not self._falls_back:
+            if what != "predict" and not self._falls_back:
                 raise ConfigError(
                     f"the {what} pass of this model cannot be recorded into a CUDA graph ({type(error).__name__}: "
                     f'{error}): use engine="eager" or "compile"'
                 ) from error
-            self._gave_up = True
-            self.reason = f"eager after all, the {what} pass cannot be recorded: {type(error).__name__}: {error}"
-            self.forget()
+            self._eager.add(what)
+            self.reason += f"; the {what} pass runs eagerly, it cannot be recorded ({type(error).__name__}: {error})"
             return False
 
     def predict(self, predict: Callable[[Tensor], Any], x: Tensor) -> Any:
