@@ -14,12 +14,9 @@ of its own.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,15 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timing import Step, interleaved, write
 from ttt_adapt import MAEBranch, StreamAdapter, StreamConfig
 from ttt_adapt.decoders import Pyramid
-from ttt_adapt.evaluation.report import environment
 from ttt_adapt.features import Features
 from ttt_adapt.masking import random_mask, upsample_mask
 from ttt_adapt.objectives import Rotation
 
 SIZE = (128, 160)
-Step = Callable[[Tensor], Any]
 
 
 class SmallCNN(nn.Module):
@@ -206,30 +202,18 @@ AGAINST_TORCH_TTT: dict[str, Callable[[int], Step]] = {
 }
 
 
-def interleaved(steps: dict[str, Step], frames: int) -> dict[str, float]:
-    """Median ms of each step, in turns on the same frames; the first fifth warms up."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for i, frame in enumerate(torch.randn(frames, 3, *SIZE)):
-        names = list(steps)
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            started = time.perf_counter()
-            steps[name](frame)
-            times[name].append((time.perf_counter() - started) * 1e3)
-    return {name: statistics.median(values[max(1, len(values) // 5) :]) for name, values in times.items()}
-
-
 def time_one(kind: str, batch: int, frames: int, window: int) -> dict[str, float]:
     steps: dict[str, Step] = {
         "adapter": make_adapter(kind, batch, window).step,
         "hand": HandWritten(kind, batch, window).step,
         "forward": plain_forward(make(kind)[0]),
     }
-    ms = interleaved(steps, frames)
+    ms = interleaved(steps, torch.randn(frames, 3, *SIZE))
     return {**ms, "to_hand": ms["adapter"] / ms["hand"], "to_forward": ms["adapter"] / ms["forward"]}
 
 
 def time_against_torch_ttt(depth: int, frames: int) -> dict[str, float]:
-    ms = interleaved({name: make(depth) for name, make in AGAINST_TORCH_TTT.items()}, frames)
+    ms = interleaved({name: make(depth) for name, make in AGAINST_TORCH_TTT.items()}, torch.randn(frames, 3, *SIZE))
     ratios = {f"{name}_to_forward": value / ms["forward"] for name, value in ms.items() if name != "forward"}
     return {**ms, **ratios, "torch_ttt_to_adapter_1": ms["torch_ttt"] / ms["adapter_1"]}
 
@@ -261,8 +245,7 @@ def main() -> None:
     for row in _torch_ttt_rows(options) if options.torch_ttt else _rows(options):
         rows.append(row)
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-        if options.out:
-            options.out.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+        write(options.out, rows)
 
 
 def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

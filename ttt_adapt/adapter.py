@@ -209,14 +209,13 @@ class StreamAdapter:
         sketch, numbers = None, None
         with self._undone_if_it_fails():
             self._window.stage(x[0], pixels)
+            state = self._window.tick(self.window) if self._engine.records else ()
             skipped = "" if self._frame_index % self.config.every == 0 else "every"
             surprise = self._surprise() if self.config.gate == "surprise" and not skipped else None
             if surprise is not None and not self._gate.is_open(surprise):
                 skipped = "gate"
             if not skipped:
-                clock = self._window.tick() if self._engine.records else None
-                state = self._window.recorded_with(self.window)
-                numbers, sketch = self._engine.run("update", lambda x: self._update(x, clock), x, key=state)
+                numbers, sketch = self._engine.run("update", self._update, x, key=state)
             elif self._pull == 1.0:  # without carried weights every frame starts from the source
                 self._recall_source()
         self._window.commit()
@@ -234,7 +233,7 @@ class StreamAdapter:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             return float(self._branch.loss(self._draw(), generator=self._generator))
 
-    def _update(self, x: Tensor, clock: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _update(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What a frame does to the weights; nothing here waits for the device, so that an engine may record it.
 
         Returns:
@@ -245,21 +244,21 @@ class StreamAdapter:
         self._renew_norm_stats(x)
         if self.config.restart_optimizer or self._pull == 1.0:
             self._restart_optimizer()
-        steps = [self._iterate(clock, first=i == 0) for i in range(self.config.iterations)]
+        steps = [self._iterate(first=i == 0) for i in range(self.config.iterations)]
         return torch.stack([numbers for numbers, _ in steps]), steps[0][1]
 
-    def _draw(self, clock: Tensor | None = None) -> Tensor:
+    def _draw(self) -> Tensor:
         """A batch from the window."""
         crop: Any = self.config.crop_size
-        return self._window.draw(self.config.batch_size, self._generator, crop, self.window, clock)
+        return self._window.draw(self.config.batch_size, self._generator, crop, self.window)
 
     def _recall_source(self) -> None:
         """Implicit memory: carry the weights on, pull them toward the source, or start from it."""
         self._source.pull(self._pull)
 
-    def _iterate(self, clock: Tensor | None, first: bool) -> tuple[Tensor, Tensor | None]:
+    def _iterate(self, first: bool) -> tuple[Tensor, Tensor | None]:
         """One gradient step, taken if the gradient is finite: its loss and gradient norm, and a sketch of it."""
-        batch = self._draw(clock)
+        batch = self._draw()
         with self._learning():
             loss = self._engine.gradients(self._task, batch)
             norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])

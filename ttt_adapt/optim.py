@@ -80,7 +80,7 @@ class FusedAdamW(torch.optim.AdamW):
             torch._foreach_add_(steps, 1)
             torch._fused_adamw_(
                 members,
-                [p.grad for p in members],
+                [p.grad for p in members],  # type: ignore[misc]  # none is None: see `_is_ready`
                 first,
                 second,
                 [],

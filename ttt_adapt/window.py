@@ -79,7 +79,6 @@ class FrameWindow:
         generator: torch.Generator,
         crop_size: tuple[int, int] | None = None,
         newest: int | None = None,
-        clock: Tensor | None = None,
     ) -> Tensor:
         """Draw from the staged frame and those before it, with replacement.
 
@@ -88,7 +87,6 @@ class FrameWindow:
             generator: random source, on the frames' device.
             crop_size: (H, W) of a random crop for each draw, at most the frame; None: whole frames.
             newest: how many frames to draw from, the staged one included, at most `capacity`; None: all.
-            clock: what `tick` returned: for a draw that is recorded once and repeated as the window moves on.
 
         Returns:
             [B, 3, H, W], a copy.
@@ -96,7 +94,7 @@ class FrameWindow:
         assert self._buffer is not None, "stage a frame first"
         device = self._buffer.device
         age = torch.randint(self.known(newest), (count,), generator=generator, device=device)
-        rows = ((self._committed if clock is None else clock) - age) % (self.capacity + 1)
+        rows = ((self._committed if self._clock is None else self._clock) - age) % (self.capacity + 1)
         if crop_size is None:
             return self._as_model_input(self._buffer.index_select(0, rows)).contiguous()
         held_as_pixels = not self._buffer.is_floating_point()
@@ -115,16 +113,19 @@ class FrameWindow:
         """How many frames a draw sees, the staged one included."""
         return min(self._committed + 1, newest or self.capacity)
 
-    def recorded_with(self, newest: int | None = None) -> tuple[int, ...]:
-        """What a recorded draw depends on beside `tick`: how many frames it sees, and the memory they lie in."""
-        return self.known(newest), 0 if self._buffer is None else self._buffer.data_ptr()
+    def tick(self, newest: int | None = None) -> tuple[int, ...]:
+        """Let draws be recorded once and repeated as the window moves on: call it for every staged frame.
 
-    def tick(self) -> Tensor:
-        """How many frames were committed, an int64 scalar on the device that every call writes in place."""
+        Draws then read how many frames were committed from a number on the device, which every call writes in place.
+
+        Returns:
+            All else that a recorded draw depends on: how many frames it sees, and the memory they lie in.
+        """
         assert self._buffer is not None, "stage a frame first"
         if self._clock is None or self._clock.device != self._buffer.device:
             self._clock = torch.zeros((), dtype=torch.int64, device=self._buffer.device)
-        return self._clock.fill_(self._committed)
+        self._clock.fill_(self._committed)
+        return self.known(newest), self._buffer.data_ptr()
 
     def clear(self) -> None:
         """Forget all frames; the buffer stays for the next video."""
