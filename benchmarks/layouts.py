@@ -16,9 +16,9 @@ from typing import Any
 
 import timm
 import torch
-from timing import Step, device_name, interleaved, table, write
 from torch import Tensor, nn
 
+from timing import Step, device_name, interleaved, table, write
 from ttt_adapt import MAEBranch
 
 MODELS = {"resnet18": "layer4", "convnext_atto": "stages", "vit_tiny_patch16_224": "norm"}
