@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 
@@ -34,6 +35,10 @@ class StepReport:
         self._frame_index, self._skipped, self._ms = frame_index, skipped, ms
         self._numbers, self._surprise = numbers, surprise
         self._read: list[list[float]] | None = None
+        self._computed: torch.cuda.Event | None = None
+        if numbers is not None and numbers.is_cuda:  # the reader may be on another stream than the step was
+            self._computed = torch.cuda.Event()
+            self._computed.record()
 
     @property
     def frame_index(self) -> int:
@@ -72,6 +77,8 @@ class StepReport:
     def _values(self) -> list[list[float]]:
         if self._read is None:
             assert self._numbers is not None
+            if self._computed is not None:
+                self._computed.synchronize()
             self._read = self._numbers.tolist()  # the one wait for the device
         return self._read
 
