@@ -222,6 +222,29 @@ def test_a_compiled_pass_leaves_no_python_of_the_branch_in_a_step(make):
     assert adapter.last.adapted
 
 
+def test_gradients_that_share_memory_are_clipped_once(make):
+    class Twice(zoo.PlainSeg):  # two biases with one and the same gradient
+        def __init__(self):
+            super().__init__()
+            self.backbone.append(zoo.nn.Conv2d(8, 8, 1))
+            self.backbone.append(Sum(8))
+
+    class Sum(zoo.nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.a, self.b = (zoo.nn.Parameter(torch.zeros(width, 1, 1)) for _ in range(2))
+
+        def forward(self, x):
+            return x + self.a + self.b
+
+    frames, found = clip(3), []
+    for kind in ("eager", "compile"):
+        torch.manual_seed(9)
+        adapter = make(kind, model=Twice().eval(), grad_clip=1e-3)
+        found.append([adapter.step(frame) for frame in frames])
+    assert_near(*found, "compile")
+
+
 def test_other_settings_of_the_branch_are_compiled_anew(make):
     eager, other, frames = make("eager"), make("compile"), clip(3)
     for adapter in (eager, other):

@@ -98,6 +98,7 @@ class StreamAdapter:
         statistics = [name for name in self._tensors if name.startswith("norm.")]
         self._statistics = [self._tensors[name] for name in statistics]
         self._tensors |= memory
+        self._remembers = bool(memory)
         self._source = Snapshot(self._tensors, whole=[*statistics, *memory])
         self._window = FrameWindow(config.capacity, scaling(self._preprocess, self._dtype))
         self._auto = AutoWindow(config.capacity, draws=config.batch_size) if config.window == "auto" else None
@@ -265,13 +266,17 @@ class StreamAdapter:
             sketch = gradient_sketch(self._parameters) if first and self._auto is not None else None
             if self.config.grad_clip is not None:
                 nn.utils.clip_grads_with_norm_(self._parameters, self.config.grad_clip, norm)
-            if self._engine.records or (self._device.type == "cuda" and decides_on_device(self._optimizer)):
+            if self._engine.records or (self._device.type == "cuda" and self._may_decide_later()):
                 step_if(self._optimizer, norm.isfinite())
                 self._after_step()
             elif bool(norm.isfinite()):
                 self._optimizer.step()
                 self._after_step()
         return torch.stack([loss.float(), norm.float()]), sketch
+
+    def _may_decide_later(self) -> bool:
+        """Whether a gradient that is not finite can be left out without asking for it on the host."""
+        return decides_on_device(self._optimizer) and not self._remembers
 
     def _predict_input(self, x: Tensor) -> Any:
         own = self._norms if self.config.norm_stats == "batch" else []

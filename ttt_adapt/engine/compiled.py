@@ -68,8 +68,11 @@ class CompileEngine(EagerEngine):
         with torch.no_grad():  # the gradients are in the list
             value, *gradients = compiled(images, drawn)
         found: list[Tensor | None] = [None] * len(task.parameters)
+        taken: set[int] = set()
         for index, gradient in zip(reached, gradients, strict=True):
-            found[index] = gradient
+            # equal gradients may share memory, and clipping writes in place
+            found[index] = gradient.clone() if gradient.data_ptr() in taken else gradient
+            taken.add(gradient.data_ptr())
         return value, tuple(found)
 
     def _compiled(self, task: Task, images: Tensor, drawn: Tensor) -> tuple[Callable[..., list[Tensor]], list[int]]:
