@@ -226,13 +226,13 @@ def test_gradients_that_share_memory_are_clipped_once(make):
     class Twice(zoo.PlainSeg):  # two biases with one and the same gradient
         def __init__(self):
             super().__init__()
-            self.backbone.append(zoo.nn.Conv2d(8, 8, 1))
-            self.backbone.append(Sum(8))
+            self.backbone.append(torch.nn.Conv2d(12, 12, 1))
+            self.backbone.append(Sum(12))
 
-    class Sum(zoo.nn.Module):
+    class Sum(torch.nn.Module):
         def __init__(self, width):
             super().__init__()
-            self.a, self.b = (zoo.nn.Parameter(torch.zeros(width, 1, 1)) for _ in range(2))
+            self.a, self.b = (torch.nn.Parameter(torch.zeros(width, 1, 1)) for _ in range(2))
 
         def forward(self, x):
             return x + self.a + self.b
