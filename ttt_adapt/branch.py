@@ -191,7 +191,7 @@ class MAEBranch(Attached):
     def _predict(self, images: Tensor, mask: Tensor, visible: int) -> Tensor:
         """g(f(masked images)), [B, 3, H, W] of the padded images; `visible` patches in each mask."""
         padded = pad_to_multiple(images, self.multiple)
-        with frozen_norms(self.info.norms), without_checkpointing(self.info.checkpointing):
+        with frozen_norms(self.norms), without_checkpointing(self.info.checkpointing):
             try:
                 raw = self._encode(padded, mask, visible)
             except AssertionError as error:  # how timm refuses a size
