@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from timing import Step, device_name, interleaved, table, write
+from timing import Step, device_name, interleaved, now, table, write
 from ttt_adapt import StreamAdapter, StreamConfig
 
 GPU = torch.cuda.is_available()
@@ -80,12 +79,10 @@ def length(frames: int) -> Iterator[dict[str, Any]]:
     step, plain = adapter(**MIDDLE), forward(MIDDLE["model"], MIDDLE["size"])  # type: ignore[arg-type]
     times: list[tuple[float, float]] = []
     for _ in range(10 * frames):
-        frame, marks = torch.randn(3, *MIDDLE["size"], device=DEVICE), [time.perf_counter()]  # type: ignore[misc]
+        frame, marks = torch.randn(3, *MIDDLE["size"], device=DEVICE), [now()]  # type: ignore[misc]
         for call in (step, plain):
             call(frame)
-            if GPU:
-                torch.cuda.synchronize()
-            marks.append(time.perf_counter())
+            marks.append(now())
         times.append((1e3 * (marks[1] - marks[0]), 1e3 * (marks[2] - marks[1])))
     first = None
     for name, part in (("first tenth", times[3:frames]), ("last tenth", times[-frames:])):
