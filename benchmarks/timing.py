@@ -52,7 +52,7 @@ def interleaved(steps: Mapping[str, Step], frames: Iterable[Tensor], warm_up: in
 
 
 def now() -> float:
-    """Seconds: of the clock on a GPU, once it is idle; of the processor on one CPU thread, whatever else runs beside."""
+    """Seconds: of the clock, on a GPU once it is idle; with one CPU thread of the processor, whatever runs beside."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     elif torch.get_num_threads() == 1:
