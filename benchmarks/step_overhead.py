@@ -1,22 +1,23 @@
-"""What `adapter.step` costs beyond the arithmetic: against a hand-written loop and the plain forward pass.
+"""What `adapter.step` costs beyond the arithmetic: against other loops, a hand-written one and the plain forward.
 
-    python benchmarks/step_overhead.py
+    python benchmarks/step_overhead.py                 # against a loop written by hand
+    python benchmarks/step_overhead.py --torch-ttt     # against torch-ttt's rotation engine, ResNet-18 and ResNet-50
 
 The hand-written loop uses no hooks and none of the adapter: it runs the model's own modules one after the other, with
-the same masks, loss and optimizer, and a plain list as window. The three are interleaved frame by frame and medians
-are reported. `--memory` measures peak memory of the process instead, each loop in a process of its own.
+the same masks, loss and optimizer, and a plain list as window. torch-ttt (pip install "ttt-adapt[bench]") is the other
+library of online adaptation on the package index: its `TTTEngine` runs with its own defaults, with and without the copy
+of the model that it makes per call, on the same network and the same frames, one at a time. All loops are interleaved
+frame by frame and medians are reported, of processor time with OMP_NUM_THREADS=1. `--memory` measures peak memory
+of the process instead, each loop in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import resource
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timing import Step, interleaved, write
 from ttt_adapt import MAEBranch, StreamAdapter, StreamConfig
 from ttt_adapt.decoders import Pyramid
-from ttt_adapt.evaluation.report import environment
 from ttt_adapt.features import Features
 from ttt_adapt.masking import random_mask, upsample_mask
+from ttt_adapt.objectives import Rotation
 
 SIZE = (128, 160)
 
@@ -154,68 +156,126 @@ def check_losses(kind: str) -> None:
     torch.testing.assert_close(hand.loss(hand.model, hand.branch, images, mask).detach(), ours, rtol=1e-5, atol=1e-6)
 
 
-def time_one(kind: str, batch: int, frames: int, window: int) -> dict[str, float]:
-    adapter, hand = make_adapter(kind, batch, window), HandWritten(kind, batch, window)
-    plain, _ = make(kind)
+def torch_ttt(depth: int, copy: bool) -> Step:
+    """torch-ttt's rotation engine, its head built as its training would have built it."""
+    from torch_ttt.engine.ttt_engine import TTTEngine
 
+    options = {} if copy else {"copy_model": False}
+    engine = TTTEngine(resnet(depth), "global_pool", optimization_parameters=options)
+    engine.train()(torch.randn(1, 3, *SIZE))
+    engine.eval()
+    return lambda frame: engine(frame[None])[0]
+
+
+def resnet(depth: int) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(f"resnet{depth}", num_classes=10).eval()
+
+
+def resnet_adapter(depth: int, **changes: Any) -> Step:
+    config = StreamConfig(window=16, lr=1e-5, restart_optimizer=True).replace(**changes)
+    return StreamAdapter(resnet(depth), encoder="layer4", config=config).step
+
+
+def rotation_adapter(depth: int) -> Step:
+    """The arithmetic of torch-ttt's defaults: three steps on four turned images, and a prediction."""
+    model = resnet(depth)
+    config = StreamConfig(window=1, batch_size=4, iterations=3, lr=1e-5)
+    return StreamAdapter(model, Rotation.attach(model, "layer4"), config=config).step
+
+
+def plain_forward(model: nn.Module) -> Step:
     def forward(frame: Tensor) -> Tensor:
         with torch.no_grad():
-            return plain(frame[None])
+            return model(frame[None])
 
-    steps = {"adapter": adapter.step, "hand": hand.step, "forward": forward}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    stream = torch.randn(frames, 3, *SIZE)
-    for i, frame in enumerate(stream):
-        names = list(steps)
-        for name in names[i % 3 :] + names[: i % 3]:
-            started = time.perf_counter()
-            steps[name](frame)
-            times[name].append((time.perf_counter() - started) * 1e3)
-    return {name: statistics.median(values[len(values) // 5 :]) for name, values in times.items()}
+    return forward
+
+
+AGAINST_TORCH_TTT: dict[str, Callable[[int], Step]] = {
+    "adapter_1": lambda depth: resnet_adapter(depth, batch_size=1),
+    "adapter_8": lambda depth: resnet_adapter(depth, batch_size=8),
+    "adapter_rotation": rotation_adapter,
+    "torch_ttt": lambda depth: torch_ttt(depth, copy=True),
+    "torch_ttt_no_copy": lambda depth: torch_ttt(depth, copy=False),
+    "forward": lambda depth: plain_forward(resnet(depth)),
+}
+
+
+def time_one(kind: str, batch: int, frames: int, window: int) -> dict[str, float]:
+    steps: dict[str, Step] = {
+        "adapter": make_adapter(kind, batch, window).step,
+        "hand": HandWritten(kind, batch, window).step,
+        "forward": plain_forward(make(kind)[0]),
+    }
+    ms = interleaved(steps, torch.randn(frames, 3, *SIZE))
+    return {**ms, "to_hand": ms["adapter"] / ms["hand"], "to_forward": ms["adapter"] / ms["forward"]}
+
+
+def time_against_torch_ttt(depth: int, frames: int) -> dict[str, float]:
+    ms = interleaved({name: make(depth) for name, make in AGAINST_TORCH_TTT.items()}, torch.randn(frames, 3, *SIZE))
+    ratios = {f"{name}_to_forward": value / ms["forward"] for name, value in ms.items() if name != "forward"}
+    return {**ms, **ratios, "torch_ttt_to_adapter_1": ms["torch_ttt"] / ms["adapter_1"]}
 
 
 def peak_memory(loop: str, kind: str, batch: int, window: int, frames: int) -> float:
     """Peak resident memory of this process in MiB after `frames` steps."""
-    runner = make_adapter(kind, batch, window) if loop == "adapter" else HandWritten(kind, batch, window)
+    if kind.startswith("resnet"):
+        step = AGAINST_TORCH_TTT[loop](int(kind.removeprefix("resnet")))
+    else:
+        step = (make_adapter if loop == "adapter" else HandWritten)(kind, batch, window).step
     for _ in range(frames):
-        runner.step(torch.randn(3, *SIZE))
+        step(torch.randn(3, *SIZE))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=60)
     parser.add_argument("--window", type=int, default=16)
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--torch-ttt", action="store_true")
     parser.add_argument("--one", nargs=3, metavar=("LOOP", "MODEL", "BATCH"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.one:
         print(peak_memory(options.one[0], options.one[1], int(options.one[2]), options.window, options.frames))
         return
-    rows = []
+    rows: list[dict[str, Any]] = []
+    for row in _torch_ttt_rows(options) if options.torch_ttt else _rows(options):
+        rows.append(row)
+        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+        write(options.out, rows)
+
+
+def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for kind in ("cnn", "vit"):
         check_losses(kind)
         for batch in (1, 8):
-            if options.memory:
-                rows.append({"model": kind, "batch": batch, **_memory(kind, batch, options)})
-            else:
-                ms = time_one(kind, batch, options.frames, options.window)
-                ratio = {"to_hand": ms["adapter"] / ms["hand"], "to_forward": ms["adapter"] / ms["forward"]}
-                rows.append({"model": kind, "batch": batch, **ms, **ratio})
-            print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-    if options.out:
-        options.out.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+            measured = _memory(kind, batch, options) if options.memory else None
+            yield {"model": kind, "batch": batch} | (measured or time_one(kind, batch, options.frames, options.window))
+
+
+def _torch_ttt_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for depth in (18, 50):
+        if options.memory:
+            yield {"model": f"resnet{depth}"} | _peaks(AGAINST_TORCH_TTT, f"resnet{depth}", 0, 5, options)
+        else:
+            yield {"model": f"resnet{depth}"} | time_against_torch_ttt(depth, options.frames)
+
+
+def _peaks(loops: Iterable[str], kind: str, batch: int, frames: int, options: argparse.Namespace) -> dict[str, float]:
+    """Peak MiB of each loop, in a process of its own."""
+    command = [sys.executable, __file__, "--frames", str(frames), "--window", str(options.window), "--one"]
+    done = {
+        loop: subprocess.run([*command, loop, kind, str(batch)], capture_output=True, text=True, check=True)
+        for loop in loops
+    }
+    return {loop: float(process.stdout) for loop, process in done.items()}
 
 
 def _memory(kind: str, batch: int, options: argparse.Namespace) -> dict[str, float]:
-    command = [sys.executable, __file__, "--frames", "30", "--window", str(options.window), "--one"]
-    found = {
-        loop: float(
-            subprocess.run([*command, loop, kind, str(batch)], capture_output=True, text=True, check=True).stdout
-        )
-        for loop in ("adapter", "hand")
-    }
+    found = _peaks(("adapter", "hand"), kind, batch, 30, options)
     model, encoder = make(kind)
     branch = MAEBranch.attach(model, encoder)
     adapted = [*branch.encoder_parameters().values(), *branch.parameters()]

@@ -549,9 +549,9 @@ def test_class_balance_resets_where_the_mean_difference_over_the_buffer_is_above
     found, began = [], []
     adapt = adapting.adapter._adapt
 
-    def watched(x):
+    def watched(*taken):
         began.append(all(torch.equal(p, source[name]) for name, p in made.model.named_parameters()))
-        return adapt(x)
+        return adapt(*taken)
 
     monkeypatch.setattr(adapting.adapter, "_adapt", watched)
     for frame, _ in frames(len(fewer)):

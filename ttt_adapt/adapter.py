@@ -6,51 +6,32 @@ step on the reconstruction of a batch drawn from the window, then predict the fr
 
 from __future__ import annotations
 
-import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ttt_adapt.branch import MAEBranch, check_state
+from ttt_adapt.branch import MAEBranch
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.engine import explained_memory_errors, gradients
-from ttt_adapt.errors import CheckpointError, ConfigError, FrameError, StateError
-from ttt_adapt.frames import Preprocess, default_preprocess, to_model_input
+from ttt_adapt.engine import Beside, StepReport, Task, choose_engine, explained_memory_errors
+from ttt_adapt.errors import ConfigError, FrameError, StateError
+from ttt_adapt.frames import Preprocess, default_preprocess, pixels_of, scaling, to_model_input
 from ttt_adapt.gate import SurpriseGate
 from ttt_adapt.loan import adapted_tensors, adapting, check_arguments, give_back, memory_of
 from ttt_adapt.objectives.base import Objective
-from ttt_adapt.optim import ParamGroups, adamw, parameter_groups
+from ttt_adapt.optim import ParamGroups, Restart, adamw, decides_on_device, parameter_groups, step_if
+from ttt_adapt.saved import check_saved, loaded_optimizer
 from ttt_adapt.snapshot import Snapshot, copied
 from ttt_adapt.taps import batch_statistics, norm_layers, updating_norms
 from ttt_adapt.theory import AutoWindow, gradient_sketch
 from ttt_adapt.window import FrameWindow
 
-
-@dataclass(frozen=True)
-class StepReport:
-    """What `adapt` did with one frame.
-
-    Attributes:
-        frame_index: position of the frame in the stream, from 0.
-        losses: the loss before each gradient step of this frame.
-        grad_norm: norm of the whole gradient before clipping, of the last step; None without a step.
-        adapted: whether the weights were updated, by at least one of the steps.
-        reason: why an update was left out ("every", "gate", "non-finite gradient"); "" if none was.
-        ms: wall time of the whole call, in milliseconds.
-    """
-
-    frame_index: int
-    losses: tuple[float, ...]
-    grad_norm: float | None
-    adapted: bool
-    reason: str
-    ms: float
+__all__ = ["StepReport", "StreamAdapter"]
 
 
 class StreamAdapter:
@@ -69,7 +50,8 @@ class StreamAdapter:
         optimizer: parameter groups -> optimizer; AdamW by default. The groups carry `lr`, `weight_decay` and `name`.
 
     Raises:
-        ConfigError: neither or both of `branch` and `encoder`, a branch of another model, or an unknown keyword.
+        ConfigError: neither or both of `branch` and `encoder`, a branch of another model, an unknown keyword, or an
+            engine or precision that is not available here.
         EncoderError: see `MAEBranch.attach`.
         StateError: the model already has an adapter.
     """
@@ -96,7 +78,6 @@ class StreamAdapter:
         own = {name: p for name, p in self._branch.named_parameters() if p.requires_grad}
         first = next(iter(encoder.values()))
         self._device, self._dtype = first.device, first.dtype
-        self._encoder_count = len(encoder)
         self._parameters = [*encoder.values(), *own.values()]
         self._frozen = [p for p in encoder.values() if not p.requires_grad]
         self._norms = norm_layers(model)
@@ -106,17 +87,21 @@ class StreamAdapter:
         modules = [m for m in (model, self._branch) if isinstance(m, nn.Module)]
         groups = parameter_groups(encoder, own, modules, config)
         self._make_optimizer = lambda: (optimizer or adamw)([dict(group) for group in groups])
-        self._new_optimizer()
+        self._set_optimizer(self._make_optimizer())
+        self._generator = torch.Generator(self._device).manual_seed(config.seed)
+        self._engine = choose_engine(config, self._branch, self._optimizer, self._generator)
+        self._task = Task(self._branch, self._parameters, len(encoder), self._generator, config, self._device)
+        self._beside = Beside(self._device, config.deferred)
         memory, self._after_step = memory_of(self._branch)
         self._tensors = adapted_tensors(encoder, own, self._norms if config.norm_stats == "ema" else [])
         self._pull = config.source_pull if config.carry_weights else 1.0
         statistics = [name for name in self._tensors if name.startswith("norm.")]
         self._statistics = [self._tensors[name] for name in statistics]
         self._tensors |= memory
+        self._remembers = bool(memory)
         self._source = Snapshot(self._tensors, whole=[*statistics, *memory])
-        self._window = FrameWindow(config.capacity)
+        self._window = FrameWindow(config.capacity, scaling(self._preprocess, self._dtype))
         self._auto = AutoWindow(config.capacity, draws=config.batch_size) if config.window == "auto" else None
-        self._generator = torch.Generator(self._device).manual_seed(config.seed)
         self._flags = {module: module.training for module in model.modules()}
         self._attached = True
         self._gate = SurpriseGate()
@@ -140,8 +125,13 @@ class StreamAdapter:
         """How many frames the next step draws from, the frame that comes included, once as many were seen."""
         return self.config.capacity if self._auto is None else self._auto.length
 
+    @property
+    def engine(self) -> tuple[str, str]:
+        """How a step runs, and why so."""
+        return self._engine.name, self._engine.reason
+
     def step(self, frame: Any) -> Any:
-        """Adapt to a frame, then predict it.
+        """Adapt to a frame, then predict it; the other way round with `deferred`.
 
         Args:
             frame: uint8 RGB [H, W, 3] (NumPy or tensor), or float [3, H, W] or [1, 3, H, W] as the model takes it.
@@ -155,13 +145,17 @@ class StreamAdapter:
                 error in the gradient step, window, random state and counters are as before, and the weights are those
                 of the last finished iteration (pulled toward the source, if `source_pull` asks for it).
         """
-        x = self._take(frame)
-        self._adapt(x)
+        x, pixels = self._taken(frame)
+        if self.config.deferred:
+            prediction = self._predict_input(x)
+            self._beside.run(self._adapt, x, pixels)
+            return prediction
+        self._adapt(x, pixels)
         return self._predict_input(x)
 
     def adapt(self, frame: Any) -> StepReport:
         """Take the frame into the window and the gradient steps on it; arguments and errors as in `step`."""
-        return self._adapt(self._take(frame))
+        return self._adapt(*self._taken(frame))
 
     def predict(self, frame: Any) -> Any:
         """Predict a frame with the weights as they are; it does not enter the stream."""
@@ -177,7 +171,7 @@ class StreamAdapter:
         self._check_attached()
         self._source.restore()
         torch.clear_autocast_cache()
-        self._new_optimizer()
+        self._set_optimizer(self._make_optimizer())
         self._window.clear()
         self._generator.manual_seed(self.config.seed)
         self._gate = SurpriseGate()
@@ -193,6 +187,8 @@ class StreamAdapter:
             keep_adapted: keep the adapted weights instead, in the model and in the branch.
         """
         if self._attached:
+            self._beside.settle()
+            self._engine.forget()
             self._finalizer.detach()
             give_back(self._model, None if keep_adapted else self._source, self._flags, self._parameters)
             self._branch.train(self._branch_training)
@@ -209,36 +205,27 @@ class StreamAdapter:
 
     # ---- one frame, in the paper's order
 
-    def _adapt(self, x: Tensor) -> StepReport:
+    def _adapt(self, x: Tensor, pixels: Tensor | None = None) -> StepReport:
         started = time.perf_counter()
+        sketch, numbers = None, None
         with self._undone_if_it_fails():
-            self._window.stage(x[0])
-            losses: list[float] = []
-            sketch: list[float] = []
-            updates = 0
-            norm, reason = None, "" if self._frame_index % self.config.every == 0 else "every"
-            surprise = self._surprise() if self.config.gate == "surprise" and not reason else None
+            self._window.stage(x[0], pixels)
+            state = self._window.tick(self.window) if self._engine.records else ()
+            skipped = "" if self._frame_index % self.config.every == 0 else "every"
+            surprise = self._surprise() if self.config.gate == "surprise" and not skipped else None
             if surprise is not None and not self._gate.is_open(surprise):
-                reason, losses = "gate", [surprise]
-            if not reason or self._pull == 1.0:  # without carried weights every frame starts from the source
+                skipped = "gate"
+            if not skipped:
+                numbers, sketch = self._engine.run("update", self._update, x, key=state)
+            elif self._pull == 1.0:  # without carried weights every frame starts from the source
                 self._recall_source()
-            if not reason:
-                self._renew_norm_stats(x)
-                if self.config.restart_optimizer or self._pull == 1.0:
-                    self._restart_optimizer()
-                for i in range(self.config.iterations):
-                    loss, norm, problem, moved = self._iterate(first=i == 0)
-                    losses.append(loss)
-                    sketch = sketch or moved
-                    updates += not problem
-                    reason = reason or problem
         self._window.commit()
         if surprise is not None:
             self._gate.record(surprise)
-        if self._auto is not None and sketch:
-            self._auto.update(sketch)
+        if self._auto is not None and sketch is not None and numbers is not None and bool(numbers[0, 1].isfinite()):
+            self._auto.update(sketch.tolist())
         ms = (time.perf_counter() - started) * 1e3
-        self.last = StepReport(self._frame_index, tuple(losses), norm, updates > 0, reason, ms)
+        self.last = StepReport(self._frame_index, skipped, ms, numbers, surprise if skipped == "gate" else None)
         self._frame_index += 1
         return self.last
 
@@ -246,6 +233,20 @@ class StreamAdapter:
         """The loss of a batch with the weights as they are, without a gradient: what the gate looks at."""
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             return float(self._branch.loss(self._draw(), generator=self._generator))
+
+    def _update(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What a frame does to the weights; nothing here waits for the device, so that an engine may record it.
+
+        Returns:
+            [iterations, 2], the loss and gradient norm of each step; and what the automatic window wants to know of the
+            frame's first gradient.
+        """
+        self._recall_source()
+        self._renew_norm_stats(x)
+        if self.config.restart_optimizer or self._pull == 1.0:
+            self._restart_optimizer()
+        steps = [self._iterate(first=i == 0) for i in range(self.config.iterations)]
+        return torch.stack([numbers for numbers, _ in steps]), steps[0][1]
 
     def _draw(self) -> Tensor:
         """A batch from the window."""
@@ -256,39 +257,31 @@ class StreamAdapter:
         """Implicit memory: carry the weights on, pull them toward the source, or start from it."""
         self._source.pull(self._pull)
 
-    def _iterate(self, first: bool) -> tuple[float, float, str, list[float]]:
-        """One gradient step.
-
-        Returns:
-            The loss, the gradient norm, why there was no update ("" if there was), and what the automatic window wants
-            to know of the frame's first gradient.
-        """
-        config, batch = self.config, self._draw()
+    def _iterate(self, first: bool) -> tuple[Tensor, Tensor | None]:
+        """One gradient step, taken if the gradient is finite: its loss and gradient norm, and a sketch of it."""
+        batch = self._draw()
         with self._learning():
-            loss = gradients(
-                lambda: self._branch.loss(batch, generator=self._generator),
-                self._parameters,
-                self._encoder_count,
-                config.precision,
-                self._device,
-            )
+            loss = self._engine.gradients(self._task, batch)
             norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-            wanted = first and self._auto is not None
-            sketch = gradient_sketch(self._parameters) if wanted else loss.new_empty(0)
-            if config.grad_clip is not None:
-                nn.utils.clip_grads_with_norm_(self._parameters, config.grad_clip, norm)
-            numbers = torch.cat([torch.stack([loss.float(), norm.float()]), sketch.float()])
-            value, total, *moved = numbers.tolist()  # the one wait for the device
-            if not math.isfinite(total):
-                return value, total, "non-finite gradient", []
-            self._optimizer.step()
-            self._after_step()
-        return value, total, "", moved
+            sketch = gradient_sketch(self._parameters) if first and self._auto is not None else None
+            if self.config.grad_clip is not None:
+                nn.utils.clip_grads_with_norm_(self._parameters, self.config.grad_clip, norm)
+            if self._engine.records or (self._device.type == "cuda" and self._may_decide_later()):
+                step_if(self._optimizer, norm.isfinite())
+                self._after_step()
+            elif bool(norm.isfinite()):
+                self._optimizer.step()
+                self._after_step()
+        return torch.stack([loss.float(), norm.float()]), sketch
+
+    def _may_decide_later(self) -> bool:
+        """Whether a gradient that is not finite can be left out without asking for it on the host."""
+        return decides_on_device(self._optimizer) and not self._remembers
 
     def _predict_input(self, x: Tensor) -> Any:
         own = self._norms if self.config.norm_stats == "batch" else []
         with torch.no_grad(), explained_memory_errors(self.config), batch_statistics(own):
-            return self._predict(x)
+            return self._engine.predict(self._predict, x)
 
     @torch.no_grad()
     def _renew_norm_stats(self, x: Tensor) -> None:
@@ -298,6 +291,14 @@ class StreamAdapter:
                 self._predict(x)
 
     # ---- what surrounds it
+
+    def _taken(self, frame: Any) -> tuple[Tensor, Tensor | None]:
+        """A frame as the model takes it, [1, 3, H, W]; and as it came, [H, W, 3], where the window may hold that."""
+        with torch.inference_mode(False):
+            pixels = pixels_of(frame, self._preprocess, self._device)
+        x = self._take(frame if pixels is None else pixels)
+        same = pixels is not None and pixels.shape[:2] == x.shape[2:]  # not resized
+        return x, pixels if same else None
 
     def _take(self, frame: Any) -> Tensor:
         self._check_attached()
@@ -350,21 +351,15 @@ class StreamAdapter:
             for parameter in self._frozen:
                 parameter.requires_grad_(False)
 
-    def _new_optimizer(self) -> None:
-        self._optimizer = self._make_optimizer()
-        self._fresh_groups = [
-            copied({k: v for k, v in group.items() if k != "params"}) for group in self._optimizer.param_groups
-        ]
-
-    def _restart_optimizer(self) -> None:
-        """As new, without building a new one per frame: no state, and the groups' settings as they were made."""
-        self._optimizer.state.clear()
-        for group, fresh in zip(self._optimizer.param_groups, self._fresh_groups, strict=True):
-            group.update(copied(fresh))
+    def _set_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer, self._restart_optimizer = optimizer, Restart(optimizer)
+        if hasattr(self, "_engine"):
+            self._engine.forget()
 
     def _check_attached(self) -> None:
         if not self._attached:
             raise StateError("this adapter is detached and its model is free: make a new StreamAdapter")
+        self._beside.settle()
 
     # ---- saving mid-stream
 
@@ -389,37 +384,12 @@ class StreamAdapter:
             CheckpointError: the state is of another model or configuration.
         """
         self._check_attached()
-        if not isinstance(state, Mapping):
-            raise CheckpointError(f"the state is a {type(state).__name__}; expected what state_dict() returned")
-        parts = ("config", "weights", "optimizer", "window", "random", "gate", "auto", "frame_index")
-        missing = [part for part in parts if part not in state]
-        if missing:
-            raise CheckpointError(f"this is no state of a StreamAdapter: {', '.join(missing)} missing")
-        other = {k: v for k, v in state["config"].items() if asdict(self.config).get(k) != v}
-        if other:
-            raise CheckpointError(
-                f"the state was saved with {other}, this adapter has "
-                f"{ {k: asdict(self.config).get(k) for k in other} }: make the adapter with the same StreamConfig"
-            )
-        check_state(self._tensors, state["weights"], "this adapter's model")
+        check_saved(state, self.config, self._tensors)
         auto = None if self._auto is None else AutoWindow(self.config.capacity, draws=self.config.batch_size)
         if auto is not None:
             auto.load_state_dict(state["auto"])
-        previous, fresh = self._optimizer, self._fresh_groups
-        try:  # on new objects: what does not fit must not have changed anything
-            torch.Generator(self._device).set_state(state["random"].cpu())
-            self._new_optimizer()
-            if state["optimizer"]["kind"] != type(previous).__name__:
-                raise ValueError(
-                    f"the optimizer was {state['optimizer']['kind']}, here it is {type(previous).__name__}"
-                )
-            self._optimizer.load_state_dict(copied(state["optimizer"]["state"]))
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            self._optimizer, self._fresh_groups = previous, fresh
-            raise CheckpointError(
-                f"the state's optimizer or random state does not fit this adapter ({error}): go on with the same "
-                "optimizer, on the same kind of device"
-            ) from error
+        saved = state["optimizer"], state["random"]
+        self._set_optimizer(loaded_optimizer(*saved, self._make_optimizer, self._device))
         with torch.inference_mode(False), torch.no_grad():
             for name, tensor in self._tensors.items():
                 tensor.copy_(state["weights"][name])

@@ -23,6 +23,8 @@ class Attached(nn.Module):
     def __init__(self, info: EncoderInfo) -> None:
         super().__init__()
         self._info: EncoderInfo | None = info
+        self._settled = False
+        self._norms: list[nn.Module] | None = None
 
     @property
     def info(self) -> EncoderInfo:
@@ -41,6 +43,23 @@ class Attached(nn.Module):
         """Name in the model -> parameter, for all parameters that the encoder's features depend on."""
         named = dict(self.model.named_parameters(remove_duplicate=False))
         return {name: named[name] for name in self.info.parameters}
+
+    @property
+    def norms(self) -> list[nn.Module]:
+        """The layers with running statistics that an encoder pass may touch.
+
+        After `eval()` they are looked up once: it takes a walk over the model, and a stream does not change layers.
+        """
+        if self.training or not self._settled:
+            return self.info.norms
+        if self._norms is None:
+            self._norms = self.info.norms
+        return self._norms
+
+    def train(self: Self, mode: bool = True) -> Self:
+        """As `torch.nn.Module.train`."""
+        self._settled, self._norms = not mode, None
+        return super().train(mode)
 
     def loss(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """The label-free loss, a scalar with its graph, of images [B, 3, H, W] as the model takes them."""

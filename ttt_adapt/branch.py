@@ -134,10 +134,21 @@ class MAEBranch(Attached):
         Returns:
             Mean squared error, a scalar, over the hidden pixels or all of them (`loss_on`).
         """
-        mask = self.draw_mask(images, generator)
+        return self.loss_of(images, self.draw(images, generator))
+
+    def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """All that is random about the loss of `images`: the masks."""
+        return self.draw_mask(images, generator)
+
+    def loss_of(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Reconstruction loss of images masked by what `draw` returned, with its graph."""
         patches = mask[0].numel()
         visible = patches - hidden_patches(patches, self.mask_ratio)
         return self._loss(self._predict(images, mask, visible), images, mask)
+
+    def settings(self) -> tuple[float | str | bool, ...]:
+        """What the loss depends on beside images, masks and weights."""
+        return self.mask_ratio, self.loss_on, self.norm_pix_loss
 
     @torch.no_grad()
     def reconstruct(
@@ -180,7 +191,7 @@ class MAEBranch(Attached):
     def _predict(self, images: Tensor, mask: Tensor, visible: int) -> Tensor:
         """g(f(masked images)), [B, 3, H, W] of the padded images; `visible` patches in each mask."""
         padded = pad_to_multiple(images, self.multiple)
-        with frozen_norms(self.info.norms), without_checkpointing(self.info.checkpointing):
+        with frozen_norms(self.norms), without_checkpointing(self.info.checkpointing):
             try:
                 raw = self._encode(padded, mask, visible)
             except AssertionError as error:  # how timm refuses a size

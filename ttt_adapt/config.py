@@ -29,12 +29,20 @@ class StreamConfig:
         weight_decay: decoupled weight decay; never on norms, biases, tokens and position embeddings.
         grad_clip: largest norm of the whole gradient; None: unlimited.
         crop_size: (H, W) or side of random crops for the gradient step; None: whole frames.
-        precision: of the gradient step: "fp32", or "bf16" by autocast. Predictions are always the model's own.
+        micro_batch: largest number of draws in one forward and backward pass: larger batches are taken in parts whose
+            gradients are summed, in less memory. None: the whole batch at once.
+        precision: of the gradient step: "fp32" (as the process is set up), "tf32" (CUDA devices from compute capability
+            8.0 on), or "bf16" by autocast. Weights and optimizer stay as they are, and predictions are always the
+            model's own. "fp16" is refused: its gradients would need a loss scale, and bf16 needs none.
         norm_stats: running statistics of BatchNorm: "frozen", "ema" (a moving average over clean frames with
             `norm_momentum`), or "batch" (each frame is predicted with its own). Masked frames never enter.
         norm_momentum: weight of the current frame in "ema".
         drop_path: stochastic depth and dropout active in the gradient step.
-        engine: how a step runs: "auto" or "eager".
+        engine: how a step runs: "eager", "compile" (`torch.compile`), "cudagraph" (recorded once, then replayed), or
+            "auto", which picks for the device and the model (`StreamAdapter.engine` says what and why).
+        deferred: predict each frame with the weights as the frame before left them, and adapt after it. Off, a frame
+            is adapted to before it is predicted, as in the paper. On a CUDA device the update runs beside the caller's
+            work, and the prediction does not wait for it.
         every: adapt on every n-th frame only.
         gate: "none", or "surprise": update only where the loss of a batch, taken first and without a gradient, exceeds
             the mean plus one standard deviation of those of the last 50 frames. While the gate is shut the weights
@@ -53,11 +61,13 @@ class StreamConfig:
     weight_decay: float = 0.05
     grad_clip: float | None = None
     crop_size: int | tuple[int, int] | None = None
+    micro_batch: int | None = None
     precision: str = "fp32"
     norm_stats: str = "frozen"
     norm_momentum: float = 0.05
     drop_path: bool = False
     engine: str = "auto"
+    deferred: bool = False
     every: int = 1
     gate: str = "none"
     seed: int = 0
@@ -65,6 +75,8 @@ class StreamConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "iterations", "every"):
             _check_count(name, getattr(self, name))
+        if self.micro_batch is not None:
+            _check_count("micro_batch", self.micro_batch, ", or None for the whole batch at once")
         if self.window != "auto":
             _check_count("window", self.window, ', or "auto"')
         elif self.every != 1:
@@ -73,7 +85,7 @@ class StreamConfig:
             _check_number(name, getattr(self, name), 0.0, 1.0)
         for name in ("lr", "encoder_lr_scale", "weight_decay"):
             _check_number(name, getattr(self, name), 0.0, float("inf"))
-        for name in ("carry_weights", "restart_optimizer", "drop_path"):
+        for name in ("carry_weights", "restart_optimizer", "drop_path", "deferred"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected True or False")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**63:
@@ -82,10 +94,15 @@ class StreamConfig:
             _check_number("grad_clip", self.grad_clip, 0.0, float("inf"))
             if self.grad_clip == 0:
                 raise ConfigError(f"grad_clip is {self.grad_clip!r}; expected a positive number, or None for no limit")
-        _check_choice("precision", self.precision, ("fp32", "bf16"))
+        if self.precision == "fp16":
+            raise ConfigError(
+                "precision is 'fp16'; expected 'fp32', 'tf32' or 'bf16': half precision would need a loss scale, and "
+                "'bf16' costs the same and needs none"
+            )
+        _check_choice("precision", self.precision, ("fp32", "tf32", "bf16"))
         _check_choice("norm_stats", self.norm_stats, ("frozen", "ema", "batch"))
         _check_choice("gate", self.gate, ("none", "surprise"))
-        _check_choice("engine", self.engine, ("auto", "eager"))
+        _check_choice("engine", self.engine, ("auto", "eager", "compile", "cudagraph"))
         if self.crop_size is not None:
             object.__setattr__(self, "crop_size", _pair(self.crop_size))
 

@@ -40,18 +40,45 @@ class Normalize:
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ConfigError(f"mean {mean!r} and std {std!r} must be three numbers each, std above 0")
         self.mean, self.std, self.size = tuple(mean), tuple(std), size
+        self._device = None if device is None else torch.device(device)
         self._shift = -torch.tensor(mean, device=device).view(1, 3, 1, 1) / torch.tensor(std, device=device).view(
             1, 3, 1, 1
         )
         self._scale = 1.0 / (255.0 * torch.tensor(std, device=device).view(1, 3, 1, 1))
 
     def __call__(self, frame: Any) -> Tensor:
-        """[H, W, 3] uint8 -> [1, 3, H, W] float32 on the normaliser's device."""
-        pixels = torch.as_tensor(frame, device=self._scale.device).permute(2, 0, 1)[None]
-        x = torch.addcmul(self._shift, pixels.float(), self._scale)
+        """[H, W, 3] uint8 -> [1, 3, H, W] float32, on the normaliser's device, or without one where the frame is."""
+        x = self.scaled(to_device(frame, self._device).permute(2, 0, 1)[None])
         if self.size is not None and tuple(x.shape[-2:]) != self.size:
             x = F.interpolate(x, self.size, mode="bicubic", antialias=True, align_corners=False)
         return x.contiguous()
+
+    def scaled(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> float32 [B, 3, H, W], pixel by pixel, without a resize."""
+        if self._scale.device != pixels.device:
+            self._shift, self._scale = self._shift.to(pixels.device), self._scale.to(pixels.device)
+        return torch.addcmul(self._shift, pixels.float(), self._scale)
+
+
+def to_device(frame: Any, device: torch.device | None) -> Tensor:
+    """A frame (array or tensor) on `device`; to a CUDA device by pinned memory, without waiting for the copy."""
+    if isinstance(frame, np.ndarray):
+        frame = np.require(frame, requirements=["C", "W"])  # views that PyTorch cannot share, such as BGR reversed
+    x = torch.as_tensor(frame)
+    if device is None or device.type != "cuda" or x.device.type != "cpu":
+        return x.to(x.device if device is None else device)
+    return (x if x.is_pinned() else x.contiguous().pin_memory()).to(device, non_blocking=True)
+
+
+def pixels_of(frame: Any, preprocess: Preprocess | None, device: torch.device) -> Any:
+    """A uint8 frame on `device`, if `preprocess` is `Normalize` alone; every other frame is None."""
+    known = isinstance(frame, np.ndarray | Tensor) and frame.dtype in (np.uint8, torch.uint8)
+    return to_device(frame, device) if known and type(preprocess) is Normalize else None
+
+
+def scaling(preprocess: Preprocess | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    """What `Normalize` does to pixels, uint8 [B, 3, H, W] -> `dtype`; None for every other `preprocess`."""
+    return (lambda pixels: preprocess.scaled(pixels).to(dtype)) if type(preprocess) is Normalize else None
 
 
 def default_preprocess(model: nn.Module, device: torch.device) -> Normalize | None:
@@ -82,13 +109,12 @@ def to_model_input(
     """
     if not isinstance(frame, np.ndarray | Tensor):
         raise FrameTypeError(f"the frame is a {type(frame).__name__}; expected {ACCEPTED}")
-    if isinstance(frame, np.ndarray):
-        frame = np.require(frame, requirements=["C", "W"])  # views that PyTorch cannot share, such as BGR reversed
     take = _from_uint8 if frame.dtype in (np.uint8, torch.uint8) else _from_float
     x = take(frame, preprocess)
     if not isinstance(x, Tensor):
         raise FrameTypeError(f"preprocess returned a {type(x).__name__}; expected a float tensor [1, 3, H, W]")
-    x = x.detach().to(device, dtype if dtype is not None and x.is_floating_point() else x.dtype)
+    x = to_device(x.detach(), device)
+    x = x.to(dtype) if dtype is not None and x.is_floating_point() else x
     if x.ndim != 4 or x.shape[0] != 1 or x.shape[1] != 3 or not x.is_floating_point():
         raise FrameError(f"preprocess returned {tuple(x.shape)} {x.dtype}; expected float [1, 3, H, W]")
     return x
@@ -106,13 +132,13 @@ def _from_uint8(frame: Any, preprocess: Preprocess | None) -> Tensor:
             "a uint8 frame came, and this model says nothing of its normalisation: pass preprocess=Normalize(mean, "
             "std) (from ttt_adapt), or frames as float [3, H, W] already normalised as the model takes them"
         )
-    return preprocess(frame)
+    return preprocess(np.require(frame, requirements=["C", "W"]) if isinstance(frame, np.ndarray) else frame)
 
 
 def _from_float(frame: Any, preprocess: Preprocess | None) -> Tensor:
     if not (frame.dtype.kind == "f" if isinstance(frame, np.ndarray) else frame.is_floating_point()):
         raise FrameTypeError(f"the frame has dtype {frame.dtype}; expected {ACCEPTED}")
-    x = torch.as_tensor(frame).detach()
+    x = to_device(frame, None).detach()
     shape = tuple(x.shape)
     if x.ndim == 3:
         x = x[None]

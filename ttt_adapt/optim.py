@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt_adapt.config import StreamConfig
+from ttt_adapt.snapshot import copied
 
 ParamGroups = list[dict[str, Any]]
 
@@ -55,6 +56,112 @@ def embedding_tables(*modules: nn.Module) -> set[int]:
     return {id(p) for layer in layers if isinstance(layer, nn.Embedding) for p in layer.parameters()}
 
 
+class FusedAdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW(fused=True)` that prepares its lists of tensors once: a step is one fused call per group.
+
+    Results and `state_dict()` are those of its base class, bit for bit. It may be recorded into a CUDA graph, and heeds
+    `found_inf`, the flag on the device by which `torch.amp.GradScaler` has an optimizer leave a step out.
+    """
+
+    def __init__(self, groups: ParamGroups) -> None:
+        super().__init__(groups, fused=True)
+        self._ready: list[tuple[dict[str, Any], list[Tensor], list[list[Tensor]]]] = []
+        self._idle: list[Tensor] = []
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step on the gradients in `.grad`; parameters without one are left alone."""
+        if closure is not None or not self._is_ready():
+            loss = super().step(closure)
+            self._prepare()
+            return loss
+        skip = getattr(self, "found_inf", None)
+        for group, members, (first, second, steps) in self._ready:
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                members,
+                [p.grad for p in members],  # type: ignore[misc]  # none is None: see `_is_ready`
+                first,
+                second,
+                [],
+                steps,
+                amsgrad=False,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+                grad_scale=None,
+                found_inf=skip,
+            )
+            if skip is not None:
+                torch._foreach_sub_(steps, [skip] * len(steps))
+        return None
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Forget the moments, in place: the state is all zeros, as before the first step."""
+        for _, _, lists in self._ready:
+            for tensors in lists:
+                torch._foreach_zero_(tensors)
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """As in the base class."""
+        self._ready = []
+        super().load_state_dict(state_dict)
+        if self.state:
+            self._prepare()
+
+    def _is_ready(self) -> bool:
+        """Whether the gradients are those of the parameters that the lists hold."""
+        if not self.state or not self._ready:
+            return False
+        complete = all(p.grad is not None for _, members, _ in self._ready for p in members)
+        return complete and all(p.grad is None for p in self._idle)
+
+    def _prepare(self) -> None:
+        """The lists of each group: members with a state, their two moments and step counts."""
+        self._ready, self._idle = [], []
+        names = ("exp_avg", "exp_avg_sq", "step")
+        for group in self.param_groups:
+            members = [p for p in group["params"] if p in self.state]
+            self._idle += [p for p in group["params"] if p not in self.state]
+            if members:
+                self._ready.append((group, members, [[self.state[p][name] for p in members] for name in names]))
+
+
 def adamw(groups: ParamGroups) -> torch.optim.Optimizer:
     """AdamW in its fused form; the groups carry learning rates and weight decay."""
-    return torch.optim.AdamW(groups, fused=True)
+    return FusedAdamW(groups)
+
+
+class Restart:
+    """Makes an optimizer as new without building another: no state, and the groups' settings as they were made."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._fresh = [copied({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups]
+
+    def __call__(self) -> None:
+        """Restart it."""
+        if isinstance(self._optimizer, FusedAdamW):
+            self._optimizer.restart()
+        else:
+            self._optimizer.state.clear()
+        for group, fresh in zip(self._optimizer.param_groups, self._fresh, strict=True):
+            group.update(copied(fresh))
+
+
+def decides_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer leaves a step out by a flag on the device (`found_inf`), as fused ones do."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def step_if(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """`optimizer.step()` where `finite`, a bool scalar on the device, is true; nothing waits for it."""
+    optimizer.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]

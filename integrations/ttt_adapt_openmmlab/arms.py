@@ -12,7 +12,8 @@ from ttt_adapt import ConfigError, StreamConfig
 ARMS = ("fixed", "no_memory", "implicit_only", "explicit_only", "online", "paper", "offline")
 _ONE_FRAME = ("no_memory", "implicit_only")  # arms without a window, and
 _FROM_SOURCE = ("no_memory", "explicit_only")  # arms whose weights do not go on
-_FREE = ("crop_size", "seed", "precision", "engine")  # what the paper's recipe leaves to the data and the machine
+# what the paper's recipe leaves to the data and the machine
+_FREE = ("crop_size", "seed", "precision", "engine", "micro_batch")
 _OWN = ("arm", "branch", "log_interval", "visualize_interval", "offline_steps")
 
 

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ttt_adapt.branch import MAEBranch
 from ttt_adapt.checkpoint import load_checkpoint
 from ttt_adapt.config import StreamConfig
+from ttt_adapt.engine import describe_engines
 from ttt_adapt.errors import ConfigError, missing, nearest
 from ttt_adapt.taps import run_encoder
 
@@ -84,6 +85,7 @@ def _describe(
         ("masked pass", f"{masked / 1e9:.2f} GFLOPs with the decoder"),
         ("step", f"{(step * batch * times + predict) / 1e9:.2f} GFLOPs: {times} iteration(s) on {batch}, and predict"),
         ("cost", f"{(step * batch * times + predict) / predict:.1f} x the fixed model"),
+        ("engine", "; ".join(f"{name}: {why}" for name, why in describe_engines(config, branch).items())),
     ]
 
 

@@ -1,5 +1,16 @@
-"""How a gradient step runs."""
+"""How a step runs: eager, compiled, or recorded as a CUDA graph."""
 
-from ttt_adapt.engine.eager import explained_memory_errors, gradients
+from ttt_adapt.engine.choose import choose_engine, describe_engines
+from ttt_adapt.engine.eager import EagerEngine, Task, explained_memory_errors
+from ttt_adapt.engine.overlap import Beside
+from ttt_adapt.engine.report import StepReport
 
-__all__ = ["explained_memory_errors", "gradients"]
+__all__ = [
+    "Beside",
+    "EagerEngine",
+    "StepReport",
+    "Task",
+    "choose_engine",
+    "describe_engines",
+    "explained_memory_errors",
+]

@@ -1,48 +1,118 @@
-"""The eager engine: forward and backward as PyTorch runs them."""
+"""The eager engine: forward and backward as PyTorch runs them. The other engines change one part of it each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ttt_adapt.config import StreamConfig
+from ttt_adapt.engine.precision import both_passes, forward_pass
 from ttt_adapt.errors import EncoderError, MemoryLimitError
+from ttt_adapt.objectives.base import Objective
 
 
-def gradients(
-    loss: Callable[[], Tensor], parameters: Sequence[nn.Parameter], encoder: int, precision: str, device: torch.device
-) -> Tensor:
-    """Compute `loss()` and leave its gradients in `.grad` of `parameters`, and of no others.
+@dataclass(frozen=True)
+class Task:
+    """What a gradient step differentiates.
+
+    Attributes:
+        objective: whose loss.
+        parameters: by what; one that the loss does not reach gets no gradient.
+        encoder: how many of them, from the first, are the encoder's.
+        generator: the stream's random source.
+        config: the stream's settings.
+        device: where it runs.
+    """
+
+    objective: Objective
+    parameters: list[nn.Parameter]
+    encoder: int
+    generator: torch.Generator
+    config: StreamConfig
+    device: torch.device
+
+
+Gradients = tuple[Tensor | None, ...]
+
+
+class EagerEngine:
+    """Runs everything as it is called.
 
     Args:
-        loss: returns a scalar with graph.
-        parameters: what to differentiate by; one that the loss does not reach keeps `.grad` None.
-        encoder: how many of them, from the first, are the encoder's.
-        precision: "fp32", or "bf16" for a forward pass under autocast.
-        device: where it runs.
-
-    Returns:
-        The loss, detached.
-
-    Raises:
-        EncoderError: the loss reaches no parameter of the encoder.
+        reason: why this engine was picked, for people.
     """
-    with torch.enable_grad():
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            value = loss()
-        for parameter, gradient in zip(
-            parameters, torch.autograd.grad(value, parameters, allow_unused=True), strict=True
-        ):
+
+    name = "eager"
+    records = False  # whether `run` may repeat a call without running its Python again
+
+    def __init__(self, reason: str = "asked for") -> None:
+        self.reason = reason
+
+    def run(self, what: str, call: Callable[..., Any], *inputs: Tensor, key: Hashable = ()) -> Any:
+        """`call(*inputs)`.
+
+        Args:
+            what: a name for the call.
+            call: returns tensors, nested in lists, tuples and dicts.
+            inputs: tensors that differ from frame to frame.
+            key: all else that the result depends on and that Python decides.
+        """
+        return call(*inputs)
+
+    def gradients(self, task: Task, batch: Tensor) -> Tensor:
+        """Leave the gradients of the loss of `batch` [B, 3, H, W] in `.grad` of the task's parameters, and no others.
+
+        Returns:
+            The loss, detached.
+
+        Raises:
+            EncoderError: the loss reaches no parameter of the encoder.
+        """
+        parts = batch.split(task.config.micro_batch or len(batch))
+        with both_passes(task.config.precision):
+            value, found = self.one_pass(task, parts[0])
+            if len(parts) > 1:
+                value, found = self._sum(task, parts, value, found)
+        for parameter, gradient in zip(task.parameters, found, strict=True):
             parameter.grad = gradient
-    if all(parameter.grad is None for parameter in parameters[:encoder]):
-        raise EncoderError(
-            "the loss reaches none of the encoder's parameters: they were replaced after the branch was attached (by "
-            "load_state_dict(assign=True), for example); attach again"
-        )
-    return value.detach()
+        if all(gradient is None for gradient in found[: task.encoder]):
+            raise EncoderError(
+                "the loss reaches none of the encoder's parameters: they were replaced after the branch was attached "
+                "(by load_state_dict(assign=True), for example); attach again"
+            )
+        return value
+
+    def _sum(self, task: Task, parts: tuple[Tensor, ...], value: Tensor, found: Gradients) -> tuple[Tensor, Gradients]:
+        """The weighted mean of loss and gradients over all parts; those of the first are given."""
+        total = sum(len(part) for part in parts)
+        value = value * (len(parts[0]) / total)
+        reached = [g for g in found if g is not None]
+        torch._foreach_mul_(reached, len(parts[0]) / total)
+        for part in parts[1:]:
+            more, others = self.one_pass(task, part)
+            value = value + more * (len(part) / total)
+            torch._foreach_add_(reached, [g for g in others if g is not None], alpha=len(part) / total)
+        return value, found
+
+    def one_pass(self, task: Task, images: Tensor) -> tuple[Tensor, Gradients]:
+        """Loss and gradients of images that go through the model at once."""
+        with torch.enable_grad():
+            with forward_pass(task.config.precision, task.device):
+                value = task.objective.loss(images, generator=task.generator)
+            found = torch.autograd.grad(value, task.parameters, allow_unused=True)
+        return value.detach(), found
+
+    def predict(self, predict: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """`predict(x)`."""
+        return predict(x)
+
+    def forget(self) -> None:
+        """Drop everything that holds on to the stream's tensors; it is made again when it is needed."""
 
 
 @contextmanager
@@ -56,5 +126,6 @@ def explained_memory_errors(config: StreamConfig) -> Iterator[None]:
             raise
         raise MemoryLimitError(
             f"out of memory in a step with batch_size={config.batch_size}, crop_size={config.crop_size}, "
-            f"window={config.window}: lower batch_size or crop_size first, then window, or use precision='bf16'"
+            f"window={config.window}: set micro_batch, or lower batch_size or crop_size first, then window, or use "
+            "precision='bf16'"
         ) from error

@@ -38,7 +38,7 @@ class Rotation(Attached):
     def loss(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Cross-entropy of the four turns, one drawn for each image; images [B, 3, H, W] as the model takes them."""
         turned, turns = self.turn(self.checked(images), generator)
-        with frozen_norms(self.info.norms), without_checkpointing(self.info.checkpointing):
+        with frozen_norms(self.norms), without_checkpointing(self.info.checkpointing):
             raw = run_encoder(self.info.model, self.info.module, turned)
         coarsest = to_maps(raw, self.info.maps, (turned.shape[-2], turned.shape[-1]))[-1]
         return F.cross_entropy(self.head(coarsest.mean((2, 3))), turns)

@@ -1,0 +1,578 @@
+"""What every engine promises, and what each adds. `pytest -m gpu` runs the matrix on a CUDA device."""
+
+from __future__ import annotations
+
+import itertools
+import resource
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import models as zoo
+from conftest import left_as_it_was, live_tensors, same_bits, settle_norms
+from tape import TapeRecorder
+from ttt_adapt import MAEBranch, Normalize, StreamAdapter, StreamConfig
+from ttt_adapt.engine.choose import no_recording
+from ttt_adapt.engine.compiled import CompileEngine
+from ttt_adapt.engine.eager import EagerEngine
+from ttt_adapt.engine.graphs import KEPT, WARM_UP, GraphEngine
+from ttt_adapt.engine.precision import both_passes
+from ttt_adapt.errors import ConfigError
+from ttt_adapt.objectives import Entropy
+from ttt_adapt.optim import FusedAdamW, step_if
+
+SIZE = (32, 48)
+CONFIG = StreamConfig(window=3, batch_size=2, lr=1e-3, source_pull=0.2, grad_clip=1.0, seed=11)
+ENGINES = ["eager", "compile", "cudagraph"]
+FAMILIES = {"pixels": (zoo.TinySeg, "backbone"), "tokens": (zoo.vit, "norm")}
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+# Kernels sum in another order, and Adam turns a rounding error of a gradient next to nothing into a step of up to `lr`.
+TOLERANCE = {"eager": (0.0, 0.0), "cudagraph": (0.0, 0.0), "compile": (1e-3, 2e-3)}
+
+
+def clip(count: int, size=SIZE, seed: int = 21) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(3, *size, generator=generator) for _ in range(count)]
+
+
+def stand_in(kind: str):
+    """What `choose_engine` gives for `kind`, on the CPU and without a C++ compiler."""
+
+    def choose(config, objective, optimizer, generator):
+        if kind == "compile":
+            return CompileEngine(backend="aot_eager")
+        if kind == "cudagraph":
+            assert not no_recording(config, objective, type(optimizer))
+            return GraphEngine(TapeRecorder(generator))
+        return EagerEngine()
+
+    return choose
+
+
+@pytest.fixture
+def make(monkeypatch):
+    """make(kind, family, **changes of CONFIG) -> an adapter on the same model and branch at every call."""
+
+    def build(kind: str, family: str = "pixels", model=None, choose=None, **changes) -> StreamAdapter:
+        monkeypatch.setattr("ttt_adapt.adapter.choose_engine", choose or stand_in(kind))
+        torch.manual_seed(9)
+        made, encoder = FAMILIES[family]
+        model = settle_norms(made()) if model is None else model
+        return StreamAdapter(model, MAEBranch.attach(model, encoder), config=CONFIG.replace(**changes))
+
+    yield build
+    torch._dynamo.reset()
+
+
+def weights(adapter: StreamAdapter) -> dict[str, torch.Tensor]:
+    return adapter.state_dict()["weights"]
+
+
+def assert_near(mine, theirs, kind: str) -> None:
+    rtol, atol = TOLERANCE[kind]
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+# ---- one matrix for all engines
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ENGINES[1:])
+def test_fifty_frames_are_those_of_the_eager_engine(make, kind, family):
+    frames = clip(50)
+    eager, other = make("eager", family), make(kind, family)
+    for frame in frames:
+        assert_near([other.step(frame)], [eager.step(frame)], kind)
+        assert other.last.losses == pytest.approx(eager.last.losses, rel=TOLERANCE[kind][0] or 1e-12)
+    assert_near(weights(other).values(), weights(eager).values(), kind)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"restart_optimizer": True}, {"iterations": 2, "every": 2}, {"crop_size": (16, 32)}, {"carry_weights": False},
+        {"norm_stats": "ema"}, {"norm_stats": "batch"}, {"precision": "bf16"}, {"micro_batch": 1},
+        {"gate": "surprise"}, {"deferred": True},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ENGINES[1:])
+def test_every_setting_means_the_same_on_every_engine(make, kind, changes):
+    frames = clip(8)
+    eager, other = make("eager", **changes), make(kind, **changes)
+    rtol, atol = (5e-2, 5e-2) if "precision" in changes and kind == "compile" else TOLERANCE[kind]
+    for frame in frames:
+        torch.testing.assert_close(other.step(frame), eager.step(frame), rtol=rtol, atol=atol)
+        assert (other.last.adapted, other.last.reason) == (eager.last.adapted, eager.last.reason)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_at_lr_zero_no_prediction_changes_by_a_bit(make, kind):
+    adapter, frames = make(kind, lr=0.0), clip(6)
+    plain = [adapter.predict(frame) for frame in frames]
+    assert all(same_bits(adapter.step(frame), p) for frame, p in zip(frames, plain, strict=True))
+    if kind != "compile":  # compiled kernels round in their own way
+        with torch.no_grad():
+            assert same_bits(plain, [adapter._model(frame[None]) for frame in frames])
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_reset_then_the_same_frames_give_the_same_bits(make, kind):
+    adapter, frames = make(kind), clip(6)
+    fresh = adapter.state_dict()
+    first = [adapter.step(frame) for frame in frames]
+    adapter.reset()
+    assert same_bits(adapter.state_dict(), fresh)
+    assert same_bits([adapter.step(frame) for frame in frames], first)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_a_saved_stream_goes_on_with_the_same_bits(make, kind):
+    adapter, frames = make(kind), clip(9)
+    for frame in frames[:5]:
+        adapter.step(frame)
+    state = adapter.state_dict()
+    expected = [adapter.step(frame) for frame in frames[5:]]
+    other = make(kind)
+    other.load_state_dict(state)
+    assert same_bits([other.step(frame) for frame in frames[5:]], expected)
+
+
+def test_a_stream_saved_on_one_engine_goes_on_on_another(make):
+    eager, frames = make("eager", engine="eager"), clip(9)
+    for frame in frames[:5]:
+        eager.step(frame)
+    other = make("cudagraph", engine="auto")
+    other.load_state_dict(eager.state_dict())
+    assert same_bits([other.step(frame) for frame in frames[5:]], [eager.step(frame) for frame in frames[5:]])
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(make, kind):
+    adapter, frames = make(kind, window=1, source_pull=0.0), clip(6)
+    for frame in frames[:4]:
+        adapter.step(frame)
+    before = adapter.state_dict()
+    adapter.step(torch.full((3, *SIZE), 1e25))
+    after = adapter.state_dict()
+    assert (adapter.last.adapted, adapter.last.reason) == (False, "non-finite gradient")
+    assert not np.isfinite(adapter.last.losses[0])
+    assert same_bits(after["weights"], before["weights"])
+    assert same_bits(after["optimizer"], before["optimizer"])
+    adapter.step(frames[5])
+    assert adapter.last.adapted
+    assert all(w.isfinite().all() for w in weights(adapter).values())
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_detach_gives_the_model_back_as_it_was(make, kind):
+    model = settle_norms(zoo.TinySeg())
+    with left_as_it_was(model):
+        adapter = make(kind, model=model, norm_stats="ema")
+        for frame in clip(5):
+            adapter.step(frame)
+        adapter.detach()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ENGINES)
+def test_five_thousand_frames_leave_memory_flat(make, kind):
+    adapter = make(kind, restart_optimizer=True)
+    stream = adapter.stream(torch.randn(3, 16, 32) for _ in itertools.count())
+
+    def peak() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB on Linux
+
+    for _ in itertools.islice(stream, 500):
+        pass
+    warm, tensors = peak(), live_tensors()
+    for _ in itertools.islice(stream, 4500):
+        pass
+    assert peak() - warm < 8
+    assert live_tensors() == tensors
+
+
+# ---- compile
+
+
+def test_a_steady_stream_has_no_graph_break_and_no_recompilation(make):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for family in FAMILIES:
+        adapter, frames = make("compile", family), clip(12)
+        adapter.step(frames[0])
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for frame in frames[1:]:
+                adapter.step(frame)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+        assert len(adapter._engine._passes) == 1
+        adapter.detach()
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_a_compiled_pass_leaves_no_python_of_the_branch_in_a_step(make):
+    adapter, frames = make("compile"), clip(3)
+    adapter.step(frames[0])
+    adapter.branch.loss_of = lambda *_: pytest.fail("the loss ran as Python")
+    adapter.step(frames[1])
+    assert adapter.last.adapted
+
+
+def test_gradients_that_share_memory_are_clipped_once(make):
+    class Twice(zoo.PlainSeg):  # two biases with one and the same gradient
+        def __init__(self):
+            super().__init__()
+            self.backbone.append(torch.nn.Conv2d(12, 12, 1))
+            self.backbone.append(Sum(12))
+
+    class Sum(torch.nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.a, self.b = (torch.nn.Parameter(torch.zeros(width, 1, 1)) for _ in range(2))
+
+        def forward(self, x):
+            return x + self.a + self.b
+
+    frames, found = clip(3), []
+    for kind in ("eager", "compile"):
+        torch.manual_seed(9)
+        adapter = make(kind, model=Twice().eval(), grad_clip=1e-3)
+        found.append([adapter.step(frame) for frame in frames])
+    assert_near(*found, "compile")
+
+
+def test_other_settings_of_the_branch_are_compiled_anew(make):
+    eager, other, frames = make("eager"), make("compile"), clip(3)
+    for adapter in (eager, other):
+        adapter.step(frames[0])
+        with adapter.branch.using(loss_on="all"):
+            adapter.step(frames[1])
+    assert other.last.losses == pytest.approx(eager.last.losses, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_the_compiler_itself_gives_the_results_of_the_eager_engine(monkeypatch):
+    adapters = []
+    for engine in ("eager", "compile"):
+        torch.manual_seed(9)
+        model = settle_norms(zoo.PlainSeg())
+        adapters.append(StreamAdapter(model, encoder="backbone", config=CONFIG.replace(engine=engine)))
+    assert adapters[1].engine == ("compile", "asked for")
+    for frame in clip(10):
+        assert_near([adapters[1].step(frame)], [adapters[0].step(frame)], "compile")
+
+
+# ---- CUDA graphs, on a tape
+
+
+def test_after_its_recording_a_step_runs_no_python_of_the_model(make):
+    adapter, frames = make("cudagraph", window=2), clip(10)
+    recorder = adapter._engine._recorder
+    for frame in frames[:5]:
+        adapter.step(frame)
+    assert (recorder.recorded, recorder.replayed) == (2, 2 * 5 - 2 * WARM_UP - 1)  # one frame while the window filled
+    adapter.branch.loss = adapter._model.forward = lambda *_, **__: pytest.fail("Python ran")
+    for frame in frames[5:]:
+        adapter.step(frame)
+    assert recorder.recorded == 2
+
+
+def test_predictions_and_reports_outlive_the_next_replay(make):
+    adapter, frames = make("cudagraph", window=1), clip(8)
+    for frame in frames[:4]:
+        adapter.step(frame)
+    kept, report = adapter.step(frames[4]), adapter.last
+    copy, losses = kept.clone(), make("eager", window=1)
+    for frame in frames[5:]:
+        adapter.step(frame)
+    assert torch.equal(kept, copy)
+    for frame in frames[:5]:
+        losses.step(frame)
+    assert report.losses == losses.last.losses
+
+
+def test_a_video_of_another_size_is_recorded_anew_and_few_recordings_are_kept(make):
+    adapter = make("cudagraph", window=1)
+    for size in [(32, 48), (48, 32), (32, 48), (48, 48)]:
+        eager = make("eager", window=1)
+        adapter.reset()
+        for frame in clip(4, size):
+            assert same_bits(adapter.step(frame), eager.step(frame))
+        assert len(adapter._engine._recordings) <= KEPT
+    assert adapter._engine._recorder.recorded == 8
+
+
+class WaitingHead(zoo.TinySeg):
+    def forward(self, x):
+        return super().forward(x) * float(x.mean().isfinite())
+
+
+class WaitingEncoder(zoo.TinySeg):
+    def forward(self, x):
+        return super().forward(x * float(x.mean().isfinite()))
+
+
+def falling_back(config, objective, optimizer, generator):
+    return GraphEngine(TapeRecorder(generator), "picked", falls_back=True)
+
+
+def test_an_update_that_cannot_be_recorded_is_refused_and_the_stream_stays_as_it_was(make):
+    adapter, frames = make("cudagraph", model=settle_norms(WaitingEncoder()), window=1, source_pull=0.0), clip(6)
+    for frame in frames[:WARM_UP]:
+        adapter.step(frame)
+    before = adapter.state_dict()
+    with pytest.raises(ConfigError, match=r'the update pass.*cannot be recorded.*wait for the device.*engine="eager"'):
+        adapter.step(frames[2])
+    assert same_bits(adapter.state_dict(), before)
+
+
+@pytest.mark.parametrize(("model", "choose"), [(WaitingEncoder, falling_back), (WaitingHead, None)])
+def test_what_cannot_be_recorded_runs_eagerly_and_says_so(make, model, choose):
+    frames, adapters = clip(6), []
+    for kind, chosen in (("cudagraph", choose), ("eager", None)):
+        torch.manual_seed(9)
+        adapters.append(make(kind, model=settle_norms(model()), choose=chosen, window=1))
+    for frame in frames:
+        assert same_bits(adapters[0].step(frame), adapters[1].step(frame))
+    assert "the predict pass runs eagerly" in adapters[0].engine[1]
+    assert ("the update pass runs eagerly" in adapters[0].engine[1]) == (model is WaitingEncoder)
+
+
+# ---- choosing
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": "cudagraph"}, "cudagraph.*the model is on cpu.*engine=\"eager\" works everywhere"),
+        ({"precision": "tf32"}, "tf32.*on cpu.*compute capability 8.0"),
+    ],
+)  # fmt: skip
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_what_is_not_available_is_refused_before_anything_changes(changes, message):
+    model = zoo.TinySeg().train()
+    with left_as_it_was(model), pytest.raises(ConfigError, match=message):
+        StreamAdapter(model, encoder="backbone", config=CONFIG.replace(**changes))
+    StreamAdapter(model, encoder="backbone").detach()
+
+
+def test_compiling_needs_a_compiler_and_an_objective_whose_draws_come_apart(monkeypatch):
+    model = zoo.TinySeg()
+    with pytest.raises(ConfigError, match="Entropy does not say how its random draws"):
+        StreamAdapter(model, Entropy(model), config=CONFIG.replace(engine="compile"))
+    monkeypatch.setattr(shutil, "which", lambda _name: None)
+    with pytest.raises(ConfigError, match=r"C\+\+ compiler.*install g\+\+"):
+        StreamAdapter(model, encoder="backbone", config=CONFIG.replace(engine="compile"))
+
+
+def test_what_cannot_be_recorded_says_why():
+    model = zoo.TinySeg()
+    branch = MAEBranch.attach(model, "backbone")
+    assert "SGD" in no_recording(CONFIG, branch, torch.optim.SGD)
+    assert 'window="auto"' in no_recording(CONFIG.replace(window="auto"), branch, FusedAdamW)
+    assert not no_recording(CONFIG, branch, FusedAdamW)
+
+
+def test_auto_says_what_it_picked_and_why():
+    with StreamAdapter(zoo.TinySeg(), encoder="backbone") as adapter:
+        name, reason = adapter.engine
+    assert name == "eager"
+    assert "CPU" in reason
+
+
+# ---- less work
+
+
+def test_a_batch_in_parts_learns_what_the_whole_batch_does():
+    found = []
+    for parts in (None, 1, 2, 3):
+        torch.manual_seed(9)
+        model = zoo.PlainSeg().double().eval()
+        config = CONFIG.replace(batch_size=4, micro_batch=parts)
+        with StreamAdapter(model, encoder="backbone", config=config) as adapter:
+            for frame in clip(4):
+                adapter.step(frame)
+            found.append(({name: w.clone() for name, w in weights(adapter).items()}, adapter.last.losses))
+    for each, losses in found[1:]:
+        assert losses == pytest.approx(found[0][1], rel=1e-6)
+        for name, w in each.items():
+            torch.testing.assert_close(w, found[0][0][name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("changes", [{"every": 3}, {"gate": "surprise"}])
+def test_a_frame_that_is_left_out_costs_no_gradient(make, changes):
+    adapter, passes = make("eager", **changes), []
+    plain = adapter._engine.one_pass
+    adapter._engine.one_pass = lambda *given: (passes.append(adapter._frame_index), plain(*given))[1]
+    adapted = []
+    for i, frame in enumerate(clip(12)):
+        adapter.step(frame)
+        adapted += [i] * adapter.last.adapted
+    assert 0 < len(adapted) < 12
+    assert passes == adapted
+
+
+def bytes_clip(count: int, size=(33, 47)) -> list[np.ndarray]:
+    return list(np.random.default_rng(0).integers(0, 256, (count, *size, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("crop", [None, (17, 32)])
+def test_a_window_of_bytes_gives_the_bits_of_a_window_of_floats(crop):
+    normalize, frames, outs = Normalize((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)), bytes_clip(7), []
+    for preprocess in (normalize, lambda frame: normalize(frame)):  # only the former is known to be pixel by pixel
+        torch.manual_seed(9)
+        model = settle_norms(zoo.TinySeg())
+        config = CONFIG.replace(crop_size=crop)
+        adapter = StreamAdapter(model, encoder="backbone", config=config, preprocess=preprocess)
+        outs.append([adapter.step(frame) for frame in frames])
+        held = adapter.state_dict()["window"]["frames"]
+        assert held.dtype == (torch.uint8 if preprocess is normalize else torch.float32)
+        again = adapter.state_dict()
+        adapter.load_state_dict(again)
+        outs[-1].append(adapter.step(frames[0]))
+    assert same_bits(*outs)
+
+
+def test_bytes_and_floats_may_come_in_one_stream():
+    normalize, frames, outs = Normalize(), bytes_clip(6), []
+    for mixed in (True, False):
+        torch.manual_seed(9)
+        adapter = StreamAdapter(settle_norms(zoo.TinySeg()), encoder="backbone", config=CONFIG, preprocess=normalize)
+        outs.append([adapter.step(normalize(f) if i == 3 or not mixed else f) for i, f in enumerate(frames)])
+    assert same_bits(*outs)
+
+
+# ---- order, precision, optimizer
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_deferred_predicts_with_the_weights_that_the_frame_before_left(make, kind):
+    frames, other = clip(6), make(kind)
+    adapter = make(kind, deferred=True)
+    for frame in frames:
+        expected = other.predict(frame)
+        other.adapt(frame)
+        assert same_bits(adapter.step(frame), expected)
+    assert same_bits(weights(adapter), weights(other))
+
+
+def test_under_bf16_weights_gradients_and_optimizer_stay_in_float32(make):
+    adapter = make("eager", precision="bf16")
+    adapter.step(clip(1)[0])
+    state = adapter.state_dict()
+    assert {w.dtype for w in state["weights"].values()} == {torch.float32}
+    assert {t.dtype for s in state["optimizer"]["state"]["state"].values() for t in s.values()} == {torch.float32}
+
+
+def test_fp16_is_refused_with_what_to_use_instead():
+    with pytest.raises(ConfigError, match="fp16.*loss scale.*bf16"):
+        StreamConfig(precision="fp16")
+
+
+def test_tf32_is_on_inside_the_passes_and_as_it_was_after_them():
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    with both_passes("tf32"):
+        assert all(switch.allow_tf32 for switch in switches)
+    assert [switch.allow_tf32 for switch in switches] == before
+
+
+def groups(seed: int = 0) -> list[dict]:
+    torch.manual_seed(seed)
+    a, b, c = (torch.nn.Parameter(torch.randn(n)) for n in (3, 5, 40))
+    return [{"params": [a, b], "lr": 1e-2, "weight_decay": 0.1}, {"params": [c], "lr": 1e-3, "weight_decay": 0.0}]
+
+
+def test_the_default_optimizer_is_torchs_adamw_bit_for_bit():
+    mine, theirs = FusedAdamW(groups()), torch.optim.AdamW(groups(), fused=True)
+    generator = torch.Generator().manual_seed(1)
+    for i in range(6):
+        if i == 4:
+            mine.load_state_dict(mine.state_dict())
+        pairs = zip(mine.param_groups, theirs.param_groups, strict=True)
+        for p, q in [pair for m, t in pairs for pair in zip(m["params"], t["params"], strict=True)]:
+            gradient = None if i < 2 and len(p) == 5 else torch.randn(len(p), generator=generator)  # reached later on
+            p.grad, q.grad = gradient, None if gradient is None else gradient.clone()
+        mine.step()
+        theirs.step()
+    for m, t in zip(mine.param_groups, theirs.param_groups, strict=True):
+        assert same_bits([p.detach() for p in m["params"]], [p.detach() for p in t["params"]])
+    assert same_bits(mine.state_dict()["state"], theirs.state_dict()["state"])
+
+
+def test_an_optimizer_steps_only_where_the_flag_says_so():
+    optimizer = FusedAdamW(groups())
+    p = optimizer.param_groups[0]["params"][0]
+    for finite in (True, True, False, False, True):
+        before = [q.detach().clone() for g in optimizer.param_groups for q in g["params"]]
+        for g in optimizer.param_groups:
+            for q in g["params"]:
+                q.grad = torch.full_like(q, 1.0 if finite else float("nan"))
+        step_if(optimizer, torch.tensor(finite))
+        after = [q.detach() for g in optimizer.param_groups for q in g["params"]]
+        assert same_bits(before, after) == (not finite)
+    assert optimizer.state[p]["step"].item() == 3
+
+
+def test_a_restarted_optimizer_is_a_new_one():
+    mine, theirs = FusedAdamW(groups()), FusedAdamW(groups())
+    for optimizer, times in ((mine, 3), (theirs, 1)):
+        for n in range(times):
+            if n == times - 1:
+                with torch.no_grad():
+                    for g, fresh in zip(optimizer.param_groups, groups(), strict=True):
+                        for q, f in zip(g["params"], fresh["params"], strict=True):
+                            q.copy_(f)
+                optimizer.restart()
+            for g in optimizer.param_groups:
+                for q in g["params"]:
+                    q.grad = q.detach() + (n - times + 1)
+            optimizer.step()
+    assert same_bits(mine.state_dict()["state"], theirs.state_dict()["state"])
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "changes", [{}, {"deferred": True}, {"restart_optimizer": True}, {"norm_stats": "ema"}], ids=str
+)
+@pytest.mark.parametrize("engine", ["compile", "cudagraph"])
+def test_on_a_gpu_fifty_frames_are_those_of_the_eager_engine(engine, changes, family):
+    outs = []
+    for name in ("eager", engine):
+        torch.manual_seed(9)
+        made, encoder = FAMILIES[family]
+        model = settle_norms(made()).cuda()
+        with StreamAdapter(model, encoder=encoder, config=CONFIG.replace(engine=name, **changes)) as adapter:
+            outs.append([adapter.step(frame).cpu() for frame in clip(50)])
+            assert adapter.last.adapted
+            adapter.reset()
+            torch.testing.assert_close(adapter.step(clip(1)[0]).cpu(), outs[-1][0])
+    for mine, theirs in zip(outs[1], outs[0], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.gpu
+@GPU
+def test_on_a_gpu_a_replayed_step_never_waits_for_the_device():
+    frames = [frame.byte().permute(1, 2, 0).contiguous() for frame in clip(8)]
+    model = zoo.vit().cuda().eval()
+    with StreamAdapter(model, encoder="norm", config=CONFIG.replace(engine="cudagraph", window=2)) as adapter:
+        for frame in frames[:5]:
+            adapter.step(frame)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for frame in frames[5:]:
+                adapter.step(frame)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert adapter.last.adapted

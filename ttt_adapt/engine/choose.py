@@ -1,0 +1,117 @@
+"""Which engine runs a stream, and why; refused before anything changes where it cannot."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+
+from ttt_adapt.config import StreamConfig
+from ttt_adapt.engine.compiled import CompileEngine, Drawn
+from ttt_adapt.engine.eager import EagerEngine
+from ttt_adapt.engine.graphs import CudaRecorder, GraphEngine
+from ttt_adapt.engine.precision import check_precision
+from ttt_adapt.errors import ConfigError
+from ttt_adapt.objectives.base import Objective, Remembering
+from ttt_adapt.optim import FusedAdamW
+
+GRAPHS_BY_DEFAULT = False  # until `pytest -m gpu tests/test_engines.py` has been seen to pass
+
+
+def choose_engine(
+    config: StreamConfig, objective: Objective, optimizer: torch.optim.Optimizer, generator: torch.Generator
+) -> EagerEngine:
+    """The engine that `config.engine` names, or for "auto" the one that suits.
+
+    Args:
+        config: the stream's settings.
+        objective: what the stream is adapted with.
+        optimizer: what takes the steps.
+        generator: the stream's random source, on its device.
+
+    Raises:
+        ConfigError: the engine or the precision is not available here; the message says why.
+    """
+    device = generator.device
+    check_precision(config.precision, device)
+    if config.engine == "eager":
+        return EagerEngine()
+    if config.engine == "compile":
+        _refuse("compile", no_compile(objective, device))
+        return CompileEngine()
+    hindrance = no_graphs(config, objective, type(optimizer), device)
+    if config.engine == "cudagraph":
+        _refuse("cudagraph", hindrance)
+        return GraphEngine(CudaRecorder(generator))
+    name, reason = suggestion(device, hindrance)
+    if name == "cudagraph":
+        return GraphEngine(CudaRecorder(generator), reason, falls_back=True)
+    return EagerEngine(reason)
+
+
+def suggestion(device: torch.device, hindrance: str) -> tuple[str, str]:
+    """What "auto" picks, and why; `hindrance` is what `no_graphs` said."""
+    if device.type != "cuda":
+        return "eager", f"on the {device.type.upper()} a step is arithmetic, and compiling it takes long for little"
+    if hindrance:
+        return "eager", f"no CUDA graph: {hindrance}"
+    if not GRAPHS_BY_DEFAULT:
+        return "eager", 'CUDA graphs are not chosen by themselves yet; engine="cudagraph" asks for them'
+    return "cudagraph", "on a GPU a step of many small kernels is bound by their launches, which a recording saves"
+
+
+def describe_engines(config: StreamConfig, objective: Objective) -> dict[str, str]:
+    """Name -> for people: what "auto" picks with the default optimizer and why, and whether the others can run."""
+    device = next(iter(objective.encoder_parameters().values())).device
+    hindrances = {
+        "compile": no_compile(objective, device),
+        "cudagraph": no_graphs(config, objective, FusedAdamW, device),
+    }
+    picked = "{} ({})".format(*suggestion(device, hindrances["cudagraph"]))
+    return {"auto": picked, **{name: hindrance or "available" for name, hindrance in hindrances.items()}}
+
+
+def no_compile(objective: Objective, device: torch.device) -> str:
+    """Why `torch.compile` cannot run this stream; "" if it can."""
+    if not isinstance(objective, Drawn):
+        return (
+            f"{type(objective).__name__} does not say how its random draws come apart from its loss (draw, loss_of, "
+            "settings)"
+        )
+    if device.type == "cpu" and not _has_cpp_compiler():
+        return "torch.compile needs a C++ compiler on the CPU, and none was found: install g++, or set CXX"
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return "" if has_triton() else "torch.compile needs Triton on CUDA devices, and it does not work here"
+    return ""
+
+
+def no_graphs(
+    config: StreamConfig, objective: Objective, optimizer: type[torch.optim.Optimizer], device: torch.device
+) -> str:
+    """Why CUDA graphs cannot run this stream; "" if they can."""
+    if device.type != "cuda":
+        return f"the model is on {device}: CUDA graphs need a CUDA device"
+    return no_recording(config, objective, optimizer)
+
+
+def no_recording(config: StreamConfig, objective: Objective, optimizer: type[torch.optim.Optimizer]) -> str:
+    """Why a step with these settings cannot be recorded, on any device; "" if it can."""
+    if not issubclass(optimizer, FusedAdamW):
+        return f"the optimizer is a {optimizer.__name__} of your own; only the default one can be recorded"
+    if config.window == "auto":
+        return 'window="auto" reads the gradient on the host after every frame'
+    if isinstance(objective, Remembering) and objective.memory():
+        return f"{type(objective).__name__} moves an average after each step that was taken, which the host decides"
+    return ""
+
+
+def _refuse(engine: str, hindrance: str) -> None:
+    if hindrance:
+        raise ConfigError(f'engine is {engine!r}: {hindrance}. engine="eager" works everywhere')
+
+
+def _has_cpp_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "c++", "cl"))

@@ -1,0 +1,109 @@
+"""The compile engine: loss, backward pass and prediction through `torch.compile`.
+
+The branch's hooks exist only during its own passes, and a compiler that reads Python would have to follow them. So the
+pass is first written down with the hooks in place, as the list of tensor operations that it is, forward and backward
+in one, and that list is compiled: it has no Python left in it to break a graph or to ask for a recompilation. Random
+draws are made outside, where the other engines make them. One list is kept per shape of the images.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ttt_adapt.engine.eager import EagerEngine, Gradients, Task
+from ttt_adapt.engine.precision import forward_pass
+
+KEPT = 4  # shapes whose compiled passes are kept
+
+
+@runtime_checkable
+class Drawn(Protocol):
+    """An objective whose random draws can be made apart from its loss: `loss(x) == loss_of(x, draw(x))`."""
+
+    def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """All that is random about the loss of `images`."""
+        ...
+
+    def loss_of(self, images: Tensor, drawn: Tensor) -> Tensor:
+        """The loss with these draws; nothing else is random, and no value on the device decides what is computed."""
+        ...
+
+    def settings(self) -> Hashable:
+        """What the loss depends on beside images, draws and weights."""
+        ...
+
+
+class CompileEngine(EagerEngine):
+    """Compiles the pass of each image shape once.
+
+    Args:
+        reason: why this engine was picked.
+        backend: of `torch.compile`.
+    """
+
+    name = "compile"
+
+    def __init__(self, reason: str = "asked for", backend: str = "inductor") -> None:
+        super().__init__(reason)
+        self._backend = backend
+        self._passes: OrderedDict[Hashable, tuple[Callable[..., list[Tensor]], list[int]]] = OrderedDict()
+        self._predict: tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]] | None = None
+
+    def one_pass(self, task: Task, images: Tensor) -> tuple[Tensor, Gradients]:
+        """Loss and gradients of images that go through the model at once."""
+        objective: Any = task.objective
+        drawn = objective.draw(images, task.generator)
+        key = (tuple(images.shape), images.dtype, images.stride(), objective.settings())
+        if key not in self._passes:
+            self._passes[key] = self._compiled(task, images, drawn)
+            while len(self._passes) > KEPT:
+                self._passes.popitem(last=False)
+        self._passes.move_to_end(key)
+        compiled, reached = self._passes[key]
+        with torch.no_grad():  # the gradients are in the list
+            value, *gradients = compiled(images, drawn)
+        found: list[Tensor | None] = [None] * len(task.parameters)
+        taken: set[int] = set()
+        for index, gradient in zip(reached, gradients, strict=True):
+            # equal gradients may share memory, and clipping writes in place
+            found[index] = gradient.clone() if gradient.data_ptr() in taken else gradient
+            taken.add(gradient.data_ptr())
+        return value, tuple(found)
+
+    def _compiled(self, task: Task, images: Tensor, drawn: Tensor) -> tuple[Callable[..., list[Tensor]], list[int]]:
+        """The compiled pass, and which of the parameters it has gradients for."""
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        objective: Any = task.objective
+        reached: list[int] = []
+
+        def both(images: Tensor, drawn: Tensor) -> list[Tensor]:
+            with torch.enable_grad():
+                with forward_pass(task.config.precision, task.device):
+                    value = objective.loss_of(images, drawn)
+                found = torch.autograd.grad(value, task.parameters, allow_unused=True)
+            reached[:] = [i for i, gradient in enumerate(found) if gradient is not None]
+            return [value.detach(), *(gradient for gradient in found if gradient is not None)]
+
+        with torch.no_grad():
+            operations = make_fx(both)(images, drawn)
+        return self._compile(operations, fullgraph=True), reached
+
+    def _compile(self, call: Callable[..., Any], fullgraph: bool = False) -> Callable[..., Any]:
+        # stochastic depth draws as in the eager engine
+        options: Any = {"fallback_random": True} if self._backend == "inductor" else None
+        return torch.compile(call, fullgraph=fullgraph, dynamic=False, backend=self._backend, options=options)
+
+    def predict(self, predict: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """`predict(x)`, compiled."""
+        if self._predict is None or self._predict[0] is not predict:
+            self._predict = (predict, self._compile(lambda x: predict(x)))
+        return self._predict[1](x)
+
+    def forget(self) -> None:
+        """Nothing: what is compiled reads the weights where they are."""

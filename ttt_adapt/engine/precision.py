@@ -1,0 +1,49 @@
+"""The precision of a gradient step. Weights and optimizer keep their own: float32 masters under "bf16" and "tf32"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+
+from ttt_adapt.errors import ConfigError
+
+
+def forward_pass(precision: str, device: torch.device) -> AbstractContextManager[None]:
+    """For the forward pass: autocast to bfloat16, if asked for."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextmanager
+def both_passes(precision: str) -> Iterator[None]:
+    """For forward and backward pass: TF32 products and convolutions if asked for; the process' own after it."""
+    if precision != "tf32":
+        yield
+        return
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = True
+    try:
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuse what the device cannot do.
+
+    Raises:
+        ConfigError: TF32 on anything but a CUDA device of compute capability 8.0 or later.
+    """
+    if precision != "tf32":
+        return
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if not able:
+        raise ConfigError(
+            f"precision is 'tf32' and the model is on {device}: TF32 is a mode of CUDA devices of compute capability "
+            "8.0 or later; use 'fp32' or 'bf16'"
+        )
