@@ -23,9 +23,9 @@ LAYERS = [
     {"frames", "branch", "objectives", "engine", "optim"},
     {"loan"},
     {"joint", "adapter"},
-    {"augment"},
+    {"augment", "pictures"},
     {"models", "data", "demo", "video"},
-    {"checkpoint", "evaluation"},
+    {"checkpoint", "evaluation", "tasks"},
     {"commands", "cli"},
     {"__main__"},
 ]
