@@ -53,6 +53,9 @@ class Training(NamedTuple):
     """What the names of the files begin with."""
     clips: tuple[str, ...] = TRAIN
     size: tuple[int, int] = SIZE
+    task: str = "segmentation"
+    epochs: int | None = None
+    """Of each of the three; None: the model's."""
 
 
 def checkpoints(trainings: Sequence[Training]) -> list[tuple[Path, Path]]:
@@ -91,7 +94,8 @@ def _options(training: Training, out: Path, recipe: str, init: Path | None) -> T
         init=init,
         resume=True,
         device="cpu",
-        config=TrainConfig(epochs=model["epochs"], seed=training.seed),
+        config=TrainConfig(epochs=training.epochs or model["epochs"], seed=training.seed),
+        task=training.task,
     )
 
 

@@ -193,8 +193,6 @@ CACHE_LIMIT = 2**30
 
 def _open_data(options: TrainOptions) -> tuple[NormalizedStills, ModelSpec]:
     stills = _open_stills(options)
-    for note in stills.notes:
-        notice(note)
     spec = ModelSpec(
         options.encoder,
         stills.classes,
@@ -209,7 +207,10 @@ def _open_data(options: TrainOptions) -> tuple[NormalizedStills, ModelSpec]:
     task = task_of(spec)
     count = sum(len(part) if isinstance(part, Clip) else 1 for part in stills.samples)
     cache = count * math.prod(stills.size) * 4 <= CACHE_LIMIT
-    return NormalizedStills(StillsDataset(stills.samples, task.augment, options.config.seed, cache), spec, task), spec
+    samples = StillsDataset(stills.samples, task.augment, options.config.seed, cache)
+    for note in stills.notes:
+        notice(note)
+    return NormalizedStills(samples, spec, task), spec
 
 
 def _open_stills(options: TrainOptions) -> Stills:

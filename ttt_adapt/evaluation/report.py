@@ -1,8 +1,8 @@
 """What an evaluation found: one `Run` per arm, clip and seed, kept in a `Report`.
 
-A report is saved after every run, so an interrupted evaluation goes on where it stopped (`Report.has`). A task says which
-scores its runs have and how they are shown (`ttt_adapt.tasks`): mIoU is a fraction in [0, 1] in the data and percent
-in the tables, PSNR dB in both.
+A report is saved after every run, so an interrupted evaluation goes on where it stopped (`Report.has`). A task says
+which scores its runs have and how they are shown (`ttt_adapt.tasks`): mIoU is a fraction in [0, 1] in the data and
+percent in the tables, PSNR dB in both.
 """
 
 from __future__ import annotations

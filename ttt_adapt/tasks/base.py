@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ class Score(Protocol):
         ...
 
 
-class Task(Protocol):
+class Task(ABC):
     """A task of a checkpoint.
 
     Attributes:
@@ -130,58 +131,59 @@ class Task(Protocol):
     source: str
 
     @property
+    @abstractmethod
     def channels(self) -> int:
         """How many channels the model's output has."""
-        ...
 
     @classmethod
+    @abstractmethod
     def of(cls, spec: ModelSpec) -> Task:
         """The task of a checkpoint with this description.
 
         Raises:
             ConfigError: options that it does not know.
         """
-        ...
 
     @classmethod
+    @abstractmethod
     def stills(
         cls, data: str, names: Sequence[str], size: tuple[int, int] | None, classes: Sequence[str] | None
     ) -> Stills:
         """Training data under a folder; errors say what is missing."""
-        ...
 
     @classmethod
+    @abstractmethod
     def clips(
         cls, data: str, names: Sequence[str], size: tuple[int, int] | None, classes: Sequence[str] | None, format: str
     ) -> list[Clip]:
         """Clips to evaluate on: pairs of what an arm sees, uint8 RGB [H, W, 3], and the label."""
-        ...
 
     @classmethod
+    @abstractmethod
     def adopt(cls, clip: Clip) -> Clip:
         """A clip of frames and class ids as one of this task."""
-        ...
 
+    @abstractmethod
     def sample(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """What the model is shown, [3, H, W] in [0, 1], and the criterion's target, of an augmented sample."""
-        ...
 
+    @abstractmethod
     def criterion(self, samples: Any) -> Criterion:
         """(model output, targets) -> scalar loss; `samples` is the data set that it will be used on."""
-        ...
 
+    @abstractmethod
     def see(self, frame: np.ndarray) -> np.ndarray:
         """A frame of a video, uint8 RGB [H, W, 3], as the model may see it; of the same type and shape."""
-        ...
 
+    @abstractmethod
     def predict(self, output: Tensor, frame: np.ndarray) -> np.ndarray:
         """The prediction that the model's output is, at the size of the frame that was seen."""
-        ...
 
+    @abstractmethod
     def draw(self, frame: np.ndarray, prediction: np.ndarray) -> np.ndarray:
         """A prediction as a picture, uint8 RGB [H, W, 3]."""
-        ...
 
+    @abstractmethod
     def score(self, ignore: int = 255, weights: Path | None = None) -> Score:
         """An empty score.
 
@@ -189,7 +191,6 @@ class Task(Protocol):
             ignore: label id of void.
             weights: folder of the networks that some metrics are measured with; None leaves those out.
         """
-        ...
 
 
 def check_output(output: Any, frame: np.ndarray, task: Task, what: str) -> Tensor:

@@ -15,14 +15,14 @@ from ttt_adapt.augment import Augment
 from ttt_adapt.data import Clip, open_clips
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.evaluation.metrics import SegmentationScore
-from ttt_adapt.tasks.base import Criterion, Metric, Stills
+from ttt_adapt.tasks.base import Criterion, Metric, Stills, Task
 from ttt_adapt.video import blend, default_palette
 
 if TYPE_CHECKING:
     from ttt_adapt.checkpoint import ModelSpec
 
 
-class Segmentation:
+class Segmentation(Task):
     """A `Task`: class scores [B, classes, H, W], a prediction [H, W] of class ids, mIoU."""
 
     name = "segmentation"

@@ -56,11 +56,6 @@ def lab_to_rgb(lab: Tensor, dim: int = -3) -> Tensor:
     return gamma((grey + off * room.amin(dim, keepdim=True).clamp(max=1)).clamp(0, 1)).clamp(0, 1)
 
 
-def lightness(rgb: np.ndarray) -> np.ndarray:
-    """L of uint8 RGB [H, W, 3], float64 [H, W] in [0, 100]."""
-    return (rgb_to_lab(torch.from_numpy(np.ascontiguousarray(rgb)).double() / 255, -1)[..., 0]).numpy()
-
-
 def to_grey(rgb: np.ndarray) -> np.ndarray:
     """uint8 RGB [H, W, 3] -> the grey of the same luminance, uint8 [H, W, 3] of three equal channels.
 
@@ -85,15 +80,6 @@ def colour(grey: np.ndarray, ab: Tensor) -> np.ndarray:
     levels = torch.from_numpy(np.ascontiguousarray(grey[..., 0])).long()
     lab = torch.cat([_lightness_table()[levels].to(ab)[None], ab])
     return (lab_to_rgb(lab, 0) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
-
-
-def is_grey(rgb: np.ndarray, tolerance: int = 6) -> bool:
-    """Whether a picture, uint8 RGB [H, W, 3], has no colour beyond what a video codec's rounding leaves.
-
-    Its channels differ by at most `tolerance` levels in 99.9 % of the pixels.
-    """
-    pixels = rgb.astype(np.int16)
-    return float(np.mean(pixels.max(-1) - pixels.min(-1) <= tolerance)) >= 0.999
 
 
 def _mix(matrix: Tensor, values: Tensor, dim: int) -> Tensor:

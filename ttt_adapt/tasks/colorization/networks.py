@@ -42,7 +42,10 @@ class Networks:
     def __init__(self, folder: Path) -> None:
         check_weights(folder)
         self._lpips = _lpips(folder / ALEXNET) if (folder / ALEXNET).is_file() else None
-        self._fid, self._score = _inception(folder / INCEPTION) if (folder / INCEPTION).is_file() else (None, None)
+        self._fid: Any = None
+        self._score: Any = None
+        if (folder / INCEPTION).is_file():
+            self._fid, self._score = _inception(folder / INCEPTION)
         self._distances: list[float] = []
         self._frames = 0
 

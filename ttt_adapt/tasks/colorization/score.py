@@ -49,7 +49,7 @@ class ColourScore:
             from torchmetrics.functional.image import structural_similarity_index_measure
         except ImportError as error:
             raise missing("torchmetrics", "eval") from error
-        self._ssim = structural_similarity_index_measure
+        self._ssim: Any = structural_similarity_index_measure
         if weights is not None:
             from ttt_adapt.tasks.colorization.networks import Networks
 

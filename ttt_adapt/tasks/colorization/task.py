@@ -19,7 +19,7 @@ from torch import Tensor
 from ttt_adapt.augment import Augment
 from ttt_adapt.data import Clip, open_frames
 from ttt_adapt.errors import ConfigError, DataError, nearest
-from ttt_adapt.tasks.base import Criterion, Metric, Stills
+from ttt_adapt.tasks.base import Criterion, Metric, Stills, Task
 from ttt_adapt.tasks.colorization import cells
 from ttt_adapt.tasks.colorization.clips import GreyedClip, common_size, without_grey
 from ttt_adapt.tasks.colorization.lab import colour, gamma, rgb_to_lab, to_grey
@@ -35,7 +35,7 @@ _COUNTED = 500  # pictures that the frequency of colours is taken from
 _STRIDE = 4  # of the pixels that scores of cells are compared at: heads predict at a quarter of the resolution
 
 
-class Colorization:
+class Colorization(Task):
     """A `Task`: [B, 2, H, W] or scores of cells [B, Q, H, W], a prediction uint8 RGB [H, W, 3], PSNR.
 
     Args:
