@@ -152,6 +152,17 @@ def test_a_picture_is_scaled_and_cropped_but_not_distorted(tmp_path):
     assert frame[1:-1, 1:-1].min() == 200
 
 
+def test_pictures_of_every_size_fit_any_other(tmp_path):
+    """Scaled sides are fractions, and Pillow refuses a window that ends a rounding error outside of the picture."""
+    sizes = [(480, 640), (427, 640), (640, 483), (333, 500), (61, 83), (1, 1), (7, 1000)]
+    for i, (height, width) in enumerate(sizes):
+        Image.new("RGB", (width, height), (9, 90, 200)).save(tmp_path / f"{i}.png")
+    for size in ((96, 160), (33, 21), (224, 224)):
+        for frame, _ in open_frames(tmp_path, size=size)[0]:
+            assert frame.shape == (*size, 3)
+            assert (frame == (9, 90, 200)).all()
+
+
 def test_layouts_of_data_sets_are_walked_and_a_mask_beside_its_photograph_is_no_picture(tmp_path):
     frame = Image.fromarray(colour_frames(1)[0])
     for place in ("JPEGImages/480p/bear", "Annotations/480p/bear", "train/n01440764", "train/n01443537"):

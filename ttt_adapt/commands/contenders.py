@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ttt_adapt.branch import MAEBranch
-from ttt_adapt.checkpoint import Checkpoint, load_checkpoint
+from ttt_adapt.checkpoint import Checkpoint, load_checkpoint, read_spec
 from ttt_adapt.commands.common import parse_settings
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.data import Clip, StreetClip, is_unnamed
@@ -162,12 +162,10 @@ def check(
     for label in (labels := [contender.label for contender in contenders]):
         if labels.count(label) > 1:
             raise ConfigError(f"two rows are called {label!r}; expected every arm once")
-    tasks: dict[str, Path] = {}
-    for path in dict.fromkeys(path for contender in contenders for path in contender.checkpoints):
+    paths = list(dict.fromkeys(path for contender in contenders for path in contender.checkpoints))
+    _check_one_task(paths)
+    for path in paths:
         checkpoint = load_checkpoint(path, device)
-        tasks[checkpoint.task.name] = path
-        if len(tasks) > 1:
-            raise CheckpointError(f"one table is of one task: {', '.join(f'{p} is of {t}' for t, p in tasks.items())}")
         checkpoint.task.score(weights=metric_weights)  # its checks
         for clip in clips:
             _check_classes(checkpoint, clip, path)
@@ -180,6 +178,13 @@ def check(
                 if contender.branch and isinstance(checkpoint.branch, MAEBranch):
                     with checkpoint.branch.using(**contender.branch):
                         pass  # its checks
+
+
+def _check_one_task(paths: Sequence[Path]) -> None:
+    """Raises CheckpointError where two files were trained for different tasks."""
+    tasks = {read_spec(path).task: path for path in paths}
+    if len(tasks) > 1:
+        raise CheckpointError(f"one table is of one task: {', '.join(f'{p} is of {t}' for t, p in tasks.items())}")
 
 
 def describe(contender: Contender) -> dict[str, Any]:

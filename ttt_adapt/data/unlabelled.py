@@ -165,9 +165,9 @@ def _fit(image: Any, size: tuple[int, int] | None) -> np.ndarray:
     if size is None or (image.height, image.width) == size:
         return np.asarray(image)
     scale = max(size[0] / image.height, size[1] / image.width)
-    height, width = size[0] / scale, size[1] / scale
+    height, width = min(size[0] / scale, image.height), min(size[1] / scale, image.width)
     left, top = (image.width - width) / 2, (image.height - height) / 2
-    box = (left, top, left + width, top + height)
+    box = (left, top, min(left + width, image.width), min(top + height, image.height))
     return np.asarray(image.resize(size[::-1], pillow().Resampling.BILINEAR, box=box))
 
 
