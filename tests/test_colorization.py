@@ -28,10 +28,10 @@ from ttt_adapt.evaluation.arms import ARMS, find_arm
 from ttt_adapt.evaluation.report import Report, markdown_table
 from ttt_adapt.evaluation.runner import run_arm
 from ttt_adapt.joint import TrainConfig
+from ttt_adapt.lab import to_grey
 from ttt_adapt.pictures import rgb8
 from ttt_adapt.tasks import Colorization, find_task
 from ttt_adapt.tasks.colorization import cells
-from ttt_adapt.tasks.colorization.lab import to_grey
 from ttt_adapt.tasks.colorization.networks import ALEXNET, INCEPTION
 from ttt_adapt.tasks.colorization.score import ColourScore
 

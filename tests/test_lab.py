@@ -7,8 +7,8 @@ import pytest
 import torch
 from skimage.color import lab2rgb, rgb2lab
 
+from ttt_adapt.lab import colour_frame, gamma, lab_to_rgb, linear, rgb_to_lab, to_grey
 from ttt_adapt.tasks.colorization import cells
-from ttt_adapt.tasks.colorization.lab import colour, gamma, lab_to_rgb, linear, rgb_to_lab, to_grey
 
 
 def pixels(shape=(120, 160), seed: int = 0) -> np.ndarray:
@@ -78,7 +78,7 @@ def test_the_grey_of_a_picture_has_its_luminance_and_a_grey_picture_is_its_own()
 def test_a_coloured_picture_keeps_the_luminance_within_one_level_also_outside_the_gamut(spread):
     grey = to_grey(pixels())
     ab = torch.randn(2, *grey.shape[:2]) * spread
-    coloured = colour(grey, ab)
+    coloured = colour_frame(grey, ab)
     assert np.abs(level(coloured) - grey[..., 0]).max() <= 1.0
     assert np.abs(to_grey(coloured).astype(int) - grey).max() <= 1
     assert np.array_equal(coloured, grey) == (spread == 0.0)
@@ -88,7 +88,7 @@ def test_a_colour_inside_the_gamut_is_kept_and_one_outside_keeps_its_hue():
     rgb = pixels()
     lab = rgb_to_lab(torch.from_numpy(rgb).double() / 255, -1)
     grey = to_grey(rgb)
-    back = colour(grey, lab[..., 1:].permute(2, 0, 1))
+    back = colour_frame(grey, lab[..., 1:].permute(2, 0, 1))
     assert np.abs(back.astype(int) - rgb).mean() < 1.5  # the grey's own rounding
     wild = torch.tensor([50.0, 90.0, -20.0], dtype=torch.float64)
     light, grey_light = linear(lab_to_rgb(wild, 0)), linear(lab_to_rgb(wild * torch.tensor([1.0, 0, 0]), 0))

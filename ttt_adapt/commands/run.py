@@ -61,21 +61,8 @@ def run(options: RunOptions) -> int:
 
     What was written is a playable file also after Ctrl-C or a video that breaks in the middle.
     """
-    if options.view not in ("overlay", "panels"):
-        raise ConfigError(f'view is {options.view!r}; expected "overlay" or "panels"')
-    if options.task is not None:
-        find_task(options.task)
-    checkpoint = load_checkpoint(options.checkpoint, options.device)
+    checkpoint = _checked(options)
     task = checkpoint.task
-    if options.task not in (None, task.name):
-        raise CheckpointError(
-            f"{options.checkpoint} was trained for {task.name}, not for {options.task}: leave --task out, or train one "
-            f"with --task {options.task}"
-        )
-    if checkpoint.branch is None:
-        raise CheckpointError(
-            f"{options.checkpoint} was trained for the main task alone and cannot adapt: train it with --recipe joint"
-        )
     count, writer = 0, None
     try:
         with ExitStack() as stack:
@@ -102,6 +89,25 @@ def run(options: RunOptions) -> int:
             notice(f"{count} frames are kept in {writer.path}")
         raise
     return count
+
+
+def _checked(options: RunOptions) -> Checkpoint:
+    """The checkpoint, if it can do what is asked for."""
+    if options.view not in ("overlay", "panels"):
+        raise ConfigError(f'view is {options.view!r}; expected "overlay" or "panels"')
+    if options.task is not None:
+        find_task(options.task)
+    checkpoint = load_checkpoint(options.checkpoint, options.device)
+    if options.task not in (None, checkpoint.task.name):
+        raise CheckpointError(
+            f"{options.checkpoint} was trained for {checkpoint.task.name}, not for {options.task}: leave --task "
+            f"out, or train one with --task {options.task}"
+        )
+    if checkpoint.branch is None:
+        raise CheckpointError(
+            f"{options.checkpoint} was trained for the main task alone and cannot adapt: train it with --recipe joint"
+        )
+    return checkpoint
 
 
 def _normalize(checkpoint: Checkpoint, options: RunOptions, size: tuple[int, int]) -> Normalize:

@@ -81,21 +81,7 @@ def train(options: TrainOptions) -> Checkpoint:
     Raises:
         ConfigError, DataError, CheckpointError: before anything is trained or written.
     """
-    if options.recipe not in RECIPES:
-        raise ConfigError(f"recipe is {options.recipe!r}; expected one of {', '.join(RECIPES)}")
-    if options.objective not in OBJECTIVES:
-        raise ConfigError(f"objective is {options.objective!r}; expected one of {', '.join(OBJECTIVES)}")
-    if options.branch and options.objective != "mae":
-        raise ConfigError(
-            f"--branch {next(iter(options.branch))} is of the MAE branch; {options.objective} has no settings"
-        )
-    if options.out.suffix != ".safetensors":
-        raise ConfigError(f"--out is {options.out}; expected a file name ending in .safetensors")
-    states = options.out.parent.glob(f"{options.out.stem}.*.state")
-    if options.resume and options.out.exists() and not any(states):
-        raise ConfigError(
-            f"--resume: {options.out} is complete; leave --resume out to train it anew, or choose another --out"
-        )
+    _check(options)
     device = _device(options.device)
     data, spec = _open_data(options)
     torch.manual_seed(options.config.seed)
@@ -138,6 +124,25 @@ def train(options: TrainOptions) -> Checkpoint:
         for file in files:
             file.unlink(missing_ok=True)
     return checkpoint
+
+
+def _check(options: TrainOptions) -> None:
+    """Raises ConfigError where the options contradict each other."""
+    if options.recipe not in RECIPES:
+        raise ConfigError(f"recipe is {options.recipe!r}; expected one of {', '.join(RECIPES)}")
+    if options.objective not in OBJECTIVES:
+        raise ConfigError(f"objective is {options.objective!r}; expected one of {', '.join(OBJECTIVES)}")
+    if options.branch and options.objective != "mae":
+        raise ConfigError(
+            f"--branch {next(iter(options.branch))} is of the MAE branch; {options.objective} has no settings"
+        )
+    if options.out.suffix != ".safetensors":
+        raise ConfigError(f"--out is {options.out}; expected a file name ending in .safetensors")
+    states = options.out.parent.glob(f"{options.out.stem}.*.state")
+    if options.resume and options.out.exists() and not any(states):
+        raise ConfigError(
+            f"--resume: {options.out} is complete; leave --resume out to train it anew, or choose another --out"
+        )
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any
 
 from ttt_adapt.data import Clip, PictureClip, Sample
 from ttt_adapt.errors import ConfigError, DataError
-from ttt_adapt.tasks.colorization.lab import to_grey
+from ttt_adapt.lab import to_grey
 
 
 class GreyedClip(Clip):

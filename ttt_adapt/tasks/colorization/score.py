@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ttt_adapt.errors import DataError, FrameError, FrameTypeError, StateError, missing
-from ttt_adapt.tasks.colorization.lab import rgb_to_lab, to_grey
+from ttt_adapt.lab import rgb_to_lab, to_grey
 
 PSNR_LIMIT = 100.0
 """dB, of a frame that is met exactly."""

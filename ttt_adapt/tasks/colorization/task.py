@@ -19,10 +19,10 @@ from torch import Tensor
 from ttt_adapt.augment import Augment
 from ttt_adapt.data import Clip, open_frames
 from ttt_adapt.errors import ConfigError, DataError, nearest
+from ttt_adapt.lab import colour_frame, gamma, rgb_to_lab, to_grey
 from ttt_adapt.tasks.base import Criterion, Metric, Stills, Task
 from ttt_adapt.tasks.colorization import cells
 from ttt_adapt.tasks.colorization.clips import GreyedClip, common_size, without_grey
-from ttt_adapt.tasks.colorization.lab import colour, gamma, rgb_to_lab, to_grey
 from ttt_adapt.tasks.colorization.score import ColourScore
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class Colorization(Task):
         ab = ab.detach().float()
         if ab.shape[2:] != frame.shape[:2]:
             ab = F.interpolate(ab, frame.shape[:2], mode="bilinear", align_corners=False)
-        return colour(frame, ab[0].cpu())
+        return colour_frame(frame, ab[0].cpu())
 
     def draw(self, frame: np.ndarray, prediction: np.ndarray) -> np.ndarray:
         """The prediction is a picture."""

@@ -67,7 +67,7 @@ def to_grey(rgb: np.ndarray) -> np.ndarray:
     return np.repeat(grey[..., None], 3, axis=2)
 
 
-def colour(grey: np.ndarray, ab: Tensor) -> np.ndarray:
+def colour_frame(grey: np.ndarray, ab: Tensor) -> np.ndarray:
     """The picture with the luminance of `grey` and the colours `ab`.
 
     Args:
