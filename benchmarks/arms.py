@@ -81,7 +81,7 @@ def davis(data: Path, weights: Path, seeds: Sequence[int]) -> list[Job]:
     for half, streams in halves.items():
         others = tuple(name for name in names if name not in streams)
         trainings = [
-            Training("vit", seed, data / "davis", weights / f"{half}-{seed}", others, DAVIS_SIZE, DAVIS_EPOCHS)
+            Training("vit", seed, data / "davis", weights / f"{half}-{seed}", others, DAVIS_SIZE, epochs=DAVIS_EPOCHS)
             for seed in seeds
         ]
         pairs = checkpoints(trainings)

@@ -55,6 +55,7 @@ class Training(NamedTuple):
     """What the names of the files begin with."""
     clips: tuple[str, ...] = TRAIN
     size: tuple[int, int] = SIZE
+    task: str = "segmentation"
     epochs: int | None = None
     """Of each of the three; None for those of `MODELS`."""
 
@@ -101,6 +102,7 @@ def _options(training: Training, out: Path, recipe: str, init: Path | None) -> T
         resume=True,
         device="cpu",
         config=TrainConfig(epochs=training.epochs or model["epochs"], seed=training.seed),
+        task=training.task,
     )
 
 

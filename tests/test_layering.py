@@ -16,7 +16,7 @@ ROOT = Path(ttt_adapt.__file__).parent
 # A module imports from layers above its own, or from its own where the entry says so.
 LAYERS = [
     {"errors"},
-    {"config", "masking", "features", "window", "snapshot", "theory", "gate"},
+    {"config", "masking", "features", "window", "snapshot", "theory", "gate", "lab"},
     {"taps"},
     {"encoder", "decoders"},
     {"attached"},
@@ -24,9 +24,9 @@ LAYERS = [
     {"engine"},
     {"loan", "saved"},
     {"joint", "adapter"},
-    {"augment"},
+    {"augment", "pictures"},
     {"models", "data", "demo", "video"},
-    {"checkpoint", "evaluation"},
+    {"checkpoint", "evaluation", "tasks"},
     {"commands", "cli"},
     {"__main__"},
 ]

@@ -18,6 +18,7 @@ from ttt_adapt.errors import (
 )
 from ttt_adapt.features import Features
 from ttt_adapt.frames import Normalize
+from ttt_adapt.lab import colour_frame, rgb_to_lab, to_grey
 from ttt_adapt.objectives import Objective
 
 __all__ = [
@@ -40,5 +41,8 @@ __all__ = [
     "StreamConfig",
     "TTTAdaptError",
     "VideoError",
+    "colour_frame",
+    "rgb_to_lab",
+    "to_grey",
 ]
 __version__ = "0.1.0"

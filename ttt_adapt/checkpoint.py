@@ -1,11 +1,11 @@
-"""Segmentation models with their branch in one safetensors file, described well enough to build them again."""
+"""Models with their branch in one safetensors file, described well enough to build them again."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ttt_adapt.errors import CheckpointError, ConfigError, missing
 from ttt_adapt.frames import Normalize
 from ttt_adapt.models import SegmentationModel
 from ttt_adapt.objectives import Rotation
+from ttt_adapt.tasks import Task, task_of
 
 OBJECTIVES: dict[str, Any] = {"mae": MAEBranch, "rotation": Rotation}
 """What a model can be trained with jointly."""
@@ -29,7 +30,7 @@ class ModelSpec:
 
     Attributes:
         encoder: timm model name.
-        classes: class names in the order of their ids.
+        classes: class names in the order of their ids; () for a task without classes.
         size: (H, W) of the training images.
         encoder_options: keywords of `timm.create_model`.
         branch: keywords of `MAEBranch.attach` (or of `Rotation.attach`); None for a model trained for the main task
@@ -40,6 +41,8 @@ class ModelSpec:
         std: per channel.
         width: inner channels of the head.
         training: how the weights were made, for the record.
+        task: what it was trained for, see `ttt_adapt.tasks`.
+        task_options: of the task.
     """
 
     encoder: str
@@ -53,12 +56,14 @@ class ModelSpec:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     width: int = 64
     training: list[dict[str, Any]] = field(default_factory=list)
+    task: str = "segmentation"
+    task_options: dict[str, Any] = field(default_factory=dict)
 
     def build(self, pretrained: bool = False) -> tuple[SegmentationModel, Attached | None]:
         """The model with fresh (or timm's pretrained) weights, and its branch."""
         model = SegmentationModel(
             self.encoder,
-            len(self.classes),
+            task_of(self).channels,
             width=self.width,
             pretrained=pretrained,
             encoder_options=self.encoder_options,
@@ -78,6 +83,11 @@ class Checkpoint:
     model: SegmentationModel
     branch: Attached | None
     spec: ModelSpec
+
+    @cached_property
+    def task(self) -> Task:
+        """What the model was trained for."""
+        return task_of(self.spec)
 
     @property
     def mae_branch(self) -> MAEBranch:
@@ -204,8 +214,3 @@ def _safetensors() -> Any:
         SafetensorError = safetensors.SafetensorError
 
     return Library
-
-
-def class_colours(spec: ModelSpec, default: Any) -> Sequence[Sequence[int]]:
-    """The spec's palette, or `default(number of classes)`."""
-    return spec.palette or default(len(spec.classes))

@@ -76,8 +76,17 @@ def demo(
 
 @app.command()
 def train(
-    data: Annotated[str, typer.Argument(help="Folder of clips or stills with labels, or 'street'.")],
+    data: Annotated[
+        str, typer.Argument(help="Folder of clips or stills with labels (for colorization any pictures), or 'street'.")
+    ],
     out: Annotated[Path, typer.Option(help="Checkpoint to write, .safetensors.")] = Path("model.safetensors"),
+    task: Annotated[str, typer.Option(help="segmentation, or colorization.")] = "segmentation",
+    task_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="Of colorization: mode=classification, temperature, uniform; repeatable."
+        ),
+    ] = None,
     encoder: Annotated[str, typer.Option(help="timm model name.")] = "vit_tiny_patch16_224",
     encoder_option: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Keyword of timm.create_model; repeatable.")
@@ -104,7 +113,7 @@ def train(
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
-    """Train a timm encoder and a segmentation head, jointly with the reconstruction branch."""
+    """Train a timm encoder and a head for a task, jointly with the reconstruction branch."""
     from ttt_adapt.commands.common import branch_settings, parse_settings, parse_size
     from ttt_adapt.commands.train import TrainOptions
     from ttt_adapt.commands.train import train as run_training
@@ -140,6 +149,8 @@ def train(
             half=half,
             device=device,
             config=config,
+            task=task,
+            task_options=parse_settings(task_option or []),
         )
     )
     _say(f"wrote {out}")
@@ -150,6 +161,7 @@ def run(
     video: Annotated[str, typer.Argument(help="Video file, folder of frames, camera index, or URL.")],
     checkpoint: Annotated[Path, typer.Option(help="A file of `ttt-adapt train`.")],
     out: Annotated[Path, typer.Option(help="The mp4 to write.")] = Path("out.mp4"),
+    task: Annotated[str | None, typer.Option(help="What the checkpoint is for; it knows itself.")] = None,
     view: Annotated[str, typer.Option(help="overlay, or panels (frame, fixed, adapted, reconstruction).")] = "overlay",
     size: Annotated[
         str | None, typer.Option(metavar="HxW", help="Size for the model; 'native' for the video's own.")
@@ -177,6 +189,7 @@ def run(
         device=_device(device),
         config=_config(preset, settings, seed),
         branch=parse_settings(branch or []),
+        task=task,
     )
     count = run_video(options)
     _say(f"wrote {count} frames to {out}")
@@ -184,7 +197,9 @@ def run(
 
 @app.command(name="eval")
 def evaluate(
-    data: Annotated[str, typer.Argument(help="Folder of labelled clips, or 'street'.")],
+    data: Annotated[
+        str, typer.Argument(help="Folder of labelled clips (of colorization, pictures or videos), or 'street'.")
+    ],
     checkpoint: Annotated[list[Path], typer.Option(help="Jointly trained checkpoint; repeat it, one per seed.")],
     baseline: Annotated[
         list[Path] | None, typer.Option(help="Checkpoint trained for the main task alone; one per seed.")
@@ -209,6 +224,9 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="ARM=R", help="Forward passes per frame for --real-time; measured by default."),
     ] = None,
+    metric_weights: Annotated[
+        Path | None, typer.Option(help="Folder with the networks of LPIPS, FID and Inception Score; never downloaded.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.json, table.md and plots.")] = Path("ttt-adapt-eval"),
     preset: Preset = "online",
     settings: Annotated[
@@ -222,7 +240,7 @@ def evaluate(
     branch: TestBranch = None,
     device: Device = "auto",
 ) -> None:
-    """Compare arms on labelled clips: tables, a JSON and plots."""
+    """Compare arms on clips: tables, a JSON and plots."""
     from ttt_adapt.checkpoint import read_spec
     from ttt_adapt.commands.common import parse_settings, parse_size, per_arm
     from ttt_adapt.commands.contenders import clips_from, contenders_of, real_time_of
@@ -251,12 +269,15 @@ def evaluate(
         default_classes=spec.classes,
         seed=seed,
         frames=frames,
+        task=spec.task,
     )
     config, where = _config(preset, common, 0), _device(device)
     if chosen is None:
-        report = run_evaluation(rows, found, config, numbers, out, where, real_time=charged)
+        report = run_evaluation(
+            rows, found, config, numbers, out, where, real_time=charged, metric_weights=metric_weights
+        )
     else:
-        report = run_study(chosen, checkpoint, found, config, numbers, out, where, charged, hidden)
+        report = run_study(chosen, checkpoint, found, config, numbers, out, where, charged, hidden, metric_weights)
     console.print(rich_table(report))
     _say(f"report, tables and plots: {out}")
     check_failures(report, out)

@@ -1,4 +1,4 @@
-"""Segmentation models for the command line: a timm encoder and a light head, saved with their branch in one file.
+"""Dense models for the command line: a timm encoder and a light head, saved with their branch in one file.
 
 Everything here is ordinary PyTorch; the rest of the library does not need it.
 """
@@ -20,11 +20,11 @@ _PLAIN_TRANSFORMERS = ("vision_transformer", "eva", "deit")
 
 
 class SegmentationModel(nn.Module):
-    """A timm encoder (`backbone`) and a pyramid head (`head`) for semantic segmentation.
+    """A timm encoder (`backbone`) and a pyramid head (`head`) for segmentation, or another dense task.
 
     Args:
         encoder: name of a timm model with `features_only` support.
-        classes: number of classes.
+        classes: number of classes, or of whatever other channels the task has.
         width: inner channels of the head.
         pretrained: load timm's pretrained weights.
         encoder_options: further keywords of `timm.create_model`.
@@ -50,7 +50,7 @@ class SegmentationModel(nn.Module):
         self.channels_last = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")  # timm's Swins
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W], normalised -> logits [B, classes, H, W]; any H x W."""
+        """[B, 3, H, W], normalised -> [B, classes, H, W], logits of the classes; any H x W."""
         h, w = images.shape[-2:]
         padded = pad_to_multiple(images, self.multiple)
         maps = self.backbone(padded)[self.first :]

@@ -17,6 +17,7 @@ speed_up_deformable_attention()
 allow_zoo_checkpoints()
 
 from ttt_adapt_openmmlab.check import check_tree  # noqa: E402
+from ttt_adapt_openmmlab.colorization import Colorizer, ColourPictures, PackColours, StreamColourMetric  # noqa: E402
 from ttt_adapt_openmmlab.datasets import (  # noqa: E402
     CamVidStream,
     CocoVideos,
@@ -34,12 +35,16 @@ from ttt_adapt_openmmlab.stream import stream_adapter  # noqa: E402
 __all__ = [
     "CamVidStream",
     "CocoVideos",
+    "Colorizer",
+    "ColourPictures",
     "JointMAE",
     "KittiStep",
     "LoadKittiStepAnnotations",
     "LoadPanopticSegments",
     "OnlineTTTHook",
+    "PackColours",
     "StreamAPMetric",
+    "StreamColourMetric",
     "StreamIoUMetric",
     "StreamPQMetric",
     "VideoSampler",

@@ -45,16 +45,10 @@ class MaskHeadCopy(nn.Module):
     def __init__(self, model: nn.Module, name: str, specs: Sequence[Any]) -> None:
         super().__init__()
         self.name, self.stride = name, specs[0].stride
-        head = copy.deepcopy(getattr(model, name))
-        head.cls_embed = nn.Identity()
-        head.num_queries = 3 * self.stride**2
-        for query in filter(lambda query: hasattr(head, query), QUERIES):
-            weight = getattr(head, query).weight
-            setattr(head, query, nn.Embedding(head.num_queries, weight.shape[1]).to(weight))
-        self.head = head
+        self.head = paint_with(copy.deepcopy(getattr(model, name)), 3, self.stride)
         self.neck: nn.Module = copy.deepcopy(getattr(model, "neck", None)) or nn.Identity()
         self.requires_grad_(True)
-        self._freeze_unused(_example(specs, next(head.parameters())))
+        self._freeze_unused(_example(specs, next(self.head.parameters())))
 
     def forward(self, features: Features) -> Tensor:
         """Features -> image [B, 3, h * s, w * s] of the finest map h x w."""
@@ -79,6 +73,19 @@ class MaskHeadCopy(nn.Module):
             gradients = torch.autograd.grad(self(features).sum(), parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.requires_grad_(gradient is not None)
+
+
+def paint_with(head: Any, channels: int, stride: int) -> Any:
+    """Make a Mask2Former or MaskFormer head one that paints, in place: a fresh query per channel and pixel of a stride.
+
+    It has no class head any more. Its mask maps, [B, channels * stride * stride, h, w], are to be pixel-shuffled.
+    """
+    head.cls_embed = nn.Identity()
+    head.num_queries = channels * stride**2
+    for query in filter(lambda query: hasattr(head, query), QUERIES):
+        weight = getattr(head, query).weight
+        setattr(head, query, nn.Embedding(head.num_queries, weight.shape[1]).to(weight))
+    return head
 
 
 def _example(specs: Sequence[Any], like: Tensor) -> Features:

@@ -97,6 +97,10 @@ def use_miniature(dataset: Any, root: Path) -> None:
     elif kind == "CamVidStream":
         names = dict.fromkeys(dataset.clips, 2)
         dataset.data_root = str(miniatures.camvid(root / "-".join(names), names))
+    elif kind == "ColourPictures":
+        for i, folder in enumerate(("n01440764", "n01440764", "n01443537")):
+            miniatures.picture(root / "colours" / folder / f"{i}.JPEG", i, (40, 56))
+        dataset.data_root = str(root / "colours")
     else:
         task = "panoptic" if "Panoptic" in kind else "instances"
         prefix = {"img": "images/"} | ({"seg": "panoptic/"} if task == "panoptic" else {})

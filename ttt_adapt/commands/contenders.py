@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from ttt_adapt.branch import MAEBranch
-from ttt_adapt.checkpoint import Checkpoint, load_checkpoint
+from ttt_adapt.checkpoint import Checkpoint, load_checkpoint, read_spec
 from ttt_adapt.commands.common import parse_settings
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.data import Clip, StreetClip, is_unnamed, open_clips
+from ttt_adapt.data import Clip, StreetClip, is_unnamed
 from ttt_adapt.errors import CheckpointError, ConfigError, missing
 from ttt_adapt.evaluation.arms import find_arm, find_arms
 from ttt_adapt.evaluation.realtime import stride
+from ttt_adapt.tasks import find_task
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,9 @@ def clips_from(
     default_classes: Sequence[str] = (),
     seed: int | None = None,
     frames: int | None = None,
+    task: str = "segmentation",
 ) -> list[Clip]:
-    """The labelled clips called `names` under the folder `data`; all of them without names.
+    """The clips called `names` under the folder `data`; all of them without names.
 
     Args:
         data: a folder, or "street" for the rendered stream of the demo.
@@ -124,22 +126,21 @@ def clips_from(
         default_classes: those of the checkpoint, for folders of class ids that bring none either.
         seed: which street; 0 by default.
         frames: length of the street's stream; 240 by default.
+        task: of the checkpoint.
     """
     if data == "street" and not Path(data).exists():
         if names:
             raise ConfigError(f"'street' is one clip, got --clips {', '.join(names)}; choose a street with --seed")
-        return [StreetClip(seed or 0, 240 if frames is None else frames, size)]
+        return [find_task(task).adopt(StreetClip(seed or 0, 240 if frames is None else frames, size))]
     for name, value in (("--seed", seed), ("--frames", frames)):
         if value is not None:
             raise ConfigError(f"{name} {value} is of the rendered street, and {data} is not it; adaptation has --seeds")
-    return open_clips(
-        data, list(names) or None, size, classes=list(classes) or _unnamed(data, default_classes), format=format
-    )
+    return find_task(task).clips(data, names, size, list(classes) or _unnamed(data, default_classes), format)
 
 
 def _unnamed(data: str, classes: Sequence[str]) -> list[str] | None:
     """`classes`, if `data` are folders of class ids without names."""
-    return list(classes) or None if is_unnamed(data) else None
+    return list(classes) if classes and is_unnamed(data) else None
 
 
 def check(
@@ -148,6 +149,7 @@ def check(
     config: StreamConfig,
     device: torch.device | str,
     real_time: RealTime | None,
+    metric_weights: Path | None = None,
 ) -> None:
     """Fail before the first run, not hours later: packages are there, checkpoints load and suit arms and classes."""
     find_arms([contender.arm for contender in contenders])
@@ -160,8 +162,11 @@ def check(
     for label in (labels := [contender.label for contender in contenders]):
         if labels.count(label) > 1:
             raise ConfigError(f"two rows are called {label!r}; expected every arm once")
-    for path in dict.fromkeys(path for contender in contenders for path in contender.checkpoints):
+    paths = list(dict.fromkeys(path for contender in contenders for path in contender.checkpoints))
+    _check_one_task(paths)
+    for path in paths:
         checkpoint = load_checkpoint(path, device)
+        checkpoint.task.score(weights=metric_weights)  # its checks
         for clip in clips:
             _check_classes(checkpoint, clip, path)
         for contender in contenders:
@@ -173,6 +178,13 @@ def check(
                 if contender.branch and isinstance(checkpoint.branch, MAEBranch):
                     with checkpoint.branch.using(**contender.branch):
                         pass  # its checks
+
+
+def _check_one_task(paths: Sequence[Path]) -> None:
+    """Raises CheckpointError where two files were trained for different tasks."""
+    tasks = {read_spec(path).task: path for path in paths}
+    if len(tasks) > 1:
+        raise CheckpointError(f"one table is of one task: {', '.join(f'{p} is of {t}' for t, p in tasks.items())}")
 
 
 def describe(contender: Contender) -> dict[str, Any]:

@@ -36,6 +36,7 @@ def evaluate(
     *,
     real_time: RealTime | None = None,
     study: str | None = None,
+    metric_weights: Path | None = None,
 ) -> Report:
     """Run every contender on every clip with every seed, and write report.json, table.md and plots into `out`.
 
@@ -45,20 +46,21 @@ def evaluate(
     Args:
         contenders: rows; the first is the reference of the relative changes. A contender with several checkpoints
             runs the i-th one with the i-th seed, so that seeds cover training too.
-        clips: labelled clips whose classes are the checkpoints'.
+        clips: clips of the checkpoints' task, whose classes are theirs.
         config: of the online arm.
         seeds: of adaptation.
         out: folder for the results.
         device: where to run.
         real_time: charge every streaming arm for its time; None lets the frames wait.
         study: what the rows are of, for the record.
+        metric_weights: folder of the networks that some metrics are measured with; None leaves those out.
 
     Raises:
         ConfigError, CheckpointError, DataError, MissingPackageError: something does not fit; before anything runs or
             is written.
         StateError: every run failed.
     """
-    check(contenders, clips, config, device, real_time)
+    check(contenders, clips, config, device, real_time, metric_weights)
     out.mkdir(parents=True, exist_ok=True)
     settings = {
         "config": asdict(config),
@@ -68,10 +70,11 @@ def evaluate(
         "device": str(device),
         **({} if real_time is None else {"real_time": dict(real_time.forwards)}),
         **({} if study is None else {"study": study}),
+        **({} if metric_weights is None else {"metric_weights": sorted(p.name for p in metric_weights.iterdir())}),
     }
     report = _open_report(out / "report.json", settings)
     try:
-        _run_missing(report, contenders, clips, config, seeds, out, device, real_time)
+        _run_missing(report, contenders, clips, config, seeds, out, device, real_time, metric_weights)
     except BaseException:
         if report.runs:
             notice(f"{len(report.runs)} finished runs are kept in {out / 'report.json'}: the same command goes on")
@@ -94,7 +97,7 @@ def check_failures(report: Report, out: Path) -> None:
 
 def _write(report: Report, out: Path) -> None:
     (out / "table.md").write_text(markdown_table(report), encoding="utf-8")
-    plot_bars(out / "miou.png", report)
+    plot_bars(out / f"{report.headline.field}.png", report)
     for clip in report.clips:
         plot_stream(out / f"{clip}.png", report.select(clip=clip))
     seen = {name for run in report.runs for name, iou in run.per_class.items() if iou is not None}
@@ -112,6 +115,7 @@ def _run_missing(
     out: Path,
     device: torch.device | str,
     real_time: RealTime | None,
+    metric_weights: Path | None,
 ) -> None:
     """Make every run that the report does not hold yet, and save it after each."""
     loaded: dict[Path, Checkpoint] = {}
@@ -125,7 +129,7 @@ def _run_missing(
                 try:
                     if path not in loaded:
                         loaded = {path: load_checkpoint(path, device)}
-                    _run(report, contender, loaded[path], clip, config.replace(seed=seed), real_time)
+                    _run(report, contender, loaded[path], clip, config.replace(seed=seed), real_time, metric_weights)
                 except Exception as error:  # one arm's crash is not the others'
                     loaded.clear()  # in whatever state the crash left it
                     text = " ".join(f"{type(error).__name__}: {error}".split())
@@ -141,6 +145,7 @@ def _run(
     clip: Clip,
     config: StreamConfig,
     real_time: RealTime | None,
+    metric_weights: Path | None,
 ) -> None:
     title = f"{contender.label} on {clip.name}, seed {config.seed}"
     with _branch_settings(checkpoint, contender.branch), progress_bar(title, len(clip)) as advance:
@@ -154,7 +159,8 @@ def _run(
             ignore=clip.ignore,
             changes=contender.changes,
             forwards=None if real_time is None else _forwards(report, contender, checkpoint, clip, config, real_time),
-            on_frame=_loss_only(advance),
+            metric_weights=metric_weights,
+            on_frame=_loss_only(advance, checkpoint.task.metrics[0].title),
         )
     report.add(run)
 
@@ -185,8 +191,10 @@ def _branch_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Ite
         yield
 
 
-def _loss_only(advance: Callable[[Any], None]) -> Any:
-    return lambda _index, _frame, _prediction, miou, loss: advance(loss if loss is not None else f"mIoU {miou:.3f}")
+def _loss_only(advance: Callable[[Any], None], title: str) -> Any:
+    return lambda _index, _frame, _prediction, found, loss: advance(
+        loss if loss is not None else f"{title} {found:.3f}"
+    )
 
 
 def _open_report(path: Path, settings: dict[str, Any]) -> Report:

@@ -12,12 +12,16 @@ import numpy as np
 import torch
 
 from ttt_adapt.adapter import StreamAdapter
-from ttt_adapt.checkpoint import Checkpoint, class_colours, load_checkpoint
+from ttt_adapt.checkpoint import Checkpoint, load_checkpoint
 from ttt_adapt.commands.common import notice, progress_bar
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError, ConfigError
 from ttt_adapt.frames import Normalize
-from ttt_adapt.video import VideoWriter, blend, default_palette, open_video, panels, to_uint8
+from ttt_adapt.tasks import find_task
+from ttt_adapt.video import VideoReader, VideoWriter, open_video, panels, to_uint8
+
+COLOUR_NOISE = 8
+"""Levels between the channels of a grey frame that a video codec's rounding may leave."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,15 @@ class RunOptions:
         source: video file, folder of frames, camera index, or URL.
         checkpoint: a file of `ttt-adapt train`.
         out: the mp4 to write.
-        view: "overlay" (prediction over the frame) or "panels" (frame, fixed and adapted prediction, reconstruction).
+        view: "overlay" (the prediction, of classes over the frame) or "panels" (frame, fixed and adapted prediction,
+            reconstruction).
         size: (H, W) at which the model sees the frames; None: the training height, the video's aspect.
         native: the model sees the frames at their own size.
         limit: stop after this many frames; None: at the end.
         device: where to run.
         config: how to adapt.
         branch: what the branch hides and scores at test time, see `MAEBranch.using`.
+        task: what the checkpoint is expected to be trained for; None: whatever it is.
     """
 
     source: str
@@ -47,6 +53,7 @@ class RunOptions:
     device: torch.device | str = "cpu"
     config: StreamConfig = field(default_factory=StreamConfig)
     branch: dict[str, Any] = field(default_factory=dict)
+    task: str | None = None
 
 
 def run(options: RunOptions) -> int:
@@ -54,13 +61,8 @@ def run(options: RunOptions) -> int:
 
     What was written is a playable file also after Ctrl-C or a video that breaks in the middle.
     """
-    if options.view not in ("overlay", "panels"):
-        raise ConfigError(f'view is {options.view!r}; expected "overlay" or "panels"')
-    checkpoint = load_checkpoint(options.checkpoint, options.device)
-    if checkpoint.branch is None:
-        raise CheckpointError(
-            f"{options.checkpoint} was trained for the main task alone and cannot adapt: train it with --recipe joint"
-        )
+    checkpoint = _checked(options)
+    task = checkpoint.task
     count, writer = 0, None
     try:
         with ExitStack() as stack:
@@ -71,12 +73,14 @@ def run(options: RunOptions) -> int:
                 StreamAdapter(checkpoint.model, checkpoint.branch, config=options.config, preprocess=normalize)
             )
             view = _View(checkpoint, options, normalize)
+            remarks = _Remarks(video)
             writer = stack.enter_context(VideoWriter(options.out, video.fps))
             total = video.length if options.limit is None else min(video.length or options.limit, options.limit)
             advance = stack.enter_context(progress_bar(video.name, total))
             for frame in islice(video, options.limit):
-                prediction = adapter.step(frame).argmax(1)[0]
-                writer.write(view.draw(frame, prediction.to(torch.uint8).cpu().numpy()))
+                seen = task.see(frame)
+                remarks.look(frame, seen)
+                writer.write(view.draw(seen, adapter.step(seen)))
                 count += 1
                 assert adapter.last is not None
                 advance(adapter.last.losses[0] if adapter.last.losses else None)
@@ -85,6 +89,25 @@ def run(options: RunOptions) -> int:
             notice(f"{count} frames are kept in {writer.path}")
         raise
     return count
+
+
+def _checked(options: RunOptions) -> Checkpoint:
+    """The checkpoint, if it can do what is asked for."""
+    if options.view not in ("overlay", "panels"):
+        raise ConfigError(f'view is {options.view!r}; expected "overlay" or "panels"')
+    if options.task is not None:
+        find_task(options.task)
+    checkpoint = load_checkpoint(options.checkpoint, options.device)
+    if options.task not in (None, checkpoint.task.name):
+        raise CheckpointError(
+            f"{options.checkpoint} was trained for {checkpoint.task.name}, not for {options.task}: leave --task "
+            f"out, or train one with --task {options.task}"
+        )
+    if checkpoint.branch is None:
+        raise CheckpointError(
+            f"{options.checkpoint} was trained for the main task alone and cannot adapt: train it with --recipe joint"
+        )
+    return checkpoint
 
 
 def _normalize(checkpoint: Checkpoint, options: RunOptions, size: tuple[int, int]) -> Normalize:
@@ -96,44 +119,52 @@ def _normalize(checkpoint: Checkpoint, options: RunOptions, size: tuple[int, int
     return Normalize(spec.mean, spec.std, target, next(checkpoint.model.parameters()).device)
 
 
+class _Remarks:
+    """What the user should know about a video, said once."""
+
+    def __init__(self, video: VideoReader) -> None:
+        self._name, self._told = video.name, False
+        for remark in video.remarks:
+            notice(f"{video.name}: {remark}")
+
+    def look(self, frame: np.ndarray, seen: np.ndarray) -> None:
+        """Say so at the first frame that the model is shown something else of."""
+        if self._told or seen is frame or np.abs(frame.astype(np.int16) - seen).max() <= COLOUR_NOISE:
+            return
+        self._told = True
+        notice(f"{self._name} is in colour: its frames are converted to grey of the same luminance, and coloured anew")
+
+
 class _View:
-    """Turns predictions into pictures."""
+    """Turns what a model returns into pictures."""
 
     def __init__(self, checkpoint: Checkpoint, options: RunOptions, normalize: Normalize) -> None:
         self._checkpoint, self._normalize, self._panels = checkpoint, normalize, options.view == "panels"
-        self._palette = np.asarray(class_colours(checkpoint.spec, default_palette), dtype=np.uint8)
         self._fixed = load_checkpoint(options.checkpoint, options.device).model if self._panels else None
         self._device = next(checkpoint.model.parameters()).device
 
     @torch.no_grad()
-    def draw(self, frame: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-        """uint8 [H, W, 3]: the frame under its prediction, or the four panels."""
-        adapted = self._over(frame, prediction)
+    def draw(self, frame: np.ndarray, output: torch.Tensor) -> np.ndarray:
+        """uint8 [H, W, 3]: the prediction for the frame that was seen, or the four panels."""
+        adapted = self._picture(frame, output)
         if self._fixed is None:
             return adapted
         x = self._normalize(frame)
-        fixed = self._fixed(x).argmax(1)[0].to(torch.uint8).cpu().numpy()
         generator = torch.Generator(self._device).manual_seed(0)
         seen = self._checkpoint.mae_branch.reconstruct(x, generator=generator)
         return panels(
             {
-                "frame": frame,
-                "fixed": self._over(frame, fixed),
-                "adapted": self._over(frame, prediction),
+                self._checkpoint.task.source: frame,
+                "fixed": self._picture(frame, self._fixed(x)),
+                "adapted": adapted,
                 "reconstruction": reconstruction_image(seen, x, self._normalize),
             },
             columns=2,
         )
 
-    def _over(self, frame: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-        return blend(frame, resize_labels(prediction, frame.shape[:2]), self._palette)
-
-
-def resize_labels(labels: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """[h, w] -> [H, W], nearest."""
-    rows = (np.arange(size[0]) * labels.shape[0]) // size[0]
-    cols = (np.arange(size[1]) * labels.shape[1]) // size[1]
-    return labels[rows[:, None], cols[None, :]]
+    def _picture(self, frame: np.ndarray, output: torch.Tensor) -> np.ndarray:
+        task = self._checkpoint.task
+        return task.draw(frame, task.predict(output, frame))
 
 
 def reconstruction_image(seen: Any, x: torch.Tensor, normalize: Normalize) -> np.ndarray:

@@ -27,6 +27,7 @@ def run_study(
     device: torch.device | str = "cpu",
     real_time: RealTime | None = None,
     branch: Mapping[str, Any] | None = None,
+    metric_weights: Path | None = None,
 ) -> Report:
     """Run a study, and write all that `evaluate` writes, with NAME.md, NAME.png and loss.png.
 
@@ -40,13 +41,24 @@ def run_study(
         device: where to run.
         real_time: as for `evaluate`.
         branch: of all rows, see `MAEBranch.using`.
+        metric_weights: as for `evaluate`.
 
     Raises:
         As `evaluate`.
     """
     settings = study.settings(max(len(clip) for clip in clips))
     rows = [Contender(s.arm, s.label, tuple(checkpoints), s.changes, {**(branch or {}), **s.branch}) for s in settings]
-    report = evaluate(rows, clips, config, seeds, out, device, real_time=real_time, study=study.name)
+    report = evaluate(
+        rows,
+        clips,
+        config,
+        seeds,
+        out,
+        device,
+        real_time=real_time,
+        study=study.name,
+        metric_weights=metric_weights,
+    )
     _write(report, study, settings, out)
     return report
 

@@ -1,8 +1,9 @@
-"""`ttt-adapt train`: joint training (or probing) of a timm encoder and a segmentation head on labelled images."""
+"""`ttt-adapt train`: joint training (or probing) of a timm encoder and a head for a task, on images."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -12,14 +13,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from ttt_adapt.checkpoint import OBJECTIVES, Checkpoint, ModelSpec, load_initial, save_checkpoint
 from ttt_adapt.commands.common import notice, pick_device, progress_bar
-from ttt_adapt.data import Augment, StillsDataset, open_clips
+from ttt_adapt.data import Clip, StillsDataset
 from ttt_adapt.errors import ConfigError, StateError
 from ttt_adapt.joint import Progress, TrainConfig, fit
+from ttt_adapt.tasks import Stills, Task, find_task, task_of
 
 RECIPES = {"joint": ("main", "joint"), "main": ("main", "main"), "probe": ("mae", "probe")}
 
@@ -29,7 +30,8 @@ class TrainOptions:
     """What to train, on what, and how.
 
     Attributes:
-        data: a folder of clips or stills with labels, or "street" for the rendered street of the demo.
+        data: a folder of clips or stills, with labels where the task has some, or "street" for the rendered street of
+            the demo.
         out: the checkpoint to write, .safetensors.
         encoder: timm model name.
         encoder_options: keywords of `timm.create_model`.
@@ -47,6 +49,8 @@ class TrainOptions:
         half: store weights as float16.
         device: "auto", "cpu", "cuda", ...
         config: of the last stage; the first differs in stage and epochs only.
+        task: what the head is trained for, see `ttt_adapt.tasks`.
+        task_options: of the task.
     """
 
     data: str
@@ -67,6 +71,8 @@ class TrainOptions:
     half: bool = False
     device: str = "auto"
     config: TrainConfig = field(default_factory=TrainConfig)
+    task: str = "segmentation"
+    task_options: dict[str, Any] = field(default_factory=dict)
 
 
 def train(options: TrainOptions) -> Checkpoint:
@@ -75,21 +81,7 @@ def train(options: TrainOptions) -> Checkpoint:
     Raises:
         ConfigError, DataError, CheckpointError: before anything is trained or written.
     """
-    if options.recipe not in RECIPES:
-        raise ConfigError(f"recipe is {options.recipe!r}; expected one of {', '.join(RECIPES)}")
-    if options.objective not in OBJECTIVES:
-        raise ConfigError(f"objective is {options.objective!r}; expected one of {', '.join(OBJECTIVES)}")
-    if options.branch and options.objective != "mae":
-        raise ConfigError(
-            f"--branch {next(iter(options.branch))} is of the MAE branch; {options.objective} has no settings"
-        )
-    if options.out.suffix != ".safetensors":
-        raise ConfigError(f"--out is {options.out}; expected a file name ending in .safetensors")
-    states = options.out.parent.glob(f"{options.out.stem}.*.state")
-    if options.resume and options.out.exists() and not any(states):
-        raise ConfigError(
-            f"--resume: {options.out} is complete; leave --resume out to train it anew, or choose another --out"
-        )
+    _check(options)
     device = _device(options.device)
     data, spec = _open_data(options)
     torch.manual_seed(options.config.seed)
@@ -98,6 +90,7 @@ def train(options: TrainOptions) -> Checkpoint:
     if options.init is not None:
         load_initial(options.init, checkpoint)
     _try_size(checkpoint, device)
+    criterion = checkpoint.task.criterion(data)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     stages = [
         s for s in zip(RECIPES[options.recipe], (options.first_epochs, options.config.epochs), strict=True) if s[1]
@@ -115,7 +108,7 @@ def train(options: TrainOptions) -> Checkpoint:
                         model,
                         branch,
                         data,
-                        _criterion(data.ignore),
+                        criterion,
                         config,
                         state_file=file,
                         origin=_origin(options),
@@ -131,6 +124,25 @@ def train(options: TrainOptions) -> Checkpoint:
         for file in files:
             file.unlink(missing_ok=True)
     return checkpoint
+
+
+def _check(options: TrainOptions) -> None:
+    """Raises ConfigError where the options contradict each other."""
+    if options.recipe not in RECIPES:
+        raise ConfigError(f"recipe is {options.recipe!r}; expected one of {', '.join(RECIPES)}")
+    if options.objective not in OBJECTIVES:
+        raise ConfigError(f"objective is {options.objective!r}; expected one of {', '.join(OBJECTIVES)}")
+    if options.branch and options.objective != "mae":
+        raise ConfigError(
+            f"--branch {next(iter(options.branch))} is of the MAE branch; {options.objective} has no settings"
+        )
+    if options.out.suffix != ".safetensors":
+        raise ConfigError(f"--out is {options.out}; expected a file name ending in .safetensors")
+    states = options.out.parent.glob(f"{options.out.stem}.*.state")
+    if options.resume and options.out.exists() and not any(states):
+        raise ConfigError(
+            f"--resume: {options.out} is complete; leave --resume out to train it anew, or choose another --out"
+        )
 
 
 @torch.no_grad()
@@ -156,54 +168,65 @@ def _origin(options: TrainOptions) -> str:
         "branch",
         "init",
         "pretrained",
+        *(("task", "task_options") if options.task != "segmentation" else ()),
     )
     return ", ".join(f"{name}={getattr(options, name)}" for name in names)
 
 
 class NormalizedStills(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """`StillsDataset` with images normalised as the model takes them."""
+    """`StillsDataset` as a task's model takes it: what it is shown, normalised, and the target."""
 
-    def __init__(self, stills: StillsDataset, spec: ModelSpec) -> None:
-        self._stills, self.ignore = stills, stills.ignore
+    def __init__(self, stills: StillsDataset, spec: ModelSpec, task: Task) -> None:
+        self._stills, self._task, self.ignore = stills, task, stills.ignore
         self._mean, self._std = (torch.tensor(values).view(3, 1, 1) for values in (spec.mean, spec.std))
 
     def __len__(self) -> int:
         return len(self._stills)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        image, labels = self._stills[index]
-        return (image - self._mean) / self._std, labels
+        image, target = self._task.sample(*self._stills[index])
+        return (image - self._mean) / self._std, target
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the augmentation of every sample."""
         self._stills.set_epoch(epoch)
 
 
+CACHE_LIMIT = 2**30
+"""Bytes of samples up to which all are read before training begins, and kept."""
+
+
 def _open_data(options: TrainOptions) -> tuple[NormalizedStills, ModelSpec]:
-    sources: Any
-    palette: tuple[tuple[int, int, int], ...] = ()
-    if options.data == "street":
-        from ttt_adapt.demo.street import CLASSES, PALETTE, street_stills
+    stills = _open_stills(options)
+    spec = ModelSpec(
+        options.encoder,
+        stills.classes,
+        stills.size,
+        options.encoder_options,
+        None if options.recipe == "main" else options.branch,
+        options.objective,
+        stills.palette,
+        task=options.task,
+        task_options=options.task_options,
+    )
+    task = task_of(spec)
+    count = sum(len(part) if isinstance(part, Clip) else 1 for part in stills.samples)
+    cache = count * math.prod(stills.size) * 4 <= CACHE_LIMIT
+    samples = StillsDataset(stills.samples, task.augment, options.config.seed, cache)
+    for note in stills.notes:
+        notice(note)
+    return NormalizedStills(samples, spec, task), spec
 
-        size = options.size or (128, 192)
-        sources, classes, palette = list(street_stills(options.stills, size)), CLASSES, PALETTE
-    else:
-        sources = open_clips(options.data, options.clips or None, options.size, classes=options.classes or None)
-        classes = sources[0].classes
-        size = options.size or sources[0][0][1].shape
-    branch = None if options.recipe == "main" else options.branch
-    spec = ModelSpec(options.encoder, tuple(classes), size, options.encoder_options, branch, options.objective, palette)
-    return NormalizedStills(StillsDataset(sources, Augment(), options.config.seed), spec), spec
 
+def _open_stills(options: TrainOptions) -> Stills:
+    task = find_task(options.task)
+    if options.data != "street":
+        return task.stills(options.data, options.clips, options.size, options.classes or None)
+    from ttt_adapt.demo.street import CLASSES, PALETTE, street_stills
 
-def _criterion(ignore: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Cross-entropy over labelled pixels; 0 where a batch has none."""
-
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        total = F.cross_entropy(logits, labels, ignore_index=ignore, reduction="sum")
-        return total / (labels != ignore).sum().clamp_min(1)
-
-    return loss
+    size = options.size or (128, 192)
+    labelled = Stills(list(street_stills(options.stills, size)), size, CLASSES, PALETTE)
+    return labelled if task.labelled else dataclasses.replace(labelled, classes=(), palette=())
 
 
 def _watch(stage: str, config: TrainConfig) -> Any:

@@ -1,6 +1,7 @@
-"""Labelled clips of many layouts, and training stills, for semantic segmentation.
+"""Clips of many layouts, labelled or not, and training stills.
 
 `open_clips` finds the labelled clips of a folder; each gives its frames with their label images lazily and in order.
+`open_frames` finds the pictures and videos of any folder, for tasks whose labels are the frames themselves.
 `StillsDataset` turns clips into augmented training samples. Class ids are `uint8`; the ignore id (255 unless the data
 say otherwise) marks void pixels.
 """
@@ -10,15 +11,19 @@ from ttt_adapt.data.clips import Clip, LabelledClip, Sample
 from ttt_adapt.data.layouts import FORMATS, is_unnamed, open_clips
 from ttt_adapt.data.stills import StillsDataset
 from ttt_adapt.data.street import StreetClip
+from ttt_adapt.data.unlabelled import PictureClip, VideoClip, open_frames
 
 __all__ = [
     "FORMATS",
     "Augment",
     "Clip",
     "LabelledClip",
+    "PictureClip",
     "Sample",
     "StillsDataset",
     "StreetClip",
+    "VideoClip",
     "is_unnamed",
     "open_clips",
+    "open_frames",
 ]

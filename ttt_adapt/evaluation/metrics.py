@@ -132,7 +132,7 @@ class SegmentationScore:
         if not frames.size:
             raise StateError("there is nothing to score yet; call update(prediction, labels) for every frame first")
         if not self.confusion.any():
-            raise DataError(f"all {frames.size} frames are void (label {self.ignore} everywhere); nothing to score")
+            raise DataError(f"no labelled pixel: all {frames.size} frames are void (label {self.ignore} everywhere)")
         per_class = [None if np.isnan(iou) else float(iou) for iou in _iou(self.confusion)]
         return {
             "miou": _mean_iou(self.confusion),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import DataError, missing
+from ..tasks import Metric, find_task
 from .metrics import summarize
 from .report import Report, Run
 
@@ -24,7 +25,7 @@ _DPI = 150
 
 
 def plot_stream(path: str | Path, runs: Sequence[Run], title: str = "") -> None:
-    """Draws the label-free loss and mIoU along one clip, one colour per arm; 1200 x 900 pixels as PNG.
+    """Draws the label-free loss and the headline metric along one clip, one colour per arm; 1200 x 900 pixels as PNG.
 
     Thin lines are single frames, thick lines a centred running mean over 9 frames. Seeds of one arm are averaged.
 
@@ -42,6 +43,7 @@ def plot_stream(path: str | Path, runs: Sequence[Run], title: str = "") -> None:
         raise DataError(
             f"got {len(runs)} runs on clips {sorted(clips)} of {sorted(lengths)} frames; expected runs on one clip"
         )
+    headline = find_task(runs[0].task).metrics[0]
     figure = _figure(8.0, 6.0)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 3])
     arms = list(dict.fromkeys(run.arm for run in runs))
@@ -49,9 +51,9 @@ def plot_stream(path: str | Path, runs: Sequence[Run], title: str = "") -> None:
         colour, dashes = _COLOURS[position % len(_COLOURS)], "--" if position >= len(_COLOURS) else "-"
         chosen = [run for run in runs if run.arm == arm]
         _draw_line(upper, [run.losses for run in chosen], colour, dashes, arm)
-        _draw_line(lower, [run.per_frame for run in chosen], colour, dashes, arm, scale=100.0)
+        _draw_line(lower, [run.per_frame for run in chosen], colour, dashes, arm, scale=headline.scale)
     upper.set_ylabel("label-free loss")
-    lower.set_ylabel("mIoU of the frame (%)")
+    lower.set_ylabel(_axis(headline, " of the frame"))
     lower.set_xlabel("frame")
     lower.set_xlim(0, max(lengths.pop() - 1, 1))
     for axes in (upper, lower):
@@ -67,7 +69,7 @@ def plot_stream(path: str | Path, runs: Sequence[Run], title: str = "") -> None:
 
 
 def plot_bars(path: str | Path, report: Report) -> None:
-    """Draws dataset-level mIoU of every arm, grouped by clip; bars are means over seeds, whiskers ± one deviation.
+    """Draws the headline metric of every arm, grouped by clip; bars are means over seeds, whiskers ± one deviation.
 
     Args:
         path: where to write; the suffix chooses the format (png, svg, pdf).
@@ -86,12 +88,12 @@ def plot_bars(path: str | Path, report: Report) -> None:
     for position, arm in enumerate(arms):
         colour = _COLOURS[position % len(_COLOURS)]
         for place, clip in enumerate(clips):
-            scores = [100.0 * run.miou for run in report.select(arm, clip)]
+            scores = _shown(report.select(arm, clip))
             if scores:
                 centre = place + (position - (len(arms) - 1) / 2) * width
                 _draw_bar(axes, centre, scores, width, colour, arm)
     axes.set_xticks(range(len(clips)), clips)
-    axes.set_ylabel("mIoU over the clip (%)")
+    axes.set_ylabel(_axis(report.headline, " over the clip"))
     axes.margins(y=0.1)
     _style(axes)
     axes.tick_params(axis="x", length=0)
@@ -118,7 +120,7 @@ def plot_sweep(
         path: where to write; the suffix chooses the format (png, svg, pdf).
         report: what to draw.
         values: label of an arm -> its place on the axis; one without a place (None) becomes a dashed level.
-        reference: the arm at zero; the gain is in points of dataset-level mIoU, on the same clip and seed.
+        reference: the arm at zero; the gain is that of the headline metric over the clip, on the same clip and seed.
         axis: what the axis says.
         log: whether it is logarithmic.
 
@@ -150,7 +152,7 @@ def plot_sweep(
         axes.set_xscale("log", base=2)
     axes.set_xticks(places, [f"{place:g}" for place in places], minor=False)
     axes.set_xlabel(axis)
-    axes.set_ylabel(f"mIoU - {reference} (points)")
+    axes.set_ylabel(f"{report.headline.title} - {reference} ({report.headline.step})")
     _style(axes)
     axes.grid(True, color="#e4e4e4", linewidth=0.8)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
@@ -158,10 +160,12 @@ def plot_sweep(
 
 
 def plot_losses(path: str | Path, report: Report) -> bool:
-    """Draws mIoU against the mean label-free loss, one point per run, one colour per arm; 1050 x 750 pixels as PNG.
+    """Draws the headline metric against the mean label-free loss, one point per run, one colour per arm.
+
+    1050 x 750 pixels as PNG.
 
     Both are taken relative to the clip: its mean over the runs that are drawn is subtracted, so that a clip which is
-    hard to reconstruct, or to segment, does not look like a relation between the two.
+    hard to reconstruct, or to predict, does not look like a relation between the two.
 
     Args:
         path: where to write; the suffix chooses the format (png, svg, pdf).
@@ -177,7 +181,7 @@ def plot_losses(path: str | Path, report: Report) -> bool:
     for clip in report.clips:
         runs = [run for run in report.select(clip=clip) if any(loss is not None for loss in run.losses)]
         losses = np.array([np.mean([loss for loss in run.losses if loss is not None]) for run in runs])
-        scores = np.array([100 * run.miou for run in runs])
+        scores = np.array(_shown(runs))
         points += (
             [
                 (run.arm, loss, score)
@@ -195,7 +199,7 @@ def plot_losses(path: str | Path, report: Report) -> bool:
         colour, marker = _COLOURS[(1 + position) % len(_COLOURS)], "os^Dv"[position // len(_COLOURS) % 5]
         axes.scatter(x, y, s=28, color=colour, marker=marker, label=arm)
     axes.set_xlabel("mean loss of the run - that of its clip")
-    axes.set_ylabel("mIoU - that of its clip (points)")
+    axes.set_ylabel(f"{report.headline.title} - that of its clip ({report.headline.step})")
     _style(axes)
     axes.grid(True, color="#e4e4e4", linewidth=0.8)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
@@ -204,9 +208,22 @@ def plot_losses(path: str | Path, report: Report) -> bool:
 
 
 def _gains(report: Report, arm: str, reference: str, clip: str) -> list[float]:
-    """mIoU above the reference on one clip in points, for every seed that both ran."""
-    base = {run.seed: run.miou for run in report.select(reference, clip)}
-    return [100 * (run.miou - base[run.seed]) for run in report.select(arm, clip) if run.seed in base]
+    """The headline metric above the reference's on one clip, as it is shown, for every seed that both ran."""
+    others = report.select(reference, clip)
+    base = {run.seed: value for run, value in zip(others, _shown(others), strict=True)}
+    ours = report.select(arm, clip)
+    return [value - base[run.seed] for run, value in zip(ours, _shown(ours), strict=True) if run.seed in base]
+
+
+def _shown(runs: Sequence[Run]) -> list[float]:
+    """The headline metric of every run, as it is shown."""
+    metrics = (find_task(run.task).metrics[0] for run in runs)
+    return [metric.scale * (run.value(metric) or 0.0) for run, metric in zip(runs, metrics, strict=True)]
+
+
+def _axis(metric: Metric, where: str) -> str:
+    """The label of an axis."""
+    return f"{metric.title}{where}" + (f" ({metric.unit})" if metric.unit else "")
 
 
 def _figure(width: float, height: float) -> Figure:

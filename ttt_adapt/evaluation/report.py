@@ -1,7 +1,8 @@
 """What an evaluation found: one `Run` per arm, clip and seed, kept in a `Report`.
 
-A report is saved after every run, so an interrupted evaluation goes on where it stopped (`Report.has`). Scores are
-fractions in [0, 1] in the data and percent in the tables.
+A report is saved after every run, so an interrupted evaluation goes on where it stopped (`Report.has`). A task says
+which scores its runs have and how they are shown (`ttt_adapt.tasks`): mIoU is a fraction in [0, 1] in the data and
+percent in the tables, PSNR dB in both.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import DataError, StateError
-from .metrics import SegmentationScore
+from ..errors import ConfigError, DataError, StateError
+from ..tasks import Metric, Score, Task, find_task
 from .tables import markdown_table, rich_table
 
 __all__ = ["Report", "Run", "environment", "markdown_table", "rich_table", "write_json"]
@@ -38,15 +39,24 @@ class Run:
         arm: name of the arm.
         clip: name of the clip.
         seed: the seed it ran with.
+        per_frame: the task's headline metric of every frame; None where a frame has none, such as one that is all void.
+        losses: label-free loss at every frame; None where the arm did not adapt, or the loss was not finite.
+        ms_per_frame: mean time of a step, in milliseconds, without the first one, which warms up.
+        task: which task's scores it has; those of others are None.
         miou: dataset-level mIoU in [0, 1].
         miou_frames: mean over frames of the per-frame mIoU, in [0, 1].
         pixel_accuracy: share of labelled pixels that are right.
         per_class: IoU by class name; None for classes that the clip never shows.
-        per_frame: mIoU of every frame; None where a frame is all void.
-        losses: label-free loss at every frame; None where the arm did not adapt, or the loss was not finite.
-        ms_per_frame: mean time of a step, in milliseconds, without the first one, which warms up.
         j: region similarity of the foreground over the clip; None unless the classes are background and foreground.
         j_frames: its mean over frames.
+        psnr: of the whole clip in dB; for this and what follows see `ttt_adapt.tasks.colorization.score`.
+        psnr_frames: mean over frames of the PSNR of a frame, in dB.
+        psnr_grey: PSNR of the grey frames that the arm is shown, in dB.
+        ssim: mean over frames, at most 1.
+        flicker: how much the colours change otherwise than the truth's from frame to frame, in units of a and b.
+        lpips: mean over frames; None where its network is not given, as for the two that follow.
+        fid: of the clip's frames.
+        inception_score: of the clip's frames.
         fps: labelled frames per second of the clip; None where unknown.
         peak_memory_mib: peak memory above what was held at the start (`ttt_adapt.evaluation.memory`); None if unknown.
         streaming: whether the arm saw no frame before its time.
@@ -57,15 +67,24 @@ class Run:
     arm: str
     clip: str
     seed: int
-    miou: float
-    miou_frames: float
-    pixel_accuracy: float
-    per_class: dict[str, float | None]
     per_frame: list[float | None]
     losses: list[float | None]
     ms_per_frame: float
+    task: str = "segmentation"
+    miou: float | None = None
+    miou_frames: float | None = None
+    pixel_accuracy: float | None = None
+    per_class: dict[str, float | None] = field(default_factory=dict)
     j: float | None = None
     j_frames: float | None = None
+    psnr: float | None = None
+    psnr_frames: float | None = None
+    psnr_grey: float | None = None
+    ssim: float | None = None
+    flicker: float | None = None
+    lpips: float | None = None
+    fid: float | None = None
+    inception_score: float | None = None
     fps: float | None = None
     peak_memory_mib: float | None = None
     forwards: float | None = None
@@ -78,33 +97,35 @@ class Run:
         arm: str,
         clip: str,
         seed: int,
-        score: SegmentationScore,
+        score: Score,
         losses: Sequence[float | None],
         ms: Sequence[float],
+        task: str = "segmentation",
     ) -> Run:
         """A run from its collected score, and for every frame the loss (None = none) and milliseconds (NaN = none).
 
         Raises:
             DataError: `losses` or `ms` has not one value per frame, or there is nothing to score.
         """
-        result = score.result()
+        result = dict(score.result())
+        frames = result.pop("frames")
         for name, values in (("losses", losses), ("ms", ms)):
-            if len(values) != result["frames"]:
-                raise DataError(f"{name} has {len(values)} values for {result['frames']} frames; expected one a frame")
+            if len(values) != frames:
+                raise DataError(f"{name} has {len(values)} values for {frames} frames; expected one a frame")
         return cls(
             arm=arm,
             clip=clip,
             seed=seed,
-            miou=result["miou"],
-            miou_frames=result["miou_frames"],
-            pixel_accuracy=result["pixel_accuracy"],
-            per_class=result["per_class"],
             per_frame=[_finite(value) for value in score.per_frame()],
             losses=[_finite(value) for value in losses],
             ms_per_frame=_mean_time(ms),
-            j=result["j"],
-            j_frames=result["j_frames"],
+            task=task,
+            **result,
         )
+
+    def value(self, metric: Metric) -> float | None:
+        """A score of this run; None where it has none of that name."""
+        return getattr(self, metric.field)
 
 
 @dataclass
@@ -140,6 +161,23 @@ class Report:
     def select(self, arm: str | None = None, clip: str | None = None) -> list[Run]:
         """The runs of one arm, one clip, or both."""
         return [run for run in self.runs if arm in (None, run.arm) and clip in (None, run.clip)]
+
+    @property
+    def task(self) -> type[Task]:
+        """The task of the runs, whose metrics they have; segmentation without runs.
+
+        Raises:
+            DataError: a task that this version does not know.
+        """
+        try:
+            return find_task(self.runs[0].task if self.runs else "segmentation")
+        except ConfigError as error:
+            raise DataError(f"the report is of a task that is not known here: {error}") from error
+
+    @property
+    def headline(self) -> Metric:
+        """The metric that arms are compared by."""
+        return self.task.metrics[0]
 
     @property
     def arms(self) -> list[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import ConfigError, DataError, missing, nearest
+from ..tasks import Metric
 from .metrics import paired_bootstrap, summarize
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ class Difference:
     """How much better an arm is than another on the same frames.
 
     Attributes:
-        mean: mean difference of the per-frame mIoU, in [-1, 1].
+        mean: mean difference of the headline metric of a frame, as it is kept (mIoU in [-1, 1], PSNR in dB).
         low: lower end of the 95 % bootstrap interval; None where there is too little to draw from.
         high: its upper end.
         block: frames per bootstrap block.
@@ -73,15 +74,17 @@ def average_difference(report: Report, arm: str, reference: str) -> Difference |
 
 
 def markdown_table(report: Report, reference: str | None = None) -> str:
-    """Markdown tables; the first has one row per arm, for each clip dataset-level mIoU, mean over frames, and time.
+    """Markdown tables; the first has one row per arm, for each clip the task's metrics, and time.
 
-    Binary clips have their region similarity J too, and runs that measured it their peak memory. Below stand the paired
-    differences to `reference` with their intervals, the means over clips, the IoU of every class, and failed runs.
+    A metric that no run of the clip has is left out; runs that measured it have their peak memory. Below stand the
+    paired differences to `reference` with their intervals, the means over clips, the IoU of every class where there are
+    classes, and failed runs.
 
-    Cells are mean ± sample standard deviation over seeds, in percent; in brackets stands the change of the mean
-    relative to `reference` (by default the first arm that was asked for), in percent of it. A value is bold where it is
-    the best beyond the spread: every streaming arm ran at least two seeds, and its mean minus its deviation is above
-    the mean plus deviation of every other. Arms that see the whole clip first are marked, and never bold.
+    Cells are mean ± sample standard deviation over seeds; in brackets stands the change of the mean against `reference`
+    (by default the first arm that was asked for), of mIoU in percent of it. A value is bold where it is the best beyond
+    the spread: every streaming arm ran at least two seeds, and its mean minus its deviation is above the mean plus
+    deviation of every other (the other way round where less is better). Arms that see the whole clip first are marked,
+    and never bold.
 
     Raises:
         ConfigError: `reference` is no arm of the report.
@@ -94,7 +97,8 @@ def markdown_table(report: Report, reference: str | None = None) -> str:
         parts += [f"### Paired difference to {reference}", *_difference_table(report, reference)]
     if len(report.clips) > 1:
         parts += ["### Mean over clips (intervals draw clips)", _average_table(report, reference)]
-    parts += ["### IoU of every class (%), mean over clips and seeds", _class_table(report)]
+    if any(run.per_class for run in report.runs):
+        parts += ["### IoU of every class (%), mean over clips and seeds", _class_table(report)]
     if report.failures:
         parts += ["### Runs that failed", *(f"- {describe_failure(failure)}" for failure in report.failures)]
     return "\n\n".join(parts) + "\n"
@@ -161,11 +165,11 @@ def _table(report: Report, reference: str | None) -> tuple[list[str], list[list[
         raise ConfigError(f"reference arm {reference!r} is not in the report; {nearest(reference, report.arms)}")
     header, columns = ["arm"], [[(_marked(report, arm), False) for arm in report.arms]]
     for clip in report.clips:
-        for title, name in _SCORES.items():
-            if all(getattr(run, name) is None for run in report.select(clip=clip)):
+        for metric in report.task.metrics:
+            if all(run.value(metric) is None for run in report.select(clip=clip)):
                 continue
-            header.append(f"{clip}: {title} (%)")
-            columns.append(_score_column(report, clip, name, reference))
+            header.append(f"{clip}: {metric.label}")
+            columns.append(_score_column(report, clip, metric, reference))
         header.append(f"{clip}: ms/frame")
         columns.append([_plain_cell(report.select(arm, clip), "ms_per_frame") for arm in report.arms])
         if any(run.peak_memory_mib is not None for run in report.select(clip=clip)):
@@ -174,7 +178,7 @@ def _table(report: Report, reference: str | None) -> tuple[list[str], list[list[
     counts = sorted({len(report.select(arm, clip)) for arm in report.arms for clip in report.clips})
     seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     caption = (
-        "mIoU over the whole clip; frame mIoU is the mean over frames; mean ± sample standard deviation over "
+        f"{report.task.about}; mean ± sample standard deviation over "
         f"{seeds} seed{'' if counts == [1] else 's'}; in brackets the change relative to {reference}."
     )
     if not all(run.streaming for run in report.runs):
@@ -204,8 +208,8 @@ def _marked(report: Report, arm: str) -> str:
     return arm + (" ‡" if any(run.oracle for run in runs) else "" if all(run.streaming for run in runs) else " †")
 
 
-def _score_column(report: Report, clip: str, name: str, reference: str) -> list[Cell]:
-    values = [_present(report.select(arm, clip), name) for arm in report.arms]
+def _score_column(report: Report, clip: str, metric: Metric, reference: str) -> list[Cell]:
+    values = [_present(report.select(arm, clip), metric.field) for arm in report.arms]
     stats = [summarize(scores) if scores else None for scores in values]
     base = stats[report.arms.index(reference)]
     methods = [arm for arm in report.arms if all(run.streaming for run in report.select(arm))]
@@ -215,28 +219,35 @@ def _score_column(report: Report, clip: str, name: str, reference: str) -> list[
             cells.append(("n/a", False))
             continue
         mean, spread = stat
-        text = _percent(mean, spread)
-        if base is not None and base[0] > 0 and arm != reference:
-            text += f" ({100 * (mean / base[0] - 1):+.1f}%)"
-        cells.append((text, arm in methods and _is_best(stats, position, [report.arms.index(arm) for arm in methods])))
+        text = metric.text(mean, spread)
+        if base is not None and arm != reference:
+            text += _change(metric, mean, base[0])
+        among = [report.arms.index(arm) for arm in methods]
+        cells.append((text, arm in methods and _is_best(stats, position, among, metric)))
     return cells
 
 
-def _percent(mean: float, spread: float | None) -> str:
-    return f"{100 * mean:.2f}" + ("" if spread is None else f" ± {100 * spread:.2f}")
+def _change(metric: Metric, mean: float, base: float) -> str:
+    """What stands in brackets behind a mean, given that of the reference."""
+    if metric.change == "percent":
+        return f" ({100 * (mean / base - 1):+.1f}%)" if base > 0 else ""
+    return f" ({metric.signed(mean - base)})" if metric.change else ""
 
 
-def _is_best(stats: Sequence[tuple[float, float | None] | None], position: int, among: Sequence[int]) -> bool:
-    """Whether mean - deviation at `position` is above mean + deviation everywhere else `among` them."""
+def _is_best(
+    stats: Sequence[tuple[float, float | None] | None], position: int, among: Sequence[int], metric: Metric
+) -> bool:
+    """Whether mean - deviation at `position` is better than mean + deviation everywhere else `among` them."""
     found = {place: stats[place] for place in among}
-    known = {place: (stat[0], stat[1]) for place, stat in found.items() if stat is not None and stat[1] is not None}
+    known = {
+        place: (metric.better(stat[0]), stat[1])
+        for place, stat in found.items()
+        if stat is not None and stat[1] is not None
+    }
     if len(known) < len(found) or len(known) < 2:
         return False
     mean, spread = known[position]
     return all(mean - spread > other + width for place, (other, width) in known.items() if place != position)
-
-
-_SCORES = {"mIoU": "miou", "frame mIoU": "miou_frames", "J": "j", "frame J": "j_frames"}
 
 
 def _present(runs: Sequence[Run], name: str) -> list[float]:
@@ -255,17 +266,18 @@ def _markdown(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     return "\n".join(lines)
 
 
-def _difference_cell(difference: Difference | None) -> Cell:
+def _difference_cell(difference: Difference | None, metric: Metric) -> Cell:
     if difference is None:
         return "n/a", False
-    text = f"{100 * difference.mean:+.2f}"
+    text = metric.signed(difference.mean)
     if difference.low is not None and difference.high is not None:
-        text += f" [{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]"
+        text += f" [{metric.signed(difference.low)}, {metric.signed(difference.high)}]"
     return text, False
 
 
 def _difference_table(report: Report, reference: str) -> tuple[str, str]:
     """The table of paired differences, and its caption."""
+    frame = report.task.metrics[1]
     rows: list[list[Cell]] = []
     blocks: dict[str, int] = {}
     for arm in report.arms:
@@ -273,31 +285,35 @@ def _difference_table(report: Report, reference: str) -> tuple[str, str]:
             continue
         found = {clip: paired_difference(report, arm, reference, clip) for clip in report.clips}
         blocks |= {clip: difference.block for clip, difference in found.items() if difference is not None}
-        rows.append([(arm, False), *(_difference_cell(difference) for difference in found.values())])
+        rows.append([(arm, False), *(_difference_cell(difference, frame) for difference in found.values())])
     sizes = ", ".join(f"{clip} {block}" for clip, block in blocks.items())
     return _markdown(["arm", *report.clips], rows), (
-        "Mean difference of the frame mIoU on the same frames and seeds, in points, and the 95 % interval of a "
-        f"circular block bootstrap over frames, 2000 resamplings; frames per block: {sizes}."
+        f"Mean difference of the {frame.title} on the same frames and seeds, in {frame.step}, and the 95 % interval "
+        "of a circular block bootstrap over frames, 2000 resamplings; frames per block: " + sizes + "."
     )
 
 
 def _average_table(report: Report, reference: str) -> str:
     """Means over clips of every score, with the paired difference to the reference."""
-    names = {
-        title: name for title, name in _SCORES.items() if all(getattr(run, name) is not None for run in report.runs)
-    }
+    metrics = [each for each in report.task.metrics if all(run.value(each) is not None for run in report.runs)]
+    frame = report.task.metrics[1]
     rows = []
     for arm in report.arms:
         row: list[Cell] = [(arm, False)]
-        for name in names.values():
+        for metric in metrics:
             seeds = {run.seed for run in report.select(arm)}
-            each = [[getattr(run, name) for run in report.select(arm) if run.seed == seed] for seed in sorted(seeds)]
+            each = [
+                _present([run for run in report.select(arm) if run.seed == seed], metric.field)
+                for seed in sorted(seeds)
+            ]
             whole = all(len(values) == len(report.clips) for values in each)
             means = [float(np.mean(values)) for values in each]
-            row.append((_percent(*summarize(means)) if whole else "n/a", False))
-        row.append(("", False) if arm == reference else _difference_cell(average_difference(report, arm, reference)))
+            row.append((metric.text(*summarize(means)) if whole else "n/a", False))
+        row.append(
+            ("", False) if arm == reference else _difference_cell(average_difference(report, arm, reference), frame)
+        )
         rows.append([*row, _plain_cell(report.select(arm), "ms_per_frame")])
-    header = ["arm", *(f"{title} (%)" for title in names), f"frame mIoU - {reference} [95 %]", "ms/frame"]
+    header = ["arm", *(each.label for each in metrics), f"{frame.title} - {reference} [95 %]", "ms/frame"]
     return _markdown(header, rows)
 
 

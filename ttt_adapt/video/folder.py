@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ttt_adapt.errors import VideoError, missing
+from ttt_adapt.pictures import rgb8
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
 
@@ -16,7 +17,8 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff",
 class ImageFolder:
     """The images of a folder in natural order; other files and hidden ones are ignored. A `FrameSource`.
 
-    Images are turned upright as their EXIF data say; of an animated one the first frame is taken.
+    Images are turned upright as their EXIF data say, and converted as `ttt_adapt.pictures.rgb8` says; of an animated
+    one the first frame is taken.
     """
 
     live = False
@@ -43,6 +45,10 @@ class ImageFolder:
                 )
             yield frame
 
+    def remarks(self) -> list[str]:
+        """Nothing is lost."""
+        return []
+
     def close(self) -> None:
         """Nothing stays open between frames."""
 
@@ -55,11 +61,11 @@ def natural_key(file: Path) -> tuple[list[str | int], str]:
 
 def _read(file: Path, index: int) -> np.ndarray:
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError as error:
         raise missing("pillow", "video") from error
     try:
         with Image.open(file) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            return rgb8(image, file)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise VideoError(f"{file} (frame {index}) cannot be read as an image: {error}") from error

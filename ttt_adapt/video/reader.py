@@ -84,6 +84,11 @@ class VideoReader:
         self._closed = False
 
     @property
+    def remarks(self) -> list[str]:
+        """What of the source its frames do not have, in words: sound, and times that are not evenly spaced."""
+        return self._source.remarks()
+
+    @property
     def length(self) -> int | None:
         """Number of frames, None for live sources. For a file this reads through it once, without decoding."""
         return self._source.length

@@ -6,6 +6,7 @@ as adaptation always is, it holds the whole clip in memory. PyAV decodes exactly
 
 from __future__ import annotations
 
+import shlex
 import sys
 import warnings
 from collections.abc import Generator, Iterator
@@ -42,6 +43,9 @@ class FrameSource(Protocol):
 
     def frames(self) -> Generator[np.ndarray, None, None]:
         """Yield the frames."""
+
+    def remarks(self) -> list[str]:
+        """What of the source its frames do not have, in words."""
 
     def close(self) -> None:
         """Release what is open."""
@@ -130,6 +134,29 @@ class VideoFile:
                 f"Was the copy or the recording cut off? The {index} frames before it were delivered."
             )
 
+    def remarks(self) -> list[str]:
+        """Sound, and frames that are not evenly spaced."""
+        with self._open() as container:
+            sounds = len(container.streams.audio)
+        found = []
+        if sounds:
+            found.append(
+                f"the sound ({sounds} track{'s' if sounds > 1 else ''}) is left out; put it back with: "
+                f"ffmpeg -i OUT -i {shlex.quote(str(self._path))} -map 0:v -map 1:a -c copy WITH_SOUND"
+            )
+        if self._is_uneven() and self.fps is not None:
+            found.append(
+                f"its frames are not evenly spaced in time; every one is written, at the mean rate of {self.fps:.4g} a "
+                "second"
+            )
+        return found
+
+    def _is_uneven(self) -> bool:
+        """Whether the gaps between frames differ by more than a container's rounding of times (1 ms, Matroska's)."""
+        times = sorted(float(p.pts * p.time_base) for p in self._packets() if p.pts is not None and p.time_base)
+        gaps = np.diff(times)
+        return bool(gaps.size and gaps.max() - gaps.min() > 0.0021)
+
     def close(self) -> None:
         """Each iteration closes its own file."""
 
@@ -178,6 +205,10 @@ class LiveStream:
         except _av_error() as error:
             raise VideoError(f"{self.name} broke at frame {index}: {_reason(error)}") from error
         return None if frame is None else to_rgb(frame)
+
+    def remarks(self) -> list[str]:
+        """Live video has no file whose sound or times could be missed."""
+        return []
 
     def close(self) -> None:
         """Release the camera or the connection."""

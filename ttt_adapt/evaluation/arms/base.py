@@ -16,11 +16,15 @@ Predict = Callable[[Any], Tensor]
 """A frame -> class scores [1, C, H, W]."""
 
 Score = Callable[[Predict], float]
-"""Scores a way of predicting on the labelled clip: larger is better. The one thing in which labels reach an arm."""
+"""Scores a way of predicting on the clip: larger is better. The one thing in which labels reach an arm."""
 
 
 class Runner(Protocol):
-    """A model on a stream. Class scores are logits: their softmax is the predicted distribution."""
+    """A model on a stream.
+
+    It returns what the model returns: class scores, which are logits, whose softmax is the predicted distribution; of a
+    task without classes, what that task's model returns.
+    """
 
     @property
     def loss(self) -> float | None:

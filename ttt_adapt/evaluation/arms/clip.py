@@ -23,24 +23,27 @@ class Shuffled:
     Args:
         runner: what runs the shuffled stream.
         seed: of the order.
+        classes: keep the most likely class of every pixel, where that is all that a prediction is made of; otherwise
+            the model's output, in half precision.
     """
 
-    def __init__(self, runner: Runner, seed: int) -> None:
-        self._runner, self._seed = runner, seed
+    def __init__(self, runner: Runner, seed: int, classes: bool = True) -> None:
+        self._runner, self._seed, self._by_class = runner, seed, classes
         self._labels: list[Tensor] = []
         self._losses: list[float | None] = []
         self._next = 0
         self.loss: float | None = None
 
     def prepare(self, frames: Sequence[Any], score: Score | None = None) -> None:
-        """Run the whole stream; one byte per pixel is kept of each prediction."""
+        """Run the whole stream; of classes one byte per pixel is kept of each prediction."""
         order = next(_epochs(len(frames), self._seed))
         labels: dict[int, Tensor] = {}
         losses: dict[int, float | None] = {}
         for index in order:
             scores = self._runner.step(frames[index])
             self._classes = scores.shape[1]
-            labels[index] = scores.argmax(1).to(torch.uint8 if self._classes <= 256 else torch.int32)
+            small = torch.uint8 if self._classes <= 256 else torch.int32
+            labels[index] = scores.argmax(1).to(small) if self._by_class else scores.half()
             losses[index] = self._runner.loss
         self._labels = [labels[i] for i in range(len(frames))]
         self._losses = [losses[i] for i in range(len(frames))]
@@ -51,6 +54,8 @@ class Shuffled:
             raise StateError("an arm that is not streaming got a frame that prepare() did not show it")
         self.loss, label = self._losses[self._next], self._labels[self._next]
         self._next += 1
+        if not self._by_class:
+            return label.float()
         return log_scores(F.one_hot(label.long(), self._classes).movedim(-1, 1).float())
 
     def predict(self, x: Tensor) -> Tensor:

@@ -35,6 +35,15 @@ def _preprocess(checkpoint: Checkpoint) -> Normalize:
     return checkpoint.spec.preprocess(device_of(checkpoint))
 
 
+def _needs_distribution(checkpoint: Checkpoint, what: str) -> None:
+    """Raises ConfigError where the model's output is not a distribution over classes."""
+    if not checkpoint.task.distribution:
+        raise ConfigError(
+            f"{what} is made of class distributions, and this checkpoint ({checkpoint.task.name}) predicts "
+            f"{checkpoint.task.outputs}: it does not apply"
+        )
+
+
 # ---- streaming arms
 
 
@@ -59,18 +68,22 @@ def _adapting(**changes: Any) -> Make:
 
 
 def _tent(checkpoint: Checkpoint, config: StreamConfig) -> Runner:
+    _needs_distribution(checkpoint, "the entropy of Tent")
     if norm_layers(checkpoint.model):
         config = config.replace(norm_stats="batch")
     return Adapting(Entropy(checkpoint.model), _preprocess(checkpoint), config)
 
 
 def _self_train(**settings: Any) -> Make:
-    return lambda checkpoint, config: Adapting(
-        PseudoLabel(checkpoint.model, **settings), _preprocess(checkpoint), config
-    )
+    def make(checkpoint: Checkpoint, config: StreamConfig) -> Runner:
+        _needs_distribution(checkpoint, "self-training")
+        return Adapting(PseudoLabel(checkpoint.model, **settings), _preprocess(checkpoint), config)
+
+    return make
 
 
 def _ema_teacher(checkpoint: Checkpoint, config: StreamConfig) -> Runner:
+    _needs_distribution(checkpoint, "the EMA teacher")
     objective = PseudoLabel(checkpoint.model, average=0.99)
     return Adapting(objective, _preprocess(checkpoint), config, predict=objective.teach)
 
@@ -91,7 +104,13 @@ def _every(number: int) -> Arm:
 
 
 def _shuffled(checkpoint: Checkpoint, config: StreamConfig) -> Runner:
-    return Shuffled(_mae(checkpoint, config), config.seed)
+    task = checkpoint.task
+    if task.distribution and not task.keeps_classes:
+        raise ConfigError(
+            f"online-shuffled keeps one class per pixel, and a prediction of {task.name} is made of all "
+            f"{task.outputs}: it does not apply"
+        )
+    return Shuffled(_mae(checkpoint, config), config.seed, task.keeps_classes)
 
 
 def _offline_runner(steps: int) -> Make:
@@ -159,15 +178,18 @@ def _balanced(runner: Runner, checkpoint: Checkpoint, config: StreamConfig, numb
             "+class resets adapted weights: it goes right behind an arm that adapts weights on the stream, such as "
             "tent+class or self-train+class+smooth"
         )
+    _needs_distribution(checkpoint, "+class")
     return ClassBalanced(runner, config.capacity if number is None else number)
 
 
 def _smoothed(runner: Runner, checkpoint: Checkpoint, config: StreamConfig, number: int | None) -> Runner:
+    _needs_distribution(checkpoint, "+smooth")
     _refuse_shuffled(runner, "smooth")
     return Smoothed(runner, SMOOTH_LENGTH if number is None else number)
 
 
 def _voting(runner: Runner, checkpoint: Checkpoint, config: StreamConfig, number: int | None) -> Runner:
+    _needs_distribution(checkpoint, "+vote")
     _refuse_shuffled(runner, "vote")
     return Voting(runner, _preprocess(checkpoint))
 

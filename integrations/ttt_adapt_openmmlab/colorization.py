@@ -1,0 +1,182 @@
+"""Colorization in MMEngine: grey in, colours out, with a backbone and a Mask2Former head.
+
+The head is the paper's, of segmentation, with another output: 2 * s * s queries for a mask stride of s, whose mask maps
+are pixel-shuffled to a and b of CIE Lab, as the reconstruction decoder's are to RGB.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from mmcv.transforms import BaseTransform
+from mmengine.dataset import BaseDataset
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, METRICS, MODELS, TRANSFORMS
+from mmengine.structures import BaseDataElement, PixelData
+from torch import Tensor
+
+from ttt_adapt import DataError, colour_frame, rgb_to_lab, to_grey
+from ttt_adapt_openmmlab.decoders import paint_with
+from ttt_adapt_openmmlab.metrics import Scores, StreamMetric
+from ttt_adapt_openmmlab.samplers import file_of
+
+AB_SCALE = 20.0
+"""a and b per unit of the model's output."""
+STRIDE = 4
+"""Of the head's mask maps."""
+
+
+@DATASETS.register_module()
+class ColourPictures(BaseDataset):
+    """Pictures in folders, as ImageNet has them (`train/CLASS/*.JPEG`), or frames of videos; classes are not used.
+
+    A folder is a video to `VideoSampler`, its files in natural order.
+
+    Args:
+        data_root: folder that is walked through to the end.
+        suffixes: of the files.
+        **options: as for MMEngine's `BaseDataset`.
+
+    Raises:
+        DataError: there is no picture.
+    """
+
+    METAINFO: ClassVar[dict] = {"classes": ()}
+
+    def __init__(
+        self, data_root: str | Path, suffixes: Sequence[str] = (".jpg", ".jpeg", ".png"), **options: Any
+    ) -> None:
+        self._suffixes = tuple(suffixes)
+        super().__init__(ann_file="", data_root=str(data_root), **options)
+
+    def load_data_list(self) -> list[dict]:
+        """The data info of every picture."""
+        root = Path(self.data_root)
+        files = sorted(path for path in root.rglob("*") if path.suffix.lower() in self._suffixes)
+        if not files:
+            raise DataError(f"{root} holds no picture; expected folders of {' '.join(self._suffixes)} files")
+        return [{"img_path": str(file), "video_id": str(file.parent.relative_to(root))} for file in files]
+
+
+@TRANSFORMS.register_module()
+class PackColours(BaseTransform):
+    """The end of a pipeline: the grey of a picture in three channels, and its a and b as `gt_ab` beside `grey`.
+
+    Reads `img`, uint8 BGR [H, W, 3], as `LoadImageFromFile` gives it. Adds `inputs`, uint8 [3, H, W], and a sample.
+
+    Args:
+        meta_keys: what the data sample keeps.
+    """
+
+    def __init__(
+        self,
+        meta_keys: Sequence[str] = ("img_path", "ori_shape", "img_shape", "scale_factor", "flip", "video_id"),
+    ) -> None:
+        self._keys = tuple(meta_keys)
+
+    def transform(self, results: dict) -> dict:
+        """The packed picture."""
+        rgb = np.ascontiguousarray(results["img"][..., ::-1])
+        picture = torch.from_numpy(rgb).permute(2, 0, 1)
+        sample = BaseDataElement(metainfo={key: results[key] for key in self._keys if key in results})
+        grey = torch.from_numpy(to_grey(rgb)).permute(2, 0, 1).contiguous()
+        sample.gt_ab, sample.grey = PixelData(data=rgb_to_lab(picture.float() / 255)[1:]), PixelData(data=grey)
+        return {"inputs": grey, "data_samples": sample}
+
+
+@MODELS.register_module()
+class Colorizer(BaseModel):
+    """A backbone and a mask head that paints a and b.
+
+    Args:
+        backbone: config.
+        decode_head: config of a Mask2Former head; its classes and queries are replaced.
+        data_preprocessor: config; grey has three equal channels, so the order of channels means nothing.
+        init_cfg: as in every MMEngine module.
+        **inherited: entries that a config inherits from that of a segmentor, such as `test_cfg`; they have no effect.
+    """
+
+    def __init__(
+        self,
+        backbone: dict[str, Any],
+        decode_head: dict[str, Any],
+        data_preprocessor: dict[str, Any],
+        init_cfg: dict[str, Any] | None = None,
+        **inherited: Any,
+    ) -> None:
+        super().__init__(data_preprocessor, init_cfg)
+        self.backbone = MODELS.build(backbone)
+        self.decode_head = paint_with(MODELS.build(decode_head), 2, STRIDE)
+
+    def forward(self, inputs: Tensor, data_samples: Any = None, mode: str = "tensor") -> Any:
+        """Colours, losses, or data samples with `pred_ab`.
+
+        Args:
+            inputs: float [B, 3, H, W], from the data preprocessor.
+            data_samples: one per image, with `gt_ab` for mode "loss".
+            mode: "tensor" gives [B, 2, H, W], a and b over `AB_SCALE`; "loss" and "predict" as in MMEngine.
+        """
+        size = tuple(inputs.shape[2:])
+        maps = self.backbone(inputs)
+        blank = [BaseDataElement(metainfo={"batch_input_shape": size, "img_shape": size}) for _ in inputs]
+        every = [F.pixel_shuffle(masks, STRIDE) for masks in self.decode_head(maps, blank)[1]]
+        if mode == "loss":
+            ab = torch.stack([sample.gt_ab.data for sample in data_samples]).to(inputs) / AB_SCALE
+            return {f"d{i}.loss_ab": F.smooth_l1_loss(_fit(found, ab), ab) for i, found in enumerate(every)}
+        colours = _fit(every[-1], inputs)
+        if mode == "tensor":
+            return colours
+        for sample, found in zip(data_samples, colours, strict=True):
+            height, width = sample.metainfo["img_shape"][:2]  # without padding
+            sample.pred_ab = PixelData(data=found[:, :height, :width] * AB_SCALE)
+        return data_samples
+
+
+@METRICS.register_module()
+class StreamColourMetric(StreamMetric):
+    """PSNR of RGB in dB, over the data set, over frames and over videos; `PSNR_grey` is that of the grey input.
+
+    Predicted and true colours are both put on the frame's grey, so that what is compared is the colours.
+
+    Args:
+        **options: `collect_device` and `prefix`, as for `StreamMetric`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(("PSNR",), **options)
+
+    def measure(self, sample: dict) -> tuple[float, float]:
+        """Mean square errors of a frame: of the prediction, and of the grey.
+
+        Raises:
+            DataError: a sample without colours, or with predicted ones of another size.
+        """
+        truth, found, frame = (sample.get(key, {}).get("data") for key in ("gt_ab", "pred_ab", "grey"))
+        if truth is None or found is None or frame is None or truth.shape != found.shape:
+            shapes = [None if part is None else (*part.shape,) for part in (truth, found)]
+            raise DataError(
+                f"{file_of(sample)} has gt_ab and pred_ab of shapes {shapes}; expected one shape: PackColours behind "
+                "Resize, and Colorizer"
+            )
+        grey = frame.permute(1, 2, 0).cpu().numpy()
+        true, ours = (colour_frame(grey, ab.cpu().float()).astype(np.float64) for ab in (truth, found))
+        return float(np.square(ours - true).mean()), float(np.square(grey - true).mean())
+
+    def score(self, values: Sequence[Any]) -> Scores:
+        """PSNR in dB of the mean square errors, at most 100."""
+        ours, grey = np.mean(np.array(values), axis=0)
+        return {"PSNR": _psnr(ours), "PSNR_grey": _psnr(grey)}
+
+
+def _psnr(square: float) -> float:
+    return min(20 * math.log10(255) - 10 * math.log10(square), 100.0) if square > 0 else 100.0
+
+
+def _fit(maps: Tensor, like: Tensor) -> Tensor:
+    return F.interpolate(maps, like.shape[2:], mode="bilinear", align_corners=False)

@@ -1,0 +1,189 @@
+"""Frames without labels: any folder of pictures or videos, for tasks whose label is the frame itself.
+
+A folder is walked through to the end. Every folder of pictures is a clip, called after the folder, or after the one
+above it where it is called `images` or `frames`; every video file is a clip. Folders of labels (`labels`,
+`Annotations`, `panoptic`, ...) and a `NAME.png` beside a `NAME.jpg` are passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ttt_adapt.data.clips import FRAME_FOLDERS, Clip, Sample
+from ttt_adapt.data.images import FRAME_SUFFIXES, folders_in, images_in, open_image, pillow
+from ttt_adapt.errors import DataError, nearest
+from ttt_adapt.pictures import GREY_MODES, rgb8
+from ttt_adapt.video import open_video
+
+PICTURE_SUFFIXES = FRAME_SUFFIXES | {".tif", ".tiff", ".ppm", ".pgm"}
+VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ogv"}
+LABEL_FOLDERS = {
+    "labels", "annotations", "masks", "panoptic", "panoptic_maps", "panoptic_images", "semantic_images", "gtfine",
+}  # fmt: skip
+
+
+class PictureClip(Clip):
+    """The pictures of one folder, in natural order; every pixel has the class id 0.
+
+    With `size`, a picture is scaled until it covers that and cropped to its middle, so that nothing is distorted.
+    """
+
+    def __init__(self, name: str, files: Sequence[Path], size: tuple[int, int] | None = None) -> None:
+        super().__init__(name, [(file, file) for file in files], _no_labels, classes=(), size=size)
+
+    def __getitem__(self, index: int) -> Sample:
+        file = self._files[index][0]
+        return _sample(_fit(pillow().fromarray(rgb8(open_image(file), file)), self.size))
+
+    @property
+    def files(self) -> list[Path]:
+        """The pictures."""
+        return [file for file, _ in self._files]
+
+    def but_grey(self) -> PictureClip:
+        """Without the pictures that are stored in grey, as their headers say."""
+        return PictureClip(self.name, [file for file in self.files if _header(file)[0] not in GREY_MODES], self.size)
+
+    def sizes(self) -> set[tuple[int, int]]:
+        """(H, W) of the samples, as the headers say."""
+        return {self.size} if self.size is not None else {_header(file)[1] for file in self.files}
+
+
+class VideoClip(Clip):
+    """The frames of a video file; every pixel has the class id 0.
+
+    Iterating decodes frame by frame. Reading by index decodes up to there and keeps what it has decoded.
+    """
+
+    def __init__(self, name: str, file: Path, size: tuple[int, int] | None = None, frames: int | None = None) -> None:
+        with open_video(file) as video:
+            fps = video.fps
+        super().__init__(name, [(file, file)], _no_labels, classes=(), size=size, fps=fps)
+        self._file, self._limit = file, frames
+        self._kept: list[Sample] = []
+        self._more: Iterator[Sample] | None = None
+
+    @cached_property
+    def _length(self) -> int:
+        with open_video(self._file) as video:
+            whole = video.length or 0
+        return whole if self._limit is None else min(whole, self._limit)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Sample:
+        index = range(len(self))[index]
+        self._more = self._more or iter(self)
+        while len(self._kept) <= index:
+            self._kept.append(next(self._more))
+        return self._kept[index]
+
+    def __iter__(self) -> Iterator[Sample]:
+        with open_video(self._file) as video:
+            for index, frame in enumerate(video):
+                if index == self._limit:
+                    break
+                yield _sample(_fit(pillow().fromarray(frame), self.size))
+
+    def describe(self) -> dict[str, Any]:
+        """Of the file, name and length."""
+        return {**super().describe(), "frames": len(self)}
+
+
+def open_frames(
+    source: str | Path,
+    names: Sequence[str] | None = None,
+    size: tuple[int, int] | None = None,
+    frames: int | None = None,
+) -> list[Clip]:
+    """Opens all pictures and videos under `source`.
+
+    Args:
+        source: a folder, or one video file.
+        names: open only these clips, in this order.
+        size: (height, width) of the samples.
+        frames: of every clip, the first so many only.
+
+    Raises:
+        DataError: there is nothing, or nothing of that name; reading raises it for a file that is no picture.
+        VideoError: a video cannot be opened.
+    """
+    root = Path(source)
+    if not root.exists():
+        raise DataError(f"{root} is not a folder, nor a video file; expected pictures or videos")
+    found: dict[str, tuple[Path, list[Path]]] = {}
+    for place, files in [(root, [])] if root.is_file() else _walk(root):
+        plain = _name(place)
+        found[plain if plain not in found else "-".join(place.relative_to(root).with_suffix("").parts)] = (place, files)
+    if not found:
+        raise DataError(f"no picture and no video was found in {root}; known suffixes: {_suffixes()}")
+    for name in names or ():
+        if name not in found:
+            raise DataError(f"no clip {name!r} in {source}; {nearest(name, found)}")
+    chosen = list(found) if names is None else list(names)
+    return [
+        PictureClip(name, found[name][1][:frames], size)
+        if found[name][1]
+        else VideoClip(name, found[name][0], size, frames)
+        for name in chosen
+    ]
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """(folder, its pictures) and (video file, nothing), in natural order."""
+    files = images_in(folder, PICTURE_SUFFIXES)
+    photographs = {file.stem for file in files if file.suffix.lower() in (".jpg", ".jpeg")}
+    files = [file for file in files if file.suffix.lower() != ".png" or file.stem not in photographs]
+    if files:
+        yield folder, files
+    for video in images_in(folder, VIDEO_SUFFIXES):
+        yield video, []
+    for inner in folders_in(folder):
+        if inner.name.lower() not in LABEL_FOLDERS:
+            yield from _walk(inner)
+
+
+def _name(place: Path) -> str:
+    if place.name in FRAME_FOLDERS:
+        return place.resolve().parent.name
+    return place.resolve().stem if place.is_file() else place.resolve().name
+
+
+def _suffixes() -> str:
+    return " ".join(sorted(PICTURE_SUFFIXES | VIDEO_SUFFIXES))
+
+
+def _fit(image: Any, size: tuple[int, int] | None) -> np.ndarray:
+    """The middle of the picture, scaled to cover `size`; bilinear with antialiasing."""
+    if size is None or (image.height, image.width) == size:
+        return np.asarray(image)
+    scale = max(size[0] / image.height, size[1] / image.width)
+    height, width = min(size[0] / scale, image.height), min(size[1] / scale, image.width)
+    left, top = (image.width - width) / 2, (image.height - height) / 2
+    box = (left, top, min(left + width, image.width), min(top + height, image.height))
+    return np.asarray(image.resize(size[::-1], pillow().Resampling.BILINEAR, box=box))
+
+
+def _sample(frame: np.ndarray) -> Sample:
+    return np.array(frame), np.zeros(frame.shape[:2], dtype=np.uint8)
+
+
+def _header(file: Path) -> tuple[str, tuple[int, int]]:
+    """(mode, (H, W)) of a picture, without decoding it."""
+    library = pillow()
+    with suppress(OSError, ValueError, SyntaxError), library.open(file) as image:
+        turned = image.getexif().get(0x0112, 1) >= 5  # lying: height and width change places
+        return image.mode, (image.width, image.height) if turned else (image.height, image.width)
+    open_image(file)  # says what is wrong with it
+    raise DataError(f"{file} cannot be read as an image")
+
+
+def _no_labels(file: Path) -> np.ndarray:
+    raise DataError(f"{file} has no labels")

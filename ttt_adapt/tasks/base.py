@@ -1,0 +1,211 @@
+"""What a task is: everything that training, evaluation and `run` ask about outputs, labels, scores and pictures."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from ttt_adapt.augment import Augment
+from ttt_adapt.data import Clip, Sample
+from ttt_adapt.errors import FrameError, FrameTypeError
+
+if TYPE_CHECKING:
+    from ttt_adapt.checkpoint import ModelSpec
+
+Criterion = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that a run holds, and how it is shown.
+
+    Attributes:
+        field: the attribute of `Run`.
+        title: as in tables and plots.
+        unit: behind the title, in brackets; "" for none.
+        step: unit of a difference.
+        scale: from the number as it is kept to the number as it is shown.
+        digits: behind the decimal point.
+        higher_is_better: its direction.
+        change: what stands in brackets behind a value: its "percent" change relative to the reference, its
+            "difference" to it, or "" for nothing.
+    """
+
+    field: str
+    title: str
+    unit: str = ""
+    step: str = ""
+    scale: float = 1.0
+    digits: int = 2
+    higher_is_better: bool = True
+    change: str = "difference"
+
+    @property
+    def label(self) -> str:
+        """The title with its unit."""
+        return f"{self.title} ({self.unit})" if self.unit else self.title
+
+    def text(self, mean: float, spread: float | None = None) -> str:
+        """The number as it is shown, with its deviation if there is one."""
+        shown = f"{self.scale * mean:.{self.digits}f}"
+        return shown if spread is None else f"{shown} ± {self.scale * spread:.{self.digits}f}"
+
+    def signed(self, difference: float) -> str:
+        """A difference of two such numbers as it is shown."""
+        return f"{self.scale * difference:+.{self.digits}f}"
+
+    def better(self, value: float) -> float:
+        """The number, turned so that larger is better."""
+        return value if self.higher_is_better else -value
+
+
+@dataclass(frozen=True)
+class Stills:
+    """Opened training data.
+
+    Attributes:
+        samples: clips, or pairs (uint8 RGB [H, W, 3], uint8 labels [H, W]).
+        size: (H, W) of every sample.
+        classes: class names; () where the labels mean nothing.
+        palette: one colour per class; () for none of its own.
+        notes: what the user should know about them.
+    """
+
+    samples: Sequence[Clip] | Sequence[Sample]
+    size: tuple[int, int]
+    classes: tuple[str, ...] = ()
+    palette: tuple[tuple[int, int, int], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Score(Protocol):
+    """Collects the scores of one clip, frame by frame."""
+
+    def update(self, prediction: Any, label: Any) -> float:
+        """Add a frame; returns the headline metric of this frame, NaN if it has none."""
+        ...
+
+    def per_frame(self) -> np.ndarray:
+        """The headline metric of every frame so far, NaN where it has none."""
+        ...
+
+    def result(self) -> Mapping[str, Any]:
+        """The scores over the clip, by name of their field in `Run`, and "frames", their number.
+
+        Raises:
+            DataError: there is nothing to score.
+        """
+        ...
+
+
+class Task(ABC):
+    """A task of a checkpoint.
+
+    Attributes:
+        name: as on the command line.
+        metrics: what its score gives, in the order of table columns. The first is the headline over the clip, the
+            second its mean over frames; what `Score.per_frame` holds is shown as that one.
+        about: what the metrics are, for a table's caption.
+        augment: the random changes to a training sample.
+        outputs: what the model returns, in words.
+        distribution: whether its channels are class scores, whose softmax is a distribution.
+        keeps_classes: whether the most likely class of a pixel is all that a prediction is made of.
+        labelled: whether its targets are class ids that come with the frames.
+        source: caption of what the model is shown.
+    """
+
+    name: str
+    metrics: tuple[Metric, ...]
+    about: str
+    augment: Augment
+    outputs: str
+    distribution: bool
+    keeps_classes: bool
+    labelled: bool
+    source: str
+
+    @property
+    @abstractmethod
+    def channels(self) -> int:
+        """How many channels the model's output has."""
+
+    @classmethod
+    @abstractmethod
+    def of(cls, spec: ModelSpec) -> Task:
+        """The task of a checkpoint with this description.
+
+        Raises:
+            ConfigError: options that it does not know.
+        """
+
+    @classmethod
+    @abstractmethod
+    def stills(
+        cls, data: str, names: Sequence[str], size: tuple[int, int] | None, classes: Sequence[str] | None
+    ) -> Stills:
+        """Training data under a folder; errors say what is missing."""
+
+    @classmethod
+    @abstractmethod
+    def clips(
+        cls, data: str, names: Sequence[str], size: tuple[int, int] | None, classes: Sequence[str] | None, format: str
+    ) -> list[Clip]:
+        """Clips to evaluate on: pairs of what an arm sees, uint8 RGB [H, W, 3], and the label."""
+
+    @classmethod
+    @abstractmethod
+    def adopt(cls, clip: Clip) -> Clip:
+        """A clip of frames and class ids as one of this task."""
+
+    @abstractmethod
+    def sample(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What the model is shown, [3, H, W] in [0, 1], and the criterion's target, of an augmented sample."""
+
+    @abstractmethod
+    def criterion(self, samples: Any) -> Criterion:
+        """(model output, targets) -> scalar loss; `samples` is the data set that it will be used on."""
+
+    @abstractmethod
+    def see(self, frame: np.ndarray) -> np.ndarray:
+        """A frame of a video, uint8 RGB [H, W, 3], as the model may see it; of the same type and shape."""
+
+    @abstractmethod
+    def predict(self, output: Tensor, frame: np.ndarray) -> np.ndarray:
+        """The prediction that the model's output is, at the size of the frame that was seen."""
+
+    @abstractmethod
+    def draw(self, frame: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+        """A prediction as a picture, uint8 RGB [H, W, 3]."""
+
+    @abstractmethod
+    def score(self, ignore: int = 255, weights: Path | None = None) -> Score:
+        """An empty score.
+
+        Args:
+            ignore: label id of void.
+            weights: folder of the networks that some metrics are measured with; None leaves those out.
+        """
+
+
+def check_output(output: Any, frame: np.ndarray, task: Task, what: str) -> Tensor:
+    """`output`, if it is what a model of this task returns for a frame of this size.
+
+    Raises:
+        FrameTypeError, FrameError: it is not; the message says what came and what was expected.
+    """
+    if not isinstance(output, Tensor):
+        kind = type(output).__name__
+        raise FrameTypeError(f"{what} returned a {kind}; expected {task.outputs}, a tensor [1, C, H, W]")
+    expected = [1, task.channels, *frame.shape[:2]]
+    if [*output.shape] != expected:
+        raise FrameError(
+            f"{what} returned {[*output.shape]}; expected {task.outputs} {expected}, of the frame's own size "
+            "(resize them in the model or in `predict`)"
+        )
+    return output

@@ -1,0 +1,173 @@
+"""The task: grey in, a and b out, scored against the frame's own colours.
+
+The model is shown the grey of a frame's luminance in three equal channels. It returns a and b of CIE Lab (mode
+"regression"), or scores of the cells of the ab plane (mode "classification"). The picture has those colours and the
+luminance of the frame itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ttt_adapt.augment import Augment
+from ttt_adapt.data import Clip, open_frames
+from ttt_adapt.errors import ConfigError, DataError, nearest
+from ttt_adapt.lab import colour_frame, gamma, rgb_to_lab, to_grey
+from ttt_adapt.tasks.base import Criterion, Metric, Stills, Task
+from ttt_adapt.tasks.colorization import cells
+from ttt_adapt.tasks.colorization.clips import GreyedClip, common_size, without_grey
+from ttt_adapt.tasks.colorization.score import ColourScore
+
+if TYPE_CHECKING:
+    from ttt_adapt.checkpoint import ModelSpec
+
+MODES = ("regression", "classification")
+AB_SCALE = 20.0
+"""a and b per unit of a regressing model's output: about their deviation in photographs."""
+_COUNTED = 500  # pictures that the frequency of colours is taken from
+_STRIDE = 4  # of the pixels that scores of cells are compared at: heads predict at a quarter of the resolution
+
+
+class Colorization(Task):
+    """A `Task`: [B, 2, H, W] or scores of cells [B, Q, H, W], a prediction uint8 RGB [H, W, 3], PSNR.
+
+    Args:
+        mode: "regression" (a and b, divided by `AB_SCALE`) or "classification" (scores of the cells of the ab plane).
+        temperature: of the annealed mean by which scores of cells become a colour.
+        uniform: share of the uniform distribution in what rare colours are weighted by.
+
+    Raises:
+        ConfigError: an unknown mode, or a number out of range.
+    """
+
+    name = "colorization"
+    metrics = (
+        Metric("psnr", "PSNR", "dB", "dB"),
+        Metric("psnr_frames", "frame PSNR", "dB", "dB"),
+        Metric("psnr_grey", "PSNR of the grey", "dB", "dB", change=""),
+        Metric("ssim", "SSIM", digits=4),
+        Metric("flicker", "flicker", "ab", "ab", higher_is_better=False),
+        Metric("lpips", "LPIPS", digits=4, higher_is_better=False),
+        Metric("fid", "FID", higher_is_better=False),
+        Metric("inception_score", "Inception Score"),
+    )
+    about = (
+        "PSNR of RGB over the whole clip; frame PSNR is the mean over frames; PSNR of the grey is that of what the "
+        "arms are shown; flicker is how much the colours change otherwise than the truth's from frame to frame (dtSSD "
+        "of a and b, lower is better)"
+    )
+    augment = Augment(saturation=(1.0, 1.0), hue=(0.0, 0.0))  # its colours are what a picture teaches
+    keeps_classes = labelled = False
+    source = "grey"
+
+    def __init__(self, mode: str = "regression", temperature: float = 0.38, uniform: float = 0.5) -> None:
+        if mode not in MODES:
+            raise ConfigError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
+        if not 0 < temperature <= 1 or not 0 <= uniform <= 1:
+            raise ConfigError(f"temperature {temperature!r} must be in (0, 1], and uniform {uniform!r} in [0, 1]")
+        self.mode, self._temperature, self._uniform = mode, temperature, uniform
+        self.distribution = mode == "classification"
+        self.outputs = "scores of colour cells" if self.distribution else "a and b"
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> Colorization:
+        """The task with the description's options."""
+        known = ("mode", "temperature", "uniform")
+        for name in spec.task_options:
+            if name not in known:
+                raise ConfigError(f"colorization has no option {name!r}; {nearest(name, known)}")
+        return cls(**spec.task_options)
+
+    @property
+    def channels(self) -> int:
+        """a and b, or one per cell."""
+        return len(cells.cells()) if self.distribution else 2
+
+    @classmethod
+    def stills(
+        cls, data: str, names: Sequence[str], size: tuple[int, int] | None, classes: Sequence[str] | None
+    ) -> Stills:
+        """Every picture under `data` that is stored in colour, and every frame of its videos."""
+        _refuse_classes(classes)
+        found = open_frames(data, list(names) or None, size)
+        kept = without_grey(found)
+        grey = sum(map(len, found)) - sum(map(len, kept))
+        notes = (f"{data}: {grey} pictures are stored in grey and left out: they have no colours to teach",)
+        return Stills(kept, size or common_size(kept), notes=notes if grey else ())
+
+    @classmethod
+    def clips(
+        cls, data: str, names: Sequence[str], size: tuple[int, int] | None, classes: Sequence[str] | None, format: str
+    ) -> list[Clip]:
+        """Clips of (grey, colour); no arm sees the colours."""
+        _refuse_classes(classes)
+        if format != "auto":
+            raise ConfigError(f"--format {format} is of labels, and colorization has none: every folder will do")
+        return [cls.adopt(clip) for clip in open_frames(data, list(names) or None, size)]
+
+    @classmethod
+    def adopt(cls, clip: Clip) -> Clip:
+        """Its frames in grey, with their colours as labels."""
+        return GreyedClip(clip)
+
+    def sample(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The grey of the picture's luminance, and its a and b, [2, H, W]."""
+        lab = rgb_to_lab(image)
+        light = torch.where(lab[:1] > 8, ((lab[:1].clamp_min(8) + 16) / 116) ** 3, lab[:1] * (27 / 24389))
+        return gamma(light).clamp(0, 1).expand(3, -1, -1).contiguous(), lab[1:].contiguous()
+
+    def criterion(self, samples: Any) -> Criterion:
+        """Huber loss on a and b, or cross-entropy to softly encoded cells, rare ones weighted up."""
+        if not self.distribution:
+            return lambda output, ab: F.smooth_l1_loss(output, ab / AB_SCALE)
+        weights = cells.rebalancing(_count_cells(samples), self._uniform)
+
+        def loss(output: Tensor, ab: Tensor) -> Tensor:
+            first = slice(_STRIDE // 2, None, _STRIDE)
+            return cells.soft_cross_entropy(output[..., first, first], ab[..., first, first], weights)
+
+        return loss
+
+    def see(self, frame: np.ndarray) -> np.ndarray:
+        """The grey of the frame's luminance."""
+        return to_grey(frame)
+
+    def predict(self, output: Tensor, frame: np.ndarray) -> np.ndarray:
+        """The frame in colour: a and b of the output at its size, luminance its own."""
+        ab = cells.annealed_mean(output, self._temperature) if self.distribution else output * AB_SCALE
+        ab = ab.detach().float()
+        if ab.shape[2:] != frame.shape[:2]:
+            ab = F.interpolate(ab, frame.shape[:2], mode="bilinear", align_corners=False)
+        return colour_frame(frame, ab[0].cpu())
+
+    def draw(self, frame: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+        """The prediction is a picture."""
+        return prediction
+
+    def score(self, ignore: int = 255, weights: Path | None = None) -> ColourScore:
+        """Differences to the true colours."""
+        return ColourScore(weights)
+
+
+def _refuse_classes(classes: Sequence[str] | None) -> None:
+    if classes:
+        raise ConfigError(f"--classes {','.join(classes)}: colorization has no classes")
+
+
+def _count_cells(samples: Any) -> Tensor:
+    """Pixels in each cell, over up to `_COUNTED` training samples as they are drawn; float64 [Q]."""
+    step = max(len(samples) // _COUNTED, 1)
+    counts = torch.zeros(len(cells.cells()), dtype=torch.float64)
+    for index in range(0, len(samples), step):
+        ab = samples[index][1][:, ::_STRIDE, ::_STRIDE]
+        counts += torch.bincount(cells.nearest(ab.movedim(0, -1)).flatten(), minlength=len(counts))
+    if not counts.any():
+        raise DataError("no picture has a pixel to count the colours of")
+    return counts
