@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ttt_adapt.branch import MAEBranch
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.engine import Beside, StepReport, Task, choose_engine, explained_memory_errors
+from ttt_adapt.engine import Beside, Problem, StepReport, choose_engine, explained_memory_errors
 from ttt_adapt.errors import ConfigError, FrameError, StateError
 from ttt_adapt.frames import Preprocess, default_preprocess, pixels_of, scaling, to_model_input
 from ttt_adapt.gate import SurpriseGate
@@ -90,7 +90,7 @@ class StreamAdapter:
         self._set_optimizer(self._make_optimizer())
         self._generator = torch.Generator(self._device).manual_seed(config.seed)
         self._engine = choose_engine(config, self._branch, self._optimizer, self._generator)
-        self._task = Task(self._branch, self._parameters, len(encoder), self._generator, config, self._device)
+        self._problem = Problem(self._branch, self._parameters, len(encoder), self._generator, config, self._device)
         self._beside = Beside(self._device, config.deferred)
         memory, self._after_step = memory_of(self._branch)
         self._tensors = adapted_tensors(encoder, own, self._norms if config.norm_stats == "ema" else [])
@@ -261,7 +261,7 @@ class StreamAdapter:
         """One gradient step, taken if the gradient is finite: its loss and gradient norm, and a sketch of it."""
         batch = self._draw()
         with self._learning():
-            loss = self._engine.gradients(self._task, batch)
+            loss = self._engine.gradients(self._problem, batch)
             norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
             sketch = gradient_sketch(self._parameters) if first and self._auto is not None else None
             if self.config.grad_clip is not None:

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ttt_adapt.engine.eager import EagerEngine, Gradients, Task
+from ttt_adapt.engine.eager import EagerEngine, Gradients, Problem
 from ttt_adapt.engine.precision import forward_pass
 
 KEPT = 4  # shapes whose compiled passes are kept
@@ -54,20 +54,20 @@ class CompileEngine(EagerEngine):
         self._passes: OrderedDict[Hashable, tuple[Callable[..., list[Tensor]], list[int]]] = OrderedDict()
         self._predict: tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]] | None = None
 
-    def one_pass(self, task: Task, images: Tensor) -> tuple[Tensor, Gradients]:
+    def one_pass(self, problem: Problem, images: Tensor) -> tuple[Tensor, Gradients]:
         """Loss and gradients of images that go through the model at once."""
-        objective: Any = task.objective
-        drawn = objective.draw(images, task.generator)
+        objective: Any = problem.objective
+        drawn = objective.draw(images, problem.generator)
         key = (tuple(images.shape), images.dtype, images.stride(), objective.settings())
         if key not in self._passes:
-            self._passes[key] = self._compiled(task, images, drawn)
+            self._passes[key] = self._compiled(problem, images, drawn)
             while len(self._passes) > KEPT:
                 self._passes.popitem(last=False)
         self._passes.move_to_end(key)
         compiled, reached = self._passes[key]
         with torch.no_grad():  # the gradients are in the list
             value, *gradients = compiled(images, drawn)
-        found: list[Tensor | None] = [None] * len(task.parameters)
+        found: list[Tensor | None] = [None] * len(problem.parameters)
         taken: set[int] = set()
         for index, gradient in zip(reached, gradients, strict=True):
             # equal gradients may share memory, and clipping writes in place
@@ -75,18 +75,20 @@ class CompileEngine(EagerEngine):
             taken.add(gradient.data_ptr())
         return value, tuple(found)
 
-    def _compiled(self, task: Task, images: Tensor, drawn: Tensor) -> tuple[Callable[..., list[Tensor]], list[int]]:
+    def _compiled(
+        self, problem: Problem, images: Tensor, drawn: Tensor
+    ) -> tuple[Callable[..., list[Tensor]], list[int]]:
         """The compiled pass, and which of the parameters it has gradients for."""
         from torch.fx.experimental.proxy_tensor import make_fx
 
-        objective: Any = task.objective
+        objective: Any = problem.objective
         reached: list[int] = []
 
         def both(images: Tensor, drawn: Tensor) -> list[Tensor]:
             with torch.enable_grad():
-                with forward_pass(task.config.precision, task.device):
+                with forward_pass(problem.config.precision, problem.device):
                     value = objective.loss_of(images, drawn)
-                found = torch.autograd.grad(value, task.parameters, allow_unused=True)
+                found = torch.autograd.grad(value, problem.parameters, allow_unused=True)
             reached[:] = [i for i, gradient in enumerate(found) if gradient is not None]
             return [value.detach(), *(gradient for gradient in found if gradient is not None)]
 

@@ -17,7 +17,7 @@ from ttt_adapt.objectives.base import Objective
 
 
 @dataclass(frozen=True)
-class Task:
+class Problem:
     """What a gradient step differentiates.
 
     Attributes:
@@ -64,8 +64,8 @@ class EagerEngine:
         """
         return call(*inputs)
 
-    def gradients(self, task: Task, batch: Tensor) -> Tensor:
-        """Leave the gradients of the loss of `batch` [B, 3, H, W] in `.grad` of the task's parameters, and no others.
+    def gradients(self, problem: Problem, batch: Tensor) -> Tensor:
+        """Leave the gradients of the loss of `batch` [B, 3, H, W] in `.grad` of the problem's parameters, and no others.
 
         Returns:
             The loss, detached.
@@ -73,38 +73,40 @@ class EagerEngine:
         Raises:
             EncoderError: the loss reaches no parameter of the encoder.
         """
-        parts = batch.split(task.config.micro_batch or len(batch))
-        with both_passes(task.config.precision):
-            value, found = self.one_pass(task, parts[0])
+        parts = batch.split(problem.config.micro_batch or len(batch))
+        with both_passes(problem.config.precision):
+            value, found = self.one_pass(problem, parts[0])
             if len(parts) > 1:
-                value, found = self._sum(task, parts, value, found)
-        for parameter, gradient in zip(task.parameters, found, strict=True):
+                value, found = self._sum(problem, parts, value, found)
+        for parameter, gradient in zip(problem.parameters, found, strict=True):
             parameter.grad = gradient
-        if all(gradient is None for gradient in found[: task.encoder]):
+        if all(gradient is None for gradient in found[: problem.encoder]):
             raise EncoderError(
                 "the loss reaches none of the encoder's parameters: they were replaced after the branch was attached "
                 "(by load_state_dict(assign=True), for example); attach again"
             )
         return value
 
-    def _sum(self, task: Task, parts: tuple[Tensor, ...], value: Tensor, found: Gradients) -> tuple[Tensor, Gradients]:
+    def _sum(
+        self, problem: Problem, parts: tuple[Tensor, ...], value: Tensor, found: Gradients
+    ) -> tuple[Tensor, Gradients]:
         """The weighted mean of loss and gradients over all parts; those of the first are given."""
         total = sum(len(part) for part in parts)
         value = value * (len(parts[0]) / total)
         reached = [g for g in found if g is not None]
         torch._foreach_mul_(reached, len(parts[0]) / total)
         for part in parts[1:]:
-            more, others = self.one_pass(task, part)
+            more, others = self.one_pass(problem, part)
             value = value + more * (len(part) / total)
             torch._foreach_add_(reached, [g for g in others if g is not None], alpha=len(part) / total)
         return value, found
 
-    def one_pass(self, task: Task, images: Tensor) -> tuple[Tensor, Gradients]:
+    def one_pass(self, problem: Problem, images: Tensor) -> tuple[Tensor, Gradients]:
         """Loss and gradients of images that go through the model at once."""
         with torch.enable_grad():
-            with forward_pass(task.config.precision, task.device):
-                value = task.objective.loss(images, generator=task.generator)
-            found = torch.autograd.grad(value, task.parameters, allow_unused=True)
+            with forward_pass(problem.config.precision, problem.device):
+                value = problem.objective.loss(images, generator=problem.generator)
+            found = torch.autograd.grad(value, problem.parameters, allow_unused=True)
         return value.detach(), found
 
     def predict(self, predict: Callable[[Tensor], Any], x: Tensor) -> Any:
