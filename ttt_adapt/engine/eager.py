@@ -65,7 +65,7 @@ class EagerEngine:
         return call(*inputs)
 
     def gradients(self, problem: Problem, batch: Tensor) -> Tensor:
-        """Leave the gradients of the loss of `batch` [B, 3, H, W] in `.grad` of the problem's parameters, and no others.
+        """Leave the gradients of the loss of `batch` [B, 3, H, W] in `.grad` of the parameters, and no others.
 
         Returns:
             The loss, detached.
