@@ -53,7 +53,7 @@ def choose_engine(
 def suggestion(device: torch.device, hindrance: str) -> tuple[str, str]:
     """What "auto" picks, and why; `hindrance` is what `no_graphs` said."""
     if device.type != "cuda":
-        return "eager", f"on the {device.type.upper()} compiling takes minutes and saves little: ask for it on long streams"
+        return "eager", f"on the {device.type.upper()} compiling takes minutes: ask for it on long streams"
     if hindrance:
         return "eager", f"no CUDA graph: {hindrance}"
     if not GRAPHS_BY_DEFAULT:
