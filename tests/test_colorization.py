@@ -286,6 +286,10 @@ BAD_TRAINING = [
     (["{album}", "--task-option=mode=guess"], "expected one of regression, classification"),
     (["{album}", "--task-option=modes=1"], "nearest: 'mode'"),
     (["{album}", "--task-option=temperature=0"], "temperature 0"),
+    (["{album}", "--task-option=temperature=abc"], "temperature 'abc' must be in (0, 1]"),
+    (["{album}", "--task-option=temperature=True"], "temperature True must be in (0, 1]"),
+    (["{album}", "--task-option=uniform=None"], "uniform None in [0, 1]"),
+    (["{album}", "--task-option=mode=[1]"], "expected one of regression, classification"),
     (["{album}", "--task=colourization"], "nearest: 'colorization'"),
     (["street", "--task=segmentation", "--stills=2", "--task-option=mode=regression"], "segmentation has no options"),
 ]
@@ -388,6 +392,16 @@ def test_another_task_than_the_checkpoints_is_refused(trained, tmp_path, capsys,
     assert "was trained for colorization, not for segmentation" in line
     assert "nearest: 'colorization'" in fail(capsys, monkeypatch, *call, "--task=colorizing")
     assert not (tmp_path / "o.mp4").exists()
+
+
+@pytest.mark.parametrize("mode", ["regression", "classification"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_diverged_is_said_to_have_instead_of_painting_black(mode, value):
+    task = Colorization(mode)
+    output = torch.zeros(1, task.channels, *SIZE)
+    output[0, 1, 3, 3] = value
+    with pytest.raises(FrameError, match="not finite.*diverged.*lower the learning rate"):
+        task.predict(output, to_grey(colour_frames(1)[0]))
 
 
 def test_step_returns_what_the_model_returns():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ttt_adapt.augment import Augment
 from ttt_adapt.data import Clip, open_frames
-from ttt_adapt.errors import ConfigError, DataError, nearest
+from ttt_adapt.errors import ConfigError, DataError, FrameError, nearest
 from ttt_adapt.lab import colour_frame, gamma, rgb_to_lab, to_grey
 from ttt_adapt.tasks.base import Criterion, Metric, Stills, Task
 from ttt_adapt.tasks.colorization import cells
@@ -70,7 +70,8 @@ class Colorization(Task):
     def __init__(self, mode: str = "regression", temperature: float = 0.38, uniform: float = 0.5) -> None:
         if mode not in MODES:
             raise ConfigError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
-        if not 0 < temperature <= 1 or not 0 <= uniform <= 1:
+        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (temperature, uniform))
+        if not numbers or not 0 < temperature <= 1 or not 0 <= uniform <= 1:
             raise ConfigError(f"temperature {temperature!r} must be in (0, 1], and uniform {uniform!r} in [0, 1]")
         self.mode, self._temperature, self._uniform = mode, temperature, uniform
         self.distribution = mode == "classification"
@@ -140,7 +141,16 @@ class Colorization(Task):
         return to_grey(frame)
 
     def predict(self, output: Tensor, frame: np.ndarray) -> np.ndarray:
-        """The frame in colour: a and b of the output at its size, luminance its own."""
+        """The frame in colour: a and b of the output at its size, luminance its own.
+
+        Raises:
+            FrameError: the output holds numbers that are not finite.
+        """
+        if not output.isfinite().all():
+            raise FrameError(
+                f"the model returned {self.outputs} that are not finite (NaN or infinity): it has diverged; lower the "
+                "learning rate of adaptation (--set lr=...), or train the checkpoint anew"
+            )
         ab = cells.annealed_mean(output, self._temperature) if self.distribution else output * AB_SCALE
         ab = ab.detach().float()
         if ab.shape[2:] != frame.shape[:2]:
