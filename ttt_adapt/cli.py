@@ -159,7 +159,7 @@ def train(
 @app.command()
 def run(
     video: Annotated[str, typer.Argument(help="Video file, folder of frames, camera index, or URL.")],
-    checkpoint: Annotated[Path, typer.Option(help="A file of `ttt-adapt train`.")],
+    checkpoint: Annotated[Path, typer.Option(help="A file of `ttt-adapt train`.")] = Path("model.safetensors"),
     out: Annotated[Path, typer.Option(help="The mp4 to write.")] = Path("out.mp4"),
     task: Annotated[str | None, typer.Option(help="What the checkpoint is for; it knows itself.")] = None,
     view: Annotated[str, typer.Option(help="overlay, or panels (frame, fixed, adapted, reconstruction).")] = "overlay",

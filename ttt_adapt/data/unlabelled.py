@@ -1,15 +1,19 @@
 """Frames without labels: any folder of pictures or videos, for tasks whose label is the frame itself.
 
 A folder is walked through to the end. Every folder of pictures is a clip, called after the folder, or after the one
-above it where it is called `images` or `frames`; every video file is a clip. Folders of labels (`labels`,
+above it where it is called `images` or `frames`; every video file is a clip. Where a name is taken, the path is the
+name, with a number behind it if need be. Folders of labels (`labels`,
 `Annotations`, `panoptic`, ...) and a `NAME.png` beside a `NAME.jpg` are passed over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+import tempfile
+from collections.abc import Container, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +62,8 @@ class PictureClip(Clip):
 class VideoClip(Clip):
     """The frames of a video file; every pixel has the class id 0.
 
-    Iterating decodes frame by frame. Reading by index decodes up to there and keeps what it has decoded.
+    Iterating decodes frame by frame. Reading by index decodes up to there and keeps what it has decoded, in a temporary
+    file; a process that inherits the clip by a fork, or is sent it, decodes for itself.
     """
 
     def __init__(self, name: str, file: Path, size: tuple[int, int] | None = None, frames: int | None = None) -> None:
@@ -66,8 +71,10 @@ class VideoClip(Clip):
             fps = video.fps
         super().__init__(name, [(file, file)], _no_labels, classes=(), size=size, fps=fps)
         self._file, self._limit = file, frames
-        self._kept: list[Sample] = []
-        self._more: Iterator[Sample] | None = None
+        self._kept: _Kept | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": None}
 
     @cached_property
     def _length(self) -> int:
@@ -79,11 +86,23 @@ class VideoClip(Clip):
         return self._length
 
     def __getitem__(self, index: int) -> Sample:
+        """A sample.
+
+        Raises:
+            DataError: fewer frames can be decoded than the file announces.
+        """
         index = range(len(self))[index]
-        self._more = self._more or iter(self)
-        while len(self._kept) <= index:
-            self._kept.append(next(self._more))
-        return self._kept[index]
+        if self._kept is None or self._kept.process != os.getpid():
+            if self._kept is not None:
+                _FORKED.append(self._kept)
+            self._kept = _Kept(frame for frame, _ in self)
+        frame = self._kept.frame(index)
+        if frame is None:
+            raise DataError(
+                f"{self._file} announces {len(self)} frames, but only {len(self._kept)} can be decoded: frame {index} "
+                "is missing. Write the file anew (ffmpeg -i IN OUT), or use its pictures"
+            )
+        return _sample(frame)
 
     def __iter__(self) -> Iterator[Sample]:
         with open_video(self._file) as video:
@@ -95,6 +114,41 @@ class VideoClip(Clip):
     def describe(self) -> dict[str, Any]:
         """Of the file, name and length."""
         return {**super().describe(), "frames": len(self)}
+
+
+_FORKED: list[_Kept] = []
+"""What a forked process leaves alone: a decoder whose thread it does not have cannot even be closed."""
+
+
+class _Kept:
+    """Frames of an iteration by index; those that have been decoded lie in a temporary file, not in memory.
+
+    Attributes:
+        process: id of the one process that may use it.
+    """
+
+    def __init__(self, frames: Iterator[np.ndarray]) -> None:
+        self.process, self._frames = os.getpid(), frames
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - open as long as this lives
+        self._places: list[tuple[int, tuple[int, ...]]] = []  # (offset, shape)
+        self._end = 0
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def frame(self, index: int) -> np.ndarray | None:
+        """uint8 [H, W, 3], or None behind the last one."""
+        while len(self._places) <= index:
+            frame = next(self._frames, None)
+            if frame is None:
+                return None
+            self._file.seek(self._end)
+            self._file.write(frame.tobytes())
+            self._places.append((self._end, frame.shape))
+            self._end += frame.nbytes
+        offset, shape = self._places[index]
+        self._file.seek(offset)
+        return np.frombuffer(self._file.read(int(np.prod(shape))), np.uint8).reshape(shape)
 
 
 def open_frames(
@@ -120,8 +174,7 @@ def open_frames(
         raise DataError(f"{root} is not a folder, nor a video file; expected pictures or videos")
     found: dict[str, tuple[Path, list[Path]]] = {}
     for place, files in [(root, [])] if root.is_file() else _walk(root):
-        plain = _name(place)
-        found[plain if plain not in found else "-".join(place.relative_to(root).with_suffix("").parts)] = (place, files)
+        found[_free_name(place, root, found)] = (place, files)
     if not found:
         raise DataError(f"no picture and no video was found in {root}; known suffixes: {_suffixes()}")
     for name in names or ():
@@ -154,6 +207,13 @@ def _name(place: Path) -> str:
     if place.name in FRAME_FOLDERS:
         return place.resolve().parent.name
     return place.resolve().stem if place.is_file() else place.resolve().name
+
+
+def _free_name(place: Path, root: Path, taken: Container[str]) -> str:
+    """The place's name; where it is taken, its path under the root, with a number if that is taken too."""
+    plain, path = _name(place), "-".join(place.relative_to(root).parts)
+    names = chain([plain, path], (f"{path}-{number}" for number in count(2)))
+    return next(name for name in names if name and name not in taken)
 
 
 def _suffixes() -> str:
