@@ -6,17 +6,21 @@ import json
 import warnings
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from arm_inputs import CONFIG, VIT, checkpoint
 from test_cli import DATA, TINY, fail, invoke, needs_clip
-from ttt_adapt.checkpoint import load_checkpoint
+from ttt_adapt.checkpoint import Checkpoint, load_checkpoint
+from ttt_adapt.commands.contenders import contenders_of, fingerprints
+from ttt_adapt.commands.evaluate import _weights
 from ttt_adapt.commands.run import RunOptions
 from ttt_adapt.commands.run import run as run_video
 from ttt_adapt.commands.train import TrainOptions
@@ -25,7 +29,7 @@ from ttt_adapt.data import PictureClip, VideoClip, open_frames
 from ttt_adapt.demo.street import street_stream
 from ttt_adapt.errors import ConfigError, DataError, FrameError, VideoError
 from ttt_adapt.evaluation.arms import ARMS, find_arm
-from ttt_adapt.evaluation.report import Report, markdown_table
+from ttt_adapt.evaluation.report import Report, Run, markdown_table
 from ttt_adapt.evaluation.runner import run_arm
 from ttt_adapt.joint import TrainConfig
 from ttt_adapt.lab import to_grey
@@ -34,6 +38,7 @@ from ttt_adapt.tasks import Colorization, find_task
 from ttt_adapt.tasks.colorization import cells
 from ttt_adapt.tasks.colorization.networks import ALEXNET, INCEPTION
 from ttt_adapt.tasks.colorization.score import ColourScore
+from ttt_adapt.video import VideoReader
 
 SIZE = (48, 64)
 TRAIN = ["--task=colorization", *TINY, "--size=48x64", "--batch-size=3", "--first-epochs=1", "--epochs=1"]
@@ -132,6 +137,31 @@ def streamed(out: Path, **options) -> list[np.ndarray]:
     return written
 
 
+def by_hand(made: Checkpoint, outputs: list[torch.Tensor], truth: list[np.ndarray]) -> dict[str, Any]:
+    """PSNR of what the task makes of a model's outputs, and of the grey."""
+    greys = [to_grey(frame) for frame in truth]
+    ours = [made.task.predict(output, grey) for output, grey in zip(outputs, greys, strict=True)]
+    errors, grey = (
+        [float(np.square(a.astype(float) - b).mean()) for a, b in zip(frames, truth, strict=True)]
+        for frames in (ours, greys)
+    )
+    decibels = [10 * np.log10(255**2 / error) for error in (*errors, np.mean(errors), np.mean(grey))]
+    return {"per_frame": decibels[:-2], "psnr": decibels[-2], "psnr_grey": decibels[-1]}
+
+
+def check_scores(run: Run, expected: dict[str, Any]) -> None:
+    for name, value in expected.items():
+        assert getattr(run, name) == pytest.approx(value, abs=1e-3), name
+
+
+def stepped(arm: str, made: Checkpoint, truth: list[np.ndarray]) -> list[torch.Tensor]:
+    """What an arm returns for the grey of the frames."""
+    runner = find_arm(arm).start(made, CONFIG)
+    outputs = [runner.step(to_grey(frame)).detach().clone() for frame in truth]
+    runner.close()
+    return outputs
+
+
 # Data --------------------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +242,40 @@ def test_a_video_is_a_clip_read_in_order_or_by_index_up_to_a_limit(tmp_path):
     assert np.array_equal(clip[1][0], frames[1])
 
 
+def test_no_clip_vanishes_because_of_its_name(tmp_path):
+    frame = colour_frames(1)[0]
+    for name in ("film.mp4", "film.mkv", "other.mkv"):
+        write_video(tmp_path / name, [frame], codec="mpeg4", pix_fmt="yuv420p")
+    for folder in ("film", "a/b", "c/b", "c-b"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.fromarray(frame).save(tmp_path / folder / "0.png")
+    found = [clip.name for clip in open_frames(tmp_path)]
+    assert sorted(found) == ["b", "c-b", "c-b-2", "film", "film-2", "film.mp4", "other"]
+    assert {clip.name: type(clip) for clip in open_frames(tmp_path, ["film.mp4", "film-2"])} == {
+        "film.mp4": VideoClip, "film-2": PictureClip,
+    }  # fmt: skip
+
+
+def test_a_video_with_fewer_frames_than_it_announces_is_named_with_both_numbers(tmp_path, monkeypatch):
+    clip = VideoClip("film", write_video(tmp_path / "film.mkv", colour_frames(3)))
+    monkeypatch.setattr(VideoReader, "length", 5)
+    assert clip[2][0].shape == (*SIZE, 3)
+    with pytest.raises(DataError, match=r"film\.mkv announces 5 frames, but only 3 can be decoded: frame 4"):
+        clip[4]
+
+
+def test_a_video_that_was_read_from_can_be_read_by_other_processes(tmp_path):
+    frames = colour_frames(12)
+    clip = VideoClip("film", write_video(tmp_path / "film.mkv", frames))
+    assert np.array_equal(clip[2][0], frames[2])  # its decoder is in the middle, with a thread of its own
+    order = [11, 0, 5, 7, 3, 2]
+    for method in ("fork", "spawn"):
+        loader = DataLoader(clip, None, sampler=order, num_workers=2, timeout=120, multiprocessing_context=method)
+        for index, (frame, _) in zip(order, loader, strict=True):
+            assert np.array_equal(frame, frames[index])
+    assert np.array_equal(clip[4][0], frames[4])
+
+
 def test_an_arm_is_shown_grey_and_scored_against_the_colours(pictures):
     clip = Colorization.clips(str(pictures), ["trip"], SIZE, None, "auto")[0]
     for (grey, colours), frame in zip(clip, colour_frames(4), strict=True):
@@ -230,6 +294,19 @@ def test_training_takes_any_folder_and_says_which_pictures_teach_nothing(trained
                               encoder_options=VIT["encoder_options"], task="colorization",
                               config=TrainConfig(epochs=1, batch_size=8)))  # fmt: skip
     assert "2 pictures are stored in grey and left out" in capfd.readouterr().err
+
+
+def test_a_film_in_black_and_white_teaches_nothing_and_is_left_out_by_name(tmp_path):
+    title, frames = np.zeros((*SIZE, 3), np.uint8), colour_frames(4)
+    write_video(tmp_path / "old.mkv", [to_grey(frame) for frame in frames])
+    with pytest.raises(DataError, match="all 4 pictures and frames of videos are grey"):
+        Colorization.stills(str(tmp_path), [], SIZE, None)
+    write_video(tmp_path / "new.mkv", [title, title, *frames])  # it begins in black
+    stills = Colorization.stills(str(tmp_path), [], SIZE, None)
+    assert [clip.name for clip in stills.samples] == ["new"]
+    assert len(stills.notes) == 1
+    assert "1 videos are black and white and left out" in stills.notes[0]
+    assert stills.notes[0].endswith(": old")
 
 
 def test_what_a_model_is_shown_and_what_it_has_to_find_are_the_grey_and_the_colours_of_one_picture():
@@ -385,6 +462,16 @@ def test_grey_pictures_of_16_bits_and_of_a_palette_are_a_film_too(trained, tmp_p
         assert np.abs(to_grey(picture)[..., 0].astype(int) - grey).max() <= 1
 
 
+def test_run_without_a_checkpoint_takes_what_train_writes_by_default(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "old.mkv", [to_grey(frame) for frame in colour_frames(2)], pix_fmt="gray")
+    call = ["run", "old.mkv", "--task=colorization", "--out=colour.mp4", "--set=batch_size=2"]
+    assert "model.safetensors" in fail(capsys, monkeypatch, *call)
+    (tmp_path / "model.safetensors").symlink_to(trained)
+    invoke(*call)
+    assert len(decoded(tmp_path / "colour.mp4")) == 2
+
+
 def test_another_task_than_the_checkpoints_is_refused(trained, tmp_path, capsys, monkeypatch):
     source = write_video(tmp_path / "old.mkv", colour_frames(2))
     call = ["run", source, f"--checkpoint={trained}", f"--out={tmp_path / 'o.mp4'}"]
@@ -436,8 +523,15 @@ def test_eval_writes_the_shared_report_table_and_plots(trained, pictures, tmp_pa
     report = Report.load(out / "report.json")
     assert report.task is find_task("colorization")
     assert len(report.runs) == 4 * 2
+    made, truth = load_checkpoint(trained), colour_frames(4)
+    with torch.no_grad():
+        outputs = [made.model.eval()(made.spec.preprocess()(to_grey(frame))) for frame in truth]
+    fixed = report.select(find_arm("fixed").title)
+    assert len(fixed) == 2
+    for run in fixed:
+        check_scores(run, by_hand(made, outputs, truth))
     for run in report.runs:
-        assert 5 < run.psnr < 60
+        assert run.psnr_grey == pytest.approx(fixed[0].psnr_grey)
         assert (run.miou, run.per_class, run.lpips) == (None, {}, None)
         assert len(run.per_frame) == 4
     header = (out / "table.md").read_text().splitlines()[0]
@@ -505,10 +599,11 @@ def test_arms_made_of_distributions_say_that_they_do_not_apply_to_a_regression(a
 
 def test_arms_made_of_distributions_run_on_scores_of_cells_and_one_class_per_pixel_is_not_enough():
     made = checkpoint(task="colorization", classes=(), task_options={"mode": "classification"})
-    clip = [(to_grey(frame), frame) for frame in colour_frames(2)]
+    truth = colour_frames(2)
+    clip = [(to_grey(frame), frame) for frame in truth]
     for arm in ("tent", "online+smooth"):
-        run = run_arm(find_arm(arm), made, clip, CONFIG, name="clip")
-        assert 5 < run.psnr < 60
+        expected = by_hand(made, stepped(arm, made, truth), truth)
+        check_scores(run_arm(find_arm(arm), made, clip, CONFIG, name="clip"), expected)
     with pytest.raises(ConfigError, match="online-shuffled keeps one class per pixel"):
         find_arm("online-shuffled").start(made, CONFIG)
 
@@ -535,6 +630,28 @@ def test_clips_of_another_task_or_options_of_labels_are_refused(trained, picture
     assert not (tmp_path / "eval").exists()
 
 
+def test_a_clip_without_colours_or_too_small_is_refused_before_the_first_run(
+    pictures, trained, tmp_path, capsys, monkeypatch
+):
+    for name, frame in (("grey", to_grey(colour_frames(1)[0])), ("small", colour_frames(1)[0][:10])):
+        (tmp_path / name).mkdir()
+        Image.fromarray(frame).save(tmp_path / name / "0.png")
+    call = ["eval", tmp_path, f"--checkpoint={trained}", "--size=native", f"--out={tmp_path / 'e'}"]
+    line = fail(capsys, monkeypatch, *call, "--clips=grey")
+    assert "clip grey is black and white: no colours to score against" in line
+    line = fail(capsys, monkeypatch, *call, "--clips=small")
+    assert "clip small has frames of 10 x 64; expected both sides at least 11 pixels" in line
+    assert not (tmp_path / "e").exists()
+
+
+def test_the_record_knows_files_of_weights_by_content_and_no_other_file(trained, tmp_path):
+    (tmp_path / ALEXNET).write_bytes(b"one")
+    (tmp_path / "notes.txt").write_bytes(b"mine")
+    rows = contenders_of(["fixed"], [trained], [])
+    sha = "7692c3ad3540bb80"  # of "one"
+    assert fingerprints(_weights(rows, tmp_path)) == [f"{ALEXNET} sha256:{sha}"]
+
+
 def test_colorization_trains_and_is_scored_on_the_rendered_street_too(tmp_path):
     out = tmp_path / "s.safetensors"
     invoke("train", "street", *TRAIN, "--stills=3", f"--out={out}")
@@ -546,8 +663,6 @@ def test_old_reports_load_and_tables_turn_where_less_is_better():
     root = Path(__file__).parents[1] / "benchmarks" / "results"
     old = Report.load(root / "camvid-vit" / "report.json")
     assert (old.task.name, old.headline.field) == ("segmentation", "miou")
-    from ttt_adapt.evaluation.report import Run
-
     report = Report()
     for arm, flicker in (("fixed", 3.0), ("online", 2.0)):
         for seed in range(2):
@@ -636,8 +751,10 @@ def test_weights_are_refused_where_no_metric_needs_them():
 def test_any_encoder_of_timm_will_do():
     for spec in ({}, VIT):
         made = checkpoint(task="colorization", classes=(), **spec)
-        run = run_arm(ARMS["online"], made, [(to_grey(f), f) for f in colour_frames(2)], CONFIG, name="c")
-        assert 5 < run.psnr < 60
+        truth = colour_frames(2)
+        expected = by_hand(made, stepped("online", made, truth), truth)
+        run = run_arm(ARMS["online"], made, [(to_grey(f), f) for f in truth], CONFIG, name="c")
+        check_scores(run, expected)
         assert run.losses[-1] is not None
 
 

@@ -178,6 +178,8 @@ def check(
                 if contender.branch and isinstance(checkpoint.branch, MAEBranch):
                     with checkpoint.branch.using(**contender.branch):
                         pass  # its checks
+    for clip in clips:
+        find_task(read_spec(paths[0]).task).check_clip(clip)
 
 
 def _check_one_task(paths: Sequence[Path]) -> None:
@@ -189,7 +191,7 @@ def _check_one_task(paths: Sequence[Path]) -> None:
 
 def describe(contender: Contender) -> dict[str, Any]:
     """What a contender is, for the record."""
-    row: dict[str, Any] = {"arm": contender.arm, "checkpoints": _fingerprints(contender.checkpoints)}
+    row: dict[str, Any] = {"arm": contender.arm, "checkpoints": fingerprints(contender.checkpoints)}
     if contender.changes:
         row["changes"] = dict(contender.changes)
     if contender.branch:
@@ -197,7 +199,7 @@ def describe(contender: Contender) -> dict[str, Any]:
     return row
 
 
-def _fingerprints(files: Sequence[Path]) -> list[str]:
+def fingerprints(files: Sequence[Path]) -> list[str]:
     """Name and content of files, so that a file that was trained anew is another one."""
     return [f"{file.name} sha256:{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}" for file in files]
 

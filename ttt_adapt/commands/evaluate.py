@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from ttt_adapt.branch import MAEBranch
-from ttt_adapt.checkpoint import Checkpoint, load_checkpoint
+from ttt_adapt.checkpoint import Checkpoint, load_checkpoint, read_spec
 from ttt_adapt.commands.common import notice, progress_bar
-from ttt_adapt.commands.contenders import Contender, RealTime, check, describe
+from ttt_adapt.commands.contenders import Contender, RealTime, check, describe, fingerprints
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.data import Clip
 from ttt_adapt.errors import DataError, StateError
@@ -24,6 +24,7 @@ from ttt_adapt.evaluation.realtime import measure_forwards
 from ttt_adapt.evaluation.report import Report, environment, markdown_table
 from ttt_adapt.evaluation.runner import run_arm
 from ttt_adapt.evaluation.tables import describe_failure
+from ttt_adapt.tasks import find_task
 
 
 def evaluate(
@@ -70,7 +71,7 @@ def evaluate(
         "device": str(device),
         **({} if real_time is None else {"real_time": dict(real_time.forwards)}),
         **({} if study is None else {"study": study}),
-        **({} if metric_weights is None else {"metric_weights": sorted(p.name for p in metric_weights.iterdir())}),
+        **({} if metric_weights is None else {"metric_weights": fingerprints(_weights(contenders, metric_weights))}),
     }
     report = _open_report(out / "report.json", settings)
     try:
@@ -83,6 +84,12 @@ def evaluate(
         check_failures(report, out)
     _write(report, out)
     return report
+
+
+def _weights(contenders: Sequence[Contender], folder: Path) -> list[Path]:
+    """The files of metrics in the folder that the contenders' task knows."""
+    known = find_task(read_spec(contenders[0].checkpoints[0]).task).weight_files
+    return [folder / name for name in known if (folder / name).is_file()]
 
 
 def check_failures(report: Report, out: Path) -> None:

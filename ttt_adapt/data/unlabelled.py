@@ -173,7 +173,7 @@ def open_frames(
     if not root.exists():
         raise DataError(f"{root} is not a folder, nor a video file; expected pictures or videos")
     found: dict[str, tuple[Path, list[Path]]] = {}
-    for place, files in [(root, [])] if root.is_file() else _walk(root):
+    for place, files in [(root, [])] if root.is_file() else walk(root):
         found[_free_name(place, root, found)] = (place, files)
     if not found:
         raise DataError(f"no picture and no video was found in {root}; known suffixes: {_suffixes()}")
@@ -189,8 +189,8 @@ def open_frames(
     ]
 
 
-def _walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """(folder, its pictures) and (video file, nothing), in natural order."""
+def walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """(folder, its pictures) and (video file, nothing), in natural order to the end; what holds labels is left out."""
     files = images_in(folder, PICTURE_SUFFIXES)
     photographs = {file.stem for file in files if file.suffix.lower() in (".jpg", ".jpeg")}
     files = [file for file in files if file.suffix.lower() != ".png" or file.stem not in photographs]
@@ -200,7 +200,7 @@ def _walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
         yield video, []
     for inner in folders_in(folder):
         if inner.name.lower() not in LABEL_FOLDERS:
-            yield from _walk(inner)
+            yield from walk(inner)
 
 
 def _name(place: Path) -> str:

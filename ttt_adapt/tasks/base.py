@@ -118,6 +118,7 @@ class Task(ABC):
         keeps_classes: whether the most likely class of a pixel is all that a prediction is made of.
         labelled: whether its targets are class ids that come with the frames.
         source: caption of what the model is shown.
+        weight_files: names of the files that some metrics are measured with.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Task(ABC):
     keeps_classes: bool
     labelled: bool
     source: str
+    weight_files: tuple[str, ...] = ()
 
     @property
     @abstractmethod
@@ -162,6 +164,14 @@ class Task(ABC):
     @abstractmethod
     def adopt(cls, clip: Clip) -> Clip:
         """A clip of frames and class ids as one of this task."""
+
+    @classmethod  # noqa: B027 - most tasks take every clip
+    def check_clip(cls, clip: Clip) -> None:
+        """Refuse a clip that cannot be scored, before the first run; from a few frames.
+
+        Raises:
+            DataError: it says why not.
+        """
 
     @abstractmethod
     def sample(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ttt_adapt.data import Clip, PictureClip, Sample
+from ttt_adapt.data import Clip, PictureClip, Sample, VideoClip
 from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt.lab import to_grey
+from ttt_adapt.tasks.colorization.score import SMALLEST, in_colour
+
+_LOOKED_AT = 8
 
 
 class GreyedClip(Clip):
@@ -39,16 +42,49 @@ class GreyedClip(Clip):
         return to_grey(frame), frame
 
 
-def without_grey(clips: Sequence[Clip]) -> list[Clip]:
-    """The clips without pictures that are stored in grey.
+def without_grey(clips: Sequence[Clip]) -> tuple[list[Clip], list[str]]:
+    """The clips without pictures that are stored in grey and without videos in black and white.
+
+    Returns:
+        What is left; and what was left out, in words.
 
     Raises:
         DataError: nothing is left.
     """
-    kept = [clip.but_grey() if isinstance(clip, PictureClip) else clip for clip in clips]
+    films = [clip for clip in clips if isinstance(clip, VideoClip) and not shows_colour(clip)]
+    kept = [clip.but_grey() if isinstance(clip, PictureClip) else clip for clip in clips if clip not in films]
     if not any(map(len, kept)):
-        raise DataError(f"all {sum(map(len, clips))} pictures are grey: there are no colours to learn from")
-    return [clip for clip in kept if len(clip)]
+        what = "pictures and frames of videos" if films else "pictures"
+        raise DataError(f"all {sum(map(len, clips))} {what} are grey: there are no colours to learn from")
+    notes = []
+    if grey := sum(map(len, clips)) - sum(map(len, films)) - sum(map(len, kept)):
+        notes.append(f"{grey} pictures are stored in grey and left out: they have no colours to teach")
+    if films:
+        names = ", ".join(film.name for film in films)
+        notes.append(f"{len(films)} videos are black and white and left out, they have no colours to teach: {names}")
+    return [clip for clip in kept if len(clip)], notes
+
+
+def shows_colour(clip: Clip) -> bool:
+    """Whether one of up to `_LOOKED_AT` frames, evenly spread over the clip, is in colour."""
+    places = sorted({len(clip) * i // _LOOKED_AT for i in range(_LOOKED_AT)})
+    return any(in_colour(clip[place][-1 if isinstance(clip, GreyedClip) else 0]) for place in places)
+
+
+def check_scorable(clip: Clip) -> None:
+    """Refuse a clip whose colours cannot be scored, from a few of its frames.
+
+    Raises:
+        DataError: its frames are smaller than the window of SSIM, or grey.
+    """
+    height, width = clip[0][0].shape[:2]
+    if min(height, width) < SMALLEST:
+        raise DataError(
+            f"clip {clip.name} has frames of {height} x {width}; expected both sides at least {SMALLEST} pixels: "
+            "leave it out (--clips), or choose a --size"
+        )
+    if not shows_colour(clip):
+        raise DataError(f"clip {clip.name} is black and white: no colours to score against; leave it out (--clips)")
 
 
 def common_size(clips: Sequence[Clip]) -> tuple[int, int]:

@@ -30,7 +30,7 @@ PSNR_LIMIT = 100.0
 SMALLEST = 11
 """Pixels, the side of SSIM's window."""
 COLOURLESS = 1.0
-"""Mean chroma, in units of a and b, below which a clip is grey."""
+"""Mean chroma, in units of a and b, below which a frame, or a clip, is grey."""
 
 
 class ColourScore:
@@ -113,7 +113,7 @@ class ColourScore:
 
     def _add_colours(self, prediction: Tensor, truth: Tensor) -> None:
         ours, true = (rgb_to_lab(image[0].float() / 255)[1:] for image in (prediction, truth))
-        self._chroma.append(float(true.norm(dim=0).mean()))
+        self._chroma.append(_chroma(true))
         if self._last is not None and self._last[0].shape == ours.shape:
             change = (ours - self._last[0]) - (true - self._last[1])
             self._flicker.append(float(change.square().sum(0).mean().sqrt()))
@@ -123,6 +123,17 @@ class ColourScore:
 def psnr(square: float) -> float:
     """Peak signal-to-noise ratio in dB of a mean square error of 8-bit values, at most `PSNR_LIMIT`."""
     return PSNR_LIMIT if square <= 0 else min(20 * math.log10(255) - 10 * math.log10(square), PSNR_LIMIT)
+
+
+def in_colour(frame: np.ndarray) -> bool:
+    """Whether the mean chroma of a frame, uint8 RGB [H, W, 3], is at least `COLOURLESS`."""
+    rgb = torch.from_numpy(frame.copy()).permute(2, 0, 1).float() / 255
+    return _chroma(rgb_to_lab(rgb)[1:]) >= COLOURLESS
+
+
+def _chroma(ab: Tensor) -> float:
+    """Mean over pixels, of [2, H, W]."""
+    return float(ab.norm(dim=0).mean())
 
 
 def _mean_square(a: np.ndarray, b: np.ndarray) -> float:

@@ -22,7 +22,8 @@ from ttt_adapt.errors import ConfigError, DataError, FrameError, nearest
 from ttt_adapt.lab import colour_frame, gamma, rgb_to_lab, to_grey
 from ttt_adapt.tasks.base import Criterion, Metric, Stills, Task
 from ttt_adapt.tasks.colorization import cells
-from ttt_adapt.tasks.colorization.clips import GreyedClip, common_size, without_grey
+from ttt_adapt.tasks.colorization.clips import GreyedClip, check_scorable, common_size, without_grey
+from ttt_adapt.tasks.colorization.networks import SOURCES
 from ttt_adapt.tasks.colorization.score import ColourScore
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Colorization(Task):
     augment = Augment(saturation=(1.0, 1.0), hue=(0.0, 0.0))  # its colours are what a picture teaches
     keeps_classes = labelled = False
     source = "grey"
+    weight_files = tuple(SOURCES)
 
     def __init__(self, mode: str = "regression", temperature: float = 0.38, uniform: float = 0.5) -> None:
         if mode not in MODES:
@@ -95,13 +97,11 @@ class Colorization(Task):
     def stills(
         cls, data: str, names: Sequence[str], size: tuple[int, int] | None, classes: Sequence[str] | None
     ) -> Stills:
-        """Every picture under `data` that is stored in colour, and every frame of its videos."""
+        """Every picture under `data` that is stored in colour, and every frame of its videos in colour."""
         _refuse_classes(classes)
         found = open_frames(data, list(names) or None, size)
-        kept = without_grey(found)
-        grey = sum(map(len, found)) - sum(map(len, kept))
-        notes = (f"{data}: {grey} pictures are stored in grey and left out: they have no colours to teach",)
-        return Stills(kept, size or common_size(kept), notes=notes if grey else ())
+        kept, notes = without_grey(found)
+        return Stills(kept, size or common_size(kept), notes=tuple(f"{data}: {note}" for note in notes))
 
     @classmethod
     def clips(
@@ -117,6 +117,11 @@ class Colorization(Task):
     def adopt(cls, clip: Clip) -> Clip:
         """Its frames in grey, with their colours as labels."""
         return GreyedClip(clip)
+
+    @classmethod
+    def check_clip(cls, clip: Clip) -> None:
+        """It is large enough, and a few of its frames show colour."""
+        check_scorable(clip)
 
     def sample(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """The grey of the picture's luminance, and its a and b, [2, H, W]."""
