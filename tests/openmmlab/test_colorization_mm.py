@@ -89,3 +89,12 @@ def test_pictures_are_found_in_imagenets_folders_and_an_empty_folder_is_named(tm
     (tmp_path / "n01440764" / "a.JPEG").write_bytes(b"")
     found = ColourPictures(tmp_path).get_data_info(0)
     assert (found["video_id"], found["img_path"]) == ("n01440764", str(tmp_path / "n01440764" / "a.JPEG"))
+
+
+def test_label_images_are_no_pictures_and_files_come_in_natural_order(tmp_path):
+    for place in ("JPEGImages/bear/10.jpg", "JPEGImages/bear/2.jpg", "JPEGImages/bear/2.png", "Annotations/bear/2.png"):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_bytes(b"")
+    found = ColourPictures(tmp_path)
+    bear = str(tmp_path / "JPEGImages" / "bear")
+    assert [found.get_data_info(i)["img_path"] for i in range(len(found))] == [f"{bear}/2.jpg", f"{bear}/10.jpg"]
