@@ -469,6 +469,17 @@ def test_under_bf16_weights_gradients_and_optimizer_stay_in_float32(make):
     assert {t.dtype for s in state["optimizer"]["state"]["state"].values() for t in s.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["eager", "compile"])
+def test_a_callers_autocast_does_not_change_what_is_learned(make, kind, precision):
+    plain, inside = (make(kind, precision=precision, iterations=2, lr=1e-2) for _ in range(2))
+    for frame in clip(3):
+        plain.adapt(frame)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside.adapt(frame)
+        assert inside.last.losses == plain.last.losses
+
+
 def test_fp16_is_refused_with_what_to_use_instead():
     with pytest.raises(ConfigError, match="fp16.*loss scale.*bf16"):
         StreamConfig(precision="fp16")

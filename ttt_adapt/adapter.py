@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ttt_adapt.branch import MAEBranch
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.engine import Beside, Problem, StepReport, choose_engine, explained_memory_errors
+from ttt_adapt.engine.precision import forward_pass
 from ttt_adapt.errors import ConfigError, FrameError, StateError
 from ttt_adapt.frames import Preprocess, default_preprocess, pixels_of, scaling, to_model_input
 from ttt_adapt.gate import SurpriseGate
@@ -231,7 +232,7 @@ class StreamAdapter:
 
     def _surprise(self) -> float:
         """The loss of a batch with the weights as they are, without a gradient: what the gate looks at."""
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with forward_pass(self.config.precision, self._device):
             return float(self._branch.loss(self._draw(), generator=self._generator))
 
     def _update(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -65,7 +65,8 @@ class CompileEngine(EagerEngine):
                 self._passes.popitem(last=False)
         self._passes.move_to_end(key)
         compiled, reached = self._passes[key]
-        with torch.no_grad():  # the gradients are in the list
+        # the gradients are in the list, and so are the casts: a caller's autocast adds none
+        with torch.no_grad(), forward_pass("fp32", problem.device):
             value, *gradients = compiled(images, drawn)
         found: list[Tensor | None] = [None] * len(problem.parameters)
         taken: set[int] = set()
