@@ -245,12 +245,14 @@ def test_gradients_that_share_memory_are_clipped_once(make):
     assert_near(*found, "compile")
 
 
-def test_other_settings_of_the_branch_are_compiled_anew(make):
-    eager, other, frames = make("eager"), make("compile"), clip(3)
+@pytest.mark.parametrize("kind", ENGINES)
+def test_other_settings_of_the_branch_are_heeded_at_once(make, kind):
+    eager, other, frames = make("eager", window=1), make(kind, window=1), clip(WARM_UP + 2)
     for adapter in (eager, other):
-        adapter.step(frames[0])
+        for frame in frames[:-1]:
+            adapter.step(frame)
         with adapter.branch.using(loss_on="all"):
-            adapter.step(frames[1])
+            adapter.step(frames[-1])
     assert other.last.losses == pytest.approx(eager.last.losses, rel=1e-4)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -24,7 +24,7 @@ from ttt_adapt.errors import ConfigError, FrameError, StateError
 from ttt_adapt.frames import Preprocess, default_preprocess, pixels_of, scaling, to_model_input
 from ttt_adapt.gate import SurpriseGate
 from ttt_adapt.loan import adapted_tensors, adapting, check_arguments, give_back, memory_of
-from ttt_adapt.objectives.base import Objective
+from ttt_adapt.objectives.base import Drawn, Objective
 from ttt_adapt.optim import ParamGroups, Restart, adamw, decides_on_device, parameter_groups, step_if
 from ttt_adapt.saved import check_saved, loaded_optimizer
 from ttt_adapt.snapshot import Snapshot, copied
@@ -211,7 +211,7 @@ class StreamAdapter:
         sketch, numbers = None, None
         with self._undone_if_it_fails():
             self._window.stage(x[0], pixels)
-            state = self._window.tick(self.window) if self._engine.records else ()
+            state = self._recorded_state() if self._engine.records else ()
             skipped = "" if self._frame_index % self.config.every == 0 else "every"
             surprise = self._surprise() if self.config.gate == "surprise" and not skipped else None
             if surprise is not None and not self._gate.is_open(surprise):
@@ -229,6 +229,11 @@ class StreamAdapter:
         self.last = StepReport(self._frame_index, skipped, ms, numbers, surprise if skipped == "gate" else None)
         self._frame_index += 1
         return self.last
+
+    def _recorded_state(self) -> tuple[Hashable, ...]:
+        """What Python decides of an update: which frames are drawn from where, and the objective's settings."""
+        settings = self._branch.settings() if isinstance(self._branch, Drawn) else ()
+        return *self._window.tick(self.window), settings
 
     def _surprise(self) -> float:
         """The loss of a batch with the weights as they are, without a gradient: what the gate looks at."""

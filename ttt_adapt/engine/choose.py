@@ -8,12 +8,12 @@ import shutil
 import torch
 
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.engine.compiled import CompileEngine, Drawn
+from ttt_adapt.engine.compiled import CompileEngine
 from ttt_adapt.engine.eager import EagerEngine
 from ttt_adapt.engine.graphs import CudaRecorder, GraphEngine
 from ttt_adapt.engine.precision import check_precision
 from ttt_adapt.errors import ConfigError
-from ttt_adapt.objectives.base import Objective, Remembering
+from ttt_adapt.objectives.base import Drawn, Objective, Remembering
 from ttt_adapt.optim import FusedAdamW
 
 GRAPHS_BY_DEFAULT = False  # until `pytest -m gpu tests/test_engines.py` has been seen to pass

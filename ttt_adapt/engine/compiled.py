@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,23 +19,6 @@ from ttt_adapt.engine.eager import EagerEngine, Gradients, Problem
 from ttt_adapt.engine.precision import forward_pass
 
 KEPT = 4  # shapes whose compiled passes are kept
-
-
-@runtime_checkable
-class Drawn(Protocol):
-    """An objective whose random draws can be made apart from its loss: `loss(x) == loss_of(x, draw(x))`."""
-
-    def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """All that is random about the loss of `images`."""
-        ...
-
-    def loss_of(self, images: Tensor, drawn: Tensor) -> Tensor:
-        """The loss with these draws; nothing else is random, and no value on the device decides what is computed."""
-        ...
-
-    def settings(self) -> Hashable:
-        """What the loss depends on beside images, draws and weights."""
-        ...
 
 
 class CompileEngine(EagerEngine):
