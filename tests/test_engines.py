@@ -16,7 +16,7 @@ from tape import TapeRecorder
 from ttt_adapt import MAEBranch, Normalize, StreamAdapter, StreamConfig
 from ttt_adapt.engine.choose import no_recording
 from ttt_adapt.engine.compiled import CompileEngine
-from ttt_adapt.engine.eager import EagerEngine
+from ttt_adapt.engine.eager import EagerEngine, Problem
 from ttt_adapt.engine.graphs import KEPT, WARM_UP, GraphEngine
 from ttt_adapt.engine.precision import both_passes
 from ttt_adapt.errors import ConfigError
@@ -245,6 +245,36 @@ def test_gradients_that_share_memory_are_clipped_once(make):
     assert_near(*found, "compile")
 
 
+class Aliased:
+    """One gradient for both `p` and `q`, one whose elements are one number for `r`; from the second pass on, `s`."""
+
+    def __init__(self):
+        self.passes = 0
+        self.p, self.q, self.r, self.s = (torch.nn.Parameter(torch.ones(3)) for _ in range(4))
+
+    def loss(self, images, *, generator=None):
+        self.passes += 1
+        late = (self.s**2).sum() if self.passes > 1 else 0.0
+        return ((self.p + self.q) ** 2).sum() + self.r.sum() + late
+
+
+@pytest.mark.parametrize("parts", [None, 1])
+def test_gradients_in_one_memory_are_scaled_once_and_meet_their_own_parameter(parts):
+    objective, generator = Aliased(), torch.Generator()
+    parameters = [objective.s, objective.p, objective.q, objective.r]
+    config = CONFIG.replace(micro_batch=parts)
+    problem = Problem(objective, parameters, 4, generator, config, torch.device("cpu"))
+    EagerEngine().gradients(problem, torch.zeros(2, 3, *SIZE))
+    found = [p.grad for p in parameters]
+    assert (found[0] is None) == (parts is None)
+    expected = [torch.full((3,), value) for value in (1.0, 4.0, 4.0, 1.0)]
+    assert same_bits(found[1:], expected[1:])
+    assert found[0] is None or same_bits(found[0], expected[0])
+    for gradient in found[1:]:
+        gradient.mul_(0.5)
+    assert same_bits(found[1:], [e * 0.5 for e in expected[1:]])
+
+
 @pytest.mark.parametrize("kind", ENGINES)
 def test_other_settings_of_the_branch_are_heeded_at_once(make, kind):
     eager, other, frames = make("eager", window=1), make(kind, window=1), clip(WARM_UP + 2)
@@ -390,14 +420,15 @@ def test_auto_says_what_it_picked_and_why():
 # ---- less work
 
 
-def test_a_batch_in_parts_learns_what_the_whole_batch_does():
+@pytest.mark.parametrize("size", [SIZE, (40, 50)], ids=["divided", "not divided"])
+def test_a_batch_in_parts_learns_what_the_whole_batch_does(size):
     found = []
     for parts in (None, 1, 2, 3):
         torch.manual_seed(9)
         model = zoo.PlainSeg().double().eval()
         config = CONFIG.replace(batch_size=4, micro_batch=parts)
         with StreamAdapter(model, encoder="backbone", config=config) as adapter:
-            for frame in clip(4):
+            for frame in clip(4, size):
                 adapter.step(frame)
             found.append(({name: w.clone() for name, w in weights(adapter).items()}, adapter.last.losses))
     for each, losses in found[1:]:

@@ -76,7 +76,7 @@ def no_compile(objective: Objective, device: torch.device) -> str:
     """Why `torch.compile` cannot run this stream; "" if it can."""
     if not isinstance(objective, Drawn):
         return (
-            f"{type(objective).__name__} does not say how its random draws come apart from its loss (draw, loss_of, "
+            f"{type(objective).__name__} does not say how its random draws come apart from its loss (draw, loss_of, weight, "
             "settings)"
         )
     if device.type == "cpu" and not _has_cpp_compiler():

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt_adapt.engine.eager import EagerEngine, Gradients, Problem
+from ttt_adapt.engine.eager import EagerEngine, Gradients, Problem, apart
 from ttt_adapt.engine.precision import forward_pass
 
 KEPT = 4  # shapes whose compiled passes are kept
@@ -37,10 +37,10 @@ class CompileEngine(EagerEngine):
         self._passes: OrderedDict[Hashable, tuple[Callable[..., list[Tensor]], list[int]]] = OrderedDict()
         self._predict: tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]] | None = None
 
-    def one_pass(self, problem: Problem, images: Tensor) -> tuple[Tensor, Gradients]:
-        """Loss and gradients of images that go through the model at once."""
+    def one_pass(self, problem: Problem, images: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Gradients]:
+        """As in `EagerEngine`."""
         objective: Any = problem.objective
-        drawn = objective.draw(images, problem.generator)
+        drawn = objective.draw(images, problem.generator) if drawn is None else drawn
         key = (tuple(images.shape), images.dtype, images.stride(), objective.settings())
         if key not in self._passes:
             self._passes[key] = self._compiled(problem, images, drawn)
@@ -52,12 +52,9 @@ class CompileEngine(EagerEngine):
         with torch.no_grad(), forward_pass("fp32", problem.device):
             value, *gradients = compiled(images, drawn)
         found: list[Tensor | None] = [None] * len(problem.parameters)
-        taken: set[int] = set()
         for index, gradient in zip(reached, gradients, strict=True):
-            # equal gradients may share memory, and clipping writes in place
-            found[index] = gradient.clone() if gradient.data_ptr() in taken else gradient
-            taken.add(gradient.data_ptr())
-        return value, tuple(found)
+            found[index] = gradient
+        return value, apart(found)
 
     def _compiled(
         self, problem: Problem, images: Tensor, drawn: Tensor
