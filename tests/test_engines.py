@@ -19,7 +19,7 @@ from ttt_adapt.engine.compiled import CompileEngine
 from ttt_adapt.engine.eager import EagerEngine, Problem
 from ttt_adapt.engine.graphs import KEPT, WARM_UP, GraphEngine
 from ttt_adapt.engine.precision import both_passes
-from ttt_adapt.errors import ConfigError
+from ttt_adapt.errors import ConfigError, EncoderError
 from ttt_adapt.objectives import Entropy
 from ttt_adapt.optim import FusedAdamW, step_if
 
@@ -175,6 +175,17 @@ def test_detach_gives_the_model_back_as_it_was(make, kind):
         for frame in clip(5):
             adapter.step(frame)
         adapter.detach()
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_weights_that_are_replaced_mid_stream_are_an_error(make, kind):
+    model = settle_norms(zoo.TinySeg())
+    adapter, frames = make(kind, model=model, window=1), clip(5)
+    for frame in frames[:4]:
+        adapter.step(frame)
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    with pytest.raises(EncoderError, match="were replaced.*attach again"):
+        adapter.step(frames[4])
 
 
 @pytest.mark.slow
@@ -337,6 +348,16 @@ def test_a_video_of_another_size_is_recorded_anew_and_few_recordings_are_kept(ma
             assert same_bits(adapter.step(frame), eager.step(frame))
         assert len(adapter._engine._recordings) <= KEPT
     assert adapter._engine._recorder.recorded == 8
+
+
+@pytest.mark.parametrize("inside_first", [True, False])
+def test_a_recording_serves_inside_and_outside_of_inference_mode(make, inside_first):
+    adapter, eager, frames = make("cudagraph", window=1), make("eager", window=1), clip(8)
+    for i, frame in enumerate(frames):
+        with torch.inference_mode((i < 4) == inside_first):
+            found = adapter.step(frame)
+        assert same_bits(found.clone(), eager.step(frame))
+    assert adapter._engine._recorder.recorded == 2
 
 
 class WaitingHead(zoo.TinySeg):

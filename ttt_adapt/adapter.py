@@ -142,6 +142,7 @@ class StreamAdapter:
 
         Raises:
             FrameTypeError, FrameError: a frame that cannot be used; nothing has changed.
+            EncoderError: the model's weights were replaced by other tensors; nothing has changed.
             MemoryLimitError: out of memory; in the gradient step, the frame was not taken into the stream. After any
                 error in the gradient step, window, random state and counters are as before, and the weights are those
                 of the last finished iteration (pulled toward the source, if `source_pull` asks for it).
@@ -210,6 +211,7 @@ class StreamAdapter:
         started = time.perf_counter()
         sketch, numbers = None, None
         with self._undone_if_it_fails():
+            self._problem.check_parameters()
             self._window.stage(x[0], pixels)
             state = self._recorded_state() if self._engine.records else ()
             skipped = "" if self._frame_index % self.config.every == 0 else "every"

@@ -76,8 +76,8 @@ def no_compile(objective: Objective, device: torch.device) -> str:
     """Why `torch.compile` cannot run this stream; "" if it can."""
     if not isinstance(objective, Drawn):
         return (
-            f"{type(objective).__name__} does not say how its random draws come apart from its loss (draw, loss_of, weight, "
-            "settings)"
+            f"{type(objective).__name__} does not say how its random draws come apart from its loss (draw, loss_of, "
+            "weight, settings)"
         )
     if device.type == "cpu" and not _has_cpp_compiler():
         return "torch.compile needs a C++ compiler on the CPU, and none was found: install g++, or set CXX"

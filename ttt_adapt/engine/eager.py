@@ -36,8 +36,22 @@ class Problem:
     config: StreamConfig
     device: torch.device
 
+    def check_parameters(self) -> None:
+        """Refuse a model whose weights are no longer those that are differentiated by.
+
+        Raises:
+            EncoderError: other parameters stand in their place.
+        """
+        now = self.objective.encoder_parameters().values()
+        if len(now) != self.encoder or any(p is not q for p, q in zip(now, self.parameters, strict=False)):
+            raise EncoderError(f"the encoder's parameters are not those that are adapted: {_REPLACED}")
+
 
 Gradients = tuple[Tensor | None, ...]
+
+_REPLACED = (
+    "they were replaced after the branch was attached (by load_state_dict(assign=True), for example); attach again"
+)
 
 
 class EagerEngine:
@@ -79,10 +93,7 @@ class EagerEngine:
         for parameter, gradient in zip(problem.parameters, found, strict=True):
             parameter.grad = gradient
         if all(gradient is None for gradient in found[: problem.encoder]):
-            raise EncoderError(
-                "the loss reaches none of the encoder's parameters: they were replaced after the branch was attached "
-                "(by load_state_dict(assign=True), for example); attach again"
-            )
+            raise EncoderError(f"the loss reaches none of the encoder's parameters: {_REPLACED}")
         return value
 
     def _sum(self, problem: Problem, batch: Tensor, size: int) -> tuple[Tensor, Gradients]:
