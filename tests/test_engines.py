@@ -233,6 +233,15 @@ def test_a_compiled_pass_leaves_no_python_of_the_branch_in_a_step(make):
     assert adapter.last.adapted
 
 
+def test_predictions_of_every_shape_are_compiled_however_many_came_before(make):
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        adapters = [make("compile") for _ in range(2)]
+        for size in [(32, 48), (48, 32), (48, 48), (32, 32), (64, 32)]:
+            for adapter in adapters:
+                adapter.predict(clip(1, size)[0])
+                assert len(adapter._engine._predictions) <= KEPT
+
+
 def test_gradients_that_share_memory_are_clipped_once(make):
     class Twice(zoo.PlainSeg):  # two biases with one and the same gradient
         def __init__(self):
@@ -568,6 +577,37 @@ def test_the_default_optimizer_is_torchs_adamw_bit_for_bit():
     for m, t in zip(mine.param_groups, theirs.param_groups, strict=True):
         assert same_bits([p.detach() for p in m["params"]], [p.detach() for p in t["params"]])
     assert same_bits(mine.state_dict()["state"], theirs.state_dict()["state"])
+
+
+def test_the_default_optimizer_takes_groups_of_several_dtypes():
+    found = []
+    for made in (FusedAdamW, lambda group: torch.optim.AdamW(group, fused=True)):
+        torch.manual_seed(0)
+        members = [torch.nn.Parameter(torch.randn(5, dtype=d)) for d in (torch.float32, torch.bfloat16, torch.float32)]
+        optimizer = made([{"params": members, "lr": 1e-2, "weight_decay": 0.1}])
+        for _ in range(3):
+            for p in members:
+                p.grad = p.detach().clone()
+            optimizer.step()
+        found.append([p.detach() for p in members])
+    assert same_bits(*found)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_stream_saved_with_torchs_adamw_goes_on_with_the_default_one(make, fused):
+    adapter, frames = make("eager"), clip(5)
+    torch.manual_seed(9)
+    theirs = StreamAdapter(
+        settle_norms(zoo.TinySeg()),
+        encoder="backbone",
+        config=CONFIG,
+        optimizer=lambda given: torch.optim.AdamW(given, fused=fused),
+    )
+    for frame in frames[:3]:
+        theirs.step(frame)
+    adapter.load_state_dict(theirs.state_dict())
+    for frame in frames[3:]:
+        torch.testing.assert_close(adapter.step(frame), theirs.step(frame), rtol=1e-4, atol=1e-5)
 
 
 def test_an_optimizer_steps_only_where_the_flag_says_so():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -35,7 +36,9 @@ class CompileEngine(EagerEngine):
         super().__init__(reason)
         self._backend = backend
         self._passes: OrderedDict[Hashable, tuple[Callable[..., list[Tensor]], list[int]]] = OrderedDict()
-        self._predict: tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]] | None = None
+        self._predictions: OrderedDict[Hashable, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] = (
+            OrderedDict()
+        )
 
     def one_pass(self, problem: Problem, images: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Gradients]:
         """As in `EagerEngine`."""
@@ -84,9 +87,19 @@ class CompileEngine(EagerEngine):
 
     def predict(self, predict: Callable[[Tensor], Any], x: Tensor) -> Any:
         """`predict(x)`, compiled."""
-        if self._predict is None or self._predict[0] is not predict:
-            self._predict = (predict, self._compile(lambda x: predict(x)))
-        return self._predict[1](x)
+        key = (tuple(x.shape), x.dtype, x.stride())
+        if key not in self._predictions or self._predictions[key][0] is not predict:
+            self._predictions[key] = (predict, self._compile(_afresh(lambda x: predict(x))))
+            while len(self._predictions) > KEPT:
+                self._predictions.popitem(last=False)
+        self._predictions.move_to_end(key)
+        return self._predictions[key][1](x)
 
     def forget(self) -> None:
         """Nothing: what is compiled reads the weights where they are."""
+
+
+def _afresh(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with code of its own: the compiler allows each code object only so many compilations."""
+    assert isinstance(call, FunctionType)
+    return FunctionType(call.__code__.replace(), call.__globals__, call.__name__, call.__defaults__, call.__closure__)
