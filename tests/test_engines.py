@@ -16,10 +16,10 @@ from tape import TapeRecorder
 from ttt_adapt import MAEBranch, Normalize, StreamAdapter, StreamConfig
 from ttt_adapt.engine.choose import no_recording
 from ttt_adapt.engine.compiled import CompileEngine
-from ttt_adapt.engine.eager import EagerEngine
+from ttt_adapt.engine.eager import EagerEngine, Problem
 from ttt_adapt.engine.graphs import KEPT, WARM_UP, GraphEngine
 from ttt_adapt.engine.precision import both_passes
-from ttt_adapt.errors import ConfigError
+from ttt_adapt.errors import ConfigError, EncoderError
 from ttt_adapt.objectives import Entropy
 from ttt_adapt.optim import FusedAdamW, step_if
 
@@ -177,6 +177,17 @@ def test_detach_gives_the_model_back_as_it_was(make, kind):
         adapter.detach()
 
 
+@pytest.mark.parametrize("kind", ENGINES)
+def test_weights_that_are_replaced_mid_stream_are_an_error(make, kind):
+    model = settle_norms(zoo.TinySeg())
+    adapter, frames = make(kind, model=model, window=1), clip(5)
+    for frame in frames[:4]:
+        adapter.step(frame)
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    with pytest.raises(EncoderError, match="were replaced.*attach again"):
+        adapter.step(frames[4])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ENGINES)
 def test_five_thousand_frames_leave_memory_flat(make, kind):
@@ -222,6 +233,15 @@ def test_a_compiled_pass_leaves_no_python_of_the_branch_in_a_step(make):
     assert adapter.last.adapted
 
 
+def test_predictions_of_every_shape_are_compiled_however_many_came_before(make):
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        adapters = [make("compile") for _ in range(2)]
+        for size in [(32, 48), (48, 32), (48, 48), (32, 32), (64, 32)]:
+            for adapter in adapters:
+                adapter.predict(clip(1, size)[0])
+                assert len(adapter._engine._predictions) <= KEPT
+
+
 def test_gradients_that_share_memory_are_clipped_once(make):
     class Twice(zoo.PlainSeg):  # two biases with one and the same gradient
         def __init__(self):
@@ -245,12 +265,44 @@ def test_gradients_that_share_memory_are_clipped_once(make):
     assert_near(*found, "compile")
 
 
-def test_other_settings_of_the_branch_are_compiled_anew(make):
-    eager, other, frames = make("eager"), make("compile"), clip(3)
+class Aliased:
+    """One gradient for both `p` and `q`, one whose elements are one number for `r`; from the second pass on, `s`."""
+
+    def __init__(self):
+        self.passes = 0
+        self.p, self.q, self.r, self.s = (torch.nn.Parameter(torch.ones(3)) for _ in range(4))
+
+    def loss(self, images, *, generator=None):
+        self.passes += 1
+        late = (self.s**2).sum() if self.passes > 1 else 0.0
+        return ((self.p + self.q) ** 2).sum() + self.r.sum() + late
+
+
+@pytest.mark.parametrize("parts", [None, 1])
+def test_gradients_in_one_memory_are_scaled_once_and_meet_their_own_parameter(parts):
+    objective, generator = Aliased(), torch.Generator()
+    parameters = [objective.s, objective.p, objective.q, objective.r]
+    config = CONFIG.replace(micro_batch=parts)
+    problem = Problem(objective, parameters, 4, generator, config, torch.device("cpu"))
+    EagerEngine().gradients(problem, torch.zeros(2, 3, *SIZE))
+    found = [p.grad for p in parameters]
+    assert (found[0] is None) == (parts is None)
+    expected = [torch.full((3,), value) for value in (1.0, 4.0, 4.0, 1.0)]
+    assert same_bits(found[1:], expected[1:])
+    assert found[0] is None or same_bits(found[0], expected[0])
+    for gradient in found[1:]:
+        gradient.mul_(0.5)
+    assert same_bits(found[1:], [e * 0.5 for e in expected[1:]])
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_other_settings_of_the_branch_are_heeded_at_once(make, kind):
+    eager, other, frames = make("eager", window=1), make(kind, window=1), clip(WARM_UP + 2)
     for adapter in (eager, other):
-        adapter.step(frames[0])
+        for frame in frames[:-1]:
+            adapter.step(frame)
         with adapter.branch.using(loss_on="all"):
-            adapter.step(frames[1])
+            adapter.step(frames[-1])
     assert other.last.losses == pytest.approx(eager.last.losses, rel=1e-4)
 
 
@@ -305,6 +357,16 @@ def test_a_video_of_another_size_is_recorded_anew_and_few_recordings_are_kept(ma
             assert same_bits(adapter.step(frame), eager.step(frame))
         assert len(adapter._engine._recordings) <= KEPT
     assert adapter._engine._recorder.recorded == 8
+
+
+@pytest.mark.parametrize("inside_first", [True, False])
+def test_a_recording_serves_inside_and_outside_of_inference_mode(make, inside_first):
+    adapter, eager, frames = make("cudagraph", window=1), make("eager", window=1), clip(8)
+    for i, frame in enumerate(frames):
+        with torch.inference_mode((i < 4) == inside_first):
+            found = adapter.step(frame)
+        assert same_bits(found.clone(), eager.step(frame))
+    assert adapter._engine._recorder.recorded == 2
 
 
 class WaitingHead(zoo.TinySeg):
@@ -388,14 +450,15 @@ def test_auto_says_what_it_picked_and_why():
 # ---- less work
 
 
-def test_a_batch_in_parts_learns_what_the_whole_batch_does():
+@pytest.mark.parametrize("size", [SIZE, (40, 50)], ids=["divided", "not divided"])
+def test_a_batch_in_parts_learns_what_the_whole_batch_does(size):
     found = []
     for parts in (None, 1, 2, 3):
         torch.manual_seed(9)
         model = zoo.PlainSeg().double().eval()
         config = CONFIG.replace(batch_size=4, micro_batch=parts)
         with StreamAdapter(model, encoder="backbone", config=config) as adapter:
-            for frame in clip(4):
+            for frame in clip(4, size):
                 adapter.step(frame)
             found.append(({name: w.clone() for name, w in weights(adapter).items()}, adapter.last.losses))
     for each, losses in found[1:]:
@@ -469,6 +532,17 @@ def test_under_bf16_weights_gradients_and_optimizer_stay_in_float32(make):
     assert {t.dtype for s in state["optimizer"]["state"]["state"].values() for t in s.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["eager", "compile"])
+def test_a_callers_autocast_does_not_change_what_is_learned(make, kind, precision):
+    plain, inside = (make(kind, precision=precision, iterations=2, lr=1e-2) for _ in range(2))
+    for frame in clip(3):
+        plain.adapt(frame)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside.adapt(frame)
+        assert inside.last.losses == plain.last.losses
+
+
 def test_fp16_is_refused_with_what_to_use_instead():
     with pytest.raises(ConfigError, match="fp16.*loss scale.*bf16"):
         StreamConfig(precision="fp16")
@@ -503,6 +577,37 @@ def test_the_default_optimizer_is_torchs_adamw_bit_for_bit():
     for m, t in zip(mine.param_groups, theirs.param_groups, strict=True):
         assert same_bits([p.detach() for p in m["params"]], [p.detach() for p in t["params"]])
     assert same_bits(mine.state_dict()["state"], theirs.state_dict()["state"])
+
+
+def test_the_default_optimizer_takes_groups_of_several_dtypes():
+    found = []
+    for made in (FusedAdamW, lambda group: torch.optim.AdamW(group, fused=True)):
+        torch.manual_seed(0)
+        members = [torch.nn.Parameter(torch.randn(5, dtype=d)) for d in (torch.float32, torch.bfloat16, torch.float32)]
+        optimizer = made([{"params": members, "lr": 1e-2, "weight_decay": 0.1}])
+        for _ in range(3):
+            for p in members:
+                p.grad = p.detach().clone()
+            optimizer.step()
+        found.append([p.detach() for p in members])
+    assert same_bits(*found)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_stream_saved_with_torchs_adamw_goes_on_with_the_default_one(make, fused):
+    adapter, frames = make("eager"), clip(5)
+    torch.manual_seed(9)
+    theirs = StreamAdapter(
+        settle_norms(zoo.TinySeg()),
+        encoder="backbone",
+        config=CONFIG,
+        optimizer=lambda given: torch.optim.AdamW(given, fused=fused),
+    )
+    for frame in frames[:3]:
+        theirs.step(frame)
+    adapter.load_state_dict(theirs.state_dict())
+    for frame in frames[3:]:
+        torch.testing.assert_close(adapter.step(frame), theirs.step(frame), rtol=1e-4, atol=1e-5)
 
 
 def test_an_optimizer_steps_only_where_the_flag_says_so():

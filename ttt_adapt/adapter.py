@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from ttt_adapt.branch import MAEBranch
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.engine import Beside, Problem, StepReport, choose_engine, explained_memory_errors
+from ttt_adapt.engine.precision import forward_pass
 from ttt_adapt.errors import ConfigError, FrameError, StateError
 from ttt_adapt.frames import Preprocess, default_preprocess, pixels_of, scaling, to_model_input
 from ttt_adapt.gate import SurpriseGate
 from ttt_adapt.loan import adapted_tensors, adapting, check_arguments, give_back, memory_of
-from ttt_adapt.objectives.base import Objective
+from ttt_adapt.objectives.base import Drawn, Objective
 from ttt_adapt.optim import ParamGroups, Restart, adamw, decides_on_device, parameter_groups, step_if
 from ttt_adapt.saved import check_saved, loaded_optimizer
 from ttt_adapt.snapshot import Snapshot, copied
@@ -141,6 +142,7 @@ class StreamAdapter:
 
         Raises:
             FrameTypeError, FrameError: a frame that cannot be used; nothing has changed.
+            EncoderError: the model's weights were replaced by other tensors; nothing has changed.
             MemoryLimitError: out of memory; in the gradient step, the frame was not taken into the stream. After any
                 error in the gradient step, window, random state and counters are as before, and the weights are those
                 of the last finished iteration (pulled toward the source, if `source_pull` asks for it).
@@ -209,8 +211,9 @@ class StreamAdapter:
         started = time.perf_counter()
         sketch, numbers = None, None
         with self._undone_if_it_fails():
+            self._problem.check_parameters()
             self._window.stage(x[0], pixels)
-            state = self._window.tick(self.window) if self._engine.records else ()
+            state = self._recorded_state() if self._engine.records else ()
             skipped = "" if self._frame_index % self.config.every == 0 else "every"
             surprise = self._surprise() if self.config.gate == "surprise" and not skipped else None
             if surprise is not None and not self._gate.is_open(surprise):
@@ -229,9 +232,14 @@ class StreamAdapter:
         self._frame_index += 1
         return self.last
 
+    def _recorded_state(self) -> tuple[Hashable, ...]:
+        """What Python decides of an update: which frames are drawn from where, and the objective's settings."""
+        settings = self._branch.settings() if isinstance(self._branch, Drawn) else ()
+        return *self._window.tick(self.window), settings
+
     def _surprise(self) -> float:
         """The loss of a batch with the weights as they are, without a gradient: what the gate looks at."""
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with forward_pass(self.config.precision, self._device):
             return float(self._branch.loss(self._draw(), generator=self._generator))
 
     def _update(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -146,6 +146,13 @@ class MAEBranch(Attached):
         visible = patches - hidden_patches(patches, self.mask_ratio)
         return self._loss(self._predict(images, mask, visible), images, mask)
 
+    def weight(self, images: Tensor, mask: Tensor) -> Tensor:
+        """How many pixels the loss is the mean of, a scalar on the device."""
+        h, w = images.shape[-2:]
+        if self.loss_on == "all":
+            return torch.full((), len(images) * h * w, device=images.device)
+        return self._hidden(mask, h, w).sum()
+
     def settings(self) -> tuple[float | str | bool, ...]:
         """What the loss depends on beside images, masks and weights."""
         return self.mask_ratio, self.loss_on, self.norm_pix_loss
@@ -236,8 +243,12 @@ class MAEBranch(Attached):
         error = (prediction - target[..., :h, :w]).square().mean(1, keepdim=True)
         if self.loss_on == "all":
             return error.mean()
-        hidden = ~upsample_mask(mask, self.patch_size)[..., :h, :w]
+        hidden = self._hidden(mask, h, w)
         return (error * hidden).sum() / hidden.sum()
+
+    def _hidden(self, mask: Tensor, height: int, width: int) -> Tensor:
+        """bool [B, 1, H, W], the pixels that the mask hides."""
+        return ~upsample_mask(mask, self.patch_size)[..., :height, :width]
 
     def _statistics(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
         padded = pad_to_multiple(images, self.patch_size)

@@ -30,7 +30,9 @@ class StreamConfig:
         grad_clip: largest norm of the whole gradient; None: unlimited.
         crop_size: (H, W) or side of random crops for the gradient step; None: whole frames.
         micro_batch: largest number of draws in one forward and backward pass: larger batches are taken in parts whose
-            gradients are summed, in less memory. None: the whole batch at once.
+            gradients are summed, in less memory. The sum is the gradient of the whole batch, in another order of
+            summation, for objectives that follow `objectives.base.Drawn`, as `MAEBranch` does; others draw for each
+            part anew, and parts count by their images. None: the whole batch at once.
         precision: of the gradient step: "fp32" (as the process is set up), "tf32" (CUDA devices from compute capability
             8.0 on), or "bf16" by autocast. Weights and optimizer stay as they are, and predictions are always the
             model's own. "fp16" is refused: its gradients would need a loss scale, and bf16 needs none.

@@ -107,9 +107,16 @@ class FusedAdamW(torch.optim.AdamW):
                 torch._foreach_zero_(tensors)
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """As in the base class."""
+        """As in the base class, also from an AdamW that is not fused.
+
+        Raises:
+            ValueError: the state is of AMSGrad, or of an optimizer that maximizes.
+        """
+        if any(group.get("amsgrad") or group.get("maximize") for group in state_dict["param_groups"]):
+            raise ValueError("the optimizer's state has amsgrad or maximize set; expected neither")
+        fused = [{**group, "fused": True, "foreach": None} for group in state_dict["param_groups"]]
         self._ready = []
-        super().load_state_dict(state_dict)
+        super().load_state_dict({**state_dict, "param_groups": fused})
         if self.state:
             self._prepare()
 
@@ -121,13 +128,14 @@ class FusedAdamW(torch.optim.AdamW):
         return complete and all(p.grad is None for p in self._idle)
 
     def _prepare(self) -> None:
-        """The lists of each group: members with a state, their two moments and step counts."""
+        """The lists of each group and dtype: members with a state, their two moments and step counts."""
         self._ready, self._idle = [], []
         names = ("exp_avg", "exp_avg_sq", "step")
         for group in self.param_groups:
-            members = [p for p in group["params"] if p in self.state]
             self._idle += [p for p in group["params"] if p not in self.state]
-            if members:
+            stepped = [p for p in group["params"] if p in self.state]
+            for dtype in dict.fromkeys(p.dtype for p in stepped):  # a fused call takes one
+                members = [p for p in stepped if p.dtype == dtype]
                 self._ready.append((group, members, [[self.state[p][name] for p in members] for name in names]))
 
 

@@ -8,12 +8,12 @@ import shutil
 import torch
 
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.engine.compiled import CompileEngine, Drawn
+from ttt_adapt.engine.compiled import CompileEngine
 from ttt_adapt.engine.eager import EagerEngine
 from ttt_adapt.engine.graphs import CudaRecorder, GraphEngine
 from ttt_adapt.engine.precision import check_precision
 from ttt_adapt.errors import ConfigError
-from ttt_adapt.objectives.base import Objective, Remembering
+from ttt_adapt.objectives.base import Drawn, Objective, Remembering
 from ttt_adapt.optim import FusedAdamW
 
 GRAPHS_BY_DEFAULT = False  # until `pytest -m gpu tests/test_engines.py` has been seen to pass
@@ -77,7 +77,7 @@ def no_compile(objective: Objective, device: torch.device) -> str:
     if not isinstance(objective, Drawn):
         return (
             f"{type(objective).__name__} does not say how its random draws come apart from its loss (draw, loss_of, "
-            "settings)"
+            "weight, settings)"
         )
     if device.type == "cpu" and not _has_cpp_compiler():
         return "torch.compile needs a C++ compiler on the CPU, and none was found: install g++, or set CXX"

@@ -10,32 +10,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, Protocol, runtime_checkable
+from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ttt_adapt.engine.eager import EagerEngine, Gradients, Problem
+from ttt_adapt.engine.eager import EagerEngine, Gradients, Problem, apart
 from ttt_adapt.engine.precision import forward_pass
 
 KEPT = 4  # shapes whose compiled passes are kept
-
-
-@runtime_checkable
-class Drawn(Protocol):
-    """An objective whose random draws can be made apart from its loss: `loss(x) == loss_of(x, draw(x))`."""
-
-    def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """All that is random about the loss of `images`."""
-        ...
-
-    def loss_of(self, images: Tensor, drawn: Tensor) -> Tensor:
-        """The loss with these draws; nothing else is random, and no value on the device decides what is computed."""
-        ...
-
-    def settings(self) -> Hashable:
-        """What the loss depends on beside images, draws and weights."""
-        ...
 
 
 class CompileEngine(EagerEngine):
@@ -52,12 +36,14 @@ class CompileEngine(EagerEngine):
         super().__init__(reason)
         self._backend = backend
         self._passes: OrderedDict[Hashable, tuple[Callable[..., list[Tensor]], list[int]]] = OrderedDict()
-        self._predict: tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]] | None = None
+        self._predictions: OrderedDict[Hashable, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] = (
+            OrderedDict()
+        )
 
-    def one_pass(self, problem: Problem, images: Tensor) -> tuple[Tensor, Gradients]:
-        """Loss and gradients of images that go through the model at once."""
+    def one_pass(self, problem: Problem, images: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Gradients]:
+        """As in `EagerEngine`."""
         objective: Any = problem.objective
-        drawn = objective.draw(images, problem.generator)
+        drawn = objective.draw(images, problem.generator) if drawn is None else drawn
         key = (tuple(images.shape), images.dtype, images.stride(), objective.settings())
         if key not in self._passes:
             self._passes[key] = self._compiled(problem, images, drawn)
@@ -65,15 +51,13 @@ class CompileEngine(EagerEngine):
                 self._passes.popitem(last=False)
         self._passes.move_to_end(key)
         compiled, reached = self._passes[key]
-        with torch.no_grad():  # the gradients are in the list
+        # the gradients are in the list, and so are the casts: a caller's autocast adds none
+        with torch.no_grad(), forward_pass("fp32", problem.device):
             value, *gradients = compiled(images, drawn)
         found: list[Tensor | None] = [None] * len(problem.parameters)
-        taken: set[int] = set()
         for index, gradient in zip(reached, gradients, strict=True):
-            # equal gradients may share memory, and clipping writes in place
-            found[index] = gradient.clone() if gradient.data_ptr() in taken else gradient
-            taken.add(gradient.data_ptr())
-        return value, tuple(found)
+            found[index] = gradient
+        return value, apart(found)
 
     def _compiled(
         self, problem: Problem, images: Tensor, drawn: Tensor
@@ -103,9 +87,19 @@ class CompileEngine(EagerEngine):
 
     def predict(self, predict: Callable[[Tensor], Any], x: Tensor) -> Any:
         """`predict(x)`, compiled."""
-        if self._predict is None or self._predict[0] is not predict:
-            self._predict = (predict, self._compile(lambda x: predict(x)))
-        return self._predict[1](x)
+        key = (tuple(x.shape), x.dtype, x.stride())
+        if key not in self._predictions or self._predictions[key][0] is not predict:
+            self._predictions[key] = (predict, self._compile(_afresh(lambda x: predict(x))))
+            while len(self._predictions) > KEPT:
+                self._predictions.popitem(last=False)
+        self._predictions.move_to_end(key)
+        return self._predictions[key][1](x)
 
     def forget(self) -> None:
         """Nothing: what is compiled reads the weights where they are."""
+
+
+def _afresh(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with code of its own: the compiler allows each code object only so many compilations."""
+    assert isinstance(call, FunctionType)
+    return FunctionType(call.__code__.replace(), call.__globals__, call.__name__, call.__defaults__, call.__closure__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.engine.precision import both_passes, forward_pass
 from ttt_adapt.errors import EncoderError, MemoryLimitError
-from ttt_adapt.objectives.base import Objective
+from ttt_adapt.objectives.base import Drawn, Objective
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,22 @@ class Problem:
     config: StreamConfig
     device: torch.device
 
+    def check_parameters(self) -> None:
+        """Refuse a model whose weights are no longer those that are differentiated by.
+
+        Raises:
+            EncoderError: other parameters stand in their place.
+        """
+        now = self.objective.encoder_parameters().values()
+        if len(now) != self.encoder or any(p is not q for p, q in zip(now, self.parameters, strict=False)):
+            raise EncoderError(f"the encoder's parameters are not those that are adapted: {_REPLACED}")
+
 
 Gradients = tuple[Tensor | None, ...]
+
+_REPLACED = (
+    "they were replaced after the branch was attached (by load_state_dict(assign=True), for example); attach again"
+)
 
 
 class EagerEngine:
@@ -73,41 +87,51 @@ class EagerEngine:
         Raises:
             EncoderError: the loss reaches no parameter of the encoder.
         """
-        parts = batch.split(problem.config.micro_batch or len(batch))
+        size = problem.config.micro_batch or len(batch)
         with both_passes(problem.config.precision):
-            value, found = self.one_pass(problem, parts[0])
-            if len(parts) > 1:
-                value, found = self._sum(problem, parts, value, found)
+            value, found = self.one_pass(problem, batch) if size >= len(batch) else self._sum(problem, batch, size)
         for parameter, gradient in zip(problem.parameters, found, strict=True):
             parameter.grad = gradient
         if all(gradient is None for gradient in found[: problem.encoder]):
-            raise EncoderError(
-                "the loss reaches none of the encoder's parameters: they were replaced after the branch was attached "
-                "(by load_state_dict(assign=True), for example); attach again"
-            )
+            raise EncoderError(f"the loss reaches none of the encoder's parameters: {_REPLACED}")
         return value
 
-    def _sum(
-        self, problem: Problem, parts: tuple[Tensor, ...], value: Tensor, found: Gradients
-    ) -> tuple[Tensor, Gradients]:
-        """The weighted mean of loss and gradients over all parts; those of the first are given."""
-        total = sum(len(part) for part in parts)
-        value = value * (len(parts[0]) / total)
-        reached = [g for g in found if g is not None]
-        torch._foreach_mul_(reached, len(parts[0]) / total)
-        for part in parts[1:]:
-            more, others = self.one_pass(problem, part)
-            value = value + more * (len(part) / total)
-            torch._foreach_add_(reached, [g for g in others if g is not None], alpha=len(part) / total)
-        return value, found
+    def _sum(self, problem: Problem, batch: Tensor, size: int) -> tuple[Tensor, Gradients]:
+        """Loss and gradients of a batch in parts of at most `size` images: their mean, each part by its weight."""
+        parts, objective = batch.split(size), problem.objective
+        draws: Sequence[Tensor | None] = [None] * len(parts)
+        weights = torch.stack([batch.new_full((), len(part)) for part in parts])
+        if isinstance(objective, Drawn):  # once for the whole batch, as without parts
+            draws = objective.draw(batch, problem.generator).split(size)
+            weights = torch.stack([objective.weight(*pair) for pair in zip(parts, draws, strict=True)])
+        weights = weights.to(torch.promote_types(batch.dtype, torch.float32))
+        value, found = torch.zeros((), device=batch.device), [None] * len(problem.parameters)
+        for part, drawn, share in zip(parts, draws, weights / weights.sum(), strict=True):
+            more, others = self.one_pass(problem, part, drawn)
+            value = value + more * share
+            found = _added(found, others, share)
+        return value, tuple(found)
 
-    def one_pass(self, problem: Problem, images: Tensor) -> tuple[Tensor, Gradients]:
-        """Loss and gradients of images that go through the model at once."""
+    def one_pass(self, problem: Problem, images: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Gradients]:
+        """Loss and gradients of images that go through the model at once.
+
+        Args:
+            problem: what is differentiated.
+            images: [B, 3, H, W].
+            drawn: what the objective, a `Drawn`, drew for them; None: it draws now.
+
+        Returns:
+            The loss, detached, and the gradients, none of which shares memory with another.
+        """
+        objective: Any = problem.objective
         with torch.enable_grad():
             with forward_pass(problem.config.precision, problem.device):
-                value = problem.objective.loss(images, generator=problem.generator)
+                if drawn is None:
+                    value = objective.loss(images, generator=problem.generator)
+                else:
+                    value = objective.loss_of(images, drawn)
             found = torch.autograd.grad(value, problem.parameters, allow_unused=True)
-        return value.detach(), found
+        return value.detach(), apart(found)
 
     def predict(self, predict: Callable[[Tensor], Any], x: Tensor) -> Any:
         """`predict(x)`."""
@@ -115,6 +139,28 @@ class EagerEngine:
 
     def forget(self) -> None:
         """Drop everything that holds on to the stream's tensors; it is made again when it is needed."""
+
+
+def apart(gradients: Sequence[Tensor | None]) -> Gradients:
+    """Gradients that may be written in place: equal ones can share memory, and so can the elements of one."""
+    taken: set[int] = set()
+    found: list[Tensor | None] = []
+    for gradient in gradients:
+        if gradient is not None:
+            shared = gradient.data_ptr() in taken or 0 in gradient.stride()
+            gradient = gradient.clone(memory_format=torch.contiguous_format) if shared else gradient
+            taken.add(gradient.data_ptr())
+        found.append(gradient)
+    return tuple(found)
+
+
+def _added(found: list[Tensor | None], others: Gradients, share: Tensor) -> list[Tensor | None]:
+    """`found + share * others`, in place, for each parameter that either reaches."""
+    torch._foreach_mul_([g for g in others if g is not None], share)
+    pairs = [(f, g) for f, g in zip(found, others, strict=True) if f is not None and g is not None]
+    if pairs:
+        torch._foreach_add_([f for f, _ in pairs], [g for _, g in pairs])
+    return [g if f is None else f for f, g in zip(found, others, strict=True)]
 
 
 @contextmanager

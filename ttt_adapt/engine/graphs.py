@@ -115,9 +115,10 @@ class GraphEngine(EagerEngine):
 
     def _record(self, what: str, entry: _Recording, call: Callable[..., Any], inputs: tuple[Tensor, ...]) -> bool:
         """Whether there is a recording now."""
-        entry.inputs = tuple(x.clone() for x in inputs)
         try:
-            entry.replay, entry.result = self._recorder.record(lambda: call(*entry.inputs))
+            with torch.inference_mode(False), torch.no_grad():  # a recording outlives the caller's inference mode
+                entry.inputs = tuple(x.clone() for x in inputs)
+                entry.replay, entry.result = self._recorder.record(lambda: call(*entry.inputs))
             if strange := {type(x).__name__ for x in tree_leaves(entry.result) if not _repeats(x)}:
                 raise TypeError(f"it returns {', '.join(sorted(strange))}, not tensors in lists, tuples and dicts")
             return True

@@ -12,8 +12,11 @@ from ttt_adapt.errors import ConfigError
 
 
 def forward_pass(precision: str, device: torch.device) -> AbstractContextManager[None]:
-    """For the forward pass: autocast to bfloat16, if asked for."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """For the forward pass: autocast to bfloat16, if asked for, and none of the caller's own.
+
+    Casts are not kept: inside a caller's autocast they would outlive the update of the weights that they are of.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -52,4 +52,25 @@ class Remembering(Protocol):
 
     def after_step(self) -> None:
         """Called after every gradient step, without gradients."""
+        ...
+
+
+@runtime_checkable
+class Drawn(Protocol):
+    """An objective whose random draws can be made apart from its loss: `loss(x) == loss_of(x, draw(x))`."""
+
+    def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """All that is random about the loss of `images`, [B, ...]."""
+        ...
+
+    def loss_of(self, images: Tensor, drawn: Tensor) -> Tensor:
+        """The loss with these draws; nothing else is random, and no value on the device decides what is computed."""
+        ...
+
+    def weight(self, images: Tensor, drawn: Tensor) -> Tensor:
+        """A scalar, what the loss divides by: that of a batch is the mean of its parts', weighted by this."""
+        ...
+
+    def settings(self) -> Hashable:
+        """What the loss depends on beside images, draws and weights."""
         ...
