@@ -6,6 +6,7 @@ are pixel-shuffled to a and b of CIE Lab, as the reconstruction decoder's are to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,13 +22,16 @@ from mmengine.structures import BaseDataElement, PixelData
 from torch import Tensor
 
 from ttt_adapt import DataError, colour_frame, rgb_to_lab, to_grey
-from ttt_adapt.data.unlabelled import walk
-from ttt_adapt.tasks.colorization.score import psnr
-from ttt_adapt.tasks.colorization.task import AB_SCALE
 from ttt_adapt_openmmlab.decoders import paint_with
 from ttt_adapt_openmmlab.metrics import Scores, StreamMetric
 from ttt_adapt_openmmlab.samplers import file_of
 
+AB_SCALE = 20.0
+"""a and b per unit of the model's output, as in the core."""
+LABEL_FOLDERS = {
+    "labels", "annotations", "masks", "panoptic", "panoptic_maps", "panoptic_images", "semantic_images", "gtfine",
+}  # fmt: skip
+"""Folders without pictures, in lower case, as in the core."""
 STRIDE = 4
 """Of the head's mask maps."""
 
@@ -59,8 +63,14 @@ class ColourPictures(BaseDataset):
     def load_data_list(self) -> list[dict]:
         """The data info of every picture."""
         root = Path(self.data_root)
-        found = walk(root) if root.is_dir() else ()
-        files = [file for _, pictures in found for file in pictures if file.suffix.lower() in self._suffixes]
+        every = {path for path in root.rglob("*") if path.suffix.lower() in self._suffixes}
+        photographs = {path.with_suffix("") for path in every if path.suffix.lower() in (".jpg", ".jpeg")}
+        files = sorted(
+            path
+            for path in every
+            if not LABEL_FOLDERS & {part.lower() for part in path.relative_to(root).parts[:-1]}
+            and (path.suffix.lower() != ".png" or path.with_suffix("") not in photographs)
+        )
         if not files:
             raise DataError(f"{root} holds no picture; expected folders of {' '.join(self._suffixes)} files")
         return [{"img_path": str(file), "video_id": str(file.parent.relative_to(root))} for file in files]
@@ -173,7 +183,11 @@ class StreamColourMetric(StreamMetric):
     def score(self, values: Sequence[Any]) -> Scores:
         """PSNR in dB of the mean square errors, at most 100."""
         ours, grey = np.mean(np.array(values), axis=0)
-        return {"PSNR": psnr(float(ours)), "PSNR_grey": psnr(float(grey))}
+        return {"PSNR": _psnr(ours), "PSNR_grey": _psnr(grey)}
+
+
+def _psnr(square: float) -> float:
+    return min(20 * math.log10(255) - 10 * math.log10(square), 100.0) if square > 0 else 100.0
 
 
 def _fit(maps: Tensor, like: Tensor) -> Tensor:

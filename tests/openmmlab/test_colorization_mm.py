@@ -11,7 +11,9 @@ from mmengine.structures import PixelData
 
 import tiny
 from ttt_adapt import DataError, rgb_to_lab, to_grey
-from ttt_adapt_openmmlab import Colorizer, ColourPictures, JointMAE, PackColours, StreamColourMetric
+from ttt_adapt.data import unlabelled
+from ttt_adapt.tasks.colorization import score, task
+from ttt_adapt_openmmlab import Colorizer, ColourPictures, JointMAE, PackColours, StreamColourMetric, colorization
 from ttt_adapt_openmmlab.colorization import AB_SCALE
 from ttt_adapt_openmmlab.decoders import MaskHeadCopy
 
@@ -91,10 +93,19 @@ def test_pictures_are_found_in_imagenets_folders_and_an_empty_folder_is_named(tm
     assert (found["video_id"], found["img_path"]) == ("n01440764", str(tmp_path / "n01440764" / "a.JPEG"))
 
 
-def test_label_images_are_no_pictures_and_files_come_in_natural_order(tmp_path):
-    for place in ("JPEGImages/bear/10.jpg", "JPEGImages/bear/2.jpg", "JPEGImages/bear/2.png", "Annotations/bear/2.png"):
+def test_label_images_are_no_pictures_as_in_the_core(tmp_path):
+    for place in ("JPEGImages/bear/1.jpg", "JPEGImages/bear/2.jpg", "JPEGImages/bear/2.png", "Annotations/bear/2.png"):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).write_bytes(b"")
     found = ColourPictures(tmp_path)
-    bear = str(tmp_path / "JPEGImages" / "bear")
-    assert [found.get_data_info(i)["img_path"] for i in range(len(found))] == [f"{bear}/2.jpg", f"{bear}/10.jpg"]
+    bear = tmp_path / "JPEGImages" / "bear"
+    files = [found.get_data_info(i)["img_path"] for i in range(len(found))]
+    assert files == [str(bear / "1.jpg"), str(bear / "2.jpg")]
+    assert files == [str(file) for _, pictures in unlabelled.walk(tmp_path) for file in pictures]
+
+
+def test_what_is_stated_twice_is_the_same_as_in_the_core():
+    assert colorization.AB_SCALE == task.AB_SCALE
+    assert colorization.LABEL_FOLDERS == unlabelled.LABEL_FOLDERS
+    for square in (0.0, 1e-9, 0.5, 1.0, 300.0, 65025.0):
+        assert colorization._psnr(square) == score.psnr(square)
