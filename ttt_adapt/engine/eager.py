@@ -102,10 +102,11 @@ class EagerEngine:
         draws: Sequence[Tensor | None] = [None] * len(parts)
         weights = torch.stack([batch.new_full((), len(part)) for part in parts])
         if isinstance(objective, Drawn):  # once for the whole batch, as without parts
-            draws = objective.draw(batch, problem.generator).split(size)
-            weights = torch.stack([objective.weight(*pair) for pair in zip(parts, draws, strict=True)])
+            draws = split = objective.draw(batch, problem.generator).split(size)
+            weights = torch.stack([objective.weight(part, own) for part, own in zip(parts, split, strict=True)])
         weights = weights.to(torch.promote_types(batch.dtype, torch.float32))
-        value, found = torch.zeros((), device=batch.device), [None] * len(problem.parameters)
+        value = torch.zeros((), device=batch.device)
+        found: list[Tensor | None] = [None] * len(problem.parameters)
         for part, drawn, share in zip(parts, draws, weights / weights.sum(), strict=True):
             more, others = self.one_pass(problem, part, drawn)
             value = value + more * share
