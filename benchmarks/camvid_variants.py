@@ -48,6 +48,7 @@ OTHERS: dict[str, Variant] = {
     "mask ratio 0.5, loss on all pixels": ("online", {"mask_ratio": 0.5, "loss_on": "all"}),
     "batch 32": ("online", {"batch_size": 32}),
     "2 iterations": ("online", {"iterations": 2}),
+    "surprise gate": ("online", {"gate": "surprise"}),
 }
 NORMS: dict[str, Variant] = {
     "BatchNorm EMA 0.05, forward only": ("norm-ema", {}),

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, which stays apart under the common kinds of colour blindness; grey comes first because
 # the first arm is usually the unadapted model.
 _COLOURS = ("#6b6b6b", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_HATCHES = ("", "///", "...", "xxx")
+"""Of the bars whose colour was used before."""
 _SMOOTH = 9
 _DPI = 150
 
@@ -91,7 +93,7 @@ def plot_bars(path: str | Path, report: Report) -> None:
             scores = _shown(report.select(arm, clip))
             if scores:
                 centre = place + (position - (len(arms) - 1) / 2) * width
-                _draw_bar(axes, centre, scores, width, colour, arm)
+                _draw_bar(axes, centre, scores, width, colour, _HATCHES[position // len(_COLOURS) % len(_HATCHES)], arm)
     axes.set_xticks(range(len(clips)), clips)
     axes.set_ylabel(_axis(report.headline, " over the clip"))
     axes.margins(y=0.1)
@@ -262,10 +264,12 @@ def _draw_line(
     axes.plot(frames, running_mean(values, _SMOOTH), color=colour, linestyle=dashes, linewidth=2.2, label=label)
 
 
-def _draw_bar(axes: Axes, centre: float, scores: Sequence[float], width: float, colour: str, label: str) -> None:
+def _draw_bar(
+    axes: Axes, centre: float, scores: Sequence[float], width: float, colour: str, hatch: str, label: str
+) -> None:
     mean, spread = summarize(scores)
     whisker: dict[str, Any] = {"elinewidth": 1.2, "capsize": 3, "ecolor": "#222222"}
-    axes.bar(centre, mean, 0.92 * width, yerr=spread, color=colour, label=label, error_kw=whisker)
+    axes.bar(centre, mean, 0.92 * width, yerr=spread, color=colour, hatch=hatch, label=label, error_kw=whisker)
     axes.annotate(
         f"{mean:.1f}",
         (centre, mean + (spread or 0.0)),
