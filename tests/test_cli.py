@@ -443,7 +443,7 @@ def test_brackets_in_messages_are_printed_as_they_are(capsys, monkeypatch):
 
 
 def test_usage_errors_have_status_2_and_name_the_option(capsys, monkeypatch):
-    for arguments, name in ((["train", "street", "--epochs=0"], "--epochs"), (["run", "video.mp4"], "--checkpoint")):
+    for arguments, name in ((["train", "street", "--epochs=0"], "--epochs"), (["eval", "clips"], "--checkpoint")):
         monkeypatch.setattr(sys, "argv", ["ttt-adapt", *arguments])
         with pytest.raises(SystemExit) as stop:
             cli.main()
