@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import inspect
 import os
 import pickle
@@ -177,14 +178,30 @@ def run(cfg: Config, what: str, launcher: str, local_rank: int | None) -> None:
                 "there are no weights to test: name them (ttt-adapt mm test CONFIG CHECKPOINT), or set load_from"
             )
         with _told_in_a_line():
-            runner = Runner.from_cfg(cfg)
-            _let_one_process_write(runner)
-            if what == "test":
-                _check_weights(runner.model, cfg.load_from)
-            getattr(runner, what)()
+            _run(cfg, what)
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        _end_processes()
+
+
+def _run(cfg: Config, what: str) -> None:
+    """Build the runner and run it; nothing of it is left when this returns."""
+    runner = Runner.from_cfg(cfg)
+    _let_one_process_write(runner)
+    if what == "test":
+        _check_weights(runner.model, cfg.load_from)
+    getattr(runner, what)()
+
+
+def _end_processes() -> None:
+    """Leave the process group and join its threads while Python is alive.
+
+    A thread of gloo that lets go of its last tensor while the interpreter ends aborts the process (pytorch/pytorch
+    179291). The group joins its threads when it is freed, and the wrapped model of the runner, in a circle of
+    references, would keep it until then.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        gc.collect()
 
 
 def _let_one_process_write(runner: Runner) -> None:

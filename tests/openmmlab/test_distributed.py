@@ -87,3 +87,31 @@ def test_a_process_without_a_video_waits_for_the_others(tmp_path):
     assert one_maps == two_maps
     assert two["mIoU"] == one["mIoU"]
     assert two["ttt"]["frames"] == 3
+
+
+TEST_AND_LIST_THREADS = """
+import sys
+from pathlib import Path
+from ttt_adapt_openmmlab.launch import read_config, run
+
+run(read_config(Path(sys.argv[1]), Path(sys.argv[2]), []), "test", "pytorch", None)
+print("threads:", *(task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="lists threads by /proc")
+def test_no_thread_of_the_process_group_is_left_when_python_ends(tmp_path):
+    config = config_for(tmp_path, {"a": 1})
+    alone_in_a_group = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(
+        [sys.executable, "-c", TEST_AND_LIST_THREADS, str(config), str(tmp_path / "out")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **alone_in_a_group, "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    threads = done.stdout.rpartition("threads:")[2].split()
+    assert threads
+    assert not [name for name in threads if "gloo" in name]
