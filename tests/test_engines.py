@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import resource
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -624,7 +625,8 @@ def test_an_optimizer_steps_only_where_the_flag_says_so():
     assert optimizer.state[p]["step"].item() == 3
 
 
-def test_a_restarted_optimizer_is_a_new_one():
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_restarted_optimizer_is_a_new_one(in_place):
     mine, theirs = FusedAdamW(groups()), FusedAdamW(groups())
     for optimizer, times in ((mine, 3), (theirs, 1)):
         for n in range(times):
@@ -633,12 +635,26 @@ def test_a_restarted_optimizer_is_a_new_one():
                     for g, fresh in zip(optimizer.param_groups, groups(), strict=True):
                         for q, f in zip(g["params"], fresh["params"], strict=True):
                             q.copy_(f)
-                optimizer.restart()
+                optimizer.restart(in_place)
             for g in optimizer.param_groups:
                 for q in g["params"]:
                     q.grad = q.detach() + (n - times + 1)
             optimizer.step()
     assert same_bits(mine.state_dict()["state"], theirs.state_dict()["state"])
+
+
+def test_a_restarted_optimizer_holds_no_memory_until_its_next_step():
+    optimizer = FusedAdamW(groups())
+    members = [q for g in optimizer.param_groups for q in g["params"]]
+    for _ in range(2):
+        for q in members:
+            q.grad = torch.ones_like(q)
+        optimizer.step()
+    moments = [weakref.ref(optimizer.state[q][name]) for q in members for name in ("exp_avg", "exp_avg_sq")]
+    assert all(moment() is not None for moment in moments)
+    optimizer.restart()
+    assert not optimizer.state_dict()["state"]
+    assert all(moment() is None for moment in moments)
 
 
 # ---- on a GPU

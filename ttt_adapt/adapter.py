@@ -252,7 +252,7 @@ class StreamAdapter:
         self._recall_source()
         self._renew_norm_stats(x)
         if self.config.restart_optimizer or self._pull == 1.0:
-            self._restart_optimizer()
+            self._restart_optimizer(in_place=self._engine.records)
         steps = [self._iterate(first=i == 0) for i in range(self.config.iterations)]
         return torch.stack([numbers for numbers, _ in steps]), steps[0][1]
 

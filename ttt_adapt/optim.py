@@ -76,7 +76,8 @@ class FusedAdamW(torch.optim.AdamW):
             self._prepare()
             return loss
         skip = getattr(self, "found_inf", None)
-        for group, members, (first, second, steps) in self._ready:
+        for group, members, lists in self._ready:
+            first, second, steps = lists or self._begin(members, lists)
             torch._foreach_add_(steps, 1)
             torch._fused_adamw_(
                 members,
@@ -100,11 +101,21 @@ class FusedAdamW(torch.optim.AdamW):
         return None
 
     @torch.no_grad()
-    def restart(self) -> None:
-        """Forget the moments, in place: the state is all zeros, as before the first step."""
+    def restart(self, in_place: bool = False) -> None:
+        """Forget the moments, as before the first step.
+
+        Args:
+            in_place: zero them where they lie, for a step that is recorded. Otherwise their memory, twice that of the
+                parameters, is free until the next step: for the whole forward and backward pass.
+        """
+        if in_place:
+            for _, _, lists in self._ready:
+                for tensors in lists:
+                    torch._foreach_zero_(tensors)
+            return
+        self.state.clear()
         for _, _, lists in self._ready:
-            for tensors in lists:
-                torch._foreach_zero_(tensors)
+            lists.clear()
 
     def load_state_dict(self, state_dict: Any) -> None:
         """As in the base class, also from an AdamW that is not fused.
@@ -122,10 +133,18 @@ class FusedAdamW(torch.optim.AdamW):
 
     def _is_ready(self) -> bool:
         """Whether the gradients are those of the parameters that the lists hold."""
-        if not self.state or not self._ready:
+        if not self._ready:
             return False
         complete = all(p.grad is not None for _, members, _ in self._ready for p in members)
         return complete and all(p.grad is None for p in self._idle)
+
+    def _begin(self, members: list[Tensor], lists: list[list[Tensor]]) -> list[list[Tensor]]:
+        """Fill the lists of members that were restarted: a state of zeros."""
+        lists += [[torch.zeros_like(p) for p in members] for _ in range(2)]
+        lists.append(list(torch.zeros(len(members), device=members[0].device).unbind()))
+        for p, first, second, step in zip(members, *lists, strict=True):
+            self.state[p] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+        return lists
 
     def _prepare(self) -> None:
         """The lists of each group and dtype: members with a state, their two moments and step counts."""
@@ -151,10 +170,10 @@ class Restart:
         self._optimizer = optimizer
         self._fresh = [copied({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups]
 
-    def __call__(self) -> None:
-        """Restart it."""
+    def __call__(self, in_place: bool = False) -> None:
+        """Restart it; `in_place` where the state's memory must stay, which only `FusedAdamW` can do."""
         if isinstance(self._optimizer, FusedAdamW):
-            self._optimizer.restart()
+            self._optimizer.restart(in_place)
         else:
             self._optimizer.state.clear()
         for group, fresh in zip(self._optimizer.param_groups, self._fresh, strict=True):
