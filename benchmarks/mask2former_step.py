@@ -2,6 +2,7 @@
 
     python benchmarks/mask2former_step.py                                  # the CPU, or the GPU where there is one
     python benchmarks/mask2former_step.py --size 128 256 --batches 1 2 4   # smaller
+    python benchmarks/mask2former_step.py --batches 8 --micro-batch 2      # large batches in little memory
     python benchmarks/mask2former_step.py --paper --precision bf16         # the paper's recipe, for a GPU
 
 A frame is adapted to by the online preset and predicted, and the plain model predicts it in turn; medians over
@@ -47,21 +48,25 @@ class Clock:
     def start(self, *_: Any) -> None:
         self._mark(None)
 
+    def enter(self, *_: Any) -> None:
+        """The encoder's forward pass begins; behind a decoder's, the backward pass of a part of the batch has ended."""
+        self._mark("backward" if self._marks and self._marks[-1][0] == "decoder" else None)
+
     def stop(self, part: str) -> Any:
         """A hook that ends `part`, which began at the moment before."""
         return lambda *_: self._mark(part)
 
     def read(self) -> dict[str, float]:
-        """What was measured since the last call; waits for the device."""
+        """What was measured since the last call, by part; waits for the device."""
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.synchronize()
         marks, self._marks = self._marks, []
-        return {
-            part: a.elapsed_time(b) if cuda else 1e3 * (b - a)
-            for (_, a), (part, b) in itertools.pairwise(marks)
-            if part is not None
-        }
+        found: dict[str, float] = {}
+        for (_, a), (part, b) in itertools.pairwise(marks):
+            if part is not None:
+                found[part] = found.get(part, 0.0) + (a.elapsed_time(b) if cuda else 1e3 * (b - a))
+        return found
 
     def _mark(self, part: str | None) -> None:
         if self.device.type == "cuda":
@@ -163,7 +168,8 @@ def stream_config(options: argparse.Namespace, batch: int) -> Any:
     preset = StreamConfig.paper if options.paper else StreamConfig.online
     crop = tuple(options.size) if tuple(options.size) != tuple(options.frame) else None
     precision = "bf16" if options.precision == "bf16" else "fp32"
-    return preset(batch_size=batch, window=16, crop_size=crop, precision=precision)
+    micro = None if options.micro_batch is None else min(options.micro_batch, batch)
+    return preset(batch_size=batch, window=16, crop_size=crop, precision=precision, micro_batch=micro)
 
 
 def floor(
@@ -207,7 +213,7 @@ def one_step(adapter: Any, frame: torch.Tensor, clock: Clock) -> dict[str, float
     """Adapt to a frame and predict it; milliseconds of the parts and of the whole, until the device has done it."""
     begun = time.perf_counter()
     handles = [
-        adapter.branch.model.backbone.register_forward_pre_hook(clock.start),
+        adapter.branch.model.backbone.register_forward_pre_hook(clock.enter),
         adapter.branch.model.backbone.register_forward_hook(clock.stop("encoder")),
         adapter.branch.decoder.register_forward_hook(clock.stop("decoder")),
     ]
@@ -232,6 +238,7 @@ def in_own_process(options: argparse.Namespace, batch: int) -> dict[str, float] 
     size, frame = ([str(side) for side in pair] for pair in (options.size, options.frame))
     command = [sys.executable, __file__, "--only", str(batch), "--frames", str(options.frames), "--size", *size]
     command += ["--frame", *frame, "--device", options.device, "--precision", options.precision]
+    command += [] if options.micro_batch is None else ["--micro-batch", str(options.micro_batch)]
     done = subprocess.run(command + ["--paper"] * options.paper, capture_output=True, text=True)
     if done.returncode:
         reason = "out of memory" if done.returncode == -9 or "emory" in done.stderr else done.stderr.strip()[-300:]
@@ -246,6 +253,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--frame", type=int, nargs=2, metavar=("H", "W"), help="of the prediction; default: --size")
     parser.add_argument("--batches", type=int, nargs="+")
+    parser.add_argument("--micro-batch", type=int, metavar="N", help="run a batch's forward and backward N at a time")
     parser.add_argument("--frames", type=int, default=3)
     parser.add_argument("--paper", action="store_true", help="window 16, 32 crops of 512 x 1024, frames of 618 x 2048")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="fp32")
@@ -275,7 +283,8 @@ def compare(options: argparse.Namespace) -> None:
     from ttt_adapt.evaluation.report import environment
 
     plain = in_own_process(options, 0)
-    settings = {name: getattr(options, name) for name in ("size", "frame", "paper", "precision", "device")}
+    told = ("size", "frame", "paper", "precision", "micro_batch", "device")
+    settings = {name: getattr(options, name) for name in told}
     report: dict[str, Any] = {"environment": environment(), **settings, "plain": plain, "batches": {}}
     device = report["environment"]["cuda_device"] if options.device.startswith("cuda") else "CPU"
     print(f"{device}, {options.precision}, crops {tuple(options.size)}, frames {tuple(options.frame)}\n")

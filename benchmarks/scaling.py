@@ -39,8 +39,12 @@ def build(model: str, size: tuple[int, int]) -> nn.Module:
 
 
 def adapter(model: str, size: tuple[int, int], batch: int, window: int = 16) -> Step:
+    """A stream whose window is full."""
     config = StreamConfig.online(window=window, batch_size=batch)
-    return StreamAdapter(build(model, size), encoder="norm", config=config).step
+    made = StreamAdapter(build(model, size), encoder="norm", config=config)
+    for frame in torch.randn(window, 3, *size, device=DEVICE):
+        made.adapt(frame)
+    return made.step
 
 
 def forward(model: str, size: tuple[int, int]) -> Step:

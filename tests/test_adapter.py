@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 import resource
 import weakref
 
@@ -83,6 +84,17 @@ def by_hand(model, branch, frames, config, fresh_optimizer: bool):
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def test_a_report_can_be_compared_copied_and_sent_to_another_process():
+    adapter, frames = attached(), clip(2)
+    first, second = [adapter.adapt(frame) for frame in frames]
+    sent = pickle.loads(pickle.dumps(first))
+    assert sent == first == copy.deepcopy(first)
+    assert sent.losses == first.losses
+    assert first != second
+    assert first != "StepReport"
+    assert repr(first).startswith("StepReport(frame_index=0, losses=(")
 
 
 @pytest.mark.parametrize("restart", [True, False])

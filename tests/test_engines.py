@@ -111,6 +111,21 @@ def test_every_setting_means_the_same_on_every_engine(make, kind, changes):
 
 
 @pytest.mark.parametrize("kind", ENGINES)
+def test_stochastic_depth_is_drawn_anew_at_every_step_and_never_in_a_prediction(make, kind):
+    model, frame = zoo.vit(drop_path_rate=0.5).eval(), clip(1)[0]
+    with torch.no_grad():
+        plain = model(frame[None])
+    losses = {}
+    for asked in (False, True):  # the same frames, masks and weights
+        with make(kind, "tokens", model, lr=0.0, drop_path=asked) as adapter:
+            losses[asked] = [adapter.adapt(frame).losses[0] for _ in range(2 * WARM_UP + 2)]
+            torch.testing.assert_close(adapter.predict(frame), plain, rtol=1e-4, atol=1e-4)
+    shares = [dropped / whole for dropped, whole in zip(losses[True], losses[False], strict=True)]
+    assert len(set(shares)) == len(shares)
+    assert 1.0 not in shares
+
+
+@pytest.mark.parametrize("kind", ENGINES)
 def test_at_lr_zero_no_prediction_changes_by_a_bit(make, kind):
     adapter, frames = make(kind, lr=0.0), clip(6)
     plain = [adapter.predict(frame) for frame in frames]

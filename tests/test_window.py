@@ -86,6 +86,7 @@ def test_crops_are_cut_from_the_frames_and_reach_every_corner():
     window.stage(image)
     crops = window.draw(300, torch.Generator().manual_seed(0), (3, 4))
     assert crops.shape == (300, 3, 3, 4)
+    assert crops.is_contiguous()  # channels-last would carry on into every convolution
     corners = set()
     for crop in crops:
         y, x = divmod(int(crop[0, 0, 0]), 7)

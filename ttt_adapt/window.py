@@ -89,7 +89,7 @@ class FrameWindow:
             newest: how many frames to draw from, the staged one included, at most `capacity`; None: all.
 
         Returns:
-            [B, 3, H, W], a copy.
+            [B, 3, H, W], a contiguous copy.
         """
         assert self._buffer is not None, "stage a frame first"
         device = self._buffer.device
@@ -106,8 +106,8 @@ class FrameWindow:
         y, x = (corner + torch.arange(side, device=device) for corner, side in zip(corners, crop_size, strict=True))
         where = rows[:, None, None], y[:, :, None], x[:, None, :]
         if held_as_pixels:
-            return self._as_model_input(self._buffer[where])
-        return self._buffer[where[0], :, where[1], where[2]].permute(0, 3, 1, 2)
+            return self._as_model_input(self._buffer[where]).contiguous()
+        return self._buffer[where[0], :, where[1], where[2]].permute(0, 3, 1, 2).contiguous()
 
     def known(self, newest: int | None = None) -> int:
         """How many frames a draw sees, the staged one included."""

@@ -65,12 +65,28 @@ def test_the_paper_preset_is_the_recipe_of_the_paper():
     assert step.stream_config(step.parse([]), 4) == StreamConfig.online(window=16, batch_size=4)
 
 
-def test_a_step_is_measured_with_every_part_and_with_crops(monkeypatch, tmp_path, capsys):
+def test_a_batch_may_be_taken_in_parts_whose_times_add_up():
+    options = step.parse(["--micro-batch", "2"])
+    assert [step.stream_config(options, batch).micro_batch for batch in (1, 8)] == [1, 2]
+    clock = step.Clock(CPU)
+    for _ in range(2):
+        clock.enter()
+        clock.stop("encoder")()
+        clock.stop("decoder")()
+        time.sleep(0.01)
+    clock.stop("backward")()
+    ms = clock.read()
+    assert list(ms) == ["encoder", "decoder", "backward"]
+    assert ms["backward"] >= 20
+
+
+@pytest.mark.parametrize("micro", [[], ["--micro-batch", "1"]])
+def test_a_step_is_measured_with_every_part_and_with_crops(micro, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(step, "build", lambda device: tiny.build(tiny.mask2former_semantic()).eval())
     monkeypatch.setattr(step, "in_own_process", lambda options, batch: measured(options, batch))
     out = tmp_path / "step.json"
     arguments = ["--size", "64", "64", "--frame", "64", "96", "--frames", "1", "--batches", "2", "--device", "cpu"]
-    step.compare(step.parse([*arguments, "--out", str(out)]))
+    step.compare(step.parse([*arguments, *micro, "--out", str(out)]))
     report = json.loads(out.read_text())
     assert (report["precision"], report["device"], report["frame"]) == ("fp32", "cpu", [64, 96])
     found = report["batches"]["2"]

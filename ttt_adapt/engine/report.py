@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,8 +83,18 @@ class StepReport:
             self._read = self._numbers.tolist()  # the one wait for the device
         return self._read
 
+    def _fields(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("frame_index", "losses", "grad_norm", "adapted", "reason", "ms")}
+
+    def __eq__(self, other: object) -> bool:
+        return self._fields() == other._fields() if isinstance(other, StepReport) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and other processes: with the numbers read, and nothing of the device."""
+        numbers = None if self._numbers is None else torch.tensor(self._values())
+        return vars(self) | {"_numbers": numbers, "_computed": None}
+
     def __repr__(self) -> str:
-        return (
-            f"StepReport(frame_index={self.frame_index}, losses={self.losses}, grad_norm={self.grad_norm}, "
-            f"adapted={self.adapted}, reason={self.reason!r}, ms={self.ms:.2f})"
-        )
+        return f"StepReport({', '.join(f'{name}={value!r}' for name, value in self._fields().items())})"
