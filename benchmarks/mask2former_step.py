@@ -140,7 +140,10 @@ def measure(options: argparse.Namespace, batch: int, device: torch.device) -> di
     predict, config = predictor(model, size), stream_config(options, batch)
     found: dict[str, list[float]] = {name: [] for name in (*PARTS, "predict", "step", "forward")}
     with StreamAdapter(model, branch, config=config, optimizer=optimizer, predict=predict) as adapter:
-        for index in range(options.frames + 1):
+        first = torch.randn(1, 3, *size, device=device)  # counted, and to warm up
+        counted = floor(lambda: adapter.adapt(first), lambda: adapter.predict(first), options.precision, device)
+        clock.read()
+        for _ in range(options.frames):
             frame = torch.randn(1, 3, *size, device=device)
             ms = one_step(adapter, frame, clock)
             clock.start()
@@ -148,11 +151,10 @@ def measure(options: argparse.Namespace, batch: int, device: torch.device) -> di
                 predict(frame)
             clock.stop("forward")()
             ms |= clock.read()
-            if index:
-                for name, values in found.items():
-                    values.append(ms[name])
+            for name, values in found.items():
+                values.append(ms[name])
         result = {name: statistics.median(values) for name, values in found.items()} | {"peak_mib": peak_mib(device)}
-        result |= floor(lambda: adapter.adapt(frame), lambda: adapter.predict(frame), options.precision, device)
+        result |= counted
     return result | {"step_over_floor": result["step"] / result["floor_ms"]}
 
 
