@@ -4,16 +4,17 @@
     python benchmarks/step_overhead.py --torch-ttt     # against torch-ttt's rotation engine, ResNet-18 and ResNet-50
 
 The hand-written loop uses no hooks and none of the adapter: it runs the model's own modules one after the other, with
-the same masks, loss and optimizer, and a plain list as window. torch-ttt (pip install "ttt-adapt[bench]") is the other
-library of online adaptation on the package index: its `TTTEngine` runs with its own defaults, with and without the copy
-of the model that it makes per call, on the same network and the same frames, one at a time. All loops are interleaved
-frame by frame and medians are reported, of processor time with OMP_NUM_THREADS=1. `--memory` measures peak memory
-of the process instead, each loop in a process of its own.
+the same masks, loss and optimizer (restarted at every frame, or carried on), and a plain list as window. torch-ttt
+(pip install "ttt-adapt[bench]") is the other library of online adaptation on the package index: its `TTTEngine` runs
+with its own defaults, with and without the copy of the model that it makes per call, on the same network and the same
+frames, one at a time. All loops are interleaved frame by frame and medians are reported, of processor time with
+OMP_NUM_THREADS=1. `--memory` measures peak memory of the process instead, each loop in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import resource
 import subprocess
 import sys
@@ -116,21 +117,22 @@ def vit_loss(model: Any, branch: MAEBranch, images: Tensor, mask: Tensor) -> Ten
 class HandWritten:
     """Online TTT-MAE in twenty lines, for this model only."""
 
-    def __init__(self, kind: str, batch: int, window: int) -> None:
+    def __init__(self, kind: str, batch: int, window: int, restart: bool = True) -> None:
         self.model, encoder = make(kind)
         self.branch = MAEBranch.attach(self.model, encoder).eval()  # its weights only; the pass is written out
         self.loss: Callable[..., Tensor] = cnn_loss if kind == "cnn" else vit_loss
         self.parameters = [*self.branch.encoder_parameters().values(), *self.branch.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=0.0, fused=True)
         self.frames: list[Tensor] = []
-        self.batch, self.window = batch, window
+        self.batch, self.window, self.restart = batch, window, restart
 
     def step(self, frame: Tensor) -> Tensor:
         self.frames = [*self.frames[-self.window + 1 :], frame]
         draws = torch.randint(len(self.frames), (self.batch,)).tolist()
         images = torch.stack([self.frames[i] for i in draws])
         mask = random_mask(self.batch, (SIZE[0] // 16, SIZE[1] // 16), 0.8)
-        self.optimizer.state.clear()
+        if self.restart:
+            self.optimizer.state.clear()
         self.loss(self.model, self.branch, images, mask).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -138,11 +140,11 @@ class HandWritten:
             return self.model(frame[None])
 
 
-def make_adapter(kind: str, batch: int, window: int) -> StreamAdapter:
+def make_adapter(kind: str, batch: int, window: int, restart: bool = True) -> StreamAdapter:
     model, encoder = make(kind)
     config = StreamConfig(
         window=window, batch_size=batch, lr=1e-5, encoder_lr_scale=1.0, weight_decay=0.0, source_pull=0.0,
-        restart_optimizer=True,
+        restart_optimizer=restart,
     )  # fmt: skip
     return StreamAdapter(model, encoder=encoder, config=config)
 
@@ -202,10 +204,10 @@ AGAINST_TORCH_TTT: dict[str, Callable[[int], Step]] = {
 }
 
 
-def time_one(kind: str, batch: int, frames: int, window: int) -> dict[str, float]:
+def time_one(kind: str, batch: int, restart: bool, frames: int, window: int) -> dict[str, float]:
     steps: dict[str, Step] = {
-        "adapter": make_adapter(kind, batch, window).step,
-        "hand": HandWritten(kind, batch, window).step,
+        "adapter": make_adapter(kind, batch, window, restart).step,
+        "hand": HandWritten(kind, batch, window, restart).step,
         "forward": plain_forward(make(kind)[0]),
     }
     ms = interleaved(steps, torch.randn(frames, 3, *SIZE))
@@ -218,12 +220,12 @@ def time_against_torch_ttt(depth: int, frames: int) -> dict[str, float]:
     return {**ms, **ratios, "torch_ttt_to_adapter_1": ms["torch_ttt"] / ms["adapter_1"]}
 
 
-def peak_memory(loop: str, kind: str, batch: int, window: int, frames: int) -> float:
+def peak_memory(loop: str, kind: str, batch: int, restart: bool, window: int, frames: int) -> float:
     """Peak resident memory of this process in MiB after `frames` steps."""
     if kind.startswith("resnet"):
         step = AGAINST_TORCH_TTT[loop](int(kind.removeprefix("resnet")))
     else:
-        step = (make_adapter if loop == "adapter" else HandWritten)(kind, batch, window).step
+        step = (make_adapter if loop == "adapter" else HandWritten)(kind, batch, window, restart).step
     for _ in range(frames):
         step(torch.randn(3, *SIZE))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -235,11 +237,12 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=16)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--torch-ttt", action="store_true")
-    parser.add_argument("--one", nargs=3, metavar=("LOOP", "MODEL", "BATCH"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=4, metavar=("LOOP", "MODEL", "BATCH", "OPTIMIZER"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.one:
-        print(peak_memory(options.one[0], options.one[1], int(options.one[2]), options.window, options.frames))
+        loop, kind, batch, optimizer = options.one
+        print(peak_memory(loop, kind, int(batch), optimizer == "restarted", options.window, options.frames))
         return
     rows: list[dict[str, Any]] = []
     for row in _torch_ttt_rows(options) if options.torch_ttt else _rows(options):
@@ -251,31 +254,31 @@ def main() -> None:
 def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for kind in ("cnn", "vit"):
         check_losses(kind)
-        for batch in (1, 8):
-            measured = _memory(kind, batch, options) if options.memory else None
-            yield {"model": kind, "batch": batch} | (measured or time_one(kind, batch, options.frames, options.window))
+        for batch, optimizer in itertools.product((1, 8), ("restarted", "carried")):
+            if options.memory:
+                found = _memory(kind, batch, optimizer, options)
+            else:
+                found = time_one(kind, batch, optimizer == "restarted", options.frames, options.window)
+            yield {"model": kind, "batch": batch, "optimizer": optimizer} | found
 
 
 def _torch_ttt_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for depth in (18, 50):
         if options.memory:
-            yield {"model": f"resnet{depth}"} | _peaks(AGAINST_TORCH_TTT, f"resnet{depth}", 0, 5, options)
+            yield {"model": f"resnet{depth}"} | _peaks(AGAINST_TORCH_TTT, [f"resnet{depth}", "0", "-"], 5, options)
         else:
             yield {"model": f"resnet{depth}"} | time_against_torch_ttt(depth, options.frames)
 
 
-def _peaks(loops: Iterable[str], kind: str, batch: int, frames: int, options: argparse.Namespace) -> dict[str, float]:
-    """Peak MiB of each loop, in a process of its own."""
+def _peaks(loops: Iterable[str], what: list[str], frames: int, options: argparse.Namespace) -> dict[str, float]:
+    """Peak MiB of each loop, in a process of its own; `what` is the rest of `--one`."""
     command = [sys.executable, __file__, "--frames", str(frames), "--window", str(options.window), "--one"]
-    done = {
-        loop: subprocess.run([*command, loop, kind, str(batch)], capture_output=True, text=True, check=True)
-        for loop in loops
-    }
+    done = {loop: subprocess.run([*command, loop, *what], capture_output=True, text=True, check=True) for loop in loops}
     return {loop: float(process.stdout) for loop, process in done.items()}
 
 
-def _memory(kind: str, batch: int, options: argparse.Namespace) -> dict[str, float]:
-    found = _peaks(("adapter", "hand"), kind, batch, 30, options)
+def _memory(kind: str, batch: int, optimizer: str, options: argparse.Namespace) -> dict[str, float]:
+    found = _peaks(("adapter", "hand"), [kind, str(batch), optimizer], 30, options)
     model, encoder = make(kind)
     branch = MAEBranch.attach(model, encoder)
     adapted = [*branch.encoder_parameters().values(), *branch.parameters()]

@@ -194,6 +194,20 @@ def test_detach_gives_the_model_back_as_it_was(make, kind):
 
 
 @pytest.mark.parametrize("kind", ENGINES)
+def test_a_head_whose_weights_are_replaced_predicts_with_the_new_ones(make, kind):
+    model, frame = settle_norms(zoo.TinySeg()), clip(1)[0]
+    adapter = make(kind, model=model, lr=0.0)
+    for _ in range(WARM_UP + 2):
+        adapter.step(frame)
+    model.head.load_state_dict({name: w + 1 for name, w in model.head.state_dict().items()}, assign=True)
+    for _ in range(WARM_UP + 2):
+        with torch.no_grad():
+            expected = model(frame[None])
+        assert_near([adapter.predict(frame)], [expected], kind)
+        assert_near([adapter.step(frame)], [expected], kind)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
 def test_weights_that_are_replaced_mid_stream_are_an_error(make, kind):
     model = settle_norms(zoo.TinySeg())
     adapter, frames = make(kind, model=model, window=1), clip(5)

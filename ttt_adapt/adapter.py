@@ -6,6 +6,7 @@ step on the reconstruction of a batch drawn from the window, then predict the fr
 
 from __future__ import annotations
 
+import itertools
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -213,7 +214,7 @@ class StreamAdapter:
         with self._undone_if_it_fails():
             self._problem.check_parameters()
             self._window.stage(x[0], pixels)
-            state = self._recorded_state() if self._engine.records else ()
+            state = (self._window.tick(self.window), self._settings(), self._weights()) if self._engine.records else ()
             skipped = "" if self._frame_index % self.config.every == 0 else "every"
             surprise = self._surprise() if self.config.gate == "surprise" and not skipped else None
             if surprise is not None and not self._gate.is_open(surprise):
@@ -232,10 +233,13 @@ class StreamAdapter:
         self._frame_index += 1
         return self.last
 
-    def _recorded_state(self) -> tuple[Hashable, ...]:
-        """What Python decides of an update: which frames are drawn from where, and the objective's settings."""
-        settings = self._branch.settings() if isinstance(self._branch, Drawn) else ()
-        return *self._window.tick(self.window), settings
+    def _settings(self) -> Hashable:
+        """What a recorded update depends on of the objective, beside its tensors."""
+        return self._branch.settings() if isinstance(self._branch, Drawn) else ()
+
+    def _weights(self) -> tuple[int, ...]:
+        """Where the tensors lie that a recording reads: others may have been put in their place."""
+        return tuple(x.data_ptr() for x in itertools.chain(self._model.parameters(), self._model.buffers()))
 
     def _surprise(self) -> float:
         """The loss of a batch with the weights as they are, without a gradient: what the gate looks at."""
@@ -289,7 +293,7 @@ class StreamAdapter:
     def _predict_input(self, x: Tensor) -> Any:
         own = self._norms if self.config.norm_stats == "batch" else []
         with torch.no_grad(), explained_memory_errors(self.config), batch_statistics(own):
-            return self._engine.predict(self._predict, x)
+            return self._engine.predict(self._predict, x, key=self._weights() if self._engine.records else ())
 
     @torch.no_grad()
     def _renew_norm_stats(self, x: Tensor) -> None:

@@ -85,15 +85,15 @@ class CompileEngine(EagerEngine):
         options: Any = {"fallback_random": True} if self._backend == "inductor" else None
         return torch.compile(call, fullgraph=fullgraph, dynamic=False, backend=self._backend, options=options)
 
-    def predict(self, predict: Callable[[Tensor], Any], x: Tensor) -> Any:
-        """`predict(x)`, compiled."""
-        key = (tuple(x.shape), x.dtype, x.stride())
-        if key not in self._predictions or self._predictions[key][0] is not predict:
-            self._predictions[key] = (predict, self._compile(_afresh(lambda x: predict(x))))
+    def predict(self, predict: Callable[[Tensor], Any], x: Tensor, key: Hashable = ()) -> Any:
+        """`predict(x)`, compiled; the compiler watches what else it depends on."""
+        shape = (tuple(x.shape), x.dtype, x.stride())
+        if shape not in self._predictions or self._predictions[shape][0] is not predict:
+            self._predictions[shape] = (predict, self._compile(_afresh(lambda x: predict(x))))
             while len(self._predictions) > KEPT:
                 self._predictions.popitem(last=False)
-        self._predictions.move_to_end(key)
-        return self._predictions[key][1](x)
+        self._predictions.move_to_end(shape)
+        return self._predictions[shape][1](x)
 
     def forget(self) -> None:
         """Nothing: what is compiled reads the weights where they are."""

@@ -134,8 +134,8 @@ class EagerEngine:
             found = torch.autograd.grad(value, problem.parameters, allow_unused=True)
         return value.detach(), apart(found)
 
-    def predict(self, predict: Callable[[Tensor], Any], x: Tensor) -> Any:
-        """`predict(x)`."""
+    def predict(self, predict: Callable[[Tensor], Any], x: Tensor, key: Hashable = ()) -> Any:
+        """`predict(x)`; `key` as in `run`."""
         return predict(x)
 
     def forget(self) -> None:

@@ -34,6 +34,10 @@ class Recorder(Protocol):
         """
         ...
 
+    def forget(self) -> None:
+        """All recordings were dropped: what they shared is free."""
+        ...
+
 
 class CudaRecorder:
     """Records with `torch.cuda.CUDAGraph`.
@@ -54,6 +58,10 @@ class CudaRecorder:
             result = call()
         self._pool = graph.pool()
         return graph.replay, result
+
+    def forget(self) -> None:
+        """See `Recorder`: a pool without a graph cannot be recorded into again."""
+        self._pool = None
 
 
 @dataclass
@@ -135,13 +143,14 @@ class GraphEngine(EagerEngine):
             self.reason += f"; the {what} pass runs eagerly, it cannot be recorded ({type(error).__name__}: {error})"
             return False
 
-    def predict(self, predict: Callable[[Tensor], Any], x: Tensor) -> Any:
+    def predict(self, predict: Callable[[Tensor], Any], x: Tensor, key: Hashable = ()) -> Any:
         """`predict(x)`, replayed."""
-        return self.run("predict", predict, x)
+        return self.run("predict", predict, x, key=key)
 
     def forget(self) -> None:
         """Drop all recordings: they hold the addresses of the weights, the optimizer's state and the window."""
         self._recordings.clear()
+        self._recorder.forget()
 
 
 def _repeats(leaf: Any) -> bool:
