@@ -9,7 +9,8 @@
   `camvid.py` trains, at 96 x 160, half as long) streams the five others, and the other way round; one pair per seed.
 - **street**: the demo's model on three rendered streets of 120 frames.
 
-Everything goes on where it stopped when the command is given again.
+Parts: all arms, what a frame costs each of them (on a machine with nothing else to do, with OMP_NUM_THREADS=1), and the
+window sweep. Everything goes on where it stopped when the command is given again.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from camvid import SIZE, STREAMS, Training, checkpoints
+from timing import interleaved, table, write
 from ttt_adapt import StreamConfig
+from ttt_adapt.checkpoint import load_checkpoint
 from ttt_adapt.commands.contenders import Contender, contenders_of
 from ttt_adapt.commands.demo import WEIGHTS
 from ttt_adapt.commands.evaluate import evaluate
 from ttt_adapt.commands.study import run_study
 from ttt_adapt.data import Clip, StreetClip, open_clips
+from ttt_adapt.evaluation.arms import find_arm
 from ttt_adapt.evaluation.studies import find_study
 
 ARMS = (
@@ -55,8 +59,10 @@ NORMS = ("norm-ema", "norm-blend", "online-norm-ema")
 """In place of ln-adapt, where the encoder has BatchNorm."""
 RATES = {"tent": 1e-6, "self-train": 1e-6, "self-train-plain": 1e-6, "ema-teacher": 1e-6}
 """Learning rates of the baselines, also below a modifier; `camvid_variants.py --arms` chose them."""
+FRAMES = 25
+"""Of the first clip, for the cost of an arm."""
 DAVIS_SIZE, DAVIS_EPOCHS = (96, 160), 12
-PARTS = ("arms", "window")
+PARTS = ("arms", "cost", "window")
 
 
 Job = tuple[str, list[Clip], list[Path], list[Path]]
@@ -106,6 +112,21 @@ def rows(name: str, joint: Sequence[Path], main: Sequence[Path]) -> list[Contend
     return sorted(found, key=lambda row: row.label != "Fixed")
 
 
+def write_costs(contenders: Sequence[Contender], clip: Clip, config: StreamConfig, out: Path) -> None:
+    """What a frame costs each streaming arm, in forward passes of the fixed model: medians of frames in turns."""
+    streaming = {row.arm: row for row in contenders if find_arm(row.arm).streaming}
+    runners = {
+        name: find_arm(name).start(load_checkpoint(row.checkpoints[0]), config, row.changes)
+        for name, row in streaming.items()
+    }
+    frames = [clip[index][0] for index in range(min(FRAMES, len(clip)))]
+    ms = interleaved({name: runner.step for name, runner in runners.items()}, frames)
+    found = [{"arm": name, "forwards": value / ms["fixed"]} for name, value in ms.items()]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write(out, found)
+    print(table(found, ["arm", "forwards"]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get("TTT_ADAPT_DATA"), help="holds camvid/ and davis/")
@@ -121,6 +142,8 @@ def main() -> None:
             seeds = options.seeds
             if "arms" in options.parts:
                 evaluate(rows(name, joint, main_task), clips, config, seeds, options.out / f"{name}-arms")
+            if "cost" in options.parts:
+                write_costs(rows(name, joint, main_task), clips[0], config, options.out / f"{name}-arms" / "cost.json")
             if "window" in options.parts:
                 run_study(find_study("window"), joint, clips, config, seeds, options.out / f"{name}-window")
 

@@ -17,6 +17,7 @@ from torch import nn
 import models as zoo
 from conftest import left_as_it_was, live_tensors, photograph, same_bits, settle_norms
 from ttt_adapt import MAEBranch, Normalize, Objective, StepReport, StreamAdapter, StreamConfig, TTTAdaptError
+from ttt_adapt.drops import drop_layers
 from ttt_adapt.errors import CheckpointError, ConfigError, FrameError, FrameTypeError, StateError
 from ttt_adapt.features import Features
 
@@ -388,6 +389,38 @@ def test_dropout_and_stochastic_depth_are_active_only_if_asked_for(asked):
     assert not any(m.training for m in adapter._model.modules())
 
 
+class StochasticDepth(nn.Module):
+    """Of torchvision's name."""
+
+    def forward(self, x):
+        return x
+
+
+class PatchDropout(StochasticDepth):
+    """Of timm's name: it drops tokens."""
+
+
+class HFDropPath(StochasticDepth):
+    """As Hugging Face's: a prefix and DropPath."""
+
+
+def test_layers_that_drop_activations_or_paths_are_found_and_those_that_drop_tokens_are_not():
+    model = nn.Sequential(StochasticDepth(), PatchDropout(), HFDropPath(), nn.Dropout2d(0.1), nn.Dropout(0.1))
+    assert drop_layers(model) == [model[0], model[2], model[3], model[4]]
+
+
+def test_a_failed_step_repeats_what_it_would_have_dropped():
+    outs = []
+    for fails in (False, True):
+        adapter = attached(lambda: zoo.vit(drop_path_rate=0.5), "norm", CONFIG.replace(drop_path=True, source_pull=0.0))
+        adapter.step(clip(2)[0])
+        if fails:
+            with pytest.raises(FrameError):
+                adapter.step(torch.full((3, 32, 48), float("nan")))
+        outs.append(adapter.step(clip(2)[1]))
+    assert same_bits(*outs)
+
+
 def test_a_model_left_in_training_mode_is_in_evaluation_mode_while_it_adapts():
     model = zoo.vit(drop_path_rate=0.5).train()
     with left_as_it_was(model):
@@ -488,7 +521,7 @@ def test_an_optimizer_of_the_users_own_gets_groups_with_rates_and_names():
 def test_the_seed_decides_all_randomness_and_the_global_state_is_left_alone():
     outs = []
     for seed, outer in ((1, 0), (1, 99), (2, 0)):
-        adapter = attached(config=CONFIG.replace(seed=seed))
+        adapter = attached(lambda: zoo.vit(drop_path_rate=0.5), "norm", CONFIG.replace(seed=seed, drop_path=True))
         torch.manual_seed(outer)
         before = torch.get_rng_state()
         outs.append(run(adapter, clip()))

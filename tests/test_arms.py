@@ -324,6 +324,40 @@ def test_memories_are_what_their_names_say():
     assert carry == {"no-memory": (1, False), "implicit": (1, True), "explicit": (3, False), "online": (3, True)}
 
 
+@pytest.mark.parametrize(
+    ("arm", "change"),
+    [
+        ("no-memory", {"window": 8}), ("explicit", {"carry_weights": True}), ("online", {"carry_weights": False}),
+        ("every-4", {"every": 2}), ("offline-20", {"source_pull": 0.3}), ("online-gate+smooth", {"gate": "none"}),
+    ],
+)  # fmt: skip
+def test_changes_that_would_make_another_arm_are_refused(arm, change):
+    name, value = next(iter(change.items()))
+    with pytest.raises(ConfigError, match=f"{name}={value!r} would make another arm of {arm.replace('+', '.')}"):
+        find_arm(arm).start(checkpoint(), CONFIG, change)
+
+
+def test_changes_of_an_arm_that_adapts_nothing_are_refused():
+    with pytest.raises(ConfigError, match="fixed adapts no weights, so lr would change nothing"):
+        ARMS["fixed"].start(checkpoint(), CONFIG, {"lr": 0.1})
+
+
+def test_an_arm_is_what_it_is_whatever_the_configuration_of_the_online_arm():
+    config = CONFIG.replace(window=2, carry_weights=False, every=3, gate="surprise", iterations=2)
+    memories = {name: ARMS[name].configured(config) for name in ("no-memory", "implicit", "explicit", "online")}
+    found = {name: (made.window, made.carry_weights) for name, made in memories.items()}
+    assert found == {"no-memory": (1, False), "implicit": (1, True), "explicit": (2, False), "online": (2, True)}
+    assert find_arm("every-8+smooth").configured(config).every == 8
+    offline = find_arm("offline-20").configured(config)
+    assert (offline.every, offline.gate, offline.iterations, offline.source_pull) == (1, "none", 1, 0.0)
+
+
+def test_changes_win_over_defaults_of_an_arm():
+    assert ARMS["tent"].configured(CONFIG).source_pull == 0.0
+    made = ARMS["tent"].configured(CONFIG, {"source_pull": 0.25, "norm_stats": "frozen", "lr": 0.5})
+    assert (made.source_pull, made.norm_stats, made.lr) == (0.25, "frozen", 0.5)
+
+
 def test_online_norm_ema_moves_the_statistics_and_online_does_not():
     made = checkpoint()
     before = {name: b.clone() for name, b in made.model.named_buffers() if "running" in name}
@@ -359,6 +393,42 @@ def test_reconstructing_arms_refuse_a_model_without_a_branch(arm):
         ARMS[arm].start(checkpoint(branch=None), CONFIG)
 
 
+def test_blended_statistics_are_those_of_the_formula_in_every_layer_of_one_pass():
+    made, plain = checkpoint(), checkpoint()
+    passes = []
+    made.model.register_forward_hook(lambda *_: passes.append(1))
+    found = predictions("norm-blend", made)
+    assert len(passes) == len(found)
+    own = [module for module in plain.model.modules() if isinstance(module, nn.BatchNorm2d)]
+
+    def blended(m, x):
+        mean = 0.7 * m.running_mean + 0.3 * x.mean((0, 2, 3))
+        variance = 0.7 * m.running_var + 0.3 * x.var((0, 2, 3))
+        y = (x - mean[:, None, None]) / (variance + m.eps).sqrt()[:, None, None]
+        return y * m.weight[:, None, None] + m.bias[:, None, None]
+
+    for module in own:
+        module.forward = lambda x, m=module: blended(m, x)
+    with torch.no_grad():
+        for output, (frame, _) in zip(found, frames(), strict=True):
+            torch.testing.assert_close(output, plain.model(plain.spec.preprocess()(frame)), rtol=1e-3, atol=1e-4)
+
+
+def test_averaged_statistics_are_those_of_pytorchs_training_mode():
+    made, plain = checkpoint(), checkpoint()
+    found = predictions("norm-ema", made)
+    norms = [module for module in plain.model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for module in norms:
+        module.momentum = 0.05
+    with torch.no_grad():
+        for output, (frame, _) in zip(found, frames(), strict=True):
+            for training in (True, False):
+                for module in norms:
+                    module.train(training)
+                expected = plain.model(plain.spec.preprocess()(frame))
+            assert torch.equal(output, expected)
+
+
 def test_blended_statistics_start_from_the_source_at_every_frame():
     made = checkpoint()
     runner = ARMS["norm-blend"].start(made, CONFIG)
@@ -367,6 +437,13 @@ def test_blended_statistics_start_from_the_source_at_every_frame():
     runner.step(first)
     assert torch.equal(runner.step(second), alone)
     runner.close()
+
+
+def test_ln_adapt_refuses_a_layernorm_that_may_do_more_than_normalise():
+    from timm.layers import LayerNormAct2d
+
+    with pytest.raises(ConfigError, match="LayerNormAct2d of this model may do more"):
+        LayerStatistics(nn.Sequential(nn.LayerNorm(4), LayerNormAct2d(4)), lambda frame: frame, 0.05, 0.1)
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 6), (1, 6, 4, 3)], ids=["tokens", "channels first"])
@@ -450,20 +527,22 @@ def test_offline_adapts_to_shuffled_frames_for_a_fixed_number_of_steps():
     runner.close()
 
 
-@pytest.mark.parametrize("best", [1, 5, 12])
+@pytest.mark.parametrize("best", [0, 1, 5, 12])
 def test_the_oracle_keeps_the_weights_of_the_best_step_it_looked_at(best):
     made, clip = checkpoint(), [frame for frame, _ in frames()]
     scored = []
     runner = find_arm("offline-oracle-12").start(made, CONFIG)
     assert isinstance(runner, Offline)
 
+    stops = [0, 1, 2, 5, 10, 12]
+
     def score(predict):
         scored.append({k: v.clone() for k, v in made.model.state_dict().items()})
-        return float([1, 2, 5, 10, 12][len(scored) - 1] == best)
+        return float(stops[len(scored) - 1] == best)
 
     runner.prepare(clip, score)
-    assert len(scored) == 5
-    assert same_bits(dict(made.model.state_dict()), scored[[1, 2, 5, 10, 12].index(best)])
+    assert len(scored) == len(stops)
+    assert same_bits(dict(made.model.state_dict()), scored[stops.index(best)])
     runner.close()
 
 

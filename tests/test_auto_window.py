@@ -101,7 +101,8 @@ def test_a_step_that_fails_or_whose_gradient_is_not_finite_is_not_measured(monke
 
 
 def test_leaving_out_frames_does_not_go_with_it():
-    with pytest.raises(ConfigError, match="every is 2"):
-        StreamConfig(window="auto", every=2)
+    for change in ({"every": 2}, {"gate": "surprise"}):
+        with pytest.raises(ConfigError, match="measures a step on each frame"):
+            StreamConfig(window="auto", **change)
     with pytest.raises(ConfigError, match='or "auto"'):
         StreamConfig(window="all")

@@ -119,3 +119,25 @@ def test_a_step_that_fails_is_no_entry_in_the_gate(monkeypatch):
 def test_an_unknown_gate_is_refused():
     with pytest.raises(ConfigError, match="gate is 'open'"):
         StreamConfig(gate="open")
+
+
+def test_without_carried_weights_the_gate_looks_at_the_source_model_on_every_frame():
+    adapter = attached(CONFIG.replace(window=1, carry_weights=False))
+    source, seen = adapter.state_dict()["weights"], []
+    plain = adapter._engine.loss
+    adapter._engine.loss = lambda *a: (seen.append(same_bits(adapter.state_dict()["weights"], source)), plain(*a))[1]
+    reports = [adapter.adapt(frame) for frame in clip()]
+    assert any(report.adapted for report in reports)
+    assert seen == [True] * len(reports)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_the_gate_takes_a_batch_in_the_same_parts_as_the_gradient_step(micro_batch):
+    whole, parted = (attached(CONFIG.replace(batch_size=4, micro_batch=size)) for size in (None, micro_batch))
+    sizes = []
+    parted._model.register_forward_pre_hook(lambda _m, args: sizes.append(len(args[0])))
+    for frame in clip(3):
+        assert parted.adapt(frame).losses == pytest.approx(whole.adapt(frame).losses, rel=1e-4)
+        surprises = parted._gate.losses()
+        assert surprises == pytest.approx(whole._gate.losses(), rel=1e-4)
+    assert max(sizes) == micro_batch

@@ -153,7 +153,7 @@ def test_an_arm_that_is_busy_on_some_frames_is_measured_over_whole_periods(monke
 
     for name, period in (("fixed", 1), ("lazy", 12)):
         seen.clear()
-        monkeypatch.setitem(realtime.ARMS, name, Arm(name, name, lambda *_: Quick(), period=period))
+        monkeypatch.setitem(realtime.ARMS, name, Arm(name, name, lambda *_: Quick(), fixes={"every": period}))
         if name == "lazy":
             measure_forwards(realtime.ARMS["lazy"], None, frames(40), CONFIG)
             assert len(seen) == 2 * (1 + 2 * 12)

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ttt_adapt.branch import MAEBranch
 from ttt_adapt.config import StreamConfig
+from ttt_adapt.drops import drop_layers, dropping
 from ttt_adapt.engine import Beside, Problem, StepReport, choose_engine, explained_memory_errors
-from ttt_adapt.engine.precision import forward_pass
 from ttt_adapt.errors import ConfigError, FrameError, StateError
 from ttt_adapt.frames import Preprocess, default_preprocess, pixels_of, scaling, to_model_input
 from ttt_adapt.gate import SurpriseGate
@@ -83,7 +83,7 @@ class StreamAdapter:
         self._parameters = [*encoder.values(), *own.values()]
         self._frozen = [p for p in encoder.values() if not p.requires_grad]
         self._norms = norm_layers(model)
-        self._drops = [m for m in model.modules() if config.drop_path and "drop" in type(m).__name__.lower()]
+        self._drops = drop_layers(model) if config.drop_path else []
         self._preprocess = default_preprocess(model, self._device) if preprocess is None else preprocess
         self._predict = model if predict is None else predict
         modules = [m for m in (model, self._branch) if isinstance(m, nn.Module)]
@@ -174,7 +174,8 @@ class StreamAdapter:
         self._check_attached()
         self._source.restore()
         torch.clear_autocast_cache()
-        self._set_optimizer(self._make_optimizer())
+        with torch.inference_mode(False):
+            self._set_optimizer(self._make_optimizer())
         self._window.clear()
         self._generator.manual_seed(self.config.seed)
         self._gate = SurpriseGate()
@@ -216,13 +217,13 @@ class StreamAdapter:
             self._window.stage(x[0], pixels)
             state = (self._window.tick(self.window), self._settings(), self._weights()) if self._engine.records else ()
             skipped = "" if self._frame_index % self.config.every == 0 else "every"
+            if skipped or self.config.gate != "none":  # an update begins with it
+                self._forget_weights()
             surprise = self._surprise() if self.config.gate == "surprise" and not skipped else None
             if surprise is not None and not self._gate.is_open(surprise):
                 skipped = "gate"
             if not skipped:
                 numbers, sketch = self._engine.run("update", self._update, x, key=state)
-            elif self._pull == 1.0:  # without carried weights every frame starts from the source
-                self._recall_source()
         self._window.commit()
         if surprise is not None:
             self._gate.record(surprise)
@@ -243,8 +244,7 @@ class StreamAdapter:
 
     def _surprise(self) -> float:
         """The loss of a batch with the weights as they are, without a gradient: what the gate looks at."""
-        with forward_pass(self.config.precision, self._device):
-            return float(self._branch.loss(self._draw(), generator=self._generator))
+        return float(self._engine.loss(self._problem, self._draw()))
 
     def _update(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What a frame does to the weights; nothing here waits for the device, so that an engine may record it.
@@ -257,7 +257,7 @@ class StreamAdapter:
         self._renew_norm_stats(x)
         if self.config.restart_optimizer or self._pull == 1.0:
             self._restart_optimizer(in_place=self._engine.records)
-        steps = [self._iterate(first=i == 0) for i in range(self.config.iterations)]
+        steps = [self._iterate(i) for i in range(self.config.iterations)]
         return torch.stack([numbers for numbers, _ in steps]), steps[0][1]
 
     def _draw(self) -> Tensor:
@@ -265,17 +265,22 @@ class StreamAdapter:
         crop: Any = self.config.crop_size
         return self._window.draw(self.config.batch_size, self._generator, crop, self.window)
 
+    def _forget_weights(self) -> None:
+        """Without carried weights every frame starts from the source, whatever becomes of it."""
+        if self._pull == 1.0:
+            self._recall_source()
+
     def _recall_source(self) -> None:
         """Implicit memory: carry the weights on, pull them toward the source, or start from it."""
         self._source.pull(self._pull)
 
-    def _iterate(self, first: bool) -> tuple[Tensor, Tensor | None]:
-        """One gradient step, taken if the gradient is finite: its loss and gradient norm, and a sketch of it."""
+    def _iterate(self, iteration: int) -> tuple[Tensor, Tensor | None]:
+        """One gradient step, taken if the gradient is finite: its loss and gradient norm, and a sketch of the first."""
         batch = self._draw()
-        with self._learning():
+        with self._learning(iteration):
             loss = self._engine.gradients(self._problem, batch)
             norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-            sketch = gradient_sketch(self._parameters) if first and self._auto is not None else None
+            sketch = gradient_sketch(self._parameters) if iteration == 0 and self._auto is not None else None
             if self.config.grad_clip is not None:
                 nn.utils.clip_grads_with_norm_(self._parameters, self.config.grad_clip, norm)
             if self._engine.records or (self._device.type == "cuda" and self._may_decide_later()):
@@ -349,17 +354,15 @@ class StreamAdapter:
                 torch.clear_autocast_cache()  # an outer autocast would predict with casts of the old weights
 
     @contextmanager
-    def _learning(self) -> Iterator[None]:
+    def _learning(self, iteration: int) -> Iterator[None]:
         """requires_grad on, and stochastic depth if asked for, during a gradient step."""
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        for drop in self._drops:
-            drop.training = True
+        step = self._frame_index * self.config.iterations + iteration
         try:
-            yield
+            with dropping(self._drops, (self.config.seed + step * 0x9E3779B97F4A7C15) % 2**64, self._device):
+                yield
         finally:
-            for drop in self._drops:
-                drop.training = False
             for parameter in self._frozen:
                 parameter.requires_grad_(False)
 
@@ -401,7 +404,8 @@ class StreamAdapter:
         if auto is not None:
             auto.load_state_dict(state["auto"])
         saved = state["optimizer"], state["random"]
-        self._set_optimizer(loaded_optimizer(*saved, self._make_optimizer, self._device))
+        with torch.inference_mode(False):
+            self._set_optimizer(loaded_optimizer(*saved, self._make_optimizer, self._device))
         with torch.inference_mode(False), torch.no_grad():
             for name, tensor in self._tensors.items():
                 tensor.copy_(state["weights"][name])

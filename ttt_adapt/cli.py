@@ -254,6 +254,10 @@ def evaluate(
         raise ConfigError("--study brings its own rows: leave out --arms and --baseline")
     chosen = None if study is None else find_study(study)
     common, own = per_arm(settings or [])
+    if chosen is not None and own:
+        raise ConfigError(
+            f"--set {next(iter(own))}.…: a study brings its own rows; --set NAME=VALUE changes all of them"
+        )
     hidden = parse_settings(branch or [])
     names = _names(_ARMS if arms is None else arms) if chosen is None else tuple(s.arm for s in chosen.settings(1))
     rows = contenders_of(names, checkpoint, baseline or [], own, hidden) if chosen is None else []

@@ -81,8 +81,11 @@ class StreamConfig:
             _check_count("micro_batch", self.micro_batch, ", or None for the whole batch at once")
         if self.window != "auto":
             _check_count("window", self.window, ', or "auto"')
-        elif self.every != 1:
-            raise ConfigError(f'every is {self.every}; window="auto" measures each step of the stream: expected 1')
+        elif self.every != 1 or self.gate != "none":
+            raise ConfigError(
+                f'window="auto" measures a step on each frame of the stream: expected every=1 and gate="none", got '
+                f"every={self.every} and gate={self.gate!r}"
+            )
         for name in ("source_pull", "norm_momentum"):
             _check_number(name, getattr(self, name), 0.0, 1.0)
         for name in ("lr", "encoder_lr_scale", "weight_decay"):

@@ -67,7 +67,9 @@ def to_device(frame: Any, device: torch.device | None) -> Tensor:
     x = torch.as_tensor(frame)
     if device is None or device.type != "cuda" or x.device.type != "cpu":
         return x.to(x.device if device is None else device)
-    return (x if x.is_pinned() else x.contiguous().pin_memory()).to(device, non_blocking=True)
+    if x.is_pinned():  # the caller's own, who may fill it again before the copy is through
+        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x).to(device, non_blocking=True)
+    return x.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def pixels_of(frame: Any, preprocess: Preprocess | None, device: torch.device) -> Any:

@@ -59,8 +59,11 @@ def embedding_tables(*modules: nn.Module) -> set[int]:
 class FusedAdamW(torch.optim.AdamW):
     """`torch.optim.AdamW(fused=True)` that prepares its lists of tensors once: a step is one fused call per group.
 
-    Results and `state_dict()` are those of its base class, bit for bit. It may be recorded into a CUDA graph, and heeds
-    `found_inf`, the flag on the device by which `torch.amp.GradScaler` has an optimizer leave a step out.
+    Results and `state_dict()` are those of its base class, bit for bit. A fused step goes through the memory of a
+    parameter, its gradient and its moments side by side: gradients have to lie there as the parameter does (see
+    `laid_out_alike`), which `.backward()` sees to and `torch.autograd.grad` does not. It may be recorded into a CUDA
+    graph, and heeds `found_inf`, the flag on the device by which `torch.amp.GradScaler` has an optimizer leave a step
+    out.
     """
 
     def __init__(self, groups: ParamGroups) -> None:
@@ -153,14 +156,29 @@ class FusedAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             self._idle += [p for p in group["params"] if p not in self.state]
             stepped = [p for p in group["params"] if p in self.state]
+            for p in stepped:
+                self.state[p] |= {name: laid_out(self.state[p][name], p) for name in names[:2]}
             for dtype in dict.fromkeys(p.dtype for p in stepped):  # a fused call takes one
                 members = [p for p in stepped if p.dtype == dtype]
                 self._ready.append((group, members, [[self.state[p][name] for p in members] for name in names]))
 
 
 def adamw(groups: ParamGroups) -> torch.optim.Optimizer:
-    """AdamW in its fused form; the groups carry learning rates and weight decay."""
-    return FusedAdamW(groups)
+    """AdamW in its fused form, which wants parameters without gaps; the groups carry rates and weight decay."""
+    dense = all(laid_out_alike(torch.empty_like(p), p) for group in groups for p in group["params"])
+    return FusedAdamW(groups) if dense else torch.optim.AdamW(groups)
+
+
+def laid_out_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether the elements of two tensors of one shape follow each other in memory in the same order."""
+    if a.stride() == b.stride():
+        return True
+    return all(n == 1 or i == j for n, i, j in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
+def laid_out(values: Tensor, like: Tensor) -> Tensor:
+    """`values` in the memory order of `like`: themselves, or a copy."""
+    return values if laid_out_alike(values, like) else torch.empty_like(like, requires_grad=False).copy_(values)
 
 
 class Restart:

@@ -153,6 +153,11 @@ def check(
 ) -> None:
     """Fail before the first run, not hours later: packages are there, checkpoints load and suit arms and classes."""
     find_arms([contender.arm for contender in contenders])
+    if not config.carry_weights or config.window == 1:
+        raise ConfigError(
+            f"the configuration, that of the online arm, has carry_weights={config.carry_weights} and "
+            f"window={config.window}; expected both memories. With less there are arms: no-memory, implicit, explicit"
+        )
     for package, spelled in (("torchmetrics", "torchmetrics"), ("matplotlib", "matplotlib"), ("PIL", "pillow")):
         if importlib.util.find_spec(package) is None:
             raise missing(spelled, "eval")

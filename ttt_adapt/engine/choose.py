@@ -103,6 +103,8 @@ def no_recording(config: StreamConfig, objective: Objective, optimizer: type[tor
         return f"the optimizer is a {optimizer.__name__} of your own; only the default one can be recorded"
     if config.window == "auto":
         return 'window="auto" reads the gradient on the host after every frame'
+    if config.drop_path:
+        return "drop_path sets PyTorch's global random source at every step, so that the seed decides what is dropped"
     if isinstance(objective, Remembering) and objective.memory():
         return f"{type(objective).__name__} moves an average after each step that was taken, which the host decides"
     return ""

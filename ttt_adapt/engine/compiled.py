@@ -57,7 +57,7 @@ class CompileEngine(EagerEngine):
         found: list[Tensor | None] = [None] * len(problem.parameters)
         for index, gradient in zip(reached, gradients, strict=True):
             found[index] = gradient
-        return value, apart(found)
+        return value, apart(found, problem.parameters)
 
     def _compiled(
         self, problem: Problem, images: Tensor, drawn: Tensor

@@ -14,6 +14,7 @@ from ttt_adapt.config import StreamConfig
 from ttt_adapt.engine.precision import both_passes, forward_pass
 from ttt_adapt.errors import EncoderError, MemoryLimitError
 from ttt_adapt.objectives.base import Drawn, Objective
+from ttt_adapt.optim import laid_out_alike
 
 
 @dataclass(frozen=True)
@@ -89,25 +90,26 @@ class EagerEngine:
         """
         size = problem.config.micro_batch or len(batch)
         with both_passes(problem.config.precision):
-            value, found = self.one_pass(problem, batch) if size >= len(batch) else self._sum(problem, batch, size)
+            value, found = self.one_pass(problem, batch) if size >= len(batch) else self._sum(problem, batch)
         for parameter, gradient in zip(problem.parameters, found, strict=True):
             parameter.grad = gradient
         if all(gradient is None for gradient in found[: problem.encoder]):
             raise EncoderError(f"the loss reaches none of the encoder's parameters: {_REPLACED}")
         return value
 
-    def _sum(self, problem: Problem, batch: Tensor, size: int) -> tuple[Tensor, Gradients]:
-        """Loss and gradients of a batch in parts of at most `size` images: their mean, each part by its weight."""
-        parts, objective = batch.split(size), problem.objective
-        draws: Sequence[Tensor | None] = [None] * len(parts)
-        weights = torch.stack([batch.new_full((), len(part)) for part in parts])
-        if isinstance(objective, Drawn):  # once for the whole batch, as without parts
-            draws = split = objective.draw(batch, problem.generator).split(size)
-            weights = torch.stack([objective.weight(part, own) for part, own in zip(parts, split, strict=True)])
-        weights = weights.to(torch.promote_types(batch.dtype, torch.float32))
+    def loss(self, problem: Problem, batch: Tensor) -> Tensor:
+        """The loss of `batch` [B, 3, H, W] alone, without a gradient."""
+        precision = problem.config.precision
+        with torch.no_grad(), both_passes(precision), forward_pass(precision, problem.device):
+            if (problem.config.micro_batch or len(batch)) >= len(batch):
+                return _loss(problem, batch, None)
+            return torch.stack([share * _loss(problem, *part) for *part, share in _parts(problem, batch)]).sum()
+
+    def _sum(self, problem: Problem, batch: Tensor) -> tuple[Tensor, Gradients]:
+        """Loss and gradients of a batch that is taken in parts."""
         value = torch.zeros((), device=batch.device)
         found: list[Tensor | None] = [None] * len(problem.parameters)
-        for part, drawn, share in zip(parts, draws, weights / weights.sum(), strict=True):
+        for part, drawn, share in _parts(problem, batch):
             more, others = self.one_pass(problem, part, drawn)
             value = value + more * share
             found = _added(found, others, share)
@@ -124,15 +126,11 @@ class EagerEngine:
         Returns:
             The loss, detached, and the gradients, none of which shares memory with another.
         """
-        objective: Any = problem.objective
         with torch.enable_grad():
             with forward_pass(problem.config.precision, problem.device):
-                if drawn is None:
-                    value = objective.loss(images, generator=problem.generator)
-                else:
-                    value = objective.loss_of(images, drawn)
+                value = _loss(problem, images, drawn)
             found = torch.autograd.grad(value, problem.parameters, allow_unused=True)
-        return value.detach(), apart(found)
+        return value.detach(), apart(found, problem.parameters)
 
     def predict(self, predict: Callable[[Tensor], Any], x: Tensor, key: Hashable = ()) -> Any:
         """`predict(x)`; `key` as in `run`."""
@@ -142,14 +140,38 @@ class EagerEngine:
         """Drop everything that holds on to the stream's tensors; it is made again when it is needed."""
 
 
-def apart(gradients: Sequence[Tensor | None]) -> Gradients:
-    """Gradients that may be written in place: equal ones can share memory, and so can the elements of one."""
+def _loss(problem: Problem, images: Tensor, drawn: Tensor | None) -> Tensor:
+    """The objective's loss of images for which it drew `drawn`; None: it draws now."""
+    objective: Any = problem.objective
+    if drawn is None:
+        return objective.loss(images, generator=problem.generator)
+    return objective.loss_of(images, drawn)
+
+
+def _parts(problem: Problem, batch: Tensor) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """Images of at most `micro_batch`, what was drawn for them, and their share in the mean over the batch."""
+    parts, objective = batch.split(problem.config.micro_batch or len(batch)), problem.objective
+    draws: Sequence[Tensor | None] = [None] * len(parts)
+    weights = torch.stack([batch.new_full((), len(part)) for part in parts])
+    if isinstance(objective, Drawn):  # once for the whole batch, as without parts
+        draws = split = objective.draw(batch, problem.generator).split(len(parts[0]))
+        weights = torch.stack([objective.weight(part, own) for part, own in zip(parts, split, strict=True)])
+    weights = weights.to(torch.promote_types(batch.dtype, torch.float32))
+    yield from zip(parts, draws, weights / weights.sum(), strict=True)
+
+
+def apart(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Gradients:
+    """Gradients that may be written in place, and that lie in memory as their parameters do.
+
+    Equal gradients can share memory, and so can the elements of one. A backward pass lays gradients out as it likes,
+    and fused optimizers go through the memory of parameter and gradient side by side, whatever the strides say.
+    """
     taken: set[int] = set()
     found: list[Tensor | None] = []
-    for gradient in gradients:
+    for gradient, parameter in zip(gradients, parameters, strict=True):
         if gradient is not None:
-            shared = gradient.data_ptr() in taken or 0 in gradient.stride()
-            gradient = gradient.clone(memory_format=torch.contiguous_format) if shared else gradient
+            if gradient.data_ptr() in taken or not laid_out_alike(gradient, parameter):
+                gradient = torch.empty_like(parameter, requires_grad=False).copy_(gradient)
             taken.add(gradient.data_ptr())
         found.append(gradient)
     return tuple(found)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
@@ -20,6 +20,7 @@ from ttt_adapt.checkpoint import Checkpoint
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt.evaluation.arms import ARMS, Arm
+from ttt_adapt.gate import LENGTH
 
 PROBE = 8
 """Frames, at least, that the cost of an arm is measured on, after one that warms up."""
@@ -36,35 +37,44 @@ def stride(forwards: float) -> int:
     return math.ceil(forwards)
 
 
-def measure_forwards(arm: Arm, checkpoint: Checkpoint, clip: Iterable[Any], config: StreamConfig) -> float:
+def measure_forwards(
+    arm: Arm,
+    checkpoint: Checkpoint,
+    clip: Iterable[Any],
+    config: StreamConfig,
+    changes: Mapping[str, Any] | None = None,
+) -> float:
     """How many forward passes of the fixed model a frame costs the arm, measured here and now.
 
     Both run on the clip's first frames, one after the other; the mean time per frame of one is divided by that of the
     other and rounded to one decimal, so that the noise of a clock does not cost a frame. An arm that is busy on every
-    n-th frame only is measured over whole periods. The model is given back.
+    n-th frame only is measured over whole periods, and one with a surprise gate until the gate has its history. The
+    model is given back.
 
     Args:
         arm: what to measure; a streaming arm.
         checkpoint: the model.
         clip: (frame, labels) pairs; the labels are not looked at.
         config: of the online arm.
+        changes: as for `Arm.start`.
 
     Raises:
         DataError: the clip has no frames.
     """
     if arm.name == "fixed":
         return 1.0
-    period = max(arm.period, config.every)
-    frames = [frame for frame, _ in islice(clip, 1 + period * max(2, -(-PROBE // period)))]
+    own = arm.configured(config, changes)
+    count = own.every * max(2, -(-PROBE // own.every)) + (LENGTH if own.gate == "surprise" else 0)
+    frames = [frame for frame, _ in islice(clip, 1 + count)]
     if not frames:
         raise DataError("the clip has no frames: nothing to measure an arm's cost on")
-    fixed, own = (_seconds(some, checkpoint, frames, config) for some in (ARMS["fixed"], arm))
-    return max(1.0, round(own / fixed, 1))
+    fixed, seconds = (_seconds(some.make, checkpoint, frames, own) for some in (ARMS["fixed"], arm))
+    return max(1.0, round(seconds / fixed, 1))
 
 
-def _seconds(arm: Arm, checkpoint: Checkpoint, frames: list[Any], config: StreamConfig) -> float:
+def _seconds(make: Any, checkpoint: Checkpoint, frames: list[Any], config: StreamConfig) -> float:
     """Mean time of a step after the first."""
-    runner = arm.start(checkpoint, config)
+    runner = make(checkpoint, config)
     try:
         times = [timed(runner.step, frame)[1] for frame in frames]
     finally:
@@ -73,9 +83,10 @@ def _seconds(arm: Arm, checkpoint: Checkpoint, frames: list[Any], config: Stream
 
 
 def timed(step: Any, frame: Any) -> tuple[Any, float]:
-    """(result of step(frame), seconds until the device had it)."""
+    """(result of step(frame), seconds until the device was done with it)."""
     started = time.perf_counter()
     result = step(frame)
-    if isinstance(result, torch.Tensor) and result.is_cuda:
-        torch.cuda.synchronize(result.device)
+    if torch.cuda.is_initialized():
+        device = result.device if isinstance(result, torch.Tensor) and result.is_cuda else None
+        torch.cuda.synchronize(device)
     return result, time.perf_counter() - started

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ttt_adapt.checkpoint import Checkpoint
 from ttt_adapt.config import StreamConfig
+from ttt_adapt.errors import ConfigError
 
 Predict = Callable[[Any], Tensor]
 """A frame -> class scores [1, C, H, W]."""
@@ -71,8 +72,9 @@ class Arm:
         make: (checkpoint, online configuration) -> runner.
         streaming: whether frame t and those before it are all that the prediction of frame t depends on.
         oracle: whether it chooses by the labels; its results are a bound, not a method.
-        period: it updates on every how many-th frame.
-        defaults: fields of the configuration that this arm has of its own.
+        fixes: fields of the configuration that make the arm what it is.
+        defaults: other fields that this arm has of its own.
+        adapts: whether it reads the configuration at all.
     """
 
     name: str
@@ -80,8 +82,9 @@ class Arm:
     make: Callable[[Checkpoint, StreamConfig], Runner]
     streaming: bool = True
     oracle: bool = False
-    period: int = 1
+    fixes: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    adapts: bool = True
 
     def start(self, checkpoint: Checkpoint, config: StreamConfig, changes: Mapping[str, Any] | None = None) -> Runner:
         """A runner at the beginning of a stream.
@@ -89,12 +92,26 @@ class Arm:
         Args:
             checkpoint: the model.
             config: the online arm's; other arms vary it.
-            changes: fields that win over the arm's own.
+            changes: fields that win over the arm's own defaults.
 
         Raises:
-            ConfigError: the arm does not apply to this model; the message says why.
+            ConfigError: the arm does not apply to this model, or the changes would make another arm of it; the message
+                says why.
         """
-        return self.make(checkpoint, config.replace(**{**self.defaults, **(changes or {})}))
+        return self.make(checkpoint, self.configured(config, changes))
+
+    def configured(self, config: StreamConfig, changes: Mapping[str, Any] | None = None) -> StreamConfig:
+        """The arm's own configuration; arguments and errors as in `start`."""
+        given = dict(changes or {})
+        if given and not self.adapts:
+            raise ConfigError(f"arm {self.name} adapts no weights, so {', '.join(given)} would change nothing of it")
+        for name, value in given.items():
+            if name in self.fixes and value != self.fixes[name]:
+                raise ConfigError(
+                    f"{name}={value!r} would make another arm of {self.name}, which is defined by "
+                    f"{name}={self.fixes[name]!r}: leave it out, or run the arm that has it"
+                )
+        return config.replace(**{**self.defaults, **given, **self.fixes})
 
 
 def device_of(checkpoint: Checkpoint) -> torch.device:

@@ -73,7 +73,7 @@ class Offline:
     "Test-Time Training on Video Streams", section 6.1 ("training on all possible futures"). Batches are drawn from a
     window as online, but of a shuffled stream that goes through the clip again and again. The honest stop is after a
     fixed number of gradient steps. The paper reports the best one on the labels of each video; with `score` that is
-    done here too, at 1, 2, 5, 10, 20, ... steps and at the last.
+    done here too, of 0, 1, 2, 5, 10, 20, ... steps and the last.
 
     Args:
         runner: adapts and predicts.
@@ -89,8 +89,9 @@ class Offline:
     def prepare(self, frames: Sequence[Any], score: Score | None = None) -> None:
         """Adapt to the whole clip; with `score`, keep the weights of the best of the steps that are looked at."""
         adapter = self._runner.adapter
-        best, kept = -np.inf, None
-        done = 0
+        best, kept, done = -np.inf, None, 0
+        if score is not None:
+            best, kept = score(self._predict_frame), adapter.state_dict()
         for order in _epochs(len(frames), self._seed):
             for index in order[: self._steps - done]:
                 adapter.adapt(frames[index])

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt_adapt.adapter import StreamAdapter
@@ -42,27 +43,25 @@ class Fixed:
         """Nothing to undo."""
 
 
-class NormStatistics(Fixed):
-    """Forward-only re-estimation of BatchNorm statistics, no gradient (Schneider et al., NeurIPS 2020).
+class NormAverage(Fixed):
+    """BatchNorm with running statistics that move on over the stream, no gradient.
+
+    A pass in training mode moves them, as PyTorch does while training: it is normalised by the statistics of the frame
+    alone. A second pass predicts with the running ones.
 
     Args:
         model: a model with BatchNorm.
         preprocess: frame -> model input.
         momentum: weight of the current frame.
-        carry: True for a moving average over the stream, False to blend each frame into the source statistics.
     """
 
-    def __init__(self, model: nn.Module, preprocess: Preprocess, momentum: float, carry: bool) -> None:
+    def __init__(self, model: nn.Module, preprocess: Preprocess, momentum: float) -> None:
         super().__init__(model, preprocess)
-        self._norms, self._momentum, self._carry = norm_layers(model), momentum, carry
-        if not self._norms:
-            raise ConfigError("this model has no BatchNorm: re-estimated statistics do not apply to it")
+        self._norms, self._momentum = _batch_norms(model), momentum
         self._source = Snapshot({f"{i}.{n}": b for i, m in enumerate(self._norms) for n, b in m.named_buffers()})
 
     def step(self, frame: Any) -> Tensor:
-        """Blend the frame's statistics in, then predict with the blend."""
-        if not self._carry:
-            self._source.restore()
+        """Let the frame into the statistics, then predict with them."""
         with updating_norms(self._norms, self._momentum):
             super().step(frame)
         return super().step(frame)
@@ -70,6 +69,50 @@ class NormStatistics(Fixed):
     def close(self) -> None:
         """The source statistics again."""
         self._source.restore()
+
+
+class NormBlend(Fixed):
+    """BatchNorm with a blend of its source statistics and those of the current frame, no gradient.
+
+    Schneider et al., "Improving robustness against common corruptions by covariate shift adaptation", NeurIPS 2020:
+    `(1 - share) * source + share * frame` for mean and variance, in every layer of the pass that predicts; their
+    `share` is n / (n + N). The frame's variance is the unbiased one, as in running statistics.
+
+    Args:
+        model: a model with BatchNorm.
+        preprocess: frame -> model input.
+        share: weight of the current frame.
+    """
+
+    def __init__(self, model: nn.Module, preprocess: Preprocess, share: float) -> None:
+        super().__init__(model, preprocess)
+        self._norms, self._share = _batch_norms(model), share
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Class scores by the blend of the source statistics with those of x."""
+        with hooks(norm.register_forward_hook(self._renormalise) for norm in self._norms):
+            return super().predict(x)
+
+    def _renormalise(self, norm: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = args[0]
+        dims = [d for d in range(x.ndim) if d != 1]
+        if x.numel() == x.shape[1]:  # one value per channel has no variance
+            return output
+        variance, mean = torch.var_mean(x, dims)
+        mean = norm.running_mean.lerp(mean, self._share)
+        variance = norm.running_var.lerp(variance, self._share)
+        return F.batch_norm(x, mean, variance, norm.weight, norm.bias, eps=norm.eps)
+
+
+def _batch_norms(model: nn.Module) -> list[nn.Module]:
+    norms = norm_layers(model)
+    if not norms:
+        raise ConfigError("this model has no BatchNorm: re-estimated statistics do not apply to it")
+    return norms
+
+
+_PLAIN_LAYER_NORMS = {"LayerNorm", "LayerNorm2d"}
+"""PyTorch's and timm's that only normalise, over the last axis or, of [B, C, H, W], the second."""
 
 
 class LayerStatistics(Fixed):
@@ -93,6 +136,11 @@ class LayerStatistics(Fixed):
         self._norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
         if not self._norms:
             raise ConfigError("this model has no LayerNorm: LN Adapt does not apply to it; norm-ema is for BatchNorm")
+        if strange := {type(m).__name__ for m in self._norms} - _PLAIN_LAYER_NORMS:
+            raise ConfigError(
+                f"LN Adapt redoes the output of a LayerNorm, and {', '.join(sorted(strange))} of this model may do "
+                f"more than normalise: it applies to {', '.join(sorted(_PLAIN_LAYER_NORMS))}"
+            )
         self._momentum, self._share = momentum, share
         self._average: dict[nn.Module, Tensor] = {}
 
@@ -113,9 +161,7 @@ class LayerStatistics(Fixed):
 
         def redo(norm: Any, args: tuple[Tensor, ...], _output: Tensor) -> Tensor:
             x = args[0]
-            channels_first = type(norm).__name__.endswith(
-                "2d"
-            )  # timm's LayerNorm2d: one token per pixel of [B, C, H, W]
+            channels_first = type(norm).__name__.endswith("2d")  # one token per pixel
             x = x.movedim(1, -1) if channels_first else x
             dims = tuple(range(-len(norm.normalized_shape), 0))
             variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)

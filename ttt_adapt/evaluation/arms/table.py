@@ -18,7 +18,7 @@ from ttt_adapt.errors import ConfigError, nearest
 from ttt_adapt.evaluation.arms.base import Arm, Runner, device_of
 from ttt_adapt.evaluation.arms.clip import Offline, Shuffled
 from ttt_adapt.evaluation.arms.modifiers import ClassBalanced, Smoothed, Voting
-from ttt_adapt.evaluation.arms.streaming import Adapting, Fixed, LayerStatistics, NormStatistics
+from ttt_adapt.evaluation.arms.streaming import Adapting, Fixed, LayerStatistics, NormAverage, NormBlend
 from ttt_adapt.frames import Normalize
 from ttt_adapt.objectives import Entropy, PseudoLabel, Rotation
 from ttt_adapt.taps import norm_layers
@@ -51,8 +51,8 @@ def _fixed(checkpoint: Checkpoint, config: StreamConfig) -> Runner:
     return Fixed(checkpoint.model, _preprocess(checkpoint))
 
 
-def _norms(momentum: float, carry: bool) -> Make:
-    return lambda checkpoint, config: NormStatistics(checkpoint.model, _preprocess(checkpoint), momentum, carry)
+def _norms(kind: type[NormAverage] | type[NormBlend], momentum: float) -> Make:
+    return lambda checkpoint, config: kind(checkpoint.model, _preprocess(checkpoint), momentum)
 
 
 def _layer_norms(checkpoint: Checkpoint, config: StreamConfig) -> Runner:
@@ -63,14 +63,10 @@ def _mae(checkpoint: Checkpoint, config: StreamConfig) -> Adapting:
     return Adapting(checkpoint.mae_branch, _preprocess(checkpoint), config)
 
 
-def _adapting(**changes: Any) -> Make:
-    return lambda checkpoint, config: _mae(checkpoint, config.replace(**changes))
-
-
 def _tent(checkpoint: Checkpoint, config: StreamConfig) -> Runner:
     _needs_distribution(checkpoint, "the entropy of Tent")
-    if norm_layers(checkpoint.model):
-        config = config.replace(norm_stats="batch")
+    if not norm_layers(checkpoint.model):
+        config = config.replace(norm_stats="frozen")
     return Adapting(Entropy(checkpoint.model), _preprocess(checkpoint), config)
 
 
@@ -97,7 +93,8 @@ def _rotation(checkpoint: Checkpoint, config: StreamConfig) -> Runner:
 
 
 def _every(number: int) -> Arm:
-    return Arm(f"every-{number}", f"Online TTT-MAE, every {number} frames", _adapting(every=number), period=number)
+    title = f"Online TTT-MAE, every {number} frames"
+    return Arm(f"every-{number}", title, _mae, fixes={**_CARRIED, "every": number})
 
 
 # ---- arms that see the whole clip
@@ -115,7 +112,6 @@ def _shuffled(checkpoint: Checkpoint, config: StreamConfig) -> Runner:
 
 def _offline_runner(steps: int) -> Make:
     def make(checkpoint: Checkpoint, config: StreamConfig) -> Runner:
-        config = config.replace(iterations=1, carry_weights=True, source_pull=0.0, every=1, gate="none")
         return Offline(_mae(checkpoint, config), steps, config.seed)
 
     return make
@@ -123,45 +119,50 @@ def _offline_runner(steps: int) -> Make:
 
 def _offline(steps: int = OFFLINE_STEPS) -> Arm:
     name = "offline" if steps == OFFLINE_STEPS else f"offline-{steps}"
-    return Arm(name, f"Offline MAE All Frames, {steps} steps", _offline_runner(steps), streaming=False)
+    title = f"Offline MAE All Frames, {steps} steps"
+    return Arm(name, title, _offline_runner(steps), streaming=False, fixes=_OFFLINE)
 
 
 def _oracle(steps: int = OFFLINE_STEPS) -> Arm:
     name = "offline-oracle" if steps == OFFLINE_STEPS else f"offline-oracle-{steps}"
-    title = f"Offline MAE All Frames, oracle best of {steps} steps"
-    return Arm(name, title, _offline_runner(steps), streaming=False, oracle=True)
+    title = f"Offline MAE All Frames, oracle stop at 0, 1, 2, 5, ... {steps} steps"
+    return Arm(name, title, _offline_runner(steps), streaming=False, oracle=True, fixes=_OFFLINE)
 
 
+_CARRIED = {"carry_weights": True}
+_RESET = {"carry_weights": False}
+_OFFLINE = {**_CARRIED, "iterations": 1, "source_pull": 0.0, "every": 1, "gate": "none"}
 _BASELINE = {"source_pull": 0.0}
 """Methods of others as they are published: weights are carried, and nothing pulls them back but `+class`."""
 
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("fixed", "Fixed", _fixed),
-        Arm("norm-ema", "BatchNorm statistics, EMA 0.05", _norms(0.05, carry=True)),
-        Arm("norm-blend", "BatchNorm statistics, blend 0.3", _norms(0.3, carry=False)),
-        Arm("ln-adapt", "LN Adapt", _layer_norms),
-        Arm("no-memory", "TTT-MAE No Memory", _adapting(window=1, carry_weights=False)),
-        Arm("implicit", "Implicit Memory Only", _adapting(window=1)),
-        Arm("explicit", "Explicit Memory Only", _adapting(carry_weights=False)),
-        Arm("online", "Online TTT-MAE", _adapting()),
-        Arm("online-norm-ema", "Online TTT-MAE + BatchNorm EMA", _adapting(norm_stats="ema")),
-        Arm("online-gate", "Online TTT-MAE + surprise gate", _adapting(gate="surprise")),
+        Arm("fixed", "Fixed", _fixed, adapts=False),
+        Arm("norm-ema", "BatchNorm statistics, EMA 0.05", _norms(NormAverage, 0.05), adapts=False),
+        Arm("norm-blend", "BatchNorm statistics, blend 0.3", _norms(NormBlend, 0.3), adapts=False),
+        Arm("ln-adapt", "LN Adapt", _layer_norms, adapts=False),
+        Arm("no-memory", "TTT-MAE No Memory", _mae, fixes={**_RESET, "window": 1}),
+        Arm("implicit", "Implicit Memory Only", _mae, fixes={**_CARRIED, "window": 1}),
+        Arm("explicit", "Explicit Memory Only", _mae, fixes=_RESET),
+        Arm("online", "Online TTT-MAE", _mae, fixes=_CARRIED),
+        Arm("online-norm-ema", "Online TTT-MAE + BatchNorm EMA", _mae, fixes={**_CARRIED, "norm_stats": "ema"}),
+        Arm("online-gate", "Online TTT-MAE + surprise gate", _mae, fixes={**_CARRIED, "gate": "surprise"}),
         _every(4),
-        Arm("online-shuffled", "Online TTT-MAE, shuffled frames", _shuffled, streaming=False),
+        Arm("online-shuffled", "Online TTT-MAE, shuffled frames", _shuffled, streaming=False, fixes=_CARRIED),
         _offline(),
         _oracle(),
-        Arm("tent", "Tent", _tent, defaults=_BASELINE),
-        Arm("self-train", "Self-Train", _self_train(), defaults=_BASELINE),
+        Arm("tent", "Tent", _tent, fixes=_CARRIED, defaults={**_BASELINE, "norm_stats": "batch"}),
+        Arm("self-train", "Self-Train", _self_train(), fixes=_CARRIED, defaults=_BASELINE),
         Arm(
             "self-train-plain",
             "Self-Train, no threshold, no mask",
             _self_train(threshold=0.0, mask_ratio=0.0),
+            fixes=_CARRIED,
             defaults=_BASELINE,
         ),
-        Arm("ema-teacher", "EMA teacher", _ema_teacher, defaults=_BASELINE),
-        Arm("rotation", "TTT-Rotation", _rotation),
+        Arm("ema-teacher", "EMA teacher", _ema_teacher, fixes=_CARRIED, defaults=_BASELINE),
+        Arm("rotation", "TTT-Rotation", _rotation, fixes=_CARRIED),
     )
 }
 
@@ -242,7 +243,7 @@ def _modified(arm: Arm, modifier: str) -> Arm:
     title, put, _ = MODIFIERS[word]
 
     def make(checkpoint: Checkpoint, config: StreamConfig) -> Runner:
-        runner = arm.start(checkpoint, config)
+        runner = arm.make(checkpoint, config)
         try:
             return put(runner, checkpoint, config, number)
         except BaseException:
