@@ -125,13 +125,15 @@ def test_stochastic_depth_is_drawn_anew_at_every_step_and_never_in_a_prediction(
     assert 1.0 not in shares
 
 
-def test_what_stochastic_depth_drops_is_the_same_on_every_engine(make):
+@pytest.mark.parametrize("kind", ["eager", "compile"])
+def test_what_stochastic_depth_drops_is_for_the_seed_of_the_stream_to_decide(make, kind):
     frames, found = clip(4), []
-    for kind in ("eager", "compile"):
+    for outer in (1, 2):
+        torch.manual_seed(3)
         adapter = make(kind, "tokens", zoo.vit(drop_path_rate=0.5).eval(), drop_path=True)
-        torch.manual_seed(hash(kind) % 100)  # the caller's own has no say
+        torch.manual_seed(outer)
         found.append([adapter.step(frame) for frame in frames])
-    assert_near(found[1], found[0], "compile")
+    assert same_bits(*found)
 
 
 def test_recordings_are_refused_where_stochastic_depth_has_to_be_repeatable():

@@ -81,7 +81,7 @@ class CompileEngine(EagerEngine):
         return self._compile(operations, fullgraph=True), reached
 
     def _compile(self, call: Callable[..., Any], fullgraph: bool = False) -> Callable[..., Any]:
-        # stochastic depth draws as in the eager engine
+        # stochastic depth draws from PyTorch's random source as in the eager engine, if not always the same numbers
         options: Any = {"fallback_random": True} if self._backend == "inductor" else None
         return torch.compile(call, fullgraph=fullgraph, dynamic=False, backend=self._backend, options=options)
 
