@@ -24,6 +24,15 @@ def _seeded():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def committed(monkeypatch):
+    """As if the code that runs were committed: only then are reports gone on with."""
+    import ttt_adapt.commands.evaluate as command
+
+    real = command.environment
+    monkeypatch.setattr(command, "environment", lambda: {**real(), "dirty": False})
+
+
 def hooks_of(model: nn.Module) -> int:
     """How many hooks of any kind are on the model's modules."""
     kinds = (

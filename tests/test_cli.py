@@ -144,6 +144,7 @@ def test_info_shows_what_would_be_adapted_and_what_a_step_costs(trained):
         assert word in text
 
 
+@pytest.mark.usefixtures("committed")
 def test_eval_writes_report_table_and_plots_and_goes_on_where_it_was(trained, clips, tmp_path):
     out = tmp_path / "eval"
     arguments = [
@@ -402,6 +403,12 @@ BAD_EVAL = [
     (["{clips}", "--arms=fixed,onlin"], "nearest: 'online'"),
     (["{clips}", "--arms=,"], "at least one arm"),
     (["{clips}", "--seeds=a"], "seed 'a'"),
+    (["{clips}", "--seeds=²"], "seed '²' is no whole number"),
+    (["{clips}", "--seeds=1,-1"], "seed '-1' is no whole number"),
+    (["{clips}", "--seeds=,"], "at least one seed"),
+    (["{clips}", "--seeds=0,1,00"], "--seeds names 0 more than once"),
+    (["{clips}", "--checkpoint={trained}", "--seeds=0,0"], "--seeds names 0 more than once"),
+    (["{clips}", "--size=²x64"], "HEIGHTxWIDTH"),
     (["{clips}", "--arms=norm-ema"], "no BatchNorm"),
     (["{clips}", "--checkpoint=none.safetensors", "--seeds=0,1"], "none.safetensors"),
     (["{clips}", "--checkpoint=none.safetensors"], "2 checkpoints for 1 seeds"),
@@ -418,7 +425,7 @@ def test_bad_input_to_eval_is_one_line_and_nothing_is_written(
     other = tmp_path_factory.mktemp("other")
     shutil.copytree(clips / "first", other / "first")
     (other / "index.json").write_text(json.dumps({"classes": [*CLASSES[:-1], "cat"], "clips": [{"clip": "first"}]}))
-    names = {"clips": clips, "nowhere": tmp_path / "nowhere", "other": other}
+    names = {"clips": clips, "nowhere": tmp_path / "nowhere", "other": other, "trained": trained}
     given = [argument.format(**names) for argument in arguments]
     line = fail(capsys, monkeypatch, "eval", f"--checkpoint={trained}", f"--out={tmp_path / 'eval'}", *given)
     assert match in line

@@ -178,6 +178,40 @@ def test_a_broken_file_is_named_when_read(tmp_path, damage, message):
         clip[1]
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: break_label(folder, make_labels(1, 6, 8)), r"1\.png is 6 x 8, its frame .* 12 x 16"),
+        (lambda folder: break_label(folder, make_labels(1) // 255 * 7), r"1\.png holds label id 7; expected 0\.\.2"),
+        (lambda folder: (folder / "labels" / "1.png").write_bytes(b"no image"), r"labels.1\.png cannot be read"),
+        (lambda folder: (folder / "images" / "1.png").write_bytes(b"no image"), r"images.1\.png cannot be read"),
+    ],
+)
+def test_all_labels_can_be_checked_without_decoding_a_frame(tmp_path, damage, message, monkeypatch):
+    folder = write_clip(tmp_path / "street")
+    clip = LabelledClip(folder, classes=CLASSES)
+    damage(folder)
+    monkeypatch.setattr("ttt_adapt.data.clips.open_image", lambda file: pytest.fail(f"decoded {file}"))
+    with pytest.raises(DataError, match=message):
+        clip.check_labels()
+    assert LabelledClip(write_clip(tmp_path / "whole"), classes=CLASSES).check_labels() is None
+
+
+def test_the_record_of_a_clip_depends_on_the_contents_of_every_file_and_on_what_ids_mean(tmp_path):
+    folder = write_clip(tmp_path / "street")
+    clip = LabelledClip(folder, classes=CLASSES)
+    known = {clip.describe()["content"]}
+    assert LabelledClip(folder, classes=CLASSES).describe() == clip.describe()
+    for file in (folder / "labels" / "2.png", folder / "images" / "0.png"):
+        written = file.read_bytes()
+        file.write_bytes(written[:-1] + bytes([written[-1] ^ 1]))  # the same name and length
+        known.add(clip.describe()["content"])
+    known |= {LabelledClip(folder, **made).describe()["content"] for made in (
+        {"classes": CLASSES[::-1]}, {"classes": CLASSES, "ignore": 254}
+    )}  # fmt: skip
+    assert len(known) == 5
+
+
 def test_unknown_classes_are_refused_rather_than_guessed(tmp_path):
     with pytest.raises(DataError, match=r"classes .* unknown.*binary=True"):
         LabelledClip(write_clip(tmp_path / "street"))

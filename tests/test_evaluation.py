@@ -18,6 +18,8 @@ from ttt_adapt.evaluation.arms import ARMS
 from ttt_adapt.evaluation.report import Report
 from ttt_adapt.evaluation.runner import run_arm
 
+pytestmark = pytest.mark.usefixtures("committed")
+
 
 @pytest.fixture
 def clips(tmp_path) -> list:

@@ -210,6 +210,29 @@ def test_coco_videos_become_semantic_labels_in_frame_order(tmp_path):
     assert clips[0][0][1][:, 0].tolist() == [2, 2, 1, 1, 255, 255]
 
 
+def test_category_255_is_void_even_where_the_file_lists_it(tmp_path):
+    write_coco_videos(tmp_path)
+    file = tmp_path / "annotations" / "val" / "bar.json"
+    data = json.loads(file.read_text())
+    data["categories"].insert(1, {"id": 255, "name": "void"})
+    file.write_text(json.dumps(data))
+    (clip,) = open_clips(tmp_path, ["bar"])
+    assert clip.classes == ("person", "bottle", "rug")
+    assert clip[0][1][:, 0].tolist() == [2, 2, 1, 1, 255, 255]
+
+
+def test_the_record_of_a_coco_clip_depends_on_its_annotations(tmp_path):
+    write_coco_videos(tmp_path)
+    file = tmp_path / "annotations" / "val" / "bar.json"
+    before = open_clips(tmp_path, ["bar"])[0].describe()
+    text = file.read_text()
+    file.write_text(text.replace('"category_id": 44', '"category_id": 10', 1))
+    assert len(file.read_text()) == len(text)
+    after = open_clips(tmp_path, ["bar"])[0].describe()
+    assert after != before
+    assert open_clips(tmp_path, ["havana"])[0].describe() not in (before, after)
+
+
 @pytest.mark.parametrize(
     ("damage", "match"),
     [

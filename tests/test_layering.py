@@ -26,7 +26,8 @@ LAYERS = [
     {"joint", "adapter"},
     {"augment", "pictures"},
     {"models", "data", "demo", "video"},
-    {"checkpoint", "evaluation", "tasks"},
+    {"checkpoint", "tasks"},
+    {"evaluation"},
     {"commands", "cli"},
     {"__main__"},
 ]
@@ -48,11 +49,15 @@ def source_files() -> list[Path]:
     return sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 
-def imported(path: Path, top_level_only: bool = False) -> set[str]:
-    """Absolute dotted names that a module imports; relative imports are resolved."""
+def imported(path: Path, top_level_only: bool = False, runs_only: bool = False) -> set[str]:
+    """Absolute dotted names that a module imports; relative imports are resolved.
+
+    With `runs_only`, those that are for type checkers alone are left out; with `top_level_only`, also those that run
+    when a function is called.
+    """
     tree = ast.parse(path.read_text())
     package = [ROOT.name, *path.relative_to(ROOT).parent.parts]
-    nodes = _import_time(tree) if top_level_only else ast.walk(tree)
+    nodes = _run(tree, functions=not top_level_only) if top_level_only or runs_only else ast.walk(tree)
     names = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -65,13 +70,13 @@ def imported(path: Path, top_level_only: bool = False) -> set[str]:
     return names
 
 
-def _import_time(tree: ast.Module):
-    """Nodes that run when the module is imported."""
+def _run(tree: ast.Module, functions: bool):
+    """Nodes that run when the module is imported, and with `functions` also those that run when it is used."""
     queue: list[ast.AST] = list(tree.body)
     while queue:
         node = queue.pop()
         yield node
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) and not functions:
             continue
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             continue
@@ -99,6 +104,19 @@ def test_arrows_point_one_way(path):
         if depth(other) > depth(mine) or (depth(other) == depth(mine) and not (same_layer or branch_objectives)):
             wrong.append(f"{mine} -> {other}")
     assert not wrong
+
+
+def test_no_two_parts_import_each_other_when_they_run():
+    """Not through others either; imports for type checkers alone are left out."""
+    below: dict[str, set[str]] = {}
+    for path in source_files():
+        names = {name.split(".")[1] for name in imported(path, runs_only=True) if name.startswith(f"{ROOT.name}.")}
+        known = {name for name in names if (ROOT / f"{name}.py").exists() or (ROOT / name).is_dir()}
+        below.setdefault(part_of(path), set()).update(known - {part_of(path)})
+    free = set()
+    while ready := {part for part in below.keys() - free if below[part] <= free}:
+        free |= ready
+    assert below.keys() == free
 
 
 @pytest.mark.parametrize("part", ["errors", "config", "masking", "features", "taps", "window", "snapshot", "encoder"])

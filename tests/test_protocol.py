@@ -18,14 +18,17 @@ from ttt_adapt import StreamConfig, cli
 from ttt_adapt.commands.common import per_arm
 from ttt_adapt.commands.contenders import Contender, RealTime, contenders_of, real_time_of
 from ttt_adapt.commands.evaluate import check_failures, evaluate
-from ttt_adapt.data import open_clips
+from ttt_adapt.data import Clip, open_clips
 from ttt_adapt.errors import ConfigError, DataError, FrameError, FrameTypeError, MissingPackageError, StateError
 from ttt_adapt.evaluation.arms import ARMS, Arm, find_arm
+from ttt_adapt.evaluation.differences import average_difference, paired_difference
 from ttt_adapt.evaluation.memory import PeakMemory
-from ttt_adapt.evaluation.metrics import SegmentationScore, paired_bootstrap
 from ttt_adapt.evaluation.report import Report, markdown_table
 from ttt_adapt.evaluation.runner import run_arm
-from ttt_adapt.evaluation.tables import average_difference, paired_difference
+from ttt_adapt.evaluation.statistics import paired_bootstrap
+from ttt_adapt.tasks.segmentation import SegmentationScore
+
+pytestmark = pytest.mark.usefixtures("committed")
 
 # Region similarity -------------------------------------------------------------------------------------------------
 
@@ -77,21 +80,21 @@ def two_arms(fps: float | None = None, count: int = 60) -> Report:
     return report
 
 
-def test_the_paired_difference_averages_seeds_and_draws_blocks_of_frames():
+def test_the_paired_difference_draws_seeds_and_blocks_of_frames():
     report = two_arms()
-    arrays = {
-        arm: np.mean([np.array(run.per_frame, float) for run in report.select(arm)], axis=0) for arm in report.arms
-    }
+    arrays = {arm: np.array([run.per_frame for run in report.select(arm)], float) for arm in report.arms}
     found = paired_difference(report, "online", "fixed", "dusk")
     expected = paired_bootstrap(arrays["online"], arrays["fixed"], block=10)
     assert (found.mean, found.low, found.high, found.block) == (*expected, 10)
+    assert [*found.by_seed] == [0, 1]
+    assert [*found.by_seed.values()] == pytest.approx(np.nanmean(arrays["online"] - arrays["fixed"], axis=1))
 
 
 @pytest.mark.parametrize(
-    ("fps", "count", "block"), [(15.0, 101, 15), (0.99, 62, 1), (None, 60, 10), (30.0, 40, 9), (30.0, 3, 1)]
+    ("fps", "count", "block"), [(15.0, 101, 15), (0.99, 62, 10), (None, 60, 10), (30.0, 60, 14), (30.0, 5, 1)]
 )
-def test_a_block_is_one_second_but_at_most_a_quarter_of_the_clip(fps, count, block):
-    assert paired_difference(two_arms(fps, max(count, 4)), "online", "fixed", "dusk").block == block
+def test_a_block_is_a_second_and_ten_frames_but_at_most_a_quarter_of_the_clip(fps, count, block):
+    assert paired_difference(two_arms(fps, count), "online", "fixed", "dusk").block == block
 
 
 def test_a_clip_of_one_frame_has_a_difference_and_no_interval():
@@ -103,12 +106,13 @@ def test_a_clip_of_one_frame_has_a_difference_and_no_interval():
     assert "| b | +25.00 |" in markdown_table(report)
 
 
-def test_arms_that_share_no_seed_or_clip_are_not_compared():
-    report = make_report()
+def test_arms_are_compared_on_the_clips_that_both_ran_or_not_at_all():
+    report = make_report()  # fixed never ran on day
     assert paired_difference(report, "online", "fixed", "day") is None
+    assert average_difference(report, "online", "fixed") == paired_difference(report, "online", "fixed", "dusk")
+    report.runs = [run for run in report.runs if (run.arm, run.clip) != ("online", "dusk")]
     assert average_difference(report, "online", "fixed") is None
-    assert "| online | +" in markdown_table(report)
-    assert "| n/a |" in markdown_table(report)
+    assert "| online | n/a | n/a, n/a, n/a |" in markdown_table(report)
 
 
 def test_the_mean_over_clips_draws_clips():
@@ -119,13 +123,13 @@ def test_the_mean_over_clips_draws_clips():
             report.add(make_run(arm, f"clip{clip}", 0, 0.2 + extra, per_frame=[0.2 + extra] * 8))
     found = average_difference(report, "online", "fixed")
     assert (found.mean, found.low, found.high) == pytest.approx(paired_bootstrap(gains, np.zeros(4)))
-    assert "### Mean over clips" in markdown_table(report)
+    assert "### Mean over clips (intervals draw clips)" in markdown_table(report)
 
 
 def test_the_table_states_difference_interval_and_block():
     text = markdown_table(two_arms(fps=15.0))
     found = paired_difference(two_arms(fps=15.0), "online", "fixed", "dusk")
-    assert f"| online | {100 * found.mean:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}] |" in text
+    assert f"| online | {100 * found.mean:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}] | +" in text
     assert "frames per block: dusk 14" in text  # a quarter of 59 scored frames
 
 
@@ -253,7 +257,7 @@ def test_a_crash_in_one_run_loses_nothing_of_the_others(tmp_path, clips, files, 
     assert report.failures[0]["error"] == "RuntimeError: the GPU fell off"
     assert Report.load(tmp_path / "out" / "report.json").failures == report.failures
     assert "the GPU fell off" in (tmp_path / "out" / "table.md").read_text()
-    with pytest.raises(StateError, match=r"2 runs failed, 6 are kept.*Online on dusk, seed 0.*fell off"):
+    with pytest.raises(StateError, match=r"2 runs failed, 6 runs are kept.*Online on dusk, seed 0.*fell off"):
         check_failures(report, tmp_path / "out")
     again = evaluate(contenders(files), clips, CONFIG, [0, 1], tmp_path / "out")  # the same command makes the rest
     assert sorted(results(again), key=str) == sorted(results(whole), key=str)
@@ -261,17 +265,44 @@ def test_a_crash_in_one_run_loses_nothing_of_the_others(tmp_path, clips, files, 
     check_failures(again, tmp_path / "out")
 
 
-def test_a_bad_label_file_costs_its_clip_and_is_named(tmp_path, clips, files):  # noqa: F811
-    Image.fromarray(np.full((48, 64), 9, np.uint8)).save(tmp_path / "data" / "noon" / "labels" / "1.png")
-    report = evaluate(contenders(files[:1]), clips, CONFIG, [0], tmp_path / "out")
-    assert {run.clip for run in report.runs} == {"dusk"}
-    assert all("1.png holds label id 9; expected 0..2 or 255" in failure["error"] for failure in report.failures)
-    assert len(report.failures) == 2
+@pytest.mark.parametrize(
+    ("array", "told"),
+    [
+        (np.full((48, 64), 9, np.uint8), "1.png holds label id 9; expected 0..2 or 255"),
+        (np.zeros((24, 32), np.uint8), "1.png is 24 x 32, its frame 1.png is 48 x 64"),
+    ],
+    ids=["id", "size"],
+)
+def test_a_bad_label_file_costs_its_clip_and_is_named_once_before_any_run_of_it(
+    array, told, tmp_path, clips, files, counted  # noqa: F811
+):  # fmt: skip
+    Image.fromarray(array).save(tmp_path / "data" / "noon" / "labels" / "1.png")
+    report = evaluate(contenders(files[:1]), clips, CONFIG, [0, 1], tmp_path / "out")
+    assert counted == ["fixed dusk", "online dusk"] * 2
+    (failure,) = report.failures
+    assert (failure["arm"], failure["clip"]) == (None, "noon")
+    assert told in failure["error"]
+    assert f"- every arm on noon: DataError: {tmp_path}" in (tmp_path / "out" / "table.md").read_text()
+    with pytest.raises(StateError, match=r"1 clips cannot be scored, 4 runs are kept.*1\.png"):
+        check_failures(report, tmp_path / "out")
+    assert Report.load(tmp_path / "out" / "report.json").failures == report.failures
+
+
+def test_labels_are_read_once_before_a_clips_first_run_and_not_where_nothing_is_missing(
+    tmp_path, clips, files, monkeypatch, counted  # noqa: F811
+):  # fmt: skip
+    checked = []
+    real = Clip.check_labels
+    monkeypatch.setattr(Clip, "check_labels", lambda clip: checked.append((clip.name, len(counted))) or real(clip))
+    evaluate(contenders(files[:1]), clips, CONFIG, [0, 1], tmp_path / "out")
+    assert checked == [("dusk", 0), ("noon", 1)]
+    evaluate(contenders(files[:1]), clips, CONFIG, [0, 1], tmp_path / "out")
+    assert len(checked) == 2
 
 
 def test_where_every_run_fails_the_error_says_so(tmp_path, clips, files, monkeypatch):  # noqa: F811
     crash(monkeypatch, "fixed", "dusk", OSError("no disk"))
-    with pytest.raises(StateError, match="1 runs failed, 0 are kept.*no disk"):
+    with pytest.raises(StateError, match="1 runs failed, 0 runs are kept.*no disk"):
         evaluate(contenders(files)[:1], clips[:1], CONFIG, [0], tmp_path / "out")
 
 
@@ -284,7 +315,7 @@ def test_the_command_prints_the_table_and_ends_with_status_1(tmp_path, clips, fi
     captured = capsys.readouterr()
     assert stop.value.code == 1
     assert "Fixed" in captured.out
-    assert captured.err.splitlines()[-1].startswith("error: 1 runs failed, 3 are kept")
+    assert captured.err.splitlines()[-1].startswith("error: 1 runs failed, 3 runs are kept")
     assert "broken [arm]" in captured.err
 
 
@@ -376,22 +407,85 @@ def test_a_report_of_an_earlier_version_is_read(tmp_path):
 # Resuming ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", ["longer clip", "other device", "other commit"])
-def test_results_of_other_frames_devices_or_code_are_not_gone_on_with(change, tmp_path, clips, files, monkeypatch):  # noqa: F811
+def test_results_of_other_frames_or_of_another_device_setting_are_not_gone_on_with(tmp_path, clips, files):  # noqa: F811
     rows = contenders_of(["fixed"], files[:1], [])
     evaluate(rows, clips, CONFIG, [0], tmp_path / "out")
     evaluate(rows, clips, CONFIG, [0], tmp_path / "out")
-    if change == "longer clip":
-        clips[0]._files.append(clips[0]._files[0])
-    elif change == "other device":
-        saved = json.loads((tmp_path / "out" / "report.json").read_text())
-        saved["config"]["device"] = "cuda"
-        (tmp_path / "out" / "report.json").write_text(json.dumps(saved))
-    else:
-        here = command.environment()
-        monkeypatch.setattr(command, "environment", lambda: {**here, "commit": "another"})
-    with pytest.raises(DataError, match={"longer clip": "clips", "other device": "device"}.get(change, "commit")):
+    clips[0]._files.append(clips[0]._files[0])
+    with pytest.raises(DataError, match=r"other settings \(clips\)"):
         evaluate(rows, clips, CONFIG, [0], tmp_path / "out")
+    del clips[0]._files[-1]
+    saved = json.loads((tmp_path / "out" / "report.json").read_text())
+    saved["config"]["device"] = "cuda"
+    (tmp_path / "out" / "report.json").write_text(json.dumps(saved))
+    with pytest.raises(DataError, match=r"other settings \(device\)"):
+        evaluate(rows, clips, CONFIG, [0], tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["images", "labels"])
+def test_a_file_painted_anew_is_another_clip_even_where_name_and_length_are_the_same(kind, tmp_path, clips, files):  # noqa: F811
+    rows = contenders_of(["fixed"], files[:1], [])
+    evaluate(rows, clips, CONFIG, [0], tmp_path / "out")
+    file = tmp_path / "data" / "noon" / kind / "1.png"
+    written = bytearray(file.read_bytes())
+    written[-20] ^= 1
+    file.write_bytes(written)
+    with pytest.raises(DataError, match=r"other settings \(clips\)"):
+        evaluate(rows, clips, CONFIG, [0], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("commit", "another"),
+        ("platform", "Plan9"),
+        ("python", "3.99"),
+        ("torch_threads", 96),
+        ("cuda_device", "NVIDIA H900"),
+        ("cpu_count", 1024),
+        ("packages", {"torch": "0.4"}),
+    ],
+)
+def test_other_code_or_another_machine_does_not_go_on(name, value, tmp_path, clips, files, monkeypatch, counted):  # noqa: F811
+    rows = contenders_of(["fixed"], files[:1], [])
+    evaluate(rows, clips, CONFIG, [0], tmp_path / "out")
+    text = (tmp_path / "out" / "report.json").read_text()
+    here = command.environment()
+    monkeypatch.setattr(command, "environment", lambda: {**here, name: value})
+    shown = "torch" if name == "packages" else name
+    with pytest.raises(DataError, match=rf"begun with another .*{shown} \(.*, now .*--out, or remove it"):
+        evaluate(rows, clips, CONFIG, [0], tmp_path / "out")
+    assert (tmp_path / "out" / "report.json").read_text() == text
+    assert counted == ["fixed dusk", "fixed noon"]
+
+
+def test_uncommitted_code_begins_no_report_that_others_go_on_with_and_goes_on_with_none(
+    tmp_path, clips, files, monkeypatch, capsys  # noqa: F811
+):  # fmt: skip
+    rows = contenders_of(["fixed"], files[:1], [])
+    clean = command.environment()
+    for first, then, told in ((True, False, "made by uncommitted code"), (False, True, "uncommitted changes")):
+        out = tmp_path / str(first)
+        monkeypatch.setattr(command, "environment", lambda now=first: {**clean, "dirty": now})
+        report = evaluate(rows, clips, CONFIG, [0], out)
+        report.failures.append({"arm": "Fixed", "clip": "dusk", "seed": 9, "error": "E"})
+        with pytest.raises(StateError, match="commit it, and choose another --out" if first else "same command tries"):
+            check_failures(report, out)
+        monkeypatch.setattr(command, "environment", lambda now=then: {**clean, "dirty": now})
+        with pytest.raises(DataError, match=rf"{told}.*choose another --out"):
+            evaluate(rows, clips, CONFIG, [0], out)
+    monkeypatch.setattr(command, "environment", lambda: {**clean, "dirty": True})
+    with pytest.raises(DataError, match="made by uncommitted code"):
+        evaluate(rows, clips, CONFIG, [0], tmp_path / "True")
+
+
+def test_an_installed_package_without_a_commit_goes_on(tmp_path, clips, files, monkeypatch, counted):  # noqa: F811
+    here = command.environment()
+    monkeypatch.setattr(command, "environment", lambda: {**here, "commit": None, "dirty": None})
+    rows = contenders_of(["fixed"], files[:1], [])
+    for _ in range(2):
+        evaluate(rows, clips, CONFIG, [0], tmp_path / "out")
+    assert counted == ["fixed dusk", "fixed noon"]
 
 
 def test_arms_that_see_the_whole_clip_are_marked_and_never_the_best():

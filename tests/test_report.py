@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ttt_adapt.errors import ConfigError, DataError, StateError
-from ttt_adapt.evaluation.metrics import SegmentationScore
-from ttt_adapt.evaluation.report import Report, Run, environment, markdown_table, rich_table, write_json
+from ttt_adapt.evaluation.report import Report, Run, markdown_table, rich_table, write_json
+from ttt_adapt.tasks.segmentation import SegmentationScore
 
 
 def make_run(arm: str = "online", clip: str = "dusk", seed: int = 0, miou: float = 0.5, **changes) -> Run:
@@ -85,7 +83,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeyp
     def full_disk(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("ttt_adapt.evaluation.report.os.replace", full_disk)
+    monkeypatch.setattr("os.replace", full_disk)
     with pytest.raises(OSError, match="disk full"):
         write_json(path, Report())
     assert path.read_bytes() == old
@@ -152,30 +150,7 @@ def test_the_terminal_table_holds_the_same_cells():
     assert "60.00 ± 0.00" in rows[1]
 
 
-# Environment -------------------------------------------------------------------------------------------------------
-
-
-def test_the_environment_is_json_and_names_versions_and_commit():
-    found = environment()
-    assert json.loads(json.dumps(found)) == found
-    assert found["packages"]["torch"]
-    assert found["cpu_count"] >= 1
-    root = Path(__file__).parents[1]
-    git = subprocess.run(["git", "-C", root, "ls-files", "ttt_adapt/errors.py"], capture_output=True, text=True)
-    if git.stdout.strip():
-        assert len(found["commit"]) == 40
-        assert isinstance(found["dirty"], bool)
-    else:
-        assert found["commit"] is None
-
-
-def test_a_package_inside_a_foreign_checkout_has_no_commit(tmp_path, monkeypatch):
-    subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    module = tmp_path / "venv" / "ttt_adapt" / "evaluation" / "report.py"
-    module.parent.mkdir(parents=True)
-    module.parents[1].joinpath("errors.py").touch()
-    monkeypatch.setattr("ttt_adapt.evaluation.report.__file__", str(module))
-    assert (environment()["commit"], environment()["dirty"]) == (None, None)
+# Imports -----------------------------------------------------------------------------------------------------------
 
 
 def test_importing_the_evaluation_modules_imports_no_optional_package():

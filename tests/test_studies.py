@@ -23,6 +23,8 @@ from ttt_adapt.evaluation.runner import run_arm
 from ttt_adapt.evaluation.studies import STUDIES, Setting, Study, find_study
 from ttt_adapt.evaluation.tables import study_table
 
+pytestmark = pytest.mark.usefixtures("committed")
+
 
 @pytest.fixture
 def clips(tmp_path) -> list:
@@ -173,7 +175,7 @@ def test_the_table_of_a_study_has_one_row_per_setting_averaged_over_clips():
     assert "| fixed | 50.00 ± 0.00 | 40.00 ± 0.00 |  |" in "\n".join(lines)
     # k16 gains 16 points on every frame of both clips, and 0.1 with the second seed
     assert "| k16 | 66.05 ± 0.07 | 56.05 ± 0.07 |" in "\n".join(lines)
-    assert lines[-1] == "Clips: dusk, noon. Seeds: 2. Intervals draw clips."
+    assert lines[-1] == "Clips: dusk, noon. Seeds: 2. Intervals draw clips and seeds."
     with pytest.raises(DataError, match="no runs"):
         study_table(Report(), "Window", "fixed")
 

@@ -334,17 +334,20 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _seeds(text: str, *checkpoints: list[Path]) -> list[int]:
-    numbers = [int(part) if part.isdigit() else _bad_seed(part) for part in _names(text)]
-    if not numbers:
-        raise ConfigError("--seeds is comma-separated; expected at least one seed")
+    numbers = [_seed(part) for part in _names(text)]
     for files in checkpoints:
         if len(files) > 1 and len(files) != len(numbers):
             raise ConfigError(f"{len(files)} checkpoints for {len(numbers)} seeds; expected one, or one per seed")
     return numbers
 
 
-def _bad_seed(text: str) -> int:
-    raise ConfigError(f"seed {text!r} is no whole number; expected seeds such as 0,1,2")
+def _seed(text: str) -> int:
+    from ttt_adapt.commands.common import whole_number
+
+    number = whole_number(text)
+    if number is None:
+        raise ConfigError(f"seed {text!r} is no whole number; expected seeds such as 0,1,2")
+    return number
 
 
 def _hand_over(entry: EntryPoint) -> Callable[[typer.Context], None]:

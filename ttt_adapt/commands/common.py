@@ -23,10 +23,15 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     """
     if text is None or text == "native":
         return None
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
+    numbers = [whole_number(part) for part in text.lower().split("x")]
+    if len(numbers) != 2 or not numbers[0] or not numbers[1]:
         raise ConfigError(f"size is {text!r}; expected HEIGHTxWIDTH, such as 144x192")
-    return int(parts[0]), int(parts[1])
+    return numbers[0], numbers[1]
+
+
+def whole_number(text: str) -> int | None:
+    """The number that up to 18 plain digits are; None for anything else, such as "-1", "1_000" or "²"."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
 
 
 def parse_settings(pairs: list[str]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from ttt_adapt.checkpoint import Checkpoint, load_checkpoint, read_spec
 from ttt_adapt.commands.common import parse_settings
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.data import Clip, StreetClip, is_unnamed
+from ttt_adapt.data.clips import file_digest
 from ttt_adapt.errors import CheckpointError, ConfigError, missing
 from ttt_adapt.evaluation.arms import find_arm, find_arms
 from ttt_adapt.evaluation.realtime import stride
@@ -187,6 +187,18 @@ def check(
         find_task(read_spec(paths[0]).task).check_clip(clip)
 
 
+def check_seeds(seeds: Sequence[int], config: StreamConfig) -> None:
+    """Raises ConfigError unless there are seeds, each once, and each one that adaptation can take."""
+    if not seeds:
+        raise ConfigError("--seeds is comma-separated; expected at least one seed")
+    if twice := sorted({seed for seed in seeds if list(seeds).count(seed) > 1}):
+        raise ConfigError(
+            f"--seeds names {', '.join(map(str, twice))} more than once, and a seed runs once; expected different ones"
+        )
+    for seed in seeds:
+        config.replace(seed=seed)  # its checks
+
+
 def _check_one_task(paths: Sequence[Path]) -> None:
     """Raises CheckpointError where two files were trained for different tasks."""
     tasks = {read_spec(path).task: path for path in paths}
@@ -206,7 +218,7 @@ def describe(contender: Contender) -> dict[str, Any]:
 
 def fingerprints(files: Sequence[Path]) -> list[str]:
     """Name and content of files, so that a file that was trained anew is another one."""
-    return [f"{file.name} sha256:{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}" for file in files]
+    return [f"{file.name} sha256:{file_digest(file)[:16]}" for file in files]
 
 
 def _check_classes(checkpoint: Checkpoint, clip: Clip, path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ import torch
 from ttt_adapt.branch import MAEBranch
 from ttt_adapt.checkpoint import Checkpoint, load_checkpoint, read_spec
 from ttt_adapt.commands.common import notice, progress_bar
-from ttt_adapt.commands.contenders import Contender, RealTime, check, describe, fingerprints
+from ttt_adapt.commands.contenders import Contender, RealTime, check, check_seeds, describe, fingerprints
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.data import Clip
 from ttt_adapt.errors import DataError, StateError
 from ttt_adapt.evaluation.arms import find_arm
+from ttt_adapt.evaluation.environment import differing
 from ttt_adapt.evaluation.plots import plot_bars, plot_stream
 from ttt_adapt.evaluation.realtime import measure_forwards
 from ttt_adapt.evaluation.report import Report, environment, markdown_table
@@ -42,14 +43,15 @@ def evaluate(
     """Run every contender on every clip with every seed, and write report.json, table.md and plots into `out`.
 
     The report is saved after every run, so an interrupted evaluation goes on where it stopped. A run that breaks off
-    is noted in `failures` and costs the others nothing; see `check_failures`.
+    is noted in `failures` and costs the others nothing; so does a clip with labels that do not fit, which are read
+    once, before the clip's first run. See `check_failures`.
 
     Args:
         contenders: rows; the first is the reference of the relative changes. A contender with several checkpoints
             runs the i-th one with the i-th seed, so that seeds cover training too.
         clips: clips of the checkpoints' task, whose classes are theirs.
         config: of the online arm.
-        seeds: of adaptation.
+        seeds: of adaptation, each once.
         out: folder for the results.
         device: where to run.
         real_time: charge every streaming arm for its time; None lets the frames wait.
@@ -57,33 +59,110 @@ def evaluate(
         metric_weights: folder of the networks that some metrics are measured with; None leaves those out.
 
     Raises:
-        ConfigError, CheckpointError, DataError, MissingPackageError: something does not fit; before anything runs or
-            is written.
+        ConfigError, CheckpointError, DataError, MissingPackageError: something does not fit, or `out` holds results
+            of other settings, of another machine or of other code; before anything runs or is written.
         StateError: every run failed.
     """
+    check_seeds(seeds, config)
     check(contenders, clips, config, device, real_time, metric_weights)
+    job = _Job(contenders, clips, config, seeds, out, device, real_time, metric_weights)
     out.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "config": asdict(config),
-        "seeds": list(seeds),
-        "contenders": {contender.label: describe(contender) for contender in contenders},
-        "clips": {clip.name: clip.describe() for clip in clips},
-        "device": str(device),
-        **({} if real_time is None else {"real_time": dict(real_time.forwards)}),
-        **({} if study is None else {"study": study}),
-        **({} if metric_weights is None else {"metric_weights": fingerprints(_weights(contenders, metric_weights))}),
-    }
-    report = _open_report(out / "report.json", settings)
+    report = _open_report(job.file, job.settings(study))
     try:
-        _run_missing(report, contenders, clips, config, seeds, out, device, real_time, metric_weights)
+        job.run_missing(report)
     except BaseException:
         if report.runs:
-            notice(f"{len(report.runs)} finished runs are kept in {out / 'report.json'}: the same command goes on")
+            notice(f"{len(report.runs)} finished runs are kept in {job.file}: {_way_on(report, 'goes on')}")
         raise
     if not report.runs:
         check_failures(report, out)
     _write(report, out)
     return report
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What `evaluate` was asked for; its arguments."""
+
+    contenders: Sequence[Contender]
+    clips: Sequence[Clip]
+    config: StreamConfig
+    seeds: Sequence[int]
+    out: Path
+    device: torch.device | str
+    real_time: RealTime | None
+    metric_weights: Path | None
+
+    @property
+    def file(self) -> Path:
+        """The report."""
+        return self.out / "report.json"
+
+    def settings(self, study: str | None) -> dict[str, Any]:
+        """What the results depend on, for the record."""
+        weights = None if self.metric_weights is None else _weights(self.contenders, self.metric_weights)
+        return {
+            "config": asdict(self.config),
+            "seeds": list(self.seeds),
+            "contenders": {contender.label: describe(contender) for contender in self.contenders},
+            "clips": {clip.name: clip.describe() for clip in self.clips},
+            "device": str(self.device),
+            **({} if self.real_time is None else {"real_time": dict(self.real_time.forwards)}),
+            **({} if study is None else {"study": study}),
+            **({} if weights is None else {"metric_weights": fingerprints(weights)}),
+        }
+
+    def run_missing(self, report: Report) -> None:
+        """Make every run that the report does not hold yet, and save it after each."""
+        loaded: dict[Path, Checkpoint] = {}
+        fits: dict[str, bool] = {}
+        report.failures.clear()
+        for i, seed in enumerate(self.seeds):
+            for contender in self.contenders:
+                path = contender.checkpoints[i % len(contender.checkpoints)]
+                for clip in self.clips:
+                    if report.has(contender.label, clip.name, seed):
+                        continue
+                    if clip.name not in fits:
+                        fits[clip.name] = self._check_labels(report, clip)
+                    if fits[clip.name]:
+                        self._try(report, contender, path, clip, seed, loaded)
+
+    def _check_labels(self, report: Report, clip: Clip) -> bool:
+        """Whether the clip's labels can be scored on; if not, that is noted."""
+        try:
+            clip.check_labels()
+        except Exception as error:  # costs this clip alone
+            self._note(report, {"arm": None, "clip": clip.name, "seed": None}, error)
+            return False
+        return True
+
+    def _try(
+        self,
+        report: Report,
+        contender: Contender,
+        path: Path,
+        clip: Clip,
+        seed: int,
+        loaded: dict[Path, Checkpoint],
+    ) -> None:
+        """Make one run; `loaded` holds the checkpoint of the last one, if its model is whole."""
+        try:
+            if path not in loaded:
+                loaded.clear()
+                loaded[path] = load_checkpoint(path, self.device)
+            config = self.config.replace(seed=seed)
+            _run(report, contender, loaded[path], clip, config, self.real_time, self.metric_weights)
+        except Exception as error:  # one arm's crash is not the others'
+            loaded.clear()  # in whatever state the crash left it
+            self._note(report, {"arm": contender.label, "clip": clip.name, "seed": seed}, error)
+        else:
+            report.save(self.file)
+
+    def _note(self, report: Report, what: dict[str, Any], error: Exception) -> None:
+        report.failures.append({**what, "error": " ".join(f"{type(error).__name__}: {error}".split())})
+        notice(f"failed, going on with the next: {describe_failure(report.failures[-1])}")
+        report.save(self.file)
 
 
 def _weights(contenders: Sequence[Contender], folder: Path) -> list[Path]:
@@ -93,13 +172,23 @@ def _weights(contenders: Sequence[Contender], folder: Path) -> list[Path]:
 
 
 def check_failures(report: Report, out: Path) -> None:
-    """Raises StateError if a run failed, naming each; what the others found is kept."""
+    """Raises StateError if a run failed or a clip cannot be scored, naming each; what the others found is kept."""
     if report.failures:
+        clips = sum(failure["arm"] is None for failure in report.failures)
+        runs = len(report.failures) - clips
+        counts = [f"{clips} clips cannot be scored"] * bool(clips) + [f"{runs} runs failed"] * bool(runs)
         lines = "; ".join(describe_failure(failure) for failure in report.failures)
         raise StateError(
-            f"{len(report.failures)} runs failed, {len(report.runs)} are kept in {out / 'report.json'}: {lines}. The "
-            "same command tries the failed ones again"
+            f"{' and '.join(counts)}, {len(report.runs)} runs are kept in {out / 'report.json'}: {lines}. "
+            f"{_way_on(report, 'tries what failed again').capitalize()}"
         )
+
+
+def _way_on(report: Report, what: str) -> str:
+    """How to get the runs that are missing."""
+    if report.environment.get("dirty"):
+        return "nothing goes on with results of uncommitted code: commit it, and choose another --out"
+    return f"the same command {what}"
 
 
 def _write(report: Report, out: Path) -> None:
@@ -111,38 +200,6 @@ def _write(report: Report, out: Path) -> None:
     absent = [name for name in report.runs[0].per_class if name not in seen]
     if absent:
         notice(f"no label of these clips shows {', '.join(absent)}: n/a in the table, and in no mean")
-
-
-def _run_missing(
-    report: Report,
-    contenders: Sequence[Contender],
-    clips: Sequence[Clip],
-    config: StreamConfig,
-    seeds: Sequence[int],
-    out: Path,
-    device: torch.device | str,
-    real_time: RealTime | None,
-    metric_weights: Path | None,
-) -> None:
-    """Make every run that the report does not hold yet, and save it after each."""
-    loaded: dict[Path, Checkpoint] = {}
-    report.failures.clear()
-    for i, seed in enumerate(seeds):
-        for contender in contenders:
-            path = contender.checkpoints[i % len(contender.checkpoints)]
-            for clip in clips:
-                if report.has(contender.label, clip.name, seed):
-                    continue
-                try:
-                    if path not in loaded:
-                        loaded = {path: load_checkpoint(path, device)}
-                    _run(report, contender, loaded[path], clip, config.replace(seed=seed), real_time, metric_weights)
-                except Exception as error:  # one arm's crash is not the others'
-                    loaded.clear()  # in whatever state the crash left it
-                    text = " ".join(f"{type(error).__name__}: {error}".split())
-                    report.failures.append({"arm": contender.label, "clip": clip.name, "seed": seed, "error": text})
-                    notice(f"failed, going on with the next: {describe_failure(report.failures[-1])}")
-                report.save(out / "report.json")
 
 
 def _run(
@@ -187,7 +244,7 @@ def _forwards(
     if contender.arm in real_time.forwards:
         return real_time.forwards[contender.arm]
     earlier = (run.forwards for run in report.select(contender.label) if run.forwards is not None)
-    return next(earlier, None) or measure_forwards(arm, checkpoint, clip, config.replace(**contender.changes))
+    return next(earlier, None) or measure_forwards(arm, checkpoint, clip, config, contender.changes)
 
 
 @contextmanager
@@ -213,10 +270,23 @@ def _open_report(path: Path, settings: dict[str, Any]) -> Report:
         raise DataError(
             f"{path} holds results of other settings ({', '.join(sorted(other))}): choose another --out, or remove it"
         )
-    here = environment()
-    if other := [name for name in ("commit", "packages") if report.environment.get(name) != here[name]]:
-        raise DataError(
-            f"{path} was begun with another {' and '.join(other)}: choose another --out, or remove it, so that a table "
-            "is of one piece"
-        )
+    _check_same_code(path, report.environment, environment())
     return report
+
+
+def _check_same_code(path: Path, before: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raises DataError where a table would be of two pieces: other code, versions or machine, or code unknown."""
+    if before.get("dirty"):
+        raise DataError(
+            f"{path} was made by uncommitted code, which is not known any more: choose another --out, or remove it"
+        )
+    if here["dirty"]:
+        raise DataError(
+            f"the code that runs has uncommitted changes (git status), so it cannot go on with {path}: commit or stash "
+            "them, or choose another --out"
+        )
+    if other := differing(before, here):
+        raise DataError(
+            f"{path} was begun with another {', '.join(other)}: choose another --out, or remove it, so that a table is "
+            "of one piece"
+        )

@@ -10,7 +10,17 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from ttt_adapt.data.images import FRAME_SUFFIXES, check_ids, images_in, match, open_image, pillow, read_ids, read_mask
+from ttt_adapt.data.images import (
+    FRAME_SUFFIXES,
+    check_ids,
+    image_size,
+    images_in,
+    match,
+    open_image,
+    pillow,
+    read_ids,
+    read_mask,
+)
 from ttt_adapt.errors import ConfigError, DataError
 
 Sample: TypeAlias = tuple[np.ndarray, np.ndarray]
@@ -40,6 +50,7 @@ class Clip:
         size: (height, width) to resize to: frames bilinear with antialiasing, labels to the nearest pixel.
         fps: labelled frames per second.
         times: seconds of every frame.
+        sources: other files that the labels are made from, such as COCO's JSON.
 
     Raises:
         ConfigError: `size` is no pair. Reading raises DataError for a broken file, labels of another size than their
@@ -57,25 +68,20 @@ class Clip:
         size: tuple[int, int] | None = None,
         fps: float | None = None,
         times: tuple[float, ...] | None = None,
+        sources: Sequence[Path] = (),
     ) -> None:
         check_size(size)
         self.name, self.classes, self.ignore, self.size = name, tuple(classes), ignore, size
         self.fps, self.times = fps, times
-        self._files, self._read = list(files), read
+        self._files, self._read, self._sources = list(files), read, tuple(sources)
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Sample:
         frame_file, label_file = self._files[index]
-        frame, ids = open_image(frame_file), self._read(label_file)
-        if ids.shape != (frame.height, frame.width):
-            raise DataError(
-                f"{label_file} is {ids.shape[0]} x {ids.shape[1]}, its frame {frame_file.name} is "
-                f"{frame.height} x {frame.width} (height x width); labels must have their frame's size"
-            )
-        allowed = {*range(len(self.classes)), self.ignore}
-        check_ids(ids, allowed, f"0..{len(self.classes) - 1} or {self.ignore}", label_file)
+        frame = open_image(frame_file)
+        ids = self._labels(frame_file, label_file, (frame.height, frame.width))
         frame = frame.convert("RGB")
         if self.size is not None:
             resampling = pillow().Resampling
@@ -86,12 +92,38 @@ class Clip:
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
 
+    def check_labels(self) -> None:
+        """Read the labels of all frames once, and of the frames the sizes alone, from their headers.
+
+        Raises:
+            DataError: a label cannot be read, has another size than its frame, or an id outside the class list; it
+                names the file.
+        """
+        for frame_file, label_file in self._files:
+            self._labels(frame_file, label_file, image_size(frame_file))
+
+    def _labels(self, frame_file: Path, label_file: Path, size: tuple[int, int]) -> np.ndarray:
+        """The class ids of a frame of that size on disk, checked."""
+        ids = self._read(label_file)
+        if ids.shape != size:
+            raise DataError(
+                f"{label_file} is {ids.shape[0]} x {ids.shape[1]}, its frame {frame_file.name} is "
+                f"{size[0]} x {size[1]} (height x width); labels must have their frame's size"
+            )
+        allowed = {*range(len(self.classes)), self.ignore}
+        check_ids(ids, allowed, f"0..{len(self.classes) - 1} or {self.ignore}", label_file)
+        return ids
+
     def describe(self) -> dict[str, Any]:
-        """What a score of this clip depends on, for the record; of the files, names and lengths."""
-        files = [(file.name, file.stat().st_size) for pair in self._files for file in pair]
-        what = repr((files, self.classes, self.ignore, self.fps))
-        digest = hashlib.sha256(what.encode()).hexdigest()[:16]
-        return {"frames": len(self), "size": list(self.size or ()), "content": f"sha256:{digest}"}
+        """What a score of this clip depends on, for the record: names and contents of all its files.
+
+        Contents, since a label that is painted anew often keeps its size. That reads every file once; decoding the same
+        files, which every arm does, takes several times as long.
+        """
+        digest = hashlib.sha256(repr((self.classes, self.ignore, self.fps)).encode())
+        for file in dict.fromkeys([*(file for pair in self._files for file in pair), *self._sources]):
+            digest.update(f"{file.name} {file_digest(file)}\n".encode())
+        return {"frames": len(self), "size": list(self.size or ()), "content": f"sha256:{digest.hexdigest()[:16]}"}
 
     def __repr__(self) -> str:
         kind = type(self).__name__
@@ -152,6 +184,15 @@ class LabelledClip(Clip):
             times=tuple(seconds[frame.name] for frame, _ in files) if known else None,
         )
         self.binary = binary
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's bytes, read piece by piece."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def check_size(size: tuple[int, int] | None) -> None:

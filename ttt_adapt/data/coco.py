@@ -3,8 +3,8 @@
 `panoptic.json` (or `annotations/CLIP.json`, `annotations/SPLIT/CLIP.json`, one file per video) lists segments whose
 ids R + 256 G + 65536 B are in the label images, in `panoptic/`, `panoptic_images/CLIP/` or a folder of the JSON's own
 name. `instances.json` holds masks as polygons or run lengths; larger ones are drawn first. Frames lie in `images/` or
-`raw_images/`, with a folder per video where there are several. Classes are the JSON's categories in their order; pixels
-of no segment, of category 255 and of unknown categories are void.
+`raw_images/`, with a folder per video where there are several. Classes are the JSON's categories in their order, save
+category 255; pixels of no segment, of category 255 and of unknown categories are void.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _open(name: str, root: Path, file: Path, size: tuple[int, int] | None, class
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
         images = sorted(data["images"], key=lambda image: natural(Path(image["file_name"])))
-        categories = data["categories"]
+        categories = [category for category in data["categories"] if category["id"] != VOID]
         ids = {category["id"]: place for place, category in enumerate(categories)}
         names = [category["name"] for category in categories]
         panoptic = bool(data["annotations"]) and "segments_info" in data["annotations"][0]
@@ -81,7 +81,7 @@ def _open(name: str, root: Path, file: Path, size: tuple[int, int] | None, class
         ) from error
     if not images:
         raise DataError(f"{file} lists no images; expected the frames of a clip")
-    return Clip(name, list(zip(frames, labels, strict=True)), read, classes=classes or names, size=size)
+    return Clip(name, list(zip(frames, labels, strict=True)), read, classes=classes or names, size=size, sources=[file])
 
 
 def _locate(root: Path, kinds: Sequence[str], video: str, name: str) -> Path:

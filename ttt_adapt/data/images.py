@@ -42,6 +42,20 @@ def open_image(file: Path) -> Any:
     return image
 
 
+def image_size(file: Path) -> tuple[int, int]:
+    """(height, width) of an image as it is stored, from its header.
+
+    Raises:
+        DataError: the file is missing or no image.
+    """
+    library = pillow()
+    try:
+        with library.open(file) as image:
+            return image.height, image.width
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{file} cannot be read as an image: {error}") from error
+
+
 def read_ids(file: Path) -> np.ndarray:
     """The class ids of a palette or grayscale image, `uint8 [H, W]`.
 

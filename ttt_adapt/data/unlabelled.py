@@ -45,6 +45,9 @@ class PictureClip(Clip):
         file = self._files[index][0]
         return _sample(_fit(pillow().fromarray(rgb8(open_image(file), file)), self.size))
 
+    def check_labels(self) -> None:
+        """There are none."""
+
     @property
     def files(self) -> list[Path]:
         """The pictures."""
@@ -111,8 +114,11 @@ class VideoClip(Clip):
                     break
                 yield _sample(_fit(pillow().fromarray(frame), self.size))
 
+    def check_labels(self) -> None:
+        """There are none."""
+
     def describe(self) -> dict[str, Any]:
-        """Of the file, name and length."""
+        """Of the file, name and contents; and how many of its frames."""
         return {**super().describe(), "frames": len(self)}
 
 

@@ -1,4 +1,7 @@
-"""Figures of an evaluation. They need matplotlib and draw without a display and without pyplot's global state."""
+"""Figures of an evaluation. They need matplotlib and draw without a display and without pyplot's global state.
+
+Arms carry the marks that they have in tables: † sees the whole clip before it predicts, ‡ and chooses by the labels.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ import numpy as np
 
 from ..errors import DataError, missing
 from ..tasks import Metric, find_task
-from .metrics import summarize
-from .report import Report, Run
+from .report import Report, Run, marked
+from .statistics import summarize
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,8 +55,9 @@ def plot_stream(path: str | Path, runs: Sequence[Run], title: str = "") -> None:
     for position, arm in enumerate(arms):
         colour, dashes = _COLOURS[position % len(_COLOURS)], "--" if position >= len(_COLOURS) else "-"
         chosen = [run for run in runs if run.arm == arm]
-        _draw_line(upper, [run.losses for run in chosen], colour, dashes, arm)
-        _draw_line(lower, [run.per_frame for run in chosen], colour, dashes, arm, scale=headline.scale)
+        label = marked(arm, chosen)
+        _draw_line(upper, [run.losses for run in chosen], colour, dashes, label)
+        _draw_line(lower, [run.per_frame for run in chosen], colour, dashes, label, scale=headline.scale)
     upper.set_ylabel("label-free loss")
     lower.set_ylabel(_axis(headline, " of the frame"))
     lower.set_xlabel("frame")
@@ -93,7 +97,8 @@ def plot_bars(path: str | Path, report: Report) -> None:
             scores = _shown(report.select(arm, clip))
             if scores:
                 centre = place + (position - (len(arms) - 1) / 2) * width
-                _draw_bar(axes, centre, scores, width, colour, _HATCHES[position // len(_COLOURS) % len(_HATCHES)], arm)
+                hatch = _HATCHES[position // len(_COLOURS) % len(_HATCHES)]
+                _draw_bar(axes, centre, scores, width, colour, hatch, report.marked(arm))
     axes.set_xticks(range(len(clips)), clips)
     axes.set_ylabel(_axis(report.headline, " over the clip"))
     axes.margins(y=0.1)
@@ -135,6 +140,28 @@ def plot_sweep(
         raise DataError("none of the settings ran; there is nothing to draw")
     figure = _figure(7.0, 5.0)
     axes = figure.subplots()
+    _draw_sweep(axes, report, values, reference, places)
+    for arm in (arm for arm, value in values.items() if value is None):
+        level = [np.mean(gain) for clip in report.clips if (gain := _gains(report, arm, reference, clip))]
+        if level:
+            label = report.marked(arm)
+            axes.axhline(float(np.mean(level)), color="#000000", linestyle="--", linewidth=1.4, label=label)
+    axes.axhline(0.0, color=_COLOURS[0], linewidth=1.4)
+    if log:
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(places, [f"{place:g}" for place in places], minor=False)
+    axes.set_xlabel(axis)
+    axes.set_ylabel(f"{report.headline.title} - {report.marked(reference)} ({report.headline.step})")
+    _style(axes)
+    axes.grid(True, color="#e4e4e4", linewidth=0.8)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def _draw_sweep(
+    axes: Axes, report: Report, values: Mapping[str, float | None], reference: str, places: Sequence[float]
+) -> None:
+    """A curve of gains for every clip, and their mean where there are several."""
     curves = []
     for position, clip in enumerate(report.clips):
         gains = {arm: _gains(report, arm, reference, clip) for arm in values}
@@ -145,20 +172,6 @@ def plot_sweep(
         axes.errorbar(places, curves[-1], spread, color=colour, linewidth=1, marker="o", markersize=3, label=clip)
     if len(curves) > 1:
         axes.plot(places, _mean_over_present(np.array(curves), axis=0), color="#000000", linewidth=2.6, label="mean")
-    for arm in (arm for arm, value in values.items() if value is None):
-        level = [np.mean(gain) for clip in report.clips if (gain := _gains(report, arm, reference, clip))]
-        if level:
-            axes.axhline(float(np.mean(level)), color="#000000", linestyle="--", linewidth=1.4, label=arm)
-    axes.axhline(0.0, color=_COLOURS[0], linewidth=1.4)
-    if log:
-        axes.set_xscale("log", base=2)
-    axes.set_xticks(places, [f"{place:g}" for place in places], minor=False)
-    axes.set_xlabel(axis)
-    axes.set_ylabel(f"{report.headline.title} - {reference} ({report.headline.step})")
-    _style(axes)
-    axes.grid(True, color="#e4e4e4", linewidth=0.8)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    _save(figure, path)
 
 
 def plot_losses(path: str | Path, report: Report) -> bool:
@@ -199,7 +212,7 @@ def plot_losses(path: str | Path, report: Report) -> bool:
     for position, arm in enumerate(dict.fromkeys(arm for arm, _, _ in points)):
         x, y = zip(*[(loss, score) for name, loss, score in points if name == arm], strict=True)
         colour, marker = _COLOURS[(1 + position) % len(_COLOURS)], "os^Dv"[position // len(_COLOURS) % 5]
-        axes.scatter(x, y, s=28, color=colour, marker=marker, label=arm)
+        axes.scatter(x, y, s=28, color=colour, marker=marker, label=report.marked(arm))
     axes.set_xlabel("mean loss of the run - that of its clip")
     axes.set_ylabel(f"{report.headline.title} - that of its clip ({report.headline.step})")
     _style(axes)

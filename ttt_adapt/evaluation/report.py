@@ -7,25 +7,21 @@ percent in the tables, PSNR dB in both.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
-import os
-import platform
-import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..errors import ConfigError, DataError, StateError
 from ..tasks import Metric, Score, Task, find_task
+from .environment import environment
 from .tables import markdown_table, rich_table
 
-__all__ = ["Report", "Run", "environment", "markdown_table", "rich_table", "write_json"]
+__all__ = ["Report", "Run", "environment", "markdown_table", "marked", "rich_table", "write_json"]
 
 FORMAT = 1
 """Version of the JSON layout."""
@@ -136,7 +132,8 @@ class Report:
         config: the settings it ran with; anything JSON can hold.
         environment: where it ran; see `environment`.
         runs: in the order they were made.
-        failures: runs that broke off, with arm, clip, seed and error; they are made again by the next call.
+        failures: runs that broke off, with arm, clip, seed and error, and clips that cannot be scored, with clip and
+            error; they are tried again by the next call.
     """
 
     config: dict[str, Any] = field(default_factory=dict)
@@ -161,6 +158,10 @@ class Report:
     def select(self, arm: str | None = None, clip: str | None = None) -> list[Run]:
         """The runs of one arm, one clip, or both."""
         return [run for run in self.runs if arm in (None, run.arm) and clip in (None, run.clip)]
+
+    def marked(self, arm: str) -> str:
+        """The arm's name as it is shown; see `marked`."""
+        return marked(arm, self.select(arm))
 
     @property
     def task(self) -> type[Task]:
@@ -220,6 +221,12 @@ class Report:
             raise DataError(f"{path} is not an evaluation report: {error!r}") from error
 
 
+def marked(arm: str, runs: Iterable[Run]) -> str:
+    """The name of an arm with a mark where its runs are no streaming method's: ‡ for an oracle, † for other ones."""
+    runs = list(runs)
+    return arm + (" ‡" if any(run.oracle for run in runs) else "" if all(run.streaming for run in runs) else " †")
+
+
 def write_json(path: str | Path, report: Report) -> None:
     """Writes the report as JSON; the file is the old one or the new one, never half of one.
 
@@ -241,30 +248,6 @@ def write_json(path: str | Path, report: Report) -> None:
         raise
 
 
-def environment() -> dict[str, Any]:
-    """Versions and hardware that a result depends on.
-
-    `commit` is the commit of the checkout that the running ttt_adapt belongs to, and `dirty` whether tracked files
-    were changed in it; both are None for an installed package.
-    """
-    packages = ("ttt-adapt", "torch", "numpy", "timm", "torchmetrics")
-    folder = Path(__file__).resolve().parents[1]
-    # Git answers for any repository around the folder, such as the one around a virtual environment.
-    ours = _git(folder, "ls-files", "--error-unmatch", "errors.py") is not None
-    commit = _git(folder, "rev-parse", "HEAD") if ours else None
-    changes = _git(folder, "status", "--porcelain", "--untracked-files=no") if ours else None
-    return {
-        "packages": {name: _version(name) for name in packages},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "commit": commit,
-        "dirty": None if changes is None else bool(changes),
-    }
-
-
 def _mean_time(ms: Sequence[float]) -> float:
     """The mean of what was measured after the first frame; of the first, where there is nothing else."""
     later = [value for value in ms[1:] if not math.isnan(value)]
@@ -273,19 +256,3 @@ def _mean_time(ms: Sequence[float]) -> float:
 
 def _finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """What git answers in `folder`; None where it has no answer."""
-    try:
-        done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

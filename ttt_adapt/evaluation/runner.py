@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ import numpy as np
 from ttt_adapt.checkpoint import Checkpoint
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import ConfigError, DataError
-from ttt_adapt.evaluation.arms import Arm, Predict
+from ttt_adapt.evaluation.arms import Arm, Predict, Runner
 from ttt_adapt.evaluation.memory import PeakMemory
 from ttt_adapt.evaluation.realtime import stride, timed
 from ttt_adapt.evaluation.report import Run
-from ttt_adapt.tasks import Task, check_output
+from ttt_adapt.tasks import Score, Task, check_output
 
 OnFrame = Callable[[int, np.ndarray, np.ndarray, float, float | None], None]
 
@@ -61,37 +62,23 @@ def run_arm(
             streaming.
         FrameError, FrameTypeError: the model's output is not [1, channels, H, W] of the frame's size.
     """
-    task = checkpoint.task
-    score = task.score(ignore, metric_weights)
-    losses: list[float | None] = []
-    ms: list[float] = []
-    every = 1 if forwards is None else stride(forwards)
     if forwards is not None and not arm.streaming:
         raise ConfigError(
             f"arm {arm.name} sees the whole clip before it predicts: real-time scoring is for streaming arms"
         )
+    task = checkpoint.task
+    score = task.score(ignore, metric_weights)
+    every = 1 if forwards is None else stride(forwards)
     with PeakMemory(next(checkpoint.model.parameters()).device) as memory:
         runner = arm.start(checkpoint, config, changes)
         try:
             prepared = 0.0 if arm.streaming else _show_clip(arm, runner, clip, task, ignore)
-            for index, (frame, target) in enumerate(clip):
-                if index % every == 0:
-                    answer, seconds = timed(runner.step, frame)
-                    output = check_output(answer, frame, task, f"{arm.name} on {name}")
-                    losses.append(runner.loss)
-                    ms.append(seconds * 1e3)
-                else:
-                    losses.append(None)
-                    ms.append(math.nan)
-                prediction = task.predict(output, frame)
-                found = score.update(prediction, target)
-                if on_frame is not None:
-                    on_frame(index, frame, prediction, found, losses[-1])
+            losses, ms = _stream(runner, clip, task, score, every, f"{arm.name} on {name}", on_frame)
         finally:
             runner.close()
-    ms = [each + prepared * 1e3 / len(ms) for each in ms]  # what was done before the first frame is shared by all
     if not losses:
         raise DataError(f"clip {name} has no frames; expected at least one")
+    ms = [each + prepared * 1e3 / len(ms) for each in ms]  # what was done before the first frame is shared by all
     try:
         run = Run.from_score(label or arm.name, name, config.seed, score, losses, ms, task.name)
     except DataError as error:
@@ -99,6 +86,38 @@ def run_arm(
     run.fps, run.peak_memory_mib, run.forwards = getattr(clip, "fps", None), memory.mib, forwards
     run.streaming, run.oracle = arm.streaming, arm.oracle
     return run
+
+
+def _stream(
+    runner: Runner,
+    clip: Iterable[tuple[np.ndarray, np.ndarray]],
+    task: Task,
+    score: Score,
+    every: int,
+    what: str,
+    on_frame: OnFrame | None,
+) -> tuple[list[float | None], list[float]]:
+    """Predict and score frame after frame; the runner is given every `every`-th of them, and none before its time.
+
+    Returns:
+        Of every frame the loss (None: there was none) and the milliseconds (NaN: it was missed).
+    """
+    losses: list[float | None] = []
+    ms: list[float] = []
+    for index, (frame, target) in enumerate(clip):
+        if index % every == 0:
+            answer, seconds = timed(runner.step, frame)
+            output = check_output(answer, frame, task, what)
+            losses.append(runner.loss)
+            ms.append(seconds * 1e3)
+        else:
+            losses.append(None)
+            ms.append(math.nan)
+        prediction = task.predict(output, frame)
+        found = score.update(prediction, target)
+        if on_frame is not None:
+            on_frame(index, frame, prediction, found, losses[-1])
+    return losses, ms
 
 
 class _Frames(Sequence[np.ndarray]):
@@ -115,7 +134,7 @@ class _Frames(Sequence[np.ndarray]):
 
 
 def _show_clip(arm: Arm, runner: Any, clip: Any, task: Task, ignore: int) -> float:
-    """Let a runner that is not streaming see the clip; returns the seconds it took."""
+    """Let a runner that is not streaming see the clip; returns the seconds it took, without what scoring took."""
     if not (hasattr(clip, "__len__") and hasattr(clip, "__getitem__")):
         raise DataError(
             f"arm {arm.name} sees the whole clip before it predicts, and this one is a {type(clip).__name__} that can "
@@ -125,11 +144,16 @@ def _show_clip(arm: Arm, runner: Any, clip: Any, task: Task, ignore: int) -> flo
     if not len(clip):
         raise DataError("the clip has no frames; expected at least one")
 
+    scoring = 0.0
+
     def score(predict: Predict) -> float:
+        nonlocal scoring
+        started = time.perf_counter()
         found = task.score(ignore)
         for frame, label in (clip[i] for i in range(len(clip))):
             found.update(task.predict(check_output(predict(frame), frame, task, arm.name), frame), label)
         headline = task.metrics[0]
+        scoring += time.perf_counter() - started
         return headline.better(found.result()[headline.field])
 
-    return timed(lambda frames: runner.prepare(frames, score if arm.oracle else None), _Frames(clip))[1]
+    return timed(lambda frames: runner.prepare(frames, score if arm.oracle else None), _Frames(clip))[1] - scoring

@@ -2,75 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import ConfigError, DataError, missing, nearest
 from ..tasks import Metric
-from .metrics import paired_bootstrap, summarize
+from .differences import Difference, average_difference, is_uneven, paired_difference, runs_by_seed
+from .notes import UNEVEN, average_note, difference_note, drawn_note, gap_note, mark_note, score_note
+from .statistics import summarize
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from .report import Report, Run
-
-_BLOCK = 10
-"""Frames per bootstrap block where a clip's rate is unknown."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How much better an arm is than another on the same frames.
-
-    Attributes:
-        mean: mean difference of the headline metric of a frame, as it is kept (mIoU in [-1, 1], PSNR in dB).
-        low: lower end of the 95 % bootstrap interval; None where there is too little to draw from.
-        high: its upper end.
-        block: frames per bootstrap block.
-    """
-
-    mean: float
-    low: float | None
-    high: float | None
-    block: int
-
-
-def paired_difference(report: Report, arm: str, reference: str, clip: str) -> Difference | None:
-    """`arm` against `reference` on one clip, frame by frame, over the seeds that both ran.
-
-    Seeds are averaged first; frames are then drawn in blocks of one second (10 frames where the rate is unknown), at
-    most a quarter of the clip, so the interval is about the clip's frames and not about the seeds.
-
-    Returns:
-        None where the two share no seed.
-    """
-    ours, theirs = ({run.seed: run for run in report.select(name, clip)} for name in (arm, reference))
-    seeds = [seed for seed in ours if seed in theirs]
-    if not seeds:
-        return None
-    a, b = (np.mean([np.array(runs[s].per_frame, dtype=np.float64) for s in seeds], axis=0) for runs in (ours, theirs))
-    scored = int((~np.isnan(a)).sum())
-    block = max(1, min(round(ours[seeds[0]].fps or _BLOCK), scored // 4))
-    mean, low, high = paired_bootstrap(a, b, block=block)
-    return Difference(mean, low, high, block) if scored > 1 else Difference(mean, None, None, block)
-
-
-def average_difference(report: Report, arm: str, reference: str) -> Difference | None:
-    """The mean of `paired_difference` over all clips, with clips drawn; None where one of them is missing.
-
-    Of a single clip it is that clip's, with frames drawn; of two, there is no interval.
-    """
-    each = [paired_difference(report, arm, reference, clip) for clip in report.clips]
-    if len(each) == 1:
-        return each[0]
-    means = [difference.mean for difference in each if difference is not None]
-    if len(means) < len(each):
-        return None
-    mean, low, high = paired_bootstrap(means, np.zeros(len(means)))
-    return Difference(mean, low, high, 1) if len(means) > 2 else Difference(mean, None, None, 1)
 
 
 def markdown_table(report: Report, reference: str | None = None) -> str:
@@ -81,10 +27,11 @@ def markdown_table(report: Report, reference: str | None = None) -> str:
     classes, and failed runs.
 
     Cells are mean ± sample standard deviation over seeds; in brackets stands the change of the mean against `reference`
-    (by default the first arm that was asked for), of mIoU in percent of it. A value is bold where it is the best beyond
-    the spread: every streaming arm ran at least two seeds, and its mean minus its deviation is above the mean plus
-    deviation of every other (the other way round where less is better). Arms that see the whole clip first are marked,
-    and never bold.
+    (by default the first arm that was asked for), of mIoU in percent of it. Every change is on the seeds (and clips)
+    that both arms have; where those are not all, a note says which they are. A value is bold where it is the best
+    beyond the spread: every streaming arm ran the same two or more seeds, and its mean minus its deviation is above the
+    mean plus deviation of every other (the other way round where less is better). Arms that see the whole clip first
+    are marked in every table, and never bold.
 
     Raises:
         ConfigError: `reference` is no arm of the report.
@@ -94,19 +41,22 @@ def markdown_table(report: Report, reference: str | None = None) -> str:
     reference = _reference(report, reference)
     parts = [_markdown(header, rows), caption]
     if len(report.arms) > 1:
-        parts += [f"### Paired difference to {reference}", *_difference_table(report, reference)]
+        parts += [f"### Paired difference to {report.marked(reference)}", *_difference_table(report, reference)]
     if len(report.clips) > 1:
-        parts += ["### Mean over clips (intervals draw clips)", _average_table(report, reference)]
+        parts += [f"### Mean over clips (intervals {drawn_note(report)})", *_average_table(report, reference)]
     if any(run.per_class for run in report.runs):
-        parts += ["### IoU of every class (%), mean over clips and seeds", _class_table(report)]
+        parts += ["### IoU of every class (%), mean over clips and seeds", _class_table(report), gap_note(report)]
     if report.failures:
-        parts += ["### Runs that failed", *(f"- {describe_failure(failure)}" for failure in report.failures)]
-    return "\n\n".join(parts) + "\n"
+        parts += ["### Runs that failed", *(f"- {describe_failure(failure, report)}" for failure in report.failures)]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def describe_failure(failure: dict[str, object]) -> str:
-    """One line about a run that broke off."""
-    return f"{failure['arm']} on {failure['clip']}, seed {failure['seed']}: {failure['error']}"
+def describe_failure(failure: Mapping[str, Any], report: Report | None = None) -> str:
+    """One line about a run that broke off, or a clip that cannot be scored; with `report`, under the arm's mark."""
+    if failure.get("arm") is None:
+        return f"every arm on {failure['clip']}: {failure['error']}"
+    arm = failure["arm"] if report is None else report.marked(failure["arm"])
+    return f"{arm} on {failure['clip']}, seed {failure['seed']}: {failure['error']}"
 
 
 def study_table(report: Report, title: str, reference: str) -> str:
@@ -117,9 +67,10 @@ def study_table(report: Report, title: str, reference: str) -> str:
     """
     if not report.runs:
         raise DataError("the report holds no runs; add at least one")
-    drawn = "clips" if len(report.clips) > 1 else "blocks of frames"
-    note = f"Clips: {', '.join(report.clips)}. Seeds: {len({run.seed for run in report.runs})}. Intervals draw {drawn}."
-    return "\n\n".join([f"## {title}", _average_table(report, reference), note]) + "\n"
+    seeds = len({run.seed for run in report.runs})
+    about = f"Clips: {', '.join(report.clips)}. Seeds: {seeds}. Intervals {drawn_note(report)}."
+    note = " ".join(filter(None, [about, mark_note(report)]))
+    return "\n\n".join(filter(None, [f"## {title}", *_average_table(report, reference), note])) + "\n"
 
 
 def rich_table(report: Report, reference: str | None = None) -> Table:
@@ -163,7 +114,7 @@ def _table(report: Report, reference: str | None) -> tuple[list[str], list[list[
     reference = _reference(report, reference)
     if reference not in report.arms:
         raise ConfigError(f"reference arm {reference!r} is not in the report; {nearest(reference, report.arms)}")
-    header, columns = ["arm"], [[(_marked(report, arm), False) for arm in report.arms]]
+    header, columns = ["arm"], [[(report.marked(arm), False) for arm in report.arms]]
     for clip in report.clips:
         for metric in report.task.metrics:
             if all(run.value(metric) is None for run in report.select(clip=clip)):
@@ -175,24 +126,7 @@ def _table(report: Report, reference: str | None) -> tuple[list[str], list[list[
         if any(run.peak_memory_mib is not None for run in report.select(clip=clip)):
             header.append(f"{clip}: peak MiB")
             columns.append([_plain_cell(report.select(arm, clip), "peak_memory_mib") for arm in report.arms])
-    counts = sorted({len(report.select(arm, clip)) for arm in report.arms for clip in report.clips})
-    seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    caption = (
-        f"{report.task.about}; mean ± sample standard deviation over "
-        f"{seeds} seed{'' if counts == [1] else 's'}; in brackets the change relative to {reference}."
-    )
-    if not all(run.streaming for run in report.runs):
-        caption += " † sees the whole clip before it predicts; ‡ and chooses by the labels: a bound, not a method."
-    if any(run.j is not None for run in report.runs):
-        caption += " J is DAVIS' region similarity of the foreground, over the clip and per frame."
-    charged = {run.arm: run.forwards for run in report.runs if run.forwards is not None}
-    if charged:
-        caption += " Real-time scoring, forward passes per frame: " + ", ".join(
-            f"{arm} {forwards:g}" for arm, forwards in charged.items()
-        )
-        caption += "; an arm misses ceil of it - 1 frames after each that it sees, and keeps its last prediction."
-        caption += "" if all(run.streaming for run in report.runs) else " Arms with a mark are not charged."
-    return header, [list(row) for row in zip(*columns, strict=True)], caption
+    return header, [list(row) for row in zip(*columns, strict=True)], score_note(report, reference)
 
 
 def _reference(report: Report, name: str | None) -> str:
@@ -202,36 +136,40 @@ def _reference(report: Report, name: str | None) -> str:
     return found
 
 
-def _marked(report: Report, arm: str) -> str:
-    """The arm's name, with a mark where it is no streaming method."""
-    runs = report.select(arm)
-    return arm + (" ‡" if any(run.oracle for run in runs) else "" if all(run.streaming for run in runs) else " †")
-
-
 def _score_column(report: Report, clip: str, metric: Metric, reference: str) -> list[Cell]:
     values = [_present(report.select(arm, clip), metric.field) for arm in report.arms]
     stats = [summarize(scores) if scores else None for scores in values]
-    base = stats[report.arms.index(reference)]
     methods = [arm for arm in report.arms if all(run.streaming for run in report.select(arm))]
+    alike = len({frozenset(runs_by_seed(report, arm, clip)) for arm in methods}) == 1
     cells: list[Cell] = []
     for position, (arm, stat) in enumerate(zip(report.arms, stats, strict=True)):
         if stat is None:
             cells.append(("n/a", False))
             continue
-        mean, spread = stat
-        text = metric.text(mean, spread)
-        if base is not None and arm != reference:
-            text += _change(metric, mean, base[0])
+        text = metric.text(*stat) + ("" if arm == reference else _change(report, arm, reference, clip, metric))
         among = [report.arms.index(arm) for arm in methods]
-        cells.append((text, arm in methods and _is_best(stats, position, among, metric)))
+        cells.append((text, alike and arm in methods and _is_best(stats, position, among, metric)))
     return cells
 
 
-def _change(metric: Metric, mean: float, base: float) -> str:
-    """What stands in brackets behind a mean, given that of the reference."""
-    if metric.change == "percent":
-        return f" ({100 * (mean / base - 1):+.1f}%)" if base > 0 else ""
-    return f" ({metric.signed(mean - base)})" if metric.change else ""
+def _change(report: Report, arm: str, reference: str, clip: str, metric: Metric) -> str:
+    """What stands in brackets behind a mean: its change against the reference, on the seeds that both have."""
+    ours, theirs = (
+        {
+            seed: value
+            for seed, run in runs_by_seed(report, name, clip).items()
+            if (value := run.value(metric)) is not None
+        }
+        for name in (arm, reference)
+    )
+    shared = [seed for seed in ours if seed in theirs]
+    if not shared or not metric.change:
+        return ""
+    mean, base = (float(np.mean([values[seed] for seed in shared])) for values in (ours, theirs))
+    if metric.change == "percent" and base <= 0:
+        return ""
+    text = f"{100 * (mean / base - 1):+.1f}%" if metric.change == "percent" else metric.signed(mean - base)
+    return f" ({text})" + (f" {UNEVEN}" if is_uneven(report, arm, reference, clip) else "")
 
 
 def _is_best(
@@ -276,45 +214,52 @@ def _difference_cell(difference: Difference | None, metric: Metric) -> Cell:
 
 
 def _difference_table(report: Report, reference: str) -> tuple[str, str]:
-    """The table of paired differences, and its caption."""
+    """The table of paired differences, and its note."""
     frame = report.task.metrics[1]
+    seeds = sorted({run.seed for run in report.runs})
+    header = ["arm", *(name for clip in report.clips for name in (clip, "by seed")[: 1 + (len(seeds) > 1)])]
     rows: list[list[Cell]] = []
-    blocks: dict[str, int] = {}
+    blocks: dict[str, list[int]] = {}
     for arm in report.arms:
         if arm == reference:
             continue
-        found = {clip: paired_difference(report, arm, reference, clip) for clip in report.clips}
-        blocks |= {clip: difference.block for clip, difference in found.items() if difference is not None}
-        rows.append([(arm, False), *(_difference_cell(difference, frame) for difference in found.values())])
-    sizes = ", ".join(f"{clip} {block}" for clip, block in blocks.items())
-    return _markdown(["arm", *report.clips], rows), (
-        f"Mean difference of the {frame.title} on the same frames and seeds, in {frame.step}, and the 95 % interval "
-        "of a circular block bootstrap over frames, 2000 resamplings; frames per block: " + sizes + "."
-    )
+        row: list[Cell] = [(report.marked(arm), False)]
+        for clip in report.clips:
+            difference = paired_difference(report, arm, reference, clip)
+            row.append(_difference_cell(difference, frame))
+            if difference is not None:
+                blocks.setdefault(clip, []).append(difference.block)
+            if len(seeds) > 1:
+                own = {} if difference is None else difference.by_seed
+                row.append((", ".join(frame.signed(own[s]) if s in own else "n/a" for s in seeds), False))
+        rows.append(row)
+    return _markdown(header, rows), difference_note(report, blocks)
 
 
-def _average_table(report: Report, reference: str) -> str:
-    """Means over clips of every score, with the paired difference to the reference."""
+def _average_table(report: Report, reference: str) -> tuple[str, str]:
+    """Means over clips of every score, with the paired difference to the reference; and their note.
+
+    An arm's means are over the seeds that ran on every clip.
+    """
     metrics = [each for each in report.task.metrics if all(run.value(each) is not None for run in report.runs)]
     frame = report.task.metrics[1]
-    rows = []
+    rows: list[list[Cell]] = []
+    whole: dict[str, list[int]] = {}
+    found: dict[str, Difference | None] = {}
     for arm in report.arms:
-        row: list[Cell] = [(arm, False)]
+        by_clip = [runs_by_seed(report, arm, clip) for clip in report.clips]
+        whole[arm] = sorted(set.intersection(*(set(runs) for runs in by_clip)))
+        row: list[Cell] = [(report.marked(arm), False)]
         for metric in metrics:
-            seeds = {run.seed for run in report.select(arm)}
-            each = [
-                _present([run for run in report.select(arm) if run.seed == seed], metric.field)
-                for seed in sorted(seeds)
-            ]
-            whole = all(len(values) == len(report.clips) for values in each)
-            means = [float(np.mean(values)) for values in each]
-            row.append((metric.text(*summarize(means)) if whole else "n/a", False))
-        row.append(
-            ("", False) if arm == reference else _difference_cell(average_difference(report, arm, reference), frame)
-        )
+            means = [float(np.mean(_present([runs[s] for runs in by_clip], metric.field))) for s in whole[arm]]
+            row.append((metric.text(*summarize(means)) if means else "n/a", False))
+        if arm != reference:
+            found[arm] = average_difference(report, arm, reference)
+        row.append(("", False) if arm == reference else _difference_cell(found[arm], frame))
         rows.append([*row, _plain_cell(report.select(arm), "ms_per_frame")])
-    header = ["arm", *(each.label for each in metrics), f"{frame.title} - {reference} [95 %]", "ms/frame"]
-    return _markdown(header, rows)
+    titles = [f"{frame.title} - {report.marked(reference)} [95 %]", "ms/frame"]
+    header = ["arm", *(each.label for each in metrics), *titles]
+    return _markdown(header, rows), average_note(report, whole, found)
 
 
 def _class_table(report: Report) -> str:
@@ -326,4 +271,4 @@ def _class_table(report: Report) -> str:
             values = [iou for run in report.select(arm) if (iou := run.per_class.get(name)) is not None]
             row.append((f"{100 * np.mean(values):.2f}" if values else "n/a", False))
         rows.append(row)
-    return _markdown(["class", *report.arms], rows)
+    return _markdown(["class", *map(report.marked, report.arms)], rows)

@@ -57,7 +57,6 @@ class AutoWindow:
         self._differences = np.zeros(len(self._lags))
         self._counts = np.zeros(len(self._lags), dtype=np.int64)
         self._since = 0
-        self._cuts = 0
 
     @property
     def drift(self) -> float | None:
@@ -91,7 +90,6 @@ class AutoWindow:
         vector = self._checked(sketch)
         if self._recent and self._is_cut(vector):
             self._recent, self._since = [], 0
-            self._cuts += 1
         for place, lag in enumerate(self._lags):
             if lag <= len(self._recent):
                 self._counts[place] += 1
@@ -151,7 +149,6 @@ class AutoWindow:
             "differences": torch.from_numpy(self._differences.copy()),
             "counts": torch.from_numpy(self._counts.copy()),
             "since": self._since,
-            "cuts": self._cuts,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -163,14 +160,12 @@ class AutoWindow:
         try:
             differences, counts = (state[name].cpu().numpy().copy() for name in ("differences", "counts"))
             recent = [] if state["recent"] is None else [*state["recent"].cpu().numpy().copy()]
-            since, cuts = int(state["since"]), int(state["cuts"])
+            since = int(state["since"])
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"this is no state of an AutoWindow: {error!r}") from error
         if differences.shape != (len(self._lags),) or counts.shape != differences.shape or len(recent) > self.reach:
             raise CheckpointError(f"the state has {differences.size} distances; expected {len(self._lags)}: same reach")
-        self._differences, self._counts, self._recent, self._since, self._cuts = (
-            differences, counts, recent, since, cuts,
-        )  # fmt: skip
+        self._differences, self._counts, self._recent, self._since = differences, counts, recent, since
 
 
 def gradient_sketch(parameters: Iterable[nn.Parameter], size: int = 512) -> Tensor:

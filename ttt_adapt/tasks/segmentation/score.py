@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, DataError, FrameError, FrameTypeError, StateError, missing
+from ttt_adapt.errors import ConfigError, DataError, FrameError, FrameTypeError, StateError, missing
 
 
 class Scores(TypedDict):
@@ -159,63 +159,6 @@ def _region_similarity(confusion: np.ndarray) -> float:
     """IoU of class 1 from counts `[2, 2]` (rows = labels); 1 where it is in neither."""
     union = confusion.sum() - confusion[0, 0]
     return float(confusion[1, 1] / union) if union else 1.0
-
-
-def summarize(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation (n - 1 in the denominator; None for a single value).
-
-    Raises:
-        DataError: there are no values.
-    """
-    if not len(values):
-        raise DataError("there are no values to summarize; expected at least one")
-    spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return float(np.mean(values)), spread
-
-
-def paired_bootstrap(
-    a: Sequence[float] | np.ndarray,
-    b: Sequence[float] | np.ndarray,
-    seed: int = 0,
-    samples: int = 2000,
-    block: int = 1,
-) -> tuple[float, float, float]:
-    """How sure is it that `a` is better than `b` on the same frames (or clips, or seeds)?
-
-    The pairs are drawn with replacement, `samples` times over; the interval holds the middle 95 % of the mean
-    differences. Neighbouring frames of a video are alike, so single frames make the interval too narrow: with
-    `block` > 1 runs of that many frames are drawn instead (circular block bootstrap, Politis and Romano 1992).
-
-    Args:
-        a: one score per frame. NaN marks a frame without a score, in both or in neither.
-        b: the scores of the other arm on the same frames.
-        seed: of the random draws.
-        samples: number of resamplings.
-        block: frames per draw; a second or two of video.
-
-    Returns:
-        (mean of a - b, lower bound, upper bound), in the unit of the scores.
-
-    Raises:
-        DataError: different lengths, nothing to compare, or a score missing on one side only.
-        ConfigError: `block` or `samples` is below 1.
-    """
-    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if first.shape != second.shape or first.ndim != 1:
-        raise DataError(f"a has shape {first.shape}, b has {second.shape}; expected one score per frame in both")
-    if min(block, samples) < 1:
-        raise ConfigError(f"block is {block} and samples is {samples}; expected at least 1")
-    if not np.array_equal(np.isnan(first), np.isnan(second)):
-        raise DataError("some frames have a score in one of a and b only; both must be scored on the same frames")
-    difference = (first - second)[~np.isnan(first)]
-    count = difference.size
-    if not count:
-        raise DataError("there are no scores to compare; expected at least one frame")
-    block = min(block, count)
-    starts = np.random.default_rng(seed).integers(0, count, (samples, -(-count // block)))
-    picked = (starts[..., None] + np.arange(block)).reshape(samples, -1)[:, :count] % count
-    low, high = np.quantile(difference[picked].mean(axis=1), [0.025, 0.975])
-    return float(difference.mean()), float(low), float(high)
 
 
 def _class_ids(ids: np.ndarray | Tensor, what: str) -> Tensor:

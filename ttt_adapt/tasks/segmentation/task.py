@@ -1,4 +1,4 @@
-"""Semantic segmentation: a class for every pixel."""
+"""The task: class scores in, a class for every pixel out."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from ttt_adapt.augment import Augment
 from ttt_adapt.data import Clip, open_clips
 from ttt_adapt.errors import ConfigError
-from ttt_adapt.evaluation.metrics import SegmentationScore
 from ttt_adapt.tasks.base import Criterion, Metric, Stills, Task
+from ttt_adapt.tasks.segmentation.score import SegmentationScore
 from ttt_adapt.video import blend, default_palette
 
 if TYPE_CHECKING:

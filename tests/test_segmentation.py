@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ttt_adapt.errors import ConfigError, DataError, FrameError, FrameTypeError, StateError
-from ttt_adapt.evaluation.metrics import SegmentationScore, paired_bootstrap, summarize
+from ttt_adapt.tasks.segmentation import SegmentationScore
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
 
@@ -134,45 +134,3 @@ def test_class_names_must_fit():
         SegmentationScore(3, classes=("a", "b"))
     with pytest.raises(ConfigError, match="at least 2"):
         SegmentationScore(1)
-
-
-def test_summarize_gives_the_sample_deviation():
-    assert summarize([1.0, 2.0, 4.0]) == pytest.approx((7 / 3, np.sqrt(7 / 3)))
-    assert summarize([0.5]) == (0.5, None)
-    with pytest.raises(DataError):
-        summarize([])
-
-
-def test_the_bootstrap_interval_matches_the_normal_one_for_independent_pairs():
-    rng = np.random.default_rng(1)
-    shared = rng.normal(size=400)
-    a, b = shared + rng.normal(0.3, 1.0, 400), shared
-    difference, low, high = paired_bootstrap(a, b)
-    error = (a - b).std(ddof=1) / 20
-    assert difference == pytest.approx((a - b).mean())
-    assert low == pytest.approx(difference - 1.96 * error, abs=0.15 * error)
-    assert high == pytest.approx(difference + 1.96 * error, abs=0.15 * error)
-    assert paired_bootstrap(a, b) == (difference, low, high)
-    assert paired_bootstrap(a, b, seed=1) != (difference, low, high)
-
-
-def test_blocks_widen_the_interval_where_neighbours_are_alike():
-    slow = np.repeat(np.random.default_rng(0).normal(size=40), 10)
-    widths = []
-    for block in (1, 20):
-        _, low, high = paired_bootstrap(slow, np.zeros_like(slow), block=block)
-        widths.append(high - low)
-    assert widths[1] > 2 * widths[0]
-
-
-def test_frames_without_a_score_leave_the_comparison_in_pairs():
-    nan = float("nan")
-    assert paired_bootstrap([0.5, nan, 0.7], [0.4, nan, 0.6])[0] == pytest.approx(0.1)
-    with pytest.raises(DataError, match="one of a and b only"):
-        paired_bootstrap([0.5, nan], [0.5, 0.5])
-    with pytest.raises(DataError, match="no scores"):
-        paired_bootstrap([], [])
-    with pytest.raises(DataError, match="shape"):
-        paired_bootstrap([0.5], [0.5, 0.5])
-    with pytest.raises(ConfigError, match="block"):
-        paired_bootstrap([0.5], [0.5], block=0)
