@@ -110,6 +110,16 @@ def test_every_setting_means_the_same_on_every_engine(make, kind, changes):
         assert (other.last.adapted, other.last.reason) == (eager.last.adapted, eager.last.reason)
 
 
+@pytest.mark.parametrize("norm_stats", ["ema", "batch"])
+@pytest.mark.parametrize("kind", ENGINES[1:])
+def test_norms_behind_global_pooling_keep_their_statistics_on_every_engine(make, kind, norm_stats):
+    adapters = [make(k, model=settle_norms(zoo.PooledSeg()), norm_stats=norm_stats, lr=0.0) for k in ("eager", kind)]
+    for frame in clip(WARM_UP + 4):
+        expected, found = (adapter.step(frame) for adapter in adapters)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert_near(weights(adapters[1]).values(), weights(adapters[0]).values(), kind)
+
+
 @pytest.mark.parametrize("kind", ENGINES)
 def test_stochastic_depth_is_drawn_anew_at_every_step_and_never_in_a_prediction(make, kind):
     model, frame = zoo.vit(drop_path_rate=0.5).eval(), clip(1)[0]
