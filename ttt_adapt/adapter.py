@@ -195,8 +195,8 @@ class StreamAdapter:
             self._beside.settle()
             self._engine.forget()
             self._finalizer.detach()
+            self._branch.train(self._branch_training)  # first: a decoder may hold layers of the model's own
             give_back(self._model, None if keep_adapted else self._source, self._flags, self._parameters)
-            self._branch.train(self._branch_training)
             if self._owns_branch:
                 self._branch.detach()
             self._attached = False

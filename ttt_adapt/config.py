@@ -193,7 +193,8 @@ def _count(name: str, value: Any, alternative: str = "") -> int:
 
 
 def _number(name: str, value: Any, low: float, high: float) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool) or not low <= value <= high or value == float("inf"):
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or value == float("inf"):
         limit = f"between {low:g} and {high:g}" if high < float("inf") else f"of at least {low:g}"
         raise ConfigError(f"{name} is {value!r}; expected a number {limit}")
     return int(value) if isinstance(value, Integral) else float(value)

@@ -268,7 +268,12 @@ def batch_statistics(norms: list[nn.Module]) -> Iterator[None]:
 
     A layer that sees one value per channel, as behind global pooling, uses its running statistics.
     """
-    with _training(norms, track_running_stats=False):
+    own = {
+        "track_running_stats": False,
+        "running_mean": None,
+        "running_var": None,
+    }  # InstanceNorm writes into any it has
+    with _training(norms, **own):
         yield
 
 
@@ -279,11 +284,11 @@ def _training(norms: list[nn.Module], **settings: Any) -> Iterator[None]:
     Whether there is depends on the images, so it is decided at each call of a layer.
     """
     inside = {"training": True, "track_running_stats": True, **settings}
-    before = [{name: getattr(norm, name) for name in inside} for norm in norms]
+    before = {norm: {name: getattr(norm, name) for name in inside} for norm in norms}
 
     def call_begins(norm: nn.Module, args: tuple[Any, ...]) -> None:
         if args and _values_per_channel(norm, args[0]) == 1:
-            _set(norm, {"training": False, "track_running_stats": True})
+            _set(norm, {**before[norm], "training": False})
 
     def call_ends(norm: nn.Module, _args: Any, _output: Any) -> None:
         _set(norm, inside)
@@ -298,7 +303,7 @@ def _training(norms: list[nn.Module], **settings: Any) -> Iterator[None]:
                 _set(norm, inside)
             yield
         finally:
-            for norm, own in zip(norms, before, strict=True):
+            for norm, own in before.items():
                 _set(norm, own)
 
 
