@@ -16,9 +16,9 @@ from torch import nn
 
 import models as zoo
 from conftest import left_as_it_was, live_tensors, photograph, same_bits, settle_norms
-from ttt_adapt import MAEBranch, Normalize, Objective, StepReport, StreamAdapter, StreamConfig, TTTAdaptError
+from ttt_adapt import MAEBranch, Normalize, Objective, StepReport, StreamAdapter, StreamConfig, TTTAdaptError, loan
 from ttt_adapt.drops import drop_layers
-from ttt_adapt.errors import CheckpointError, ConfigError, FrameError, FrameTypeError, StateError
+from ttt_adapt.errors import CheckpointError, ConfigError, EncoderError, FrameError, FrameTypeError, StateError
 from ttt_adapt.features import Features
 
 SIZE = (32, 48)
@@ -463,6 +463,27 @@ def test_running_statistics_are_frozen_or_those_of_clean_frames(kind):
     assert photograph(adapter._model) == source
 
 
+@pytest.mark.parametrize("kind", ["ema", "batch"])
+def test_norms_behind_global_pooling_keep_to_their_running_statistics(kind):
+    adapter = attached(zoo.PooledSeg, config=CONFIG.replace(norm_stats=kind, norm_momentum=0.2, lr=0.0))
+    model = adapter._model
+    pooled, before = model.pool[2], {name: b.clone() for name, b in model.named_buffers()}
+    source = photograph(model)
+    frame = clip(1)[0]
+    found = adapter.step(frame)
+    assert same_bits(dict(pooled.named_buffers()), {n: before[f"pool.2.{n}"] for n, _ in pooled.named_buffers()})
+    assert torch.equal(model.backbone[1].running_mean, before["backbone.1.running_mean"]) == (kind == "batch")
+    with torch.no_grad():
+        if kind == "ema":  # the model with the statistics that it has now
+            torch.testing.assert_close(found, copy.deepcopy(model)(frame[None]))
+        else:
+            x = model.backbone[0](frame[None])
+            x = F.relu(F.batch_norm(x, None, None, model.backbone[1].weight, model.backbone[1].bias, training=True))
+            torch.testing.assert_close(found, model.head(x + model.pool(x)))
+    adapter.reset()
+    assert photograph(model) == source
+
+
 @pytest.mark.parametrize("every", [1, 3])
 def test_each_frame_is_predicted_with_its_own_statistics_and_the_weights_after_the_step(every):
     adapter = attached(zoo.TinySeg, config=CONFIG.replace(norm_stats="batch", lr=1e-2, every=every))
@@ -711,6 +732,91 @@ def test_wrong_arguments_are_refused_and_leave_no_trace(arguments, message):
     StreamAdapter(model, encoder="backbone").detach()
 
 
+def test_an_encoder_of_none_is_an_error_of_the_library():
+    model = zoo.PlainSeg()
+    with left_as_it_was(model), pytest.raises(EncoderError, match="encoder is None.*nearest: .*'backbone'"):
+        StreamAdapter(model, encoder=None)
+
+
+class Tied(nn.Module):
+    """A decoder whose last layer is the stem transposed: its weight is the encoder's."""
+
+    def __init__(self, stem: nn.Conv2d):
+        super().__init__()
+        self.stem, self.narrow = stem, nn.Conv2d(12, 8, 1)
+
+    def forward(self, features):
+        return F.conv_transpose2d(self.narrow(features.maps[0]), self.stem.weight, stride=4)
+
+
+def test_a_weight_that_the_decoder_shares_with_the_encoder_is_adapted_once_as_the_encoders():
+    model = zoo.PlainSeg().eval()
+    stem, frames = model.backbone[0], clip()
+    with left_as_it_was(model), StreamAdapter(model, encoder="backbone", decoder=Tied(stem), config=CONFIG) as adapter:
+        groups = {g["name"] for g in adapter._optimizer.param_groups if any(p is stem.weight for p in g["params"])}
+        assert groups == {"encoder"}
+        before = weights(adapter)
+        assert [name for name, w in before.items() if torch.equal(w, stem.weight)] == ["model.backbone.0.weight"]
+        first = run(adapter, frames)
+        assert not torch.equal(stem.weight, before["model.backbone.0.weight"])
+        adapter.reset()
+        assert same_bits(run(adapter, frames), first)
+
+
+class Wrapper(nn.Module):
+    """Another model around the same weights."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, x):
+        return self.inner(x).softmax(1)
+
+
+@pytest.mark.parametrize("outer_first", [True, False])
+def test_two_models_that_share_an_encoder_are_not_adapted_at_once(outer_first):
+    model = zoo.PlainSeg().train()
+    pairs = [(model, "backbone"), (Wrapper(model), "inner.backbone")]
+    (one, path), (other, other_path) = reversed(pairs) if outer_first else pairs
+    adapter = StreamAdapter(one, encoder=path, config=CONFIG)
+    adapter.step(clip(1)[0])
+    branch = MAEBranch.attach(other, other_path)
+    for arguments in ({"encoder": other_path}, {"branch": branch}):
+        with left_as_it_was(other), pytest.raises(StateError, match=r"backbone.0.weight.*shares them: detach\(\) that"):
+            StreamAdapter(other, config=CONFIG, **arguments)
+    adapter.detach()
+    second = StreamAdapter(other, branch, config=CONFIG)
+    del second  # lost without detach()
+    live_tensors()  # collects
+    with StreamAdapter(one, encoder=path, config=CONFIG), pytest.raises(StateError):
+        StreamAdapter(other, branch, config=CONFIG)
+    with StreamAdapter(copy.deepcopy(one), encoder=path), StreamAdapter(other, branch, config=CONFIG):
+        pass  # a copy shares nothing
+
+
+def test_two_branches_that_share_a_decoder_are_not_adapted_at_once():
+    first, second, decoder = zoo.PlainSeg(), zoo.PlainSeg(), attached().branch.decoder
+    with StreamAdapter(first, encoder="backbone", decoder=copy.deepcopy(decoder), config=CONFIG) as adapter:
+        shared = adapter.branch.decoder
+        with pytest.raises(StateError, match="branch.decoder"):
+            StreamAdapter(second, encoder="backbone", decoder=shared, config=CONFIG)
+        StreamAdapter(second, encoder="backbone", config=CONFIG).detach()
+
+
+def test_nothing_is_remembered_of_adapters_that_are_gone():
+    live_tensors()  # collects
+    before = len(loan._lent)
+    kept = attached()
+    lost = attached()
+    models = kept._model, lost._model  # which live on
+    assert len(loan._lent) == before + len(models)
+    kept.detach()
+    del lost
+    live_tensors()
+    assert len(loan._lent) == before
+
+
 def test_a_model_that_is_none_is_refused():
     with pytest.raises(ConfigError, match="model is a function; expected a torch.nn.Module"):
         StreamAdapter(clip, encoder="backbone")
@@ -775,6 +881,141 @@ def test_a_state_that_does_not_fit_changes_nothing(kind):
     with pytest.raises(CheckpointError, match=message):
         adapter.load_state_dict(state)
     assert same_bits(adapter.state_dict(), good)
+
+
+def branched(preprocess=None, make=zoo.PlainSeg, **settings) -> StreamAdapter:
+    """An adapter whose branch has settings of its own, on weights that are the same in every call."""
+    torch.manual_seed(9)
+    model = make().eval()
+    branch = MAEBranch.attach(model, "backbone", **settings)
+    return StreamAdapter(model, branch, config=CONFIG, preprocess=preprocess)
+
+
+def refused(adapter: StreamAdapter, state: dict, message: str) -> None:
+    """The state does not fit, for this reason, and nothing has changed."""
+    adapter.step(clip(1, seed=5)[0])
+    before = adapter.state_dict()
+    with pytest.raises(CheckpointError, match=message):
+        adapter.load_state_dict(state)
+    assert same_bits(adapter.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"mask_ratio": 0.3},
+            r"saved with \{'mask_ratio': 0.8\}, this adapter has \{'mask_ratio': 0.3\}: adapt by the",
+        ),
+        ({"loss_on": "all"}, "'loss_on': 'masked'.*'loss_on': 'all'"),
+        ({"norm_pix_loss": True}, "'norm_pix_loss': False.*'norm_pix_loss': True"),
+        ({"patch_size": 8}, "'patch_size': 16.*'patch_size': 8"),
+    ],
+)
+def test_a_state_of_another_objective_is_refused_by_the_setting_that_differs(settings, message):
+    saved = branched()
+    run(saved, clip(2))
+    state = saved.state_dict()
+    refused(branched(**settings), state, message)
+    again = branched()
+    again.load_state_dict(state)
+    assert same_bits(run(again, clip(2)), run(saved, clip(2)))
+    del state["setting"]  # an earlier version saved none
+    branched(**settings).load_state_dict(state)
+
+
+def test_a_setting_that_is_changed_for_a_while_counts_as_it_is():
+    adapter = branched()
+    with adapter.branch.using(mask_ratio=0.5):
+        adapter.step(clip(1)[0])
+        state = adapter.state_dict()
+    refused(adapter, state, "'mask_ratio': 0.5.*'mask_ratio': 0.8")
+    with adapter.branch.using(mask_ratio=0.5):
+        adapter.load_state_dict(state)
+
+
+class Other(Contrast):
+    """The same weights, another loss."""
+
+
+class Margin(Contrast):
+    """With draws of its own, and a setting."""
+
+    margin = 1.0
+
+    def draw(self, images, generator=None):
+        return torch.rand(len(images), generator=generator)
+
+    def loss_of(self, images, drawn):
+        return self.loss(images) * drawn.mean() * self.margin
+
+    def weight(self, images, drawn):
+        return torch.tensor(float(len(images)))
+
+    def settings(self):
+        return (self.margin,)
+
+
+def test_objectives_of_other_kinds_and_settings_are_told_apart():
+    def adapter(kind, margin=1.0):
+        torch.manual_seed(9)
+        model = zoo.PlainSeg().eval()
+        objective = kind(model)
+        objective.margin = margin
+        return StreamAdapter(model, objective, config=CONFIG)
+
+    state = adapter(Contrast).state_dict()
+    refused(adapter(Other), state, "'objective': 'Contrast'.*'objective': 'Other'")
+    refused(adapter(Margin, 2.0), adapter(Margin).state_dict(), r"'settings': \(1.0,\).*'settings': \(2.0,\)")
+    adapter(Margin, 2.0).load_state_dict(adapter(Margin, 2.0).state_dict())
+
+
+def test_a_state_of_other_preprocessing_is_refused_before_anything_changes():
+    frames = np.random.default_rng(0).integers(0, 256, (2, *SIZE, 3), dtype=np.uint8)
+    normalize, other = Normalize(), Normalize((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+    saved = branched(normalize)
+    run(saved, frames)
+    state = saved.state_dict()
+    assert state["window"]["frames"].dtype == torch.uint8
+    refused(branched(other), state, r"'mean': \(0.485.*'mean': \(0.5, 0.5, 0.5\).*pass the same preprocess")
+    refused(branched(Normalize(size=SIZE)), state, r"'size': None.*'size': \(32, 48\).*pass the same preprocess")
+    refused(branched(lambda frame: normalize(frame)), state, "'preprocess': 'Normalize'.*'preprocess': 'a function'")
+    refused(branched(), state, "'preprocess': 'none'.*pass the same preprocess")
+    branched(Normalize()).load_state_dict(state)
+    del state["setting"]  # an earlier version saved none: what can be read is loaded
+    branched(other).load_state_dict(state)
+    refused(
+        branched(lambda frame: normalize(frame)), state, "holds uint8 frames.*cannot normalise: pass the preprocess"
+    )
+    refused(branched(), state, "holds uint8 frames.*cannot normalise")
+
+
+def test_the_setting_is_saved_in_plain_values(tmp_path):
+    adapter = branched(Normalize(np.array([0.5] * 3), np.array([0.2] * 3)), mask_ratio=np.float64(0.5))
+    torch.save(adapter.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    branched(Normalize((0.5,) * 3, (0.2,) * 3), mask_ratio=0.5).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("window", "message"),
+    [
+        (
+            lambda w: {**w, "frames": w["frames"].double()},
+            "torch.float64 frames.*takes torch.float32: convert the model",
+        ),
+        (lambda w: {**w, "frames": w["frames"][:, :2]}, r"frames \(2, 2, 32, 48\); expected \[n, 3, H, W\]"),
+        (lambda w: {**w, "frames": w["frames"][:1]}, "window is damaged"),
+        (lambda w: {**w, "frames": None}, "window is damaged"),
+        (lambda w: {}, "window is damaged"),
+        (lambda w: None, "window is damaged"),
+    ],
+)
+def test_a_window_that_cannot_be_drawn_from_is_refused_before_anything_changes(window, message):
+    saved = branched()
+    run(saved, clip(2))
+    state = saved.state_dict()
+    refused(branched(), {**state, "window": window(state["window"])}, message)
 
 
 def test_after_detach_every_call_but_detach_is_an_error():

@@ -579,6 +579,68 @@ def test_batchnorm_of_the_encoder_alone_is_held_still_by_the_branch():
     assert {id(n) for n in branch.info.norms} == {id(n) for n in norm_layers(model.encoder)}
 
 
+def test_norms_without_weights_are_held_still_where_a_masked_pass_calls_them():
+    model = nn.Sequential(
+        nn.BatchNorm2d(3, affine=False),
+        nn.Conv2d(3, 8, 4, 4),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 5, 1),
+        nn.BatchNorm2d(5, affine=False),
+    ).train()
+    branch = MAEBranch.attach(model, "2")
+    assert branch.info.norms == [model[0], model[2]]
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    branch.loss(torch.randn(2, 3, 32, 48)).backward()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    plain = list(model)
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)  # what distributed training puts in their place
+    assert model[0] is not plain[0]
+    assert branch.info.norms == [model[0], model[2]]
+    model[0] = nn.Sequential(plain[0])  # a wrapper around a layer that was seen
+    assert branch.info.norms == [plain[0], model[2]]
+
+
+def test_norms_without_weights_that_only_the_head_calls_are_none_of_the_encoders():
+    class Tail(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.body = nn.BatchNorm2d(5, affine=False), nn.Conv2d(3, 5, 4, 4)
+
+        def forward(self, x):
+            return self.norm(self.body(x))
+
+    assert MAEBranch.attach(Tail(), "body").info.norms == []
+
+
+@pytest.mark.parametrize("encoder", [None, 3, ["encoder"]])
+def test_an_encoder_that_is_no_path_is_refused_with_names_to_choose_from(encoder):
+    model = zoo.UNet()
+    with left_as_it_was(model), pytest.raises(EncoderError, match=r"encoder is .*expected the dotted path.*nearest: '"):
+        MAEBranch.attach(model, encoder)
+
+
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_the_patch_normalisation_is_true_or_false(value):
+    with pytest.raises(ConfigError, match="norm_pix_loss is .*expected True or False"):
+        MAEBranch.attach(zoo.PlainSeg(), "backbone", norm_pix_loss=value)
+    branch = MAEBranch.attach(zoo.PlainSeg(), "backbone")
+    with pytest.raises(ConfigError, match="norm_pix_loss"), branch.using(norm_pix_loss=value):
+        pass
+    assert branch.norm_pix_loss is False
+
+
+def test_a_given_mask_draws_no_other():
+    branch, images = MAEBranch.attach(zoo.PlainSeg(), "backbone"), torch.randn(2, 3, 32, 40)
+    mask, generator = branch.draw_mask(images), torch.Generator().manual_seed(3)
+    states = generator.get_state(), torch.get_rng_state()
+    branch.reconstruct(images, mask=mask, generator=generator)
+    branch.reconstruct(images, mask=mask)
+    assert torch.equal(generator.get_state(), states[0])
+    assert torch.equal(torch.get_rng_state(), states[1])
+    with pytest.raises(ConfigError, match=r"mask is \(2, 2, 2\).*expected bool \(2, 2, 3\)"):
+        branch.reconstruct(images, mask=mask[..., :2])
+
+
 def test_a_photograph_notices_what_it_should():
     """The check that the tests above lean on can fail."""
     for change in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -21,8 +22,10 @@ from typer.testing import CliRunner
 import ttt_adapt.commands.train as train_command
 from conftest import same_bits
 from ttt_adapt import cli
-from ttt_adapt.checkpoint import load_checkpoint
+from ttt_adapt.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ttt_adapt.commands.demo import WEIGHTS
+from ttt_adapt.commands.info import inspect_model
+from ttt_adapt.config import StreamConfig
 from ttt_adapt.demo.street import CLASSES, street_stream
 
 DATA = Path(os.environ.get("TTT_ADAPT_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -142,6 +145,49 @@ def test_info_shows_what_would_be_adapted_and_what_a_step_costs(trained):
     text = invoke("info", "resnet18", "--branch=decoder=conv", "--branch=mask_ratio=0.75", "--size=64x64")
     for word in ("layer4", "pixels", "ratio 0.75", "conv1", "ConvDecoder", "64 x 64"):
         assert word in text
+
+
+def costs(**changes) -> dict[str, float]:
+    """GFLOPs of the prediction, the masked pass and the step, as `info` counts them for a ResNet-18."""
+    rows = dict(inspect_model("resnet18", size=(256, 256), config=StreamConfig(**changes)).rows)
+    return {name: float(rows[name].split()[0]) for name in ("predict", "masked pass", "step")}
+
+
+def test_info_counts_every_lever_of_the_cost():
+    plain = costs()
+    predict, masked, step = plain["predict"], plain["masked pass"], plain["step"]
+    assert step == pytest.approx(8 * 3 * masked + predict, rel=0.01)
+    assert costs(every=10)["step"] == pytest.approx((step - predict) / 10 + predict, rel=0.01)
+    assert costs(gate="surprise")["step"] == pytest.approx(step + 8 * masked, rel=0.01)
+    assert costs(norm_stats="ema")["step"] == pytest.approx(step + predict, rel=0.01)
+    assert costs(norm_stats="batch") == plain
+    cropped = costs(crop_size=(64, 128))
+    assert cropped["masked pass"] == pytest.approx(masked / 8, rel=0.05)
+    assert cropped["step"] == pytest.approx(8 * 3 * cropped["masked pass"] + predict, rel=0.01)
+    together = costs(crop_size=(64, 128), every=2, gate="surprise", norm_stats="ema", iterations=2, batch_size=4)
+    parts = 4 * (3 * 2 + 1) * cropped["masked pass"] + predict
+    assert together["step"] == pytest.approx(parts / 2 + predict, rel=0.01)
+
+
+def test_info_says_what_a_gate_saves_and_refuses_a_crop_larger_than_the_frame(trained, capsys, monkeypatch):
+    assert "x while the gate is shut" in invoke("info", trained, "--set=gate=surprise")
+    assert "on 32 x 48" in invoke("info", trained, "--set=crop_size=(32, 48)")
+    line = fail(capsys, monkeypatch, "info", trained, "--set=crop_size=80")
+    assert "crop_size (80, 80) does not fit into a frame of (64, 96)" in line
+
+
+def test_info_applies_what_a_trained_branch_can_change_and_refuses_the_rest(trained, tmp_path, capsys, monkeypatch):
+    assert "ratio 0.5" in invoke("info", trained, "--branch=mask_ratio=0.5", "--encoder=backbone")
+    line = fail(capsys, monkeypatch, "info", trained, "--branch=decoder=conv", "--branch=mask_ratio=0.5")
+    assert "'decoder' cannot change after attaching" in line
+    line = fail(capsys, monkeypatch, "info", trained, "--encoder=nonsense")
+    assert "--encoder is 'nonsense'" in line
+    assert "trained on 'backbone'" in line
+    made = load_checkpoint(trained)
+    bare = tmp_path / "main.safetensors"
+    save_checkpoint(bare, Checkpoint(made.model, None, dataclasses.replace(made.spec, branch=None)))
+    assert "ConvDecoder" in invoke("info", bare, "--branch=decoder=conv")  # nothing was trained yet: all may be chosen
+    assert "nearest: 'backbone'" in fail(capsys, monkeypatch, "info", bare, "--encoder=backbon")
 
 
 @pytest.mark.usefixtures("committed")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -94,3 +95,15 @@ def test_everything_in_range_is_taken(pull, lr, window):
 def test_one_side_means_a_square_crop():
     assert StreamConfig(crop_size=64).crop_size == StreamConfig(crop_size=[64, 64]).crop_size == (64, 64)
     assert StreamConfig(crop_size=(32, 64)).crop_size == (32, 64)
+
+
+def test_numbers_of_numpy_are_taken_and_kept_as_plain_ones():
+    counts = ("window", "batch_size", "iterations", "every", "micro_batch", "seed")
+    config = StreamConfig(**{name: np.int64(4) for name in counts}, lr=np.float32(0.5), source_pull=np.float64(0.25))
+    assert config == StreamConfig(**dict.fromkeys(counts, 4), lr=0.5, source_pull=0.25)
+    assert {type(getattr(config, name)) for name in counts} == {int}
+    assert type(config.lr) is type(config.source_pull) is float
+    assert StreamConfig(crop_size=np.int32(64)).crop_size == StreamConfig(crop_size=(np.int8(64), 64)).crop_size
+    for value in (np.float64(4.0), np.bool_(True), np.int64(0)):
+        with pytest.raises(ConfigError, match="batch_size is"):
+            StreamConfig(batch_size=value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import resource
 import shutil
@@ -108,6 +109,17 @@ def test_every_setting_means_the_same_on_every_engine(make, kind, changes):
     for frame in frames:
         torch.testing.assert_close(other.step(frame), eager.step(frame), rtol=rtol, atol=atol)
         assert (other.last.adapted, other.last.reason) == (eager.last.adapted, eager.last.reason)
+
+
+@pytest.mark.parametrize("norm_stats", ["ema", "batch"])
+@pytest.mark.parametrize("kind", ENGINES[1:])
+def test_norms_behind_global_pooling_keep_their_statistics_on_every_engine(make, kind, norm_stats):
+    model = settle_norms(zoo.PooledSeg())
+    adapters = [make(k, model=copy.deepcopy(model), norm_stats=norm_stats, lr=0.0) for k in ("eager", kind)]
+    for frame in clip(WARM_UP + 4):
+        expected, found = (adapter.step(frame) for adapter in adapters)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert_near(weights(adapters[1]).values(), weights(adapters[0]).values(), kind)
 
 
 @pytest.mark.parametrize("kind", ["eager", "compile"])

@@ -207,6 +207,12 @@ def cross_entropy_by_hand(scores, target, threshold):
     return -np.log(picked[keep]).mean() if keep.any() else 0.0, keep
 
 
+def test_tent_takes_one_image_of_a_model_with_global_pooling():
+    model = settle_norms(zoo.PooledSeg())
+    Entropy(model).loss(torch.randn(1, 3, *SIZE)).backward()
+    assert all(p.grad is not None for p in (model.pool[2].weight, model.backbone[1].weight))
+
+
 @pytest.mark.parametrize("threshold", [0.0, 0.6, 0.9])
 def test_self_training_is_cross_entropy_on_confident_labels_from_a_masked_image(threshold):
     model, images = seg(sharp=30.0), torch.randn(3, 3, 40, 56)

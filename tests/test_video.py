@@ -153,6 +153,15 @@ class TestFiles:
             assert video.length == 25
             assert_same(list(video), reference(path))
 
+    def test_length_and_remarks_read_the_file_once_in_all(self, mp4, monkeypatch):
+        from ttt_adapt.video.sources import VideoFile
+
+        passes, packets = [], VideoFile._packets
+        monkeypatch.setattr(VideoFile, "_packets", lambda file: passes.append(file) or packets(file))
+        with open_video(mp4) as video:
+            assert (video.length, video.remarks, video.length) == (60, [], 60)
+        assert len(passes) == 1
+
     def test_phone_videos_are_turned_upright(self, mp4, tmp_path):
         data = bytearray(mp4.read_bytes())
         matrix = data.find(b"tkhd") + 4 + 40  # in a version 0 track header

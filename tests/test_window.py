@@ -144,3 +144,12 @@ def test_a_saved_window_holds_copies_oldest_first():
     window.stage(frame(5))
     window.commit()
     assert state["frames"][:, 0, 0, 0].tolist() == [2.0, 3.0, 4.0]
+
+
+def test_a_saved_window_that_is_damaged_changes_nothing():
+    window = filled(3, 2)
+    before = window.state_dict()
+    with pytest.raises(ValueError, match="zip"):
+        window.load_state_dict({"frames": torch.zeros(2, 3, 8, 8), "seen": 3}, torch.device("cpu"))
+    assert torch.equal(window.state_dict()["frames"], before["frames"])
+    assert window.state_dict()["seen"] == before["seen"]

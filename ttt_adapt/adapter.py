@@ -24,10 +24,10 @@ from ttt_adapt.engine import Beside, Problem, StepReport, choose_engine, explain
 from ttt_adapt.errors import ConfigError, FrameError, StateError
 from ttt_adapt.frames import Preprocess, default_preprocess, pixels_of, scaling, to_model_input
 from ttt_adapt.gate import SurpriseGate
-from ttt_adapt.loan import adapted_tensors, adapting, check_arguments, give_back, memory_of
+from ttt_adapt.loan import adapted_tensors, check_arguments, check_free, give_back, lend, memory_of
 from ttt_adapt.objectives.base import Drawn, Objective
 from ttt_adapt.optim import ParamGroups, Restart, adamw, decides_on_device, parameter_groups, step_if
-from ttt_adapt.saved import check_saved, loaded_optimizer
+from ttt_adapt.saved import check_saved, check_window, loaded_optimizer, setting_of
 from ttt_adapt.snapshot import Snapshot, copied
 from ttt_adapt.taps import batch_statistics, norm_layers, updating_norms
 from ttt_adapt.theory import AutoWindow, gradient_sketch
@@ -55,7 +55,7 @@ class StreamAdapter:
         ConfigError: neither or both of `branch` and `encoder`, a branch of another model, an unknown keyword, or an
             engine or precision that is not available here.
         EncoderError: see `MAEBranch.attach`.
-        StateError: the model already has an adapter.
+        StateError: the model already has an adapter, or shares what would be adapted with a model that has one.
     """
 
     def __init__(
@@ -77,7 +77,8 @@ class StreamAdapter:
         encoder = dict(self._branch.encoder_parameters())
         if not encoder:
             raise ConfigError("the branch names no encoder parameters: there is nothing to adapt")
-        own = {name: p for name, p in self._branch.named_parameters() if p.requires_grad}
+        inside = {id(p) for p in encoder.values()}  # a weight that the decoder shares is the encoder's
+        own = {n: p for n, p in self._branch.named_parameters() if p.requires_grad and id(p) not in inside}
         first = next(iter(encoder.values()))
         self._device, self._dtype = first.device, first.dtype
         self._parameters = [*encoder.values(), *own.values()]
@@ -101,6 +102,7 @@ class StreamAdapter:
         self._statistics = [self._tensors[name] for name in statistics]
         self._tensors |= memory
         self._remembers = bool(memory)
+        check_free(self._tensors)
         self._source = Snapshot(self._tensors, whole=[*statistics, *memory])
         self._window = FrameWindow(config.capacity, scaling(self._preprocess, self._dtype))
         self._auto = AutoWindow(config.capacity, draws=config.batch_size) if config.window == "auto" else None
@@ -109,7 +111,7 @@ class StreamAdapter:
         self._gate = SurpriseGate()
         self._frame_index = 0
         self.last: StepReport | None = None
-        adapting.add(model)
+        lend(model, self._tensors)
         # an adapter that is lost without detach() gives the model back too
         self._finalizer = weakref.finalize(self, give_back, model, self._source, self._flags, self._parameters)
         self._finalizer.atexit = False
@@ -194,8 +196,8 @@ class StreamAdapter:
             self._beside.settle()
             self._engine.forget()
             self._finalizer.detach()
+            self._branch.train(self._branch_training)  # first: a decoder may hold layers of the model's own
             give_back(self._model, None if keep_adapted else self._source, self._flags, self._parameters)
-            self._branch.train(self._branch_training)
             if self._owns_branch:
                 self._branch.detach()
             self._attached = False
@@ -383,6 +385,7 @@ class StreamAdapter:
         self._check_attached()
         return {
             "config": asdict(self.config),
+            "setting": setting_of(self._branch, self._preprocess),
             "weights": {name: tensor.detach().clone() for name, tensor in self._tensors.items()},
             "optimizer": {"kind": type(self._optimizer).__name__, "state": copied(self._optimizer.state_dict())},
             "window": self._window.state_dict(),
@@ -396,10 +399,11 @@ class StreamAdapter:
         """Go on exactly where `state_dict` was taken; a state that does not fit changes nothing.
 
         Raises:
-            CheckpointError: the state is of another model or configuration.
+            CheckpointError: the state is of another model, configuration, objective or preprocessing.
         """
         self._check_attached()
-        check_saved(state, self.config, self._tensors)
+        check_saved(state, self.config, setting_of(self._branch, self._preprocess), self._tensors)
+        check_window(state["window"], self.config, self._preprocess, self._dtype)
         auto = None if self._auto is None else AutoWindow(self.config.capacity, draws=self.config.batch_size)
         if auto is not None:
             auto.load_state_dict(state["auto"])

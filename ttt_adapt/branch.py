@@ -19,6 +19,9 @@ from ttt_adapt.features import Features, to_maps
 from ttt_adapt.masking import hidden_patches, pad_to_multiple, patchify, random_mask, unpatchify, upsample_mask
 from ttt_adapt.taps import frozen_norms, hidden_channel, run_encoder, visible_tokens, without_checkpointing
 
+SETTINGS = ("mask_ratio", "loss_on", "norm_pix_loss")
+"""What the loss of a branch depends on beside images, masks and weights; it may change after attaching."""
+
 
 @dataclass(frozen=True)
 class Reconstruction:
@@ -104,7 +107,7 @@ class MAEBranch(Attached):
             ConfigError: a setting out of range.
             EncoderError: the encoder or its stem cannot be used; nothing was changed.
         """
-        _check_settings(masking, patch_size, mask_ratio, loss_on)
+        _check_settings(masking, patch_size, mask_ratio, loss_on, norm_pix_loss)
         info = inspect_encoder(model, encoder, image_size)
         tokens = _choose_masking(masking, info)
         if tokens:
@@ -155,7 +158,7 @@ class MAEBranch(Attached):
 
     def settings(self) -> tuple[float | str | bool, ...]:
         """What the loss depends on beside images, masks and weights."""
-        return self.mask_ratio, self.loss_on, self.norm_pix_loss
+        return float(self.mask_ratio), self.loss_on, self.norm_pix_loss  # as `SETTINGS` names them
 
     @torch.no_grad()
     def reconstruct(
@@ -172,10 +175,10 @@ class MAEBranch(Attached):
         Raises:
             ConfigError: a mask of another shape or type, or with another number of visible patches per image.
         """
-        drawn = self.draw_mask(images, generator)
-        mask = drawn if mask is None else mask
-        if mask.shape != drawn.shape or mask.dtype is not torch.bool:
-            raise ConfigError(f"the mask is {tuple(mask.shape)} {mask.dtype}; expected bool {tuple(drawn.shape)}")
+        expected = (len(self.checked(images)), *self._grid(images))
+        mask = self.draw_mask(images, generator) if mask is None else mask
+        if tuple(mask.shape) != expected or mask.dtype is not torch.bool:
+            raise ConfigError(f"the mask is {tuple(mask.shape)} {mask.dtype}; expected bool {expected}")
         visible = set(mask.flatten(1).sum(1).tolist())
         if len(visible) != 1 or visible == {mask[0].numel()}:
             raise ConfigError(
@@ -191,9 +194,12 @@ class MAEBranch(Attached):
 
     def draw_mask(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One random mask per image: bool [B, ceil(H / p), ceil(W / p)], True = visible."""
-        b, _, h, w = self.checked(images).shape
-        grid = (-(-h // self.patch_size), -(-w // self.patch_size))
-        return random_mask(b, grid, self.mask_ratio, generator=generator, device=images.device)
+        b = len(self.checked(images))
+        return random_mask(b, self._grid(images), self.mask_ratio, generator=generator, device=images.device)
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches, those that the images do not fill included."""
+        return -(-images.shape[-2] // self.patch_size), -(-images.shape[-1] // self.patch_size)
 
     def _predict(self, images: Tensor, mask: Tensor, visible: int) -> Tensor:
         """g(f(masked images)), [B, 3, H, W] of the padded images; `visible` patches in each mask."""
@@ -300,12 +306,13 @@ class MAEBranch(Attached):
         Raises:
             ConfigError: another name, or a value out of range; before anything changes.
         """
-        known = ("mask_ratio", "loss_on", "norm_pix_loss")
-        if unknown := [name for name in settings if name not in known]:
-            raise ConfigError(f"{', '.join(map(repr, unknown))} cannot change after attaching; {', '.join(known)} can")
-        own = {name: getattr(self, name) for name in known}
-        wanted = {**own, **settings}
-        _check_settings(self.masking, self.patch_size, wanted["mask_ratio"], wanted["loss_on"])
+        if unknown := [name for name in settings if name not in SETTINGS]:
+            raise ConfigError(
+                f"{', '.join(map(repr, unknown))} cannot change after attaching; {', '.join(SETTINGS)} can"
+            )
+        own = dict(zip(SETTINGS, self.settings(), strict=True))
+        wanted: dict[str, Any] = {**own, **settings}
+        _check_settings(self.masking, self.patch_size, **wanted)
         vars(self).update(settings)
         try:
             yield self
@@ -386,7 +393,7 @@ def _choose_masking(masking: str, info: EncoderInfo) -> bool:
     return masking == "tokens" or (masking == "auto" and info.tokens is not None)
 
 
-def _check_settings(masking: str, patch_size: int, mask_ratio: float, loss_on: str) -> None:
+def _check_settings(masking: str, patch_size: int, mask_ratio: float, loss_on: str, norm_pix_loss: bool) -> None:
     if masking not in ("auto", "pixels", "tokens"):
         raise ConfigError(f'masking is {masking!r}; expected "auto", "pixels" or "tokens"')
     if not isinstance(patch_size, int) or patch_size < 1:
@@ -395,3 +402,5 @@ def _check_settings(masking: str, patch_size: int, mask_ratio: float, loss_on: s
         raise ConfigError(f"mask_ratio is {mask_ratio!r}; expected a number between 0 and 1, such as 0.8")
     if loss_on not in ("masked", "all"):
         raise ConfigError(f'loss_on is {loss_on!r}; expected "masked" or "all"')
+    if not isinstance(norm_pix_loss, bool):
+        raise ConfigError(f"norm_pix_loss is {norm_pix_loss!r}; expected True or False")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from ttt_adapt.errors import ConfigError, nearest
@@ -37,7 +38,8 @@ class StreamConfig:
             8.0 on), or "bf16" by autocast. Weights and optimizer stay as they are, and predictions are always the
             model's own. "fp16" is refused: its gradients would need a loss scale, and bf16 needs none.
         norm_stats: running statistics of BatchNorm: "frozen", "ema" (a moving average over clean frames with
-            `norm_momentum`), or "batch" (each frame is predicted with its own). Masked frames never enter.
+            `norm_momentum`), or "batch" (each frame is predicted with its own). Masked frames never enter. A layer that
+            sees one value per channel, such as BatchNorm behind global pooling, keeps to its running statistics.
         norm_momentum: weight of the current frame in "ema".
         drop_path: stochastic depth and dropout active in the gradient step.
         engine: how a step runs: "eager", "compile" (`torch.compile`), "cudagraph" (recorded once, then replayed), or
@@ -76,27 +78,30 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "iterations", "every"):
-            _check_count(name, getattr(self, name))
+            self._settle(name, _count(name, getattr(self, name)))
         if self.micro_batch is not None:
-            _check_count("micro_batch", self.micro_batch, ", or None for the whole batch at once")
+            self._settle(
+                "micro_batch", _count("micro_batch", self.micro_batch, ", or None for the whole batch at once")
+            )
         if self.window != "auto":
-            _check_count("window", self.window, ', or "auto"')
+            self._settle("window", _count("window", self.window, ', or "auto"'))
         elif self.every != 1 or self.gate != "none":
             raise ConfigError(
                 f'window="auto" measures a step on each frame of the stream: expected every=1 and gate="none", got '
                 f"every={self.every} and gate={self.gate!r}"
             )
         for name in ("source_pull", "norm_momentum"):
-            _check_number(name, getattr(self, name), 0.0, 1.0)
+            self._settle(name, _number(name, getattr(self, name), 0.0, 1.0))
         for name in ("lr", "encoder_lr_scale", "weight_decay"):
-            _check_number(name, getattr(self, name), 0.0, float("inf"))
+            self._settle(name, _number(name, getattr(self, name), 0.0, float("inf")))
         for name in ("carry_weights", "restart_optimizer", "drop_path", "deferred"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected True or False")
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**63:
+        if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed!r}; expected a whole number from 0 on")
+        self._settle("seed", int(self.seed))
         if self.grad_clip is not None:
-            _check_number("grad_clip", self.grad_clip, 0.0, float("inf"))
+            self._settle("grad_clip", _number("grad_clip", self.grad_clip, 0.0, float("inf")))
             if self.grad_clip == 0:
                 raise ConfigError(f"grad_clip is {self.grad_clip!r}; expected a positive number, or None for no limit")
         if self.precision == "fp16":
@@ -109,7 +114,11 @@ class StreamConfig:
         _check_choice("gate", self.gate, ("none", "surprise"))
         _check_choice("engine", self.engine, ("auto", "eager", "compile", "cudagraph"))
         if self.crop_size is not None:
-            object.__setattr__(self, "crop_size", _pair(self.crop_size))
+            self._settle("crop_size", _pair(self.crop_size))
+
+    def _settle(self, name: str, value: Any) -> None:
+        """Keep a checked value as a plain Python number, whatever kind of number came."""
+        object.__setattr__(self, name, value)
 
     @property
     def capacity(self) -> int:
@@ -175,20 +184,23 @@ def _known(config: type[StreamConfig], changes: dict[str, Any]) -> dict[str, Any
     return changes
 
 
-def _check_count(name: str, value: Any, alternative: str = "") -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def _is_whole(value: Any) -> bool:
+    """Whether `value` is a whole number, of Python or of NumPy."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _count(name: str, value: Any, alternative: str = "") -> int:
+    if not _is_whole(value) or value < 1:
         raise ConfigError(f"{name} is {value!r}; expected a whole number, at least 1{alternative}")
+    return int(value)
 
 
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    if (
-        not isinstance(value, int | float)
-        or isinstance(value, bool)
-        or not low <= value <= high
-        or value == float("inf")
-    ):
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or value == float("inf"):
         limit = f"between {low:g} and {high:g}" if high < float("inf") else f"of at least {low:g}"
         raise ConfigError(f"{name} is {value!r}; expected a number {limit}")
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -197,7 +209,7 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def _pair(size: Any) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, list | tuple) else ()
-    if len(pair) != 2 or not all(isinstance(side, int) and side >= 1 for side in pair):
+    pair = (size, size) if _is_whole(size) else tuple(size) if isinstance(size, list | tuple) else ()
+    if len(pair) != 2 or not all(_is_whole(side) and side >= 1 for side in pair):
         raise ConfigError(f"crop_size is {size!r}; expected (height, width) or one side in pixels, or None")
-    return pair[0], pair[1]
+    return int(pair[0]), int(pair[1])

@@ -43,6 +43,7 @@ class EncoderInfo:
         checkpointing: modules that can recompute their activations in the backward pass.
         tokens: where the tokens run, for plain transformers; None for every other encoder.
         probe_size: (H, W) of the images it was looked at with.
+        called_norms: dotted path -> layer with running statistics, for all that an encoder pass calls.
     """
 
     model: nn.Module = field(repr=False)
@@ -55,6 +56,7 @@ class EncoderInfo:
     checkpointing: list[nn.Module] = field(repr=False)
     tokens: TokenPath | None = field(repr=False)
     probe_size: tuple[int, int]
+    called_norms: dict[str, nn.Module] = field(repr=False)
 
     @property
     def norms(self) -> list[nn.Module]:
@@ -62,9 +64,11 @@ class EncoderInfo:
 
         Frameworks for distributed training put others in their place after a branch was attached.
         """
-        inside = {id(p) for p in self.parameters.values()}
+        adapted = {id(p) for p in self.parameters.values()}
+        now = dict(self.model.named_modules(remove_duplicate=False))
+        called = {*self.called_norms.values(), *(now[path] for path in self.called_norms if path in now)}
         norms = norm_layers(self.model)
-        return [n for n in norms if any(id(p) in inside for p in n.parameters())] or norm_layers(self.module)
+        return [n for n in norms if n in called or any(id(p) in adapted for p in n.parameters())]
 
     def probe_images(self) -> Tensor:
         """Fixed random images [1, 3, H, W] of `probe_size`, on the model's device."""
@@ -118,8 +122,25 @@ def _inspect(model: nn.Module, path: str, module: nn.Module, size: tuple[int, in
         return _inspect(model, path, module, (size[0] - size[0] % stride, size[1] - size[1] % stride))
     maps = describe(output, size, stride)
     parameters = _used_parameters(model, module, images, maps)
-    info = EncoderInfo(model, path, module, stem, trace.stem_path, maps, parameters, _checkpointing(model), None, size)
+    info = EncoderInfo(
+        model,
+        path,
+        module,
+        stem,
+        trace.stem_path,
+        maps,
+        parameters,
+        _checkpointing(model),
+        None,
+        size,
+        _paths_of(model, trace.norms),
+    )
     return dataclasses.replace(info, tokens=_token_path(info, trace, stride))
+
+
+def _paths_of(model: nn.Module, modules: set[nn.Module]) -> dict[str, nn.Module]:
+    """Every dotted path that leads to one of `modules`."""
+    return {path: m for path, m in model.named_modules(remove_duplicate=False) if m in modules}
 
 
 def _checkpointing(model: nn.Module) -> list[nn.Module]:
@@ -128,6 +149,11 @@ def _checkpointing(model: nn.Module) -> list[nn.Module]:
 
 def _find_encoder(model: nn.Module, encoder: str | nn.Module) -> tuple[str, nn.Module]:
     modules = dict(model.named_modules())
+    if not isinstance(encoder, str | nn.Module):
+        raise EncoderError(
+            f"the encoder is {encoder!r}; expected the dotted path of a module of {type(model).__name__}, or the "
+            f"module itself; {nearest(str(encoder), filter(None, modules))}"
+        )
     if isinstance(encoder, nn.Module):
         for name, module in modules.items():
             if module is encoder:
@@ -187,13 +213,14 @@ def _used_parameters(
 
 
 class _Trace:
-    """Records, during one pass, the stem and the inputs of every child of a module list."""
+    """Records, during one pass, the stem, the layers with running statistics, and the inputs of lists' children."""
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
-        self.images = images
+        self.model, self.images = model, images
         self.stem: nn.Conv2d | None = None
         self.stem_path = ""
         self.shapes: dict[nn.Module, tuple[int, ...]] = {}
+        self.norms: set[nn.Module] = set()
         self.lists = [m for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
         self.named = list(model.named_modules())
         self._stack = ExitStack()
@@ -204,6 +231,7 @@ class _Trace:
         ]
         children = {child for group in self.lists for child in group}
         handles += [m.register_forward_hook(self._see_block, with_kwargs=True) for m in children]
+        handles += [m.register_forward_pre_hook(lambda m, _a: self.norms.add(m)) for m in norm_layers(self.model)]
         self._stack.enter_context(hooks(handles))
         return self
 

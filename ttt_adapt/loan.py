@@ -16,8 +16,32 @@ from ttt_adapt.errors import ConfigError, StateError
 from ttt_adapt.objectives.base import Objective, Remembering
 from ttt_adapt.snapshot import Snapshot
 
-adapting: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-"""Models that have an adapter."""
+_lent: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[Tensor]]] = weakref.WeakKeyDictionary()
+"""Models that have an adapter, and what it changes."""
+
+
+def lend(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Note that an adapter of `model` changes these tensors, until `give_back`."""
+    _lent[model] = [weakref.ref(tensor) for tensor in tensors.values()]
+
+
+def check_free(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse to change what an adapter of another model changes already.
+
+    Args:
+        tensors: name -> what the new adapter would change.
+
+    Raises:
+        StateError: the models, or their branches, share some of it.
+    """
+    taken = {id(ref()) for refs in _lent.values() for ref in refs}
+    shared = [name for name, tensor in tensors.items() if id(tensor) in taken]
+    if shared:
+        names = ", ".join(shared[:3]) + ", ..." * (len(shared) > 3)
+        raise StateError(
+            f"{len(shared)} of {len(tensors)} tensors to adapt ({names}) are changed by the StreamAdapter of another "
+            "model already, which shares them: detach() that one first, or copy the model"
+        )
 
 
 def give_back(
@@ -31,7 +55,7 @@ def give_back(
     for module, training in flags.items():
         module.training = training
     torch.clear_autocast_cache()
-    adapting.discard(model)
+    _lent.pop(model, None)
 
 
 def check_arguments(
@@ -56,7 +80,7 @@ def check_arguments(
         raise ConfigError(f"{', '.join(attach)} belong to MAEBranch.attach and a branch was given: pass only one")
     if branch is not None and branch.model is not model:
         raise ConfigError("the branch is attached to another model: attach one to this model")
-    if model in adapting:
+    if model in _lent:
         raise StateError("this model already has a StreamAdapter: detach() that one first, or copy the model")
 
 

@@ -139,11 +139,12 @@ class FrameWindow:
         return {"frames": self._buffer[rows].clone(), "seen": self._committed}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Take over the frames of `state_dict`."""
-        self._committed = state["seen"]
-        if state["frames"] is None:
-            return
-        frames = state["frames"].to(device)
-        self._buffer = torch.zeros(self.capacity + 1, *frames.shape[1:], dtype=frames.dtype, device=device)
-        for i, frame in zip(range(self._committed - len(self), self._committed), frames, strict=True):
-            self._buffer[i % (self.capacity + 1)].copy_(frame)
+        """Take over the frames of `state_dict`, all or nothing."""
+        seen = state["seen"]
+        if state["frames"] is not None:
+            frames = state["frames"].to(device)
+            buffer = torch.zeros(self.capacity + 1, *frames.shape[1:], dtype=frames.dtype, device=device)
+            for i, frame in zip(range(seen - min(seen, self.capacity), seen), frames, strict=True):
+                buffer[i % (self.capacity + 1)].copy_(frame)
+            self._buffer = buffer
+        self._committed = seen

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ttt_adapt.branch import MAEBranch
@@ -16,7 +17,7 @@ from ttt_adapt.checkpoint import load_checkpoint
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.engine import describe_engines
 from ttt_adapt.errors import ConfigError, missing, nearest
-from ttt_adapt.taps import run_encoder
+from ttt_adapt.taps import norm_layers, run_encoder
 
 
 @dataclass(frozen=True)
@@ -39,25 +40,40 @@ def inspect_model(
 
     Args:
         name: timm model name, or a .safetensors file.
-        encoder: dotted path where the encoder ends; for timm models the last stage or norm by default.
+        encoder: dotted path where the encoder ends, for models without a trained branch; by default a checkpoint's
+            backbone, and for timm models the last stage or norm.
         size: (H, W) of the frames to count FLOPs for; by default a checkpoint's training size, and for timm models
             what they were looked at with.
-        attach: keywords of `MAEBranch.attach`, for timm models.
-        config: whose batch size and iterations a step is counted with.
+        attach: keywords of `MAEBranch.attach`; of a trained branch, those of `MAEBranch.using`.
+        config: whose step is counted.
 
     Raises:
-        ConfigError, EncoderError: unknown model or encoder.
+        ConfigError: unknown model, a setting that a trained branch cannot change, or a crop larger than the frame.
+        EncoderError: unknown encoder.
     """
-    config = config or StreamConfig()
-    if name.endswith(".safetensors"):
-        checkpoint = load_checkpoint(name)
-        size = size or checkpoint.spec.size
-        model: nn.Module = checkpoint.model
-        branch = checkpoint.mae_branch if checkpoint.branch else MAEBranch.attach(model, "backbone", **(attach or {}))
-    else:
-        model = _timm_model(name)
-        branch = MAEBranch.attach(model, encoder or _default_encoder(model), **(attach or {}))
-    return ModelInfo(_describe(model, branch, size or branch.info.probe_size, config), branch)
+    config, settings = config or StreamConfig(), attach or {}
+    with ExitStack() as stack:
+        if name.endswith(".safetensors"):
+            checkpoint = load_checkpoint(name)
+            size = size or checkpoint.spec.size
+            model: nn.Module = checkpoint.model
+            if checkpoint.branch is None:
+                branch = MAEBranch.attach(model, encoder or "backbone", **settings)
+            else:
+                _refuse_encoder(name, encoder, checkpoint.branch.info.path)
+                branch = stack.enter_context(checkpoint.mae_branch.using(**settings))
+        else:
+            model = _timm_model(name)
+            branch = MAEBranch.attach(model, encoder or _default_encoder(model), **settings)
+        return ModelInfo(_describe(model, branch, size or branch.info.probe_size, config), branch)
+
+
+def _refuse_encoder(name: str, encoder: str | None, own: str) -> None:
+    if encoder not in (None, own):
+        raise ConfigError(
+            f"--encoder is {encoder!r}, and the branch of {name} was trained on {own!r}: leave it out, or train "
+            "another checkpoint"
+        )
 
 
 def _describe(
@@ -66,12 +82,11 @@ def _describe(
     info = branch.info
     adapted = sum(p.numel() for p in info.parameters.values())
     images = torch.zeros(1, 3, *size).to(next(model.parameters()))
+    drawn = _drawn(images, config.crop_size)
     with torch.no_grad():
         predict = _flops(lambda: model(images))
         encode = _flops(lambda: run_encoder(model, info.module, images))
-        masked = _flops(lambda: branch.loss(images))
-    step = 3 * masked  # a backward pass costs two forward passes: gradients by the activations and by the weights
-    batch, times = config.batch_size, config.iterations
+        masked = _flops(lambda: branch.loss(drawn))
     return [
         ("model", f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"),
         ("encoder", f"{info.path or '(the whole model)'}, {adapted / 1e6:.2f} M parameters adapted"),
@@ -82,10 +97,47 @@ def _describe(
         ("decoder", f"{type(branch.decoder).__name__}, {sum(p.numel() for p in branch.parameters()) / 1e6:.2f} M"),
         ("frame", f"{size[0]} x {size[1]} (H x W)"),
         ("predict", f"{predict / 1e9:.2f} GFLOPs, of which the encoder {encode / 1e9:.2f}"),
-        ("masked pass", f"{masked / 1e9:.2f} GFLOPs with the decoder"),
-        ("step", f"{(step * batch * times + predict) / 1e9:.2f} GFLOPs: {times} iteration(s) on {batch}, and predict"),
-        ("cost", f"{(step * batch * times + predict) / predict:.1f} x the fixed model"),
+        ("masked pass", f"{masked / 1e9:.2f} GFLOPs with the decoder, on {drawn.shape[2]} x {drawn.shape[3]}"),
+        *_step_rows(predict, masked, config, bool(norm_layers(model))),
         ("engine", "; ".join(f"{name}: {why}" for name, why in describe_engines(config, branch).items())),
+    ]
+
+
+def _drawn(images: Tensor, crop: Any) -> Tensor:
+    """One image of a gradient step, of frames like `images`."""
+    if crop is None:
+        return images
+    if any(side > full for side, full in zip(crop, images.shape[-2:], strict=True)):
+        raise ConfigError(f"crop_size {crop} does not fit into a frame of {tuple(images.shape[-2:])} (H, W): lower it")
+    return images[..., : crop[0], : crop[1]]
+
+
+def _step_rows(predict: int, masked: int, config: StreamConfig, has_norms: bool) -> list[tuple[str, str]]:
+    """What a frame costs, as docs/cost.md counts it; with `every`, the mean over frames.
+
+    Args:
+        predict: FLOPs of a prediction.
+        masked: of the masked pass of one image.
+        config: what a step consists of.
+        has_norms: whether the model has running statistics.
+    """
+    batch, times = config.batch_size, config.iterations
+    update = (
+        3 * masked * batch * times
+    )  # a backward pass costs two forward passes: gradients by activations and weights
+    parts = [f"{times} iteration(s) on {batch}"]
+    if config.norm_stats == "ema" and has_norms:
+        update += predict
+        parts.append("a pass for running statistics")
+    gate = masked * batch if config.gate == "surprise" else 0
+    if gate:
+        parts.append("a loss for the gate")
+    step, shut = ((adapting / config.every + predict) for adapting in (update + gate, gate))
+    often = "" if config.every == 1 else f" on one frame in {config.every}"
+    cost = f"{step / predict:.1f} x the fixed model"
+    return [
+        ("step", f"{step / 1e9:.2f} GFLOPs: {', '.join(parts)}{often}, and predict"),
+        ("cost", f"{cost}, {shut / predict:.1f} x while the gate is shut" if gate else cost),
     ]
 
 

@@ -92,8 +92,15 @@ class VideoFile:
 
     @cached_property
     def length(self) -> int | None:
-        """Frames in the file: its packets, less those that an edit list hides. Reads the file once."""
-        return sum(1 for _ in self._packets())
+        """Frames in the file: its packets, less those that an edit list hides."""
+        return len(self._times)
+
+    @cached_property
+    def _times(self) -> np.ndarray:
+        """When each frame is shown, in seconds, NaN where the file does not say; in its order. Reads the file once."""
+        return np.array(
+            [float(p.pts * p.time_base) if p.pts is not None and p.time_base else np.nan for p in self._packets()]
+        )
 
     def _packets(self) -> Iterator[Packet]:
         """The packets that are shown, as far as the file can be read."""
@@ -153,8 +160,7 @@ class VideoFile:
 
     def _is_uneven(self) -> bool:
         """Whether the gaps between frames differ by more than a container's rounding of times (1 ms, Matroska's)."""
-        times = sorted(float(p.pts * p.time_base) for p in self._packets() if p.pts is not None and p.time_base)
-        gaps = np.diff(times)
+        gaps = np.diff(np.sort(self._times[np.isfinite(self._times)]))
         return bool(gaps.size and gaps.max() - gaps.min() > 0.0021)
 
     def close(self) -> None:
