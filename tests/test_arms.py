@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from arm_inputs import CLASSES, CONFIG, SIZE, VIT, checkpoint, frames
-from conftest import photograph, same_bits
+from conftest import photograph, same_bits, settle_norms
 from ttt_adapt.checkpoint import Checkpoint
 from ttt_adapt.errors import ConfigError, DataError, StateError
 from ttt_adapt.evaluation.arms import ARMS, Arm, Fixed, find_arm, find_arms
 from ttt_adapt.evaluation.arms.clip import Offline, Shuffled
 from ttt_adapt.evaluation.arms.modifiers import ClassBalanced, Smoothed, Voting
-from ttt_adapt.evaluation.arms.streaming import Adapting, LayerStatistics
+from ttt_adapt.evaluation.arms.streaming import Adapting, LayerStatistics, NormBlend
 from ttt_adapt.evaluation.runner import run_arm
 from ttt_adapt.objectives import PseudoLabel, Rotation
 
@@ -412,6 +412,22 @@ def test_blended_statistics_are_those_of_the_formula_in_every_layer_of_one_pass(
     with torch.no_grad():
         for output, (frame, _) in zip(found, frames(), strict=True):
             torch.testing.assert_close(output, plain.model(plain.spec.preprocess()(frame)), rtol=1e-3, atol=1e-4)
+
+
+def test_a_blend_without_a_share_is_the_fixed_model_also_where_batchnorm_activates():
+    from timm.layers import BatchNormAct2d
+
+    torch.manual_seed(0)
+    model = settle_norms(nn.Sequential(nn.Conv2d(3, 4, 3), BatchNormAct2d(4), nn.Conv2d(4, 4, 3), BatchNormAct2d(4)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    frame = torch.randn(1, 3, 8, 8)
+    plain = Fixed(model, lambda x: x).predict(frame)
+    assert (plain >= 0).all()
+    assert torch.equal(NormBlend(model, lambda x: x, share=0.0).predict(frame), plain)
+    blended = NormBlend(model, lambda x: x, share=0.5).predict(frame)
+    assert (blended >= 0).all()
+    assert not torch.equal(blended, plain)
+    assert same_bits(before, model.state_dict())
 
 
 def test_averaged_statistics_are_those_of_pytorchs_training_mode():

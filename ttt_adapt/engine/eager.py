@@ -103,7 +103,8 @@ class EagerEngine:
         with torch.no_grad(), both_passes(precision), forward_pass(precision, problem.device):
             if (problem.config.micro_batch or len(batch)) >= len(batch):
                 return _loss(problem, batch, None)
-            return torch.stack([share * _loss(problem, *part) for *part, share in _parts(problem, batch)]).sum()
+            parts = _parts(problem, batch)
+            return torch.stack([share * _loss(problem, images, drawn) for images, drawn, share in parts]).sum()
 
     def _sum(self, problem: Problem, batch: Tensor) -> tuple[Tensor, Gradients]:
         """Loss and gradients of a batch that is taken in parts."""

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt_adapt.adapter import StreamAdapter
@@ -86,25 +85,33 @@ class NormBlend(Fixed):
 
     def __init__(self, model: nn.Module, preprocess: Preprocess, share: float) -> None:
         super().__init__(model, preprocess)
-        self._norms, self._share = _batch_norms(model), share
+        self._share, norms = share, _batch_norms(model)
+        self._sources = {norm: (norm.running_mean.clone(), norm.running_var.clone()) for norm in norms}
 
     def predict(self, x: Tensor) -> Tensor:
         """Class scores by the blend of the source statistics with those of x."""
-        with hooks(norm.register_forward_hook(self._renormalise) for norm in self._norms):
-            return super().predict(x)
+        try:
+            with hooks(norm.register_forward_pre_hook(self._blend) for norm in self._sources):
+                return super().predict(x)
+        finally:
+            for norm in self._sources:
+                self._set(norm, *self._sources[norm])
 
-    def _renormalise(self, norm: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _blend(self, norm: Any, args: tuple[Tensor, ...]) -> None:
         x = args[0]
-        dims = [d for d in range(x.ndim) if d != 1]
-        if x.numel() == x.shape[1]:  # one value per channel has no variance
-            return output
-        variance, mean = torch.var_mean(x, dims)
-        mean = norm.running_mean.lerp(mean, self._share)
-        variance = norm.running_var.lerp(variance, self._share)
-        return F.batch_norm(x, mean, variance, norm.weight, norm.bias, eps=norm.eps)
+        if x.numel() > x.shape[1]:  # one value per channel has no variance
+            variance, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1])
+            source_mean, source_variance = self._sources[norm]
+            self._set(norm, source_mean.lerp(mean, self._share), source_variance.lerp(variance, self._share))
+
+    @staticmethod
+    def _set(norm: Any, mean: Tensor, variance: Tensor) -> None:
+        with torch.no_grad():
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
 
 
-def _batch_norms(model: nn.Module) -> list[nn.Module]:
+def _batch_norms(model: nn.Module) -> list[Any]:
     norms = norm_layers(model)
     if not norms:
         raise ConfigError("this model has no BatchNorm: re-estimated statistics do not apply to it")
