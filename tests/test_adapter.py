@@ -539,6 +539,19 @@ def test_an_optimizer_of_the_users_own_gets_groups_with_rates_and_names():
     assert not same_bits(run(attached(), clip())[0], first[0])
 
 
+def test_an_optimizer_with_a_state_from_the_start_can_be_made_and_renewed_inside_inference_mode():
+    def make(groups):
+        return torch.optim.Adagrad(groups)
+
+    frames = clip(3)
+    expected = run(attached(optimizer=make), frames)
+    with torch.inference_mode():
+        adapter = attached(optimizer=make)
+        adapter.step(frames[0])
+        adapter.reset()
+    assert same_bits(run(adapter, frames), expected)
+
+
 def test_the_seed_decides_all_randomness_and_the_global_state_is_left_alone():
     outs = []
     for seed, outer in ((1, 0), (1, 99), (2, 0)):

@@ -89,7 +89,8 @@ class StreamAdapter:
         self._predict = model if predict is None else predict
         modules = [m for m in (model, self._branch) if isinstance(m, nn.Module)]
         groups = parameter_groups(encoder, own, modules, config)
-        self._make_optimizer = lambda: (optimizer or adamw)([dict(group) for group in groups])
+        make = optimizer or adamw
+        self._make_optimizer = torch.inference_mode(False)(lambda: make([dict(group) for group in groups]))
         self._set_optimizer(self._make_optimizer())
         self._generator = torch.Generator(self._device).manual_seed(config.seed)
         self._engine = choose_engine(config, self._branch, self._optimizer, self._generator)
@@ -176,8 +177,7 @@ class StreamAdapter:
         self._check_attached()
         self._source.restore()
         torch.clear_autocast_cache()
-        with torch.inference_mode(False):
-            self._set_optimizer(self._make_optimizer())
+        self._set_optimizer(self._make_optimizer())
         self._window.clear()
         self._generator.manual_seed(self.config.seed)
         self._gate = SurpriseGate()
