@@ -140,10 +140,7 @@ def measure(options: argparse.Namespace, batch: int, device: torch.device) -> di
     predict, config = predictor(model, size), stream_config(options, batch)
     found: dict[str, list[float]] = {name: [] for name in (*PARTS, "predict", "step", "forward")}
     with StreamAdapter(model, branch, config=config, optimizer=optimizer, predict=predict) as adapter:
-        first = torch.randn(1, 3, *size, device=device)  # counted, and to warm up
-        counted = floor(lambda: adapter.adapt(first), lambda: adapter.predict(first), options.precision, device)
-        clock.read()
-        for _ in range(options.frames):
+        for index in range(options.frames + 1):
             frame = torch.randn(1, 3, *size, device=device)
             ms = one_step(adapter, frame, clock)
             clock.start()
@@ -151,10 +148,12 @@ def measure(options: argparse.Namespace, batch: int, device: torch.device) -> di
                 predict(frame)
             clock.stop("forward")()
             ms |= clock.read()
-            for name, values in found.items():
-                values.append(ms[name])
+            if index:
+                for name, values in found.items():
+                    values.append(ms[name])
         result = {name: statistics.median(values) for name, values in found.items()} | {"peak_mib": peak_mib(device)}
-        result |= counted
+    with StreamAdapter(model, branch, config=stream_config(options, 1), predict=predict) as adapter:
+        result |= floor(lambda: adapter.adapt(frame), lambda: adapter.predict(frame), batch, options.precision, device)
     return result | {"step_over_floor": result["step"] / result["floor_ms"]}
 
 
@@ -175,11 +174,12 @@ def stream_config(options: argparse.Namespace, batch: int) -> Any:
 
 
 def floor(
-    adapt: Callable[[], Any], predict: Callable[[], Any], precision: str, device: torch.device
+    adapt: Callable[[], Any], predict: Callable[[], Any], batch: int, precision: str, device: torch.device
 ) -> dict[str, float]:
     """Counted TFLOP of both halves of a step, and the milliseconds that they take as one large matrix product.
 
-    A prediction is the model's own and runs in float32 (or tf32), whatever the precision of the gradient step.
+    `adapt` is a step on one crop, and a step on `batch` of them has as many times its products. A prediction is the
+    model's own and runs in float32 (or tf32), whatever the precision of the gradient step.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -188,6 +188,7 @@ def floor(
         with FlopCounterMode(display=False) as counter:
             call()
         tflop[name] = counter.get_total_flops() / 1e12
+    tflop["adapt"] *= batch
     rate = matmul_tflops(precision, device)
     plain = matmul_tflops("tf32", device) if precision == "bf16" else rate
     return {

@@ -49,11 +49,11 @@ def test_the_clock_gives_each_part_the_time_since_the_moment_before():
 def test_the_floor_counts_forward_and_backward_and_divides_by_the_measured_rate(monkeypatch):
     layer, x = nn.Linear(64, 32, bias=False), torch.randn(8, 64)
     monkeypatch.setattr(step, "matmul_tflops", lambda precision, device: {"bf16": 2.0, "tf32": 1.0}[precision])
-    found = step.floor(lambda: layer(x).sum().backward(), lambda: layer(x), "bf16", CPU)
+    found = step.floor(lambda: layer(x).sum().backward(), lambda: layer(x), 3, "bf16", CPU)
     product = 2 * 8 * 64 * 32 / 1e12
     assert found["predict_tflop"] == pytest.approx(product)
-    assert found["adapt_tflop"] == pytest.approx(2 * product)  # the input needs no gradient
-    assert found["floor_ms"] == pytest.approx(1e3 * (2 * product / 2 + product))
+    assert found["adapt_tflop"] == pytest.approx(3 * 2 * product)  # the input needs no gradient
+    assert found["floor_ms"] == pytest.approx(1e3 * (3 * 2 * product / 2 + product))
 
 
 def test_the_paper_preset_is_the_recipe_of_the_paper():
