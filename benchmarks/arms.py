@@ -57,7 +57,7 @@ ARMS = (
 )
 NORMS = ("norm-ema", "norm-blend", "online-norm-ema")
 """In place of ln-adapt, where the encoder has BatchNorm."""
-RATES = {"tent": 1e-6, "self-train": 1e-6, "self-train-plain": 1e-6, "ema-teacher": 1e-6}
+RATES = {"tent": 1e-7, "self-train": 1e-7, "self-train-plain": 1e-4, "ema-teacher": 1e-6}
 """Learning rates of the baselines, also below a modifier; `camvid_variants.py --arms` chose them."""
 FRAMES = 25
 """Of the first clip, for the cost of an arm."""
