@@ -600,3 +600,13 @@ def test_settings_that_do_not_fit_name_the_arm_and_the_nearest_field(tmp_path, t
     call = ["eval", clips, f"--checkpoint={trained}", "--arms=fixed,tent", f"--out={tmp_path / 'no'}"]
     assert "Tent on street.safetensors: lr is 'x'" in fail(capsys, monkeypatch, *call, "--set=tent.lr=x")
     assert "nearest: 'window'" in fail(capsys, monkeypatch, *call, "--set=windw=3")
+
+
+def test_run_never_writes_over_the_film_that_it_reads(trained, tmp_path, capsys, monkeypatch):
+    film = tmp_path / "film.mp4"
+    film.write_bytes(b"the only copy")
+    (tmp_path / "link.mp4").symlink_to(film)
+    for out in (film, tmp_path / "link.mp4"):
+        line = fail(capsys, monkeypatch, "run", str(film), f"--checkpoint={trained}", f"--out={out}")
+        assert "which is read: it would be lost" in line
+        assert film.read_bytes() == b"the only copy"

@@ -95,6 +95,9 @@ def _checked(options: RunOptions) -> Checkpoint:
     """The checkpoint, if it can do what is asked for."""
     if options.view not in ("overlay", "panels"):
         raise ConfigError(f'view is {options.view!r}; expected "overlay" or "panels"')
+    for read in (Path(options.source), options.checkpoint):
+        if read.exists() and options.out.exists() and options.out.samefile(read):
+            raise ConfigError(f"--out is {options.out}, which is read: it would be lost; choose another file")
     if options.task is not None:
         find_task(options.task)
     checkpoint = load_checkpoint(options.checkpoint, options.device)
