@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -113,14 +114,14 @@ def rows(name: str, joint: Sequence[Path], main: Sequence[Path]) -> list[Contend
 
 
 def write_costs(contenders: Sequence[Contender], clip: Clip, config: StreamConfig, out: Path) -> None:
-    """What a frame costs each streaming arm, in forward passes of the fixed model: medians of frames in turns."""
+    """What a frame costs each streaming arm, in forward passes of the fixed model: means over frames in turns."""
     streaming = {row.arm: row for row in contenders if find_arm(row.arm).streaming}
     runners = {
         name: find_arm(name).start(load_checkpoint(row.checkpoints[0]), config, row.changes)
         for name, row in streaming.items()
     }
     frames = [clip[index][0] for index in range(min(FRAMES, len(clip)))]
-    ms = interleaved({name: runner.step for name, runner in runners.items()}, frames)
+    ms = interleaved({name: runner.step for name, runner in runners.items()}, frames, middle=statistics.mean)
     found = [{"arm": name, "forwards": value / ms["fixed"]} for name, value in ms.items()]
     out.parent.mkdir(parents=True, exist_ok=True)
     write(out, found)

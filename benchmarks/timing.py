@@ -38,8 +38,16 @@ def peak_flops(precision: str) -> float | None:
     return next((1e12 * peak[precision] for key, peak in PEAK.items() if key in name), None)
 
 
-def interleaved(steps: Mapping[str, Step], frames: Iterable[Tensor], warm_up: int | None = None) -> dict[str, float]:
-    """Median ms of each step, in turns on the same frames; the first frames (a fifth, or `warm_up`) do not count."""
+def interleaved(
+    steps: Mapping[str, Step],
+    frames: Iterable[Any],
+    warm_up: int | None = None,
+    middle: Callable[[list[float]], float] = statistics.median,
+) -> dict[str, float]:
+    """Median ms of each step, in turns on the same frames; the first frames (a fifth, or `warm_up`) do not count.
+
+    `middle` is the mean for steps that do their work on some frames only.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for i, frame in enumerate(frames):
@@ -48,7 +56,7 @@ def interleaved(steps: Mapping[str, Step], frames: Iterable[Tensor], warm_up: in
             steps[name](frame)
             times[name].append((now() - started) * 1e3)
     first = max(1, len(times[names[0]]) // 5) if warm_up is None else warm_up
-    return {name: statistics.median(values[first:]) for name, values in times.items()}
+    return {name: middle(values[first:]) for name, values in times.items()}
 
 
 def now() -> float:
