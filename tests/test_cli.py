@@ -326,6 +326,33 @@ def test_ctrl_c_loses_no_finished_epoch_and_resume_ends_where_an_unbroken_run_en
     assert [path.name for path in tmp_path.glob("broken*")] == ["broken.safetensors"]
 
 
+def test_ctrl_c_between_the_last_epoch_and_the_checkpoint_loses_nothing(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "m.safetensors"
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_command, "save_checkpoint", stop)
+        patch.setattr(sys, "argv", ["ttt-adapt", "train", *TRAIN, f"--out={out}"])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+    assert stopped.value.code == 130
+    told = capsys.readouterr().err
+    assert f"kept in {tmp_path / 'm.1-joint.state'}: the same command with --resume goes on" in told
+    invoke("train", *TRAIN, f"--out={out}", "--resume")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
+
+
+def test_ctrl_c_while_the_command_loads_is_one_word(tmp_path):
+    code = "import os, signal, sys, threading\nfrom ttt_adapt.cli import main\nassert 'torch' not in sys.modules\n"
+    code += "sys.meta_path.insert(0, type('Stop', (), {'find_spec': staticmethod(lambda name, *_: "
+    code += "signal.raise_signal(signal.SIGINT) if name == 'torch' else None)}))\nmain()"
+    call = [sys.executable, "-c", code, "run", "film.mp4", f"--out={tmp_path / 'o.mp4'}"]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 @pytest.mark.slow
 @needs_clip
 def test_ctrl_c_while_running_leaves_a_playable_video(trained, tmp_path):
@@ -342,7 +369,7 @@ def test_ctrl_c_while_running_leaves_a_playable_video(trained, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "frames are kept in" in errors
+    assert f"kept in {out}: " in errors
     count, rate, size = video(out)
     assert 1 <= count < 375
     assert (rate, size) == (12.5, (432, 768))

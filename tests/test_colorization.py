@@ -18,7 +18,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio, structural_si
 
 from arm_inputs import CONFIG, VIT, checkpoint
 from test_cli import DATA, TINY, fail, invoke, needs_clip
-from ttt_adapt.checkpoint import Checkpoint, load_checkpoint
+from ttt_adapt.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ttt_adapt.commands.contenders import contenders_of, fingerprints
 from ttt_adapt.commands.evaluate import _weights
 from ttt_adapt.commands.run import RunOptions
@@ -38,7 +38,7 @@ from ttt_adapt.tasks import Colorization, find_task
 from ttt_adapt.tasks.colorization import cells
 from ttt_adapt.tasks.colorization.networks import ALEXNET, INCEPTION
 from ttt_adapt.tasks.colorization.score import ColourScore
-from ttt_adapt.video import VideoReader
+from ttt_adapt.video import VideoReader, VideoWriter
 
 SIZE = (48, 64)
 TRAIN = ["--task=colorization", *TINY, "--size=48x64", "--batch-size=3", "--first-epochs=1", "--epochs=1"]
@@ -358,14 +358,16 @@ def test_training_on_several_sizes_asks_for_one(pictures, tmp_path, capsys, monk
 BAD_TRAINING = [
     (["{grey}"], "all 1 pictures are grey"),
     (["{empty}"], "no picture and no video was found"),
-    (["{nowhere}"], "not a folder"),
+    (["{nowhere}"], "does not exist; expected pictures or videos"),
     (["{album}", "--classes=a,b"], "colorization has no classes"),
     (["{album}", "--task-option=mode=guess"], "expected one of regression, classification"),
     (["{album}", "--task-option=modes=1"], "nearest: 'mode'"),
-    (["{album}", "--task-option=temperature=0"], "temperature 0"),
-    (["{album}", "--task-option=temperature=abc"], "temperature 'abc' must be in (0, 1]"),
-    (["{album}", "--task-option=temperature=True"], "temperature True must be in (0, 1]"),
-    (["{album}", "--task-option=uniform=None"], "uniform None in [0, 1]"),
+    (["{album}", "--task-option=temperature=0"], "temperature is 0; expected a number above 0 and up to 1"),
+    (["{album}", "--task-option=temperature=abc"], "temperature is 'abc'; expected a number above 0"),
+    (["{album}", "--task-option=temperature=True"], "temperature is True; expected a number above 0"),
+    (["{album}", "--task-option=uniform=None"], "uniform is None; expected a number from 0 to 1"),
+    (["{album}", "--task-option=nonsense"], "expected NAME=VALUE, such as mode=classification"),
+    (["{album}", "--task=segmentation"], "pictures without labels do for --task colorization"),
     (["{album}", "--task-option=mode=[1]"], "expected one of regression, classification"),
     (["{album}", "--task=colourization"], "nearest: 'colorization'"),
     (["street", "--task=segmentation", "--stills=2", "--task-option=mode=regression"], "segmentation has no options"),
@@ -402,17 +404,18 @@ def test_run_keeps_size_and_luminance_of_a_grey_film_whatever_the_model_sees(mod
 
 
 @pytest.mark.parametrize("fps", [10, 16, 30])
-def test_run_writes_a_film_of_any_rate_and_of_odd_size(fps, trained, tmp_path, capfd):
+def test_run_writes_a_film_of_any_rate_and_of_odd_size(fps, trained, tmp_path):
     film = [to_grey(frame) for frame in colour_frames(4, (49, 67))]
     source = write_video(tmp_path / "old.mkv", film, fps, pix_fmt="gray")
     out = tmp_path / "colour.mp4"
-    invoke("run", source, "--task=colorization", f"--checkpoint={trained}", f"--out={out}", "--set=batch_size=2")
+    told = invoke("run", source, "--task=colorization", f"--checkpoint={trained}", f"--out={out}", "--set=batch_size=2")
     with av.open(str(out)) as container:
         assert container.streams.video[0].average_rate == fps
     written = decoded(out)
     assert [frame.shape for frame in written] == [(50, 68, 3)] * 4  # H.264 wants even sides
     assert np.abs(to_grey(written[0])[:49, :67].astype(int) - film[0]).mean() < 4
-    assert "in colour" not in capfd.readouterr().err
+    assert told.count("49 x 67 is written as 50 x 68") == 1
+    assert "in colour" not in told
 
 
 def test_a_film_in_colour_is_converted_and_that_is_said_once(trained, tmp_path, capfd):
@@ -432,12 +435,47 @@ def test_sound_that_is_left_out_and_an_uneven_rate_are_said(trained, tmp_path, c
     source = write_video(tmp_path / "old.mkv", film, pix_fmt="gray", times=[0, 40, 200, 230], sound=True)
     assert len(streamed(tmp_path / "out.mp4", source=str(source), checkpoint=trained)) == 4
     told = capfd.readouterr().err
-    assert "the sound (1 track) is left out" in told
-    assert "-map 0:v -map 1:a" in told
+    files = f"ffmpeg -i {tmp_path}/out.mp4 -i {source} -map 0:v -map 1:a -c copy -shortest {tmp_path}/out-sound.mp4"
+    assert f"old.mkv: the sound (1 track) is left out; put it back with: {files} (it may drift" in told
     assert "not evenly spaced" in told
+    streamed(tmp_path / "out.mp4", source=str(source), checkpoint=trained, fps=5)
+    assert "at 5 frames a second it would not fit" in capfd.readouterr().err
     even = write_video(tmp_path / "even.mkv", film, 30, pix_fmt="gray")  # 33 and 34 ms, as Matroska rounds
     streamed(tmp_path / "out.mp4", source=str(even), checkpoint=trained)
     assert "evenly" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "rate"), [((), 25), (("--fps=12.5",), 12.5)])
+def test_a_folder_of_pictures_is_a_film_of_25_or_any_other_number_of_frames_a_second(option, rate, trained, tmp_path):
+    for index, frame in enumerate(colour_frames(2)):
+        Image.fromarray(to_grey(frame)).save(tmp_path / f"{index}.png")
+    out = tmp_path / "new" / "o.mp4"  # whose folder is made
+    told = invoke("run", tmp_path, f"--checkpoint={trained}", f"--out={out}", "--set=batch_size=2", *option)
+    with av.open(str(out)) as container:
+        assert container.streams.video[0].average_rate == rate
+    assert ("has no frame rate: written at 25 frames a second" in told) == (not option)
+
+
+def test_run_says_where_in_a_clip_folder_the_pictures_are(trained, tmp_path, capsys, monkeypatch):
+    (tmp_path / "frames").mkdir()
+    Image.fromarray(colour_frames(1)[0]).save(tmp_path / "frames" / "0.png")
+    line = fail(capsys, monkeypatch, "run", tmp_path, f"--checkpoint={trained}", f"--out={tmp_path / 'o.mp4'}")
+    assert f"{tmp_path} holds no images. There are some in {tmp_path / 'frames'}." in line
+
+
+def test_run_does_not_claim_to_have_kept_what_could_not_be_written(trained, tmp_path, capsys, monkeypatch):
+    source = write_video(tmp_path / "old.mkv", [to_grey(frame) for frame in colour_frames(2)], pix_fmt="gray")
+    call = ["run", source, f"--checkpoint={trained}", f"--out={tmp_path / 'o.mp4'}", "--set=batch_size=2"]
+    monkeypatch.setattr(VideoWriter, "_finish", lambda *_: (_ for _ in ()).throw(VideoError("the disk is gone")))
+    assert fail(capsys, monkeypatch, *call) == "error: the disk is gone\n"
+
+
+def test_a_checkpoint_of_another_task_cannot_begin_one(pictures, tmp_path, capsys, monkeypatch):
+    other = tmp_path / "classes.safetensors"
+    save_checkpoint(other, checkpoint())
+    call = ["train", pictures / "trip", *TRAIN, f"--init={other}", f"--out={tmp_path / 'm.safetensors'}"]
+    line = fail(capsys, monkeypatch, *call)
+    assert "was trained for segmentation, and its head is of no use to a model for colorization" in line
 
 
 def test_panels_show_grey_fixed_adapted_and_reconstruction(trained, tmp_path):
@@ -512,13 +550,13 @@ def test_a_real_clip_is_coloured_at_its_own_size(trained, tmp_path):
 # Evaluation --------------------------------------------------------------------------------------------------------
 
 
-def test_eval_writes_the_shared_report_table_and_plots(trained, pictures, tmp_path):
+def test_eval_writes_the_shared_report_table_and_plots(trained, pictures, tmp_path, capsys):
     out = tmp_path / "eval"
     arms = "--arms=fixed,no-memory,online,online-shuffled"
     call = ["eval", pictures, f"--checkpoint={trained}", "--clips=trip", arms, "--seeds=0,1", f"--out={out}"]
     text = invoke(*call, "--set=batch_size=2")
     for word in ("PSNR (dB)", "SSIM", "flicker (ab)", "Online TTT-MAE"):
-        assert word in text
+        assert word in " ".join(text.split())  # as a column, or where the table names what did not fit
     assert {path.name for path in out.iterdir()} == {"report.json", "table.md", "psnr.png", "trip.png"}
     report = Report.load(out / "report.json")
     assert report.task is find_task("colorization")
@@ -540,8 +578,10 @@ def test_eval_writes_the_shared_report_table_and_plots(trained, pictures, tmp_pa
     )
     assert "IoU" not in (out / "table.md").read_text()
     before = (out / "report.json").read_bytes()
+    capsys.readouterr()
     invoke(*call, "--set=batch_size=2")
     assert (out / "report.json").read_bytes() == before
+    assert f"kept in {out / 'report.json'}: 8 finished runs; only what is missing is run" in capsys.readouterr().err
 
 
 def test_psnr_and_ssim_are_those_of_torchmetrics_and_the_grey_is_what_doing_nothing_scores():

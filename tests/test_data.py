@@ -134,7 +134,7 @@ def test_open_clips_opens_a_tree_in_natural_order_or_by_name(tmp_path):
     assert [(clip.name, clip[0][1].shape) for clip in clips] == [("c2", (4, 4)), ("c1", (4, 4))]
     with pytest.raises(DataError, match=r"'c3'.*'c1'"):
         open_clips(tmp_path, ["c3"], classes=CLASSES)
-    with pytest.raises(DataError, match="not a folder"):
+    with pytest.raises(DataError, match="does not exist"):
         open_clips(tmp_path / "nowhere")
 
 
@@ -149,7 +149,7 @@ def break_label(folder: Path, array: np.ndarray) -> None:
         (lambda folder: (folder / "images" / "1.png").unlink(), r"label .*1\.png has no frame"),
         (lambda folder: [file.unlink() for file in (folder / "images").iterdir()], "no frames"),
         (lambda folder: (folder / "labels").rename(folder / "masks"), "no labels beside it"),
-        (lambda folder: folder.rename(folder.parent / "moved"), "not a folder"),
+        (lambda folder: folder.rename(folder.parent / "moved"), "does not exist"),
         (lambda folder: (folder.parent / "index.json").write_text("{"), "not JSON"),
     ],
 )

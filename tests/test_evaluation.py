@@ -103,6 +103,13 @@ def test_a_second_call_runs_nothing_again(tmp_path, clips, files, counted):
     assert results(again) == results(first)
 
 
+def test_a_file_where_the_results_should_go_is_refused_and_stays(tmp_path, clips, files):
+    before = files[0].read_bytes()
+    with pytest.raises(ConfigError, match="a file; expected a folder"):
+        evaluate(contenders(files[:1]), clips, CONFIG, [0], files[0])
+    assert files[0].read_bytes() == before
+
+
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(tmp_path, clips, files, counted, monkeypatch):
     whole = evaluate(contenders(files), clips, CONFIG, [0], tmp_path / "whole")
     counted.clear()

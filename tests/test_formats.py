@@ -350,8 +350,10 @@ def test_class_names_may_be_given_where_the_data_bring_none(tmp_path):
 
 def test_a_clip_folder_without_labels_is_said_to_have_none(tmp_path):
     save(tmp_path / "images" / "0.png", frame(0))
-    with pytest.raises(DataError, match=r"images has no labels beside it; expected .*labels"):
+    with pytest.raises(DataError, match=r"images has no labels beside it; expected .*labels .*--task colorization"):
         open_clips(tmp_path)
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        open_clips(tmp_path / "nowhere")
 
 
 def test_an_unknown_format_and_a_format_that_does_not_fit_are_refused(tmp_path):

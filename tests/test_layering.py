@@ -132,11 +132,32 @@ def test_the_parts_of_the_table_exist():
 
 
 def test_importing_the_library_loads_nothing_that_is_optional():
-    code = "import sys, ttt_adapt; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    code = "import sys; from ttt_adapt import *; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
     loaded = set(out.stdout.split())
     assert {"torch", "ttt_adapt"} <= loaded
     assert not loaded & set(OUTSIDE)
+
+
+def test_the_command_line_waits_for_torch_only_where_it_runs_something():
+    code = "import sys, ttt_adapt.cli; print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert out.stdout.strip() == "False"
+
+
+def test_type_checkers_see_the_names_that_are_imported_when_used():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    seen = {
+        (alias.asname, node.module.removeprefix("ttt_adapt."))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("ttt_adapt.")
+        for alias in node.names
+    }
+    assert seen == set(ttt_adapt._HOMES.items())
+    for name in ttt_adapt.__all__:
+        assert getattr(ttt_adapt, name).__name__ == name
+    with pytest.raises(AttributeError, match="StreamAdaptor"):
+        ttt_adapt.StreamAdaptor  # noqa: B018
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,7 @@ def test_a_crash_in_one_run_loses_nothing_of_the_others(tmp_path, clips, files, 
     assert report.failures[0]["error"] == "RuntimeError: the GPU fell off"
     assert Report.load(tmp_path / "out" / "report.json").failures == report.failures
     assert "the GPU fell off" in (tmp_path / "out" / "table.md").read_text()
-    with pytest.raises(StateError, match=r"2 runs failed, 6 runs are kept.*Online on dusk, seed 0.*fell off"):
+    with pytest.raises(StateError, match=r"2 runs failed: Online on dusk, seed 0.*fell off.*report.json: 6 runs"):
         check_failures(report, tmp_path / "out")
     again = evaluate(contenders(files), clips, CONFIG, [0, 1], tmp_path / "out")  # the same command makes the rest
     assert sorted(results(again), key=str) == sorted(results(whole), key=str)
@@ -283,7 +283,7 @@ def test_a_bad_label_file_costs_its_clip_and_is_named_once_before_any_run_of_it(
     assert (failure["arm"], failure["clip"]) == (None, "noon")
     assert told in failure["error"]
     assert f"- every arm on noon: DataError: {tmp_path}" in (tmp_path / "out" / "table.md").read_text()
-    with pytest.raises(StateError, match=r"1 clips cannot be scored, 4 runs are kept.*1\.png"):
+    with pytest.raises(StateError, match=r"1 clip cannot be scored: .*1\.png.*report.json: 4 runs"):
         check_failures(report, tmp_path / "out")
     assert Report.load(tmp_path / "out" / "report.json").failures == report.failures
 
@@ -302,7 +302,7 @@ def test_labels_are_read_once_before_a_clips_first_run_and_not_where_nothing_is_
 
 def test_where_every_run_fails_the_error_says_so(tmp_path, clips, files, monkeypatch):  # noqa: F811
     crash(monkeypatch, "fixed", "dusk", OSError("no disk"))
-    with pytest.raises(StateError, match="1 runs failed, 0 runs are kept.*no disk"):
+    with pytest.raises(StateError, match="1 run failed: .*no disk.*report.json: 0 runs"):
         evaluate(contenders(files)[:1], clips[:1], CONFIG, [0], tmp_path / "out")
 
 
@@ -315,7 +315,7 @@ def test_the_command_prints_the_table_and_ends_with_status_1(tmp_path, clips, fi
     captured = capsys.readouterr()
     assert stop.value.code == 1
     assert "Fixed" in captured.out
-    assert captured.err.splitlines()[-1].startswith("error: 1 runs failed, 3 runs are kept")
+    assert captured.err.splitlines()[-1].startswith("error: 1 run failed: Online")
     assert "broken [arm]" in captured.err
 
 

@@ -202,6 +202,20 @@ def test_the_bar_figure_draws_clips_that_some_arms_never_ran(tmp_path, plots):
         plots.plot_bars(tmp_path / "bars.png", Report())
 
 
+def test_bars_begin_at_what_the_input_scores_where_the_metric_has_such_a_floor(tmp_path, plots, monkeypatch):
+    drawn = []
+    real = plots._draw_bar
+    monkeypatch.setattr(plots, "_draw_bar", lambda axes, *rest: (real(axes, *rest), drawn.append(axes.patches[-1])))
+    report = Report()
+    for seed, psnr in enumerate((21.0, 23.0)):
+        report.add(Run("Fixed", "dog", seed, [psnr], [None], 5.0, task="colorization", psnr=psnr, psnr_grey=20.0))
+    plots.plot_bars(tmp_path / "bars.png", report)
+    assert [(bar.get_y(), bar.get_height()) for bar in drawn] == [(20.0, 2.0)]
+    drawn.clear()
+    plots.plot_bars(tmp_path / "bars.png", make_report())
+    assert {bar.get_y() for bar in drawn} == {0.0}
+
+
 def test_the_running_mean_is_centred_and_steps_over_gaps(plots):
     nan = np.nan
     np.testing.assert_allclose(plots.running_mean(np.array([1.0, 2, 6, nan, 4]), 3), [1.5, 3, 4, nan, 4])

@@ -138,6 +138,20 @@ def test_one_seed_needs_no_column_of_seeds():
     assert "bootstrap over frames, 2000" in text
 
 
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_narrow_terminal_gets_whole_columns_and_the_names_of_the_others(width):
+    console = pytest.importorskip("rich.console", reason="rich is not installed").Console(width=width)
+    report = Report(runs=[make_run(f"Arm {i} of a long name", "daylight", 0, 0.5) for i in range(3)])
+    with console.capture() as capture:
+        console.print(rich_table(report, width=width))
+    text = " ".join(capture.get().split())
+    for i in range(3):
+        assert f"Arm {i} of a long name" in text
+    for title in ("mIoU (%)", "frame mIoU (%)", "ms/frame"):
+        assert title in text
+    assert ("In the written table:" in text) == (width < 80)
+
+
 # Marks -------------------------------------------------------------------------------------------------------------
 
 

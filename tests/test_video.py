@@ -153,13 +153,13 @@ class TestFiles:
             assert video.length == 25
             assert_same(list(video), reference(path))
 
-    def test_length_and_remarks_read_the_file_once_in_all(self, mp4, monkeypatch):
+    def test_length_and_spacing_read_the_file_once_in_all(self, mp4, monkeypatch):
         from ttt_adapt.video.sources import VideoFile
 
         passes, packets = [], VideoFile._packets
         monkeypatch.setattr(VideoFile, "_packets", lambda file: passes.append(file) or packets(file))
         with open_video(mp4) as video:
-            assert (video.length, video.remarks, video.length) == (60, [], 60)
+            assert (video.length, video.uneven, video.length) == (60, False, 60)
         assert len(passes) == 1
 
     def test_phone_videos_are_turned_upright(self, mp4, tmp_path):
@@ -557,6 +557,7 @@ class TestWriter:
                 writer.write(picture(index))
             raise error
         assert self.probe(tmp_path / "out.mp4")[0] == 7
+        assert (writer.path, writer.count, writer.finished) == (tmp_path / "out.mp4", 7, True)
         assert os.listdir(tmp_path) == ["out.mp4"]
 
     def test_ctrl_c_in_the_middle_of_a_frame_waits_until_the_frame_is_written(self, tmp_path, monkeypatch):

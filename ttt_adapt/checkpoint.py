@@ -162,10 +162,14 @@ def load_initial(path: str | Path, checkpoint: Checkpoint) -> None:
     """Start `checkpoint` from another file: its model must be the same; a branch is taken over if there is one.
 
     Raises:
-        CheckpointError: the file's model is another one; the message says which keys differ.
+        CheckpointError: the file is of another task, or its model is another one; the message says which keys differ.
     """
     device = next(checkpoint.model.parameters()).device
     weights, spec = _read(path, device)
+    if spec.task != checkpoint.spec.task:
+        raise CheckpointError(
+            f"{path} was trained for {spec.task}, and its head is of no use to a model for {checkpoint.spec.task}"
+        )
     load_weights(checkpoint.model, weights, "model.", str(path))
     if checkpoint.branch is not None and spec.branch is not None and spec.objective == checkpoint.spec.objective:
         load_weights(checkpoint.branch, weights, "branch.", str(path))

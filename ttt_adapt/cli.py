@@ -70,7 +70,7 @@ def demo(
 
     config = CONFIG.replace(**{"seed": seed, **parse_settings(settings or [])})
     report = run_demo(out, frames, seed, config, _device(device))
-    console.print(rich_table(report))
+    console.print(rich_table(report, width=console.width))
     _say(f"side-by-side video: {out / 'demo.mp4'}\nloss and mIoU over time: {out / 'stream.png'}")
 
 
@@ -134,7 +134,7 @@ def train(
             data=data,
             out=out,
             encoder=encoder,
-            encoder_options=parse_settings(encoder_option or []),
+            encoder_options=parse_settings(encoder_option or [], "img_size=224"),
             objective=objective,
             branch=branch_settings(branch or []),
             clips=_names(clips),
@@ -150,7 +150,7 @@ def train(
             device=device,
             config=config,
             task=task,
-            task_options=parse_settings(task_option or []),
+            task_options=parse_settings(task_option or [], "mode=classification"),
         )
     )
     _say(f"wrote {out}")
@@ -167,6 +167,9 @@ def run(
         str | None, typer.Option(metavar="HxW", help="Size for the model; 'native' for the video's own.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Stop after this many frames.")] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames a second of the mp4; by default the video's own, 25 for a folder.")
+    ] = None,
     preset: Preset = "online",
     settings: Settings = None,
     branch: TestBranch = None,
@@ -174,7 +177,7 @@ def run(
     device: Device = "auto",
 ) -> None:
     """Adapt a trained model to a video, frame by frame, and write what it sees."""
-    from ttt_adapt.commands.common import parse_settings, parse_size
+    from ttt_adapt.commands.common import counted, parse_settings, parse_size
     from ttt_adapt.commands.run import RunOptions
     from ttt_adapt.commands.run import run as run_video
 
@@ -186,13 +189,14 @@ def run(
         size=parse_size(size),
         native=size == "native",
         limit=limit,
+        fps=fps,
         device=_device(device),
         config=_config(preset, settings, seed),
-        branch=parse_settings(branch or []),
+        branch=parse_settings(branch or [], "mask_ratio=0.75"),
         task=task,
     )
     count = run_video(options)
-    _say(f"wrote {count} frames to {out}")
+    _say(f"wrote {counted(count, 'frame')} to {out}")
 
 
 @app.command(name="eval")
@@ -204,7 +208,9 @@ def evaluate(
     baseline: Annotated[
         list[Path] | None, typer.Option(help="Checkpoint trained for the main task alone; one per seed.")
     ] = None,
-    arms: Annotated[str | None, typer.Option(help=f"Comma-separated arms; by default {_ARMS}.")] = None,
+    arms: Annotated[
+        str | None, typer.Option(help=f"Comma-separated arms; by default {_ARMS.replace(',', ', ')}.")
+    ] = None,
     study: Annotated[
         str | None, typer.Option(help="memory, window, smoothness, iterations or mask-ratio, instead of --arms.")
     ] = None,
@@ -258,7 +264,7 @@ def evaluate(
         raise ConfigError(
             f"--set {next(iter(own))}.…: a study brings its own rows; --set NAME=VALUE changes all of them"
         )
-    hidden = parse_settings(branch or [])
+    hidden = parse_settings(branch or [], "mask_ratio=0.75")
     names = _names(_ARMS if arms is None else arms) if chosen is None else tuple(s.arm for s in chosen.settings(1))
     rows = contenders_of(names, checkpoint, baseline or [], own, hidden) if chosen is None else []
     numbers = _seeds(seeds, checkpoint, baseline or [])
@@ -282,7 +288,7 @@ def evaluate(
         )
     else:
         report = run_study(chosen, checkpoint, found, config, numbers, out, where, charged, hidden, metric_weights)
-    console.print(rich_table(report))
+    console.print(rich_table(report, width=console.width))
     _say(f"report, tables and plots: {out}")
     check_failures(report, out)
 

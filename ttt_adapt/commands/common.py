@@ -34,8 +34,10 @@ def whole_number(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
 
 
-def parse_settings(pairs: list[str]) -> dict[str, Any]:
+def parse_settings(pairs: list[str], example: str = "lr=1e-4") -> dict[str, Any]:
     """["lr=1e-4", "crop_size=(96, 128)"] -> {"lr": 1e-4, "crop_size": (96, 128)}; a value that is no literal is text.
+
+    `example` is what the error shows.
 
     Raises:
         ConfigError: an entry without "=".
@@ -44,7 +46,7 @@ def parse_settings(pairs: list[str]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise ConfigError(f"got {pair!r}; expected NAME=VALUE, such as lr=1e-4")
+            raise ConfigError(f"got {pair!r}; expected NAME=VALUE, such as {example}")
         try:
             settings[name.strip()] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -77,7 +79,7 @@ def branch_settings(pairs: list[str]) -> dict[str, Any]:
     Raises:
         ConfigError: a name that `attach` does not know.
     """
-    settings = parse_settings(pairs)
+    settings = parse_settings(pairs, "mask_ratio=0.75")
     known = [name for name in inspect.signature(MAEBranch.attach).parameters if name not in ("model", "encoder")]
     for name in settings:
         if name not in known:
@@ -139,6 +141,11 @@ def progress_bar(title: str, total: int | None, unit: str = "frame") -> Iterator
             progress.update(task, rate=rate, note=text)
 
         yield advance
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 frame", "2 frames"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def notice(text: str) -> None:

@@ -13,11 +13,11 @@ import torch
 
 from ttt_adapt.branch import MAEBranch
 from ttt_adapt.checkpoint import Checkpoint, load_checkpoint, read_spec
-from ttt_adapt.commands.common import notice, progress_bar
+from ttt_adapt.commands.common import counted, notice, progress_bar
 from ttt_adapt.commands.contenders import Contender, RealTime, check, check_seeds, describe, fingerprints
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.data import Clip
-from ttt_adapt.errors import DataError, StateError
+from ttt_adapt.errors import ConfigError, DataError, StateError
 from ttt_adapt.evaluation.arms import find_arm
 from ttt_adapt.evaluation.environment import differing
 from ttt_adapt.evaluation.plots import plot_bars, plot_stream
@@ -66,13 +66,18 @@ def evaluate(
     check_seeds(seeds, config)
     check(contenders, clips, config, device, real_time, metric_weights)
     job = _Job(contenders, clips, config, seeds, out, device, real_time, metric_weights)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out is {out}, a file; expected a folder, new or of an evaluation that goes on")
     out.mkdir(parents=True, exist_ok=True)
     report = _open_report(job.file, job.settings(study))
+    if report.runs:
+        notice(f"kept in {job.file}: {counted(len(report.runs), 'finished run')}; only what is missing is run")
     try:
         job.run_missing(report)
     except BaseException:
         if report.runs:
-            notice(f"{len(report.runs)} finished runs are kept in {job.file}: {_way_on(report, 'goes on')}")
+            kept = counted(len(report.runs), "finished run")
+            notice(f"kept in {job.file}: {kept}; {_way_on(report, 'goes on')}")
         raise
     if not report.runs:
         check_failures(report, out)
@@ -176,11 +181,12 @@ def check_failures(report: Report, out: Path) -> None:
     if report.failures:
         clips = sum(failure["arm"] is None for failure in report.failures)
         runs = len(report.failures) - clips
-        counts = [f"{clips} clips cannot be scored"] * bool(clips) + [f"{runs} runs failed"] * bool(runs)
+        counts = [f"{counted(clips, 'clip')} cannot be scored"] * bool(clips)
+        counts += [f"{counted(runs, 'run')} failed"] * bool(runs)
         lines = "; ".join(describe_failure(failure) for failure in report.failures)
         raise StateError(
-            f"{' and '.join(counts)}, {len(report.runs)} runs are kept in {out / 'report.json'}: {lines}. "
-            f"{_way_on(report, 'tries what failed again').capitalize()}"
+            f"{' and '.join(counts)}: {lines}. Kept in {out / 'report.json'}: {counted(len(report.runs), 'run')}; "
+            f"{_way_on(report, 'tries what failed again')}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
@@ -13,12 +14,12 @@ import torch
 
 from ttt_adapt.adapter import StreamAdapter
 from ttt_adapt.checkpoint import Checkpoint, load_checkpoint
-from ttt_adapt.commands.common import notice, progress_bar
+from ttt_adapt.commands.common import counted, notice, progress_bar
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError, ConfigError
 from ttt_adapt.frames import Normalize
 from ttt_adapt.tasks import find_task
-from ttt_adapt.video import VideoReader, VideoWriter, open_video, panels, to_uint8
+from ttt_adapt.video import DEFAULT_FPS, VideoReader, VideoWriter, open_video, panels, to_uint8
 
 COLOUR_NOISE = 8
 """Levels between the channels of a grey frame that a video codec's rounding may leave."""
@@ -37,6 +38,7 @@ class RunOptions:
         size: (H, W) at which the model sees the frames; None: the training height, the video's aspect.
         native: the model sees the frames at their own size.
         limit: stop after this many frames; None: at the end.
+        fps: frames per second of the written video; None: the source's own rate.
         device: where to run.
         config: how to adapt.
         branch: what the branch hides and scores at test time, see `MAEBranch.using`.
@@ -50,6 +52,7 @@ class RunOptions:
     size: tuple[int, int] | None = None
     native: bool = False
     limit: int | None = None
+    fps: float | None = None
     device: torch.device | str = "cpu"
     config: StreamConfig = field(default_factory=StreamConfig)
     branch: dict[str, Any] = field(default_factory=dict)
@@ -68,25 +71,29 @@ def run(options: RunOptions) -> int:
         with ExitStack() as stack:
             stack.enter_context(checkpoint.mae_branch.using(**options.branch))
             video = stack.enter_context(open_video(options.source))
+            rate = video.fps if options.fps is None else options.fps
+            if not options.out.parent.exists():
+                options.out.parent.mkdir(parents=True)
+            writer = stack.enter_context(VideoWriter(options.out, rate))
             normalize = _normalize(checkpoint, options, video.size)
             adapter = stack.enter_context(
                 StreamAdapter(checkpoint.model, checkpoint.branch, config=options.config, preprocess=normalize)
             )
             view = _View(checkpoint, options, normalize)
-            remarks = _Remarks(video)
-            writer = stack.enter_context(VideoWriter(options.out, video.fps))
+            remarks = _Remarks(video, options, rate)
             total = video.length if options.limit is None else min(video.length or options.limit, options.limit)
             advance = stack.enter_context(progress_bar(video.name, total))
             for frame in islice(video, options.limit):
                 seen = task.see(frame)
-                remarks.look(frame, seen)
-                writer.write(view.draw(seen, adapter.step(seen)))
+                picture = view.draw(seen, adapter.step(seen))
+                remarks.look(frame, seen, picture)
+                writer.write(picture)
                 count += 1
                 assert adapter.last is not None
                 advance(adapter.last.losses[0] if adapter.last.losses else None)
     except BaseException:
-        if writer is not None and count:
-            notice(f"{count} frames are kept in {writer.path}")
+        if writer is not None and writer.finished:
+            notice(f"kept in {writer.path}: {counted(writer.count, 'frame')}")
         raise
     return count
 
@@ -123,19 +130,40 @@ def _normalize(checkpoint: Checkpoint, options: RunOptions, size: tuple[int, int
 
 
 class _Remarks:
-    """What the user should know about a video, said once."""
+    """What the user should know about a video and what is written of it, each said once."""
 
-    def __init__(self, video: VideoReader) -> None:
-        self._name, self._told = video.name, False
-        for remark in video.remarks:
-            notice(f"{video.name}: {remark}")
+    def __init__(self, video: VideoReader, options: RunOptions, rate: float | None) -> None:
+        self._name, self._begun, self._coloured = video.name, False, False
+        if rate is None:
+            notice(f"{video.name} has no frame rate: written at {DEFAULT_FPS} frames a second; another one with --fps")
+        elif video.uneven:
+            notice(f"{video.name}: its frames are not evenly spaced in time; every one is written, {rate:.4g} a second")
+        if video.sounds:
+            notice(f"{video.name}: the sound ({counted(video.sounds, 'track')}) is left out; {_sound(video, options)}")
 
-    def look(self, frame: np.ndarray, seen: np.ndarray) -> None:
-        """Say so at the first frame that the model is shown something else of."""
-        if self._told or seen is frame or np.abs(frame.astype(np.int16) - seen).max() <= COLOUR_NOISE:
+    def look(self, frame: np.ndarray, seen: np.ndarray, picture: np.ndarray) -> None:
+        """A frame as it came, as the model is shown it, and the picture that is written."""
+        if not self._begun and (picture.shape[0] % 2 or picture.shape[1] % 2):
+            height, width = picture.shape[:2]
+            notice(
+                f"{self._name}: H.264 needs an even height and width; {height} x {width} is written as "
+                f"{height + height % 2} x {width + width % 2}, its last row or column repeated"
+            )
+        self._begun = True
+        if self._coloured or seen is frame or np.abs(frame.astype(np.int16) - seen).max() <= COLOUR_NOISE:
             return
-        self._told = True
+        self._coloured = True
         notice(f"{self._name} is in colour: its frames are converted to grey of the same luminance, and coloured anew")
+
+
+def _sound(video: VideoReader, options: RunOptions) -> str:
+    """How to get a film's sound back."""
+    if options.fps is not None:
+        return f"at {options.fps:g} frames a second it would not fit"
+    files = [str(options.out), options.source, str(options.out.with_stem(f"{options.out.stem}-sound"))]
+    out, source, target = map(shlex.quote, files)
+    drift = " (it may drift: the frames are written evenly)" if video.uneven else ""
+    return f"put it back with: ffmpeg -i {out} -i {source} -map 0:v -map 1:a -c copy -shortest {target}{drift}"
 
 
 class _View:

@@ -99,10 +99,10 @@ def train(options: TrainOptions) -> Checkpoint:
     if not options.resume and _rank() == 0:
         for file in files:
             file.unlink(missing_ok=True)
-    with _process_group(device):
-        for (stage, epochs), file in zip(stages, files, strict=True):
-            config = dataclasses.replace(options.config, stage=stage, epochs=epochs)
-            try:
+    try:
+        with _process_group(device):
+            for (stage, epochs), file in zip(stages, files, strict=True):
+                config = dataclasses.replace(options.config, stage=stage, epochs=epochs)
                 with _watch(stage, config) as on_step:
                     fit(
                         model,
@@ -114,15 +114,15 @@ def train(options: TrainOptions) -> Checkpoint:
                         origin=_origin(options),
                         on_step=on_step,
                     )
-            except KeyboardInterrupt:
-                if kept := [f for f in files if f.exists()]:
-                    notice(f"the last finished epoch is kept in {kept[-1]}: the same command with --resume goes on")
-                raise
-            spec.training.append({**dataclasses.asdict(config), "data": options.data, "clips": list(options.clips)})
-    if _rank() == 0:
-        save_checkpoint(options.out, checkpoint, options.half)
-        for file in files:
-            file.unlink(missing_ok=True)
+                spec.training.append({**dataclasses.asdict(config), "data": options.data, "clips": list(options.clips)})
+        if _rank() == 0:
+            save_checkpoint(options.out, checkpoint, options.half)
+            for file in files:
+                file.unlink(missing_ok=True)
+    except KeyboardInterrupt:
+        if kept := [file for file in files if file.exists()]:
+            notice(f"the last finished epoch is kept in {kept[-1]}: the same command with --resume goes on")
+        raise
     return checkpoint
 
 

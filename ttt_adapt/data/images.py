@@ -138,7 +138,8 @@ def match(
     known, used = set(labels), set()
     for frame in frames:
         if expected(frame) not in known:
-            raise DataError(f"frame {frame} has no label; expected {expected(frame)}")
+            none = "" if known & set(map(expected, frames)) else " (pictures without labels do for --task colorization)"
+            raise DataError(f"frame {frame} has no label; expected {expected(frame)}{none}")
         used.add(expected(frame))
     for label in sorted(known - used) if every_label else ():
         raise DataError(f"label {label} has no frame in {frames[0].parent if frames else 'its clip'}")

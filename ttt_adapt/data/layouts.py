@@ -63,7 +63,8 @@ def open_clips(
     if isinstance(source, (str, Path)):
         root = Path(source)
         if not root.is_dir():
-            raise DataError(f"{root} is not a folder; expected a folder of clips")
+            what = "is not a folder" if root.exists() else "does not exist"
+            raise DataError(f"{root} {what}; expected a folder of clips")
         found = FORMATS[_recognise(root) if format == "auto" else format](root, size, classes, binary)
     else:
         folders = [Path(path) for path in source]

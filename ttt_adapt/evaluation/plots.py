@@ -77,6 +77,8 @@ def plot_stream(path: str | Path, runs: Sequence[Run], title: str = "") -> None:
 def plot_bars(path: str | Path, report: Report) -> None:
     """Draws the headline metric of every arm, grouped by clip; bars are means over seeds, whiskers ± one deviation.
 
+    Bars begin at zero, or at what the input itself scores, where the metric has such a floor.
+
     Args:
         path: where to write; the suffix chooses the format (png, svg, pdf).
         report: what to draw.
@@ -91,16 +93,19 @@ def plot_bars(path: str | Path, report: Report) -> None:
     figure = _figure(min(16.0, max(8.0, 2.5 + 0.62 * len(arms) * len(clips))), 5.0)
     axes = figure.subplots()
     width = 0.8 / len(arms)
+    floor = report.headline.floor
     for position, arm in enumerate(arms):
         colour = _COLOURS[position % len(_COLOURS)]
         for place, clip in enumerate(clips):
-            scores = _shown(report.select(arm, clip))
-            if scores:
+            runs = report.select(arm, clip)
+            if scores := _shown(runs):
+                begin = float(np.mean([getattr(run, floor) for run in runs])) if floor else 0.0
                 centre = place + (position - (len(arms) - 1) / 2) * width
                 hatch = _HATCHES[position // len(_COLOURS) % len(_HATCHES)]
-                _draw_bar(axes, centre, scores, width, colour, hatch, report.marked(arm))
+                _draw_bar(axes, centre, scores, begin, width, colour, hatch, report.marked(arm))
     axes.set_xticks(range(len(clips)), clips)
-    axes.set_ylabel(_axis(report.headline, " over the clip"))
+    where = " over the clip, from that of the input" if floor else " over the clip"
+    axes.set_ylabel(_axis(report.headline, where))
     axes.margins(y=0.1)
     _style(axes)
     axes.tick_params(axis="x", length=0)
@@ -278,11 +283,13 @@ def _draw_line(
 
 
 def _draw_bar(
-    axes: Axes, centre: float, scores: Sequence[float], width: float, colour: str, hatch: str, label: str
+    axes: Axes, centre: float, scores: Sequence[float], begin: float, width: float, colour: str, hatch: str, label: str
 ) -> None:
     mean, spread = summarize(scores)
     whisker: dict[str, Any] = {"elinewidth": 1.2, "capsize": 3, "ecolor": "#222222"}
-    axes.bar(centre, mean, 0.92 * width, yerr=spread, color=colour, hatch=hatch, label=label, error_kw=whisker)
+    axes.bar(
+        centre, mean - begin, 0.92 * width, begin, yerr=spread, color=colour, hatch=hatch, label=label, error_kw=whisker
+    )
     axes.annotate(
         f"{mean:.1f}",
         (centre, mean + (spread or 0.0)),

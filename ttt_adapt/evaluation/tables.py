@@ -73,19 +73,40 @@ def study_table(report: Report, title: str, reference: str) -> str:
     return "\n\n".join(filter(None, [f"## {title}", *_average_table(report, reference), note])) + "\n"
 
 
-def rich_table(report: Report, reference: str | None = None) -> Table:
+def rich_table(report: Report, reference: str | None = None, width: int | None = None) -> Table:
     """The table of `markdown_table` for the terminal, best values in bold.
+
+    Args:
+        report: what it is of.
+        reference: as in `markdown_table`.
+        width: of the terminal, in characters. Columns that do not fit into it are left out, the headline metric is
+            never, and the caption names them; None takes all.
 
     Raises:
         MissingPackageError: rich is not installed.
     """
     try:
-        from rich.table import Table
-        from rich.text import Text
+        from rich.console import Console
     except ImportError as error:
         raise missing("rich", "cli") from error
     header, rows, caption = _table(report, reference)
     titles = list(dict.fromkeys(name.partition(": ")[2] for name in header[1:]))
+    shown = list(titles)
+    table = _rich(report, header, rows, shown, caption)
+    while width is not None and len(shown) > 1 and Console(width=10_000).measure(table).maximum > width:
+        shown.pop()
+        left = ", ".join(title for title in titles if title not in shown)
+        table = _rich(report, header, rows, shown, f"{caption} In the written table: {left}.")
+    return table
+
+
+def _rich(
+    report: Report, header: Sequence[str], rows: Sequence[Sequence[Cell]], titles: Sequence[str], caption: str
+) -> Table:
+    """One row per clip and arm, with the columns of those titles."""
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(caption=caption, caption_justify="left")
     for title in ["clip", "arm", *titles]:
         table.add_column(title, justify="left" if title in ("clip", "arm") else "right", overflow="fold")

@@ -35,6 +35,7 @@ class Metric:
         higher_is_better: its direction.
         change: what stands in brackets behind a value: its "percent" change relative to the reference, its
             "difference" to it, or "" for nothing.
+        floor: the attribute of `Run` with what the input itself scores, where bars begin; "" for zero.
     """
 
     field: str
@@ -45,6 +46,7 @@ class Metric:
     digits: int = 2
     higher_is_better: bool = True
     change: str = "difference"
+    floor: str = ""
 
     @property
     def label(self) -> str:

@@ -5,6 +5,16 @@ Frames are uint8 RGB arrays [H, W, 3] everywhere. FFmpeg (`av`) and Pillow are i
 
 from ttt_adapt.video.overlay import blend, colorize, default_palette, panels, to_uint8
 from ttt_adapt.video.reader import VideoReader, open_video
-from ttt_adapt.video.writer import VideoWriter
+from ttt_adapt.video.writer import DEFAULT_FPS, VideoWriter
 
-__all__ = ["VideoReader", "VideoWriter", "blend", "colorize", "default_palette", "open_video", "panels", "to_uint8"]
+__all__ = [
+    "DEFAULT_FPS",
+    "VideoReader",
+    "VideoWriter",
+    "blend",
+    "colorize",
+    "default_palette",
+    "open_video",
+    "panels",
+    "to_uint8",
+]

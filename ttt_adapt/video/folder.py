@@ -23,12 +23,16 @@ class ImageFolder:
 
     live = False
     fps: float | None = None
+    sounds = 0
+    uneven = False
 
     def __init__(self, folder: Path) -> None:
         self.name = folder.name or str(folder)
         files = [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
         if not files:
-            raise VideoError(f"{folder} holds no images. Known suffixes: {' '.join(sorted(SUFFIXES))}.")
+            inner = sorted({f.parent for f in folder.glob("*/*") if f.suffix.lower() in SUFFIXES})
+            hint = f" There are some in {' and '.join(map(str, inner[:3]))}." if inner else ""
+            raise VideoError(f"{folder} holds no images.{hint} Known suffixes: {' '.join(sorted(SUFFIXES))}.")
         self._files = sorted(files, key=natural_key)
         self.length: int | None = len(files)
         self.size: tuple[int, int] = _read(self._files[0], 0).shape[:2]
@@ -44,10 +48,6 @@ class ImageFolder:
                     f"{self._files[0].name}, {height} x {width}. Bring all images of a folder to one size."
                 )
             yield frame
-
-    def remarks(self) -> list[str]:
-        """Nothing is lost."""
-        return []
 
     def close(self) -> None:
         """Nothing stays open between frames."""

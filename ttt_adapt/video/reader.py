@@ -72,21 +72,23 @@ class VideoReader:
         name: of the source, for messages and progress bars.
         size: (height, width) of every frame, in pixels.
         fps: frames per second; None where the source has no rate.
+        sounds: number of sound tracks of a file, which are not read.
     """
 
     def __init__(self, source: FrameSource, read_ahead: int) -> None:
         self.name = source.name
         self.size = source.size
         self.fps = source.fps
+        self.sounds = source.sounds
         self._source = source
         self._depth = read_ahead
         self._running: set[ReadAhead[np.ndarray]] = set()
         self._closed = False
 
     @property
-    def remarks(self) -> list[str]:
-        """What of the source its frames do not have, in words: sound, and times that are not evenly spaced."""
-        return self._source.remarks()
+    def uneven(self) -> bool:
+        """Whether the frames are known not to be evenly spaced in time. For a file this reads through it once."""
+        return self._source.uneven
 
     @property
     def length(self) -> int | None:

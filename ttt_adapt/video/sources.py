@@ -6,7 +6,6 @@ as adaptation always is, it holds the whole clip in memory. PyAV decodes exactly
 
 from __future__ import annotations
 
-import shlex
 import sys
 import warnings
 from collections.abc import Generator, Iterator
@@ -36,6 +35,7 @@ class FrameSource(Protocol):
     live: bool
     fps: float | None
     size: tuple[int, int]
+    sounds: int
 
     @property
     def length(self) -> int | None:
@@ -44,8 +44,9 @@ class FrameSource(Protocol):
     def frames(self) -> Generator[np.ndarray, None, None]:
         """Yield the frames."""
 
-    def remarks(self) -> list[str]:
-        """What of the source its frames do not have, in words."""
+    @property
+    def uneven(self) -> bool:
+        """Whether its frames are known not to be evenly spaced in time."""
 
     def close(self) -> None:
         """Release what is open."""
@@ -71,6 +72,7 @@ class VideoFile:
         with self._open() as container:
             stream = video_stream(container, self.name)
             self.fps = _rate(stream)
+            self.sounds = len(container.streams.audio)
             try:
                 first = next(_decode(container, stream), None)
             except (_av_error(), _BrokenPacketError) as error:
@@ -141,24 +143,8 @@ class VideoFile:
                 f"Was the copy or the recording cut off? The {index} frames before it were delivered."
             )
 
-    def remarks(self) -> list[str]:
-        """Sound, and frames that are not evenly spaced."""
-        with self._open() as container:
-            sounds = len(container.streams.audio)
-        found = []
-        if sounds:
-            found.append(
-                f"the sound ({sounds} track{'s' if sounds > 1 else ''}) is left out; put it back with: "
-                f"ffmpeg -i OUT -i {shlex.quote(str(self._path))} -map 0:v -map 1:a -c copy WITH_SOUND"
-            )
-        if self._is_uneven() and self.fps is not None:
-            found.append(
-                f"its frames are not evenly spaced in time; every one is written, at the mean rate of {self.fps:.4g} a "
-                "second"
-            )
-        return found
-
-    def _is_uneven(self) -> bool:
+    @property
+    def uneven(self) -> bool:
         """Whether the gaps between frames differ by more than a container's rounding of times (1 ms, Matroska's)."""
         gaps = np.diff(np.sort(self._times[np.isfinite(self._times)]))
         return bool(gaps.size and gaps.max() - gaps.min() > 0.0021)
@@ -175,6 +161,8 @@ class LiveStream:
 
     live = True
     length: int | None = None
+    sounds = 0
+    uneven = False
 
     def __init__(self, url: str, *, name: str = "", format: str | None = None) -> None:
         av = import_av()
@@ -211,10 +199,6 @@ class LiveStream:
         except _av_error() as error:
             raise VideoError(f"{self.name} broke at frame {index}: {_reason(error)}") from error
         return None if frame is None else to_rgb(frame)
-
-    def remarks(self) -> list[str]:
-        """Live video has no file whose sound or times could be missed."""
-        return []
 
     def close(self) -> None:
         """Release the camera or the connection."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
+DEFAULT_FPS = 25
 BT709 = 1  # the number of ITU-R BT.709 in every table of ITU-T H.273
 LIMITED_RANGE = 1
 
@@ -47,6 +48,7 @@ class VideoWriter:
     Attributes:
         path: where the file is, or will be.
         count: number of frames written.
+        finished: whether the file at `path` is complete, with all of them.
 
     Raises:
         ConfigError: `fps`, `size`, `crf` or the suffix is out of range.
@@ -61,8 +63,8 @@ class VideoWriter:
         crf: int = 18,
     ) -> None:
         self.path = Path(path)
-        self.count = 0
-        self._rate = _exact_rate(25 if fps is None else fps)
+        self.count, self.finished = 0, False
+        self._rate = _exact_rate(DEFAULT_FPS if fps is None else fps)
         self._size = size
         self._crf = crf
         if size is not None and (len(size) != 2 or min(size) < 1):
@@ -174,7 +176,7 @@ class VideoWriter:
                 self._encode(None)
                 self._container.close()
                 os.replace(self._part, target)
-                self.path = target
+                self.path, self.finished = target, True
             except (import_av().FFmpegError, OSError) as error:
                 raise VideoError(f"{target} cannot be finished: {error}") from error
             finally:
@@ -226,7 +228,8 @@ def _check_target(path: Path) -> None:
     if path.is_dir():
         raise VideoError(f"{path} is a folder, expected the name of a file.")
     if not path.parent.is_dir():
-        raise VideoError(f"The folder {path.parent} does not exist. Create it first.")
+        what = "is not a folder" if path.parent.exists() else "does not exist. Create it first"
+        raise VideoError(f"{path.parent} {what}.")
     if not os.access(path.parent, os.W_OK):
         raise VideoError(f"The folder {path.parent} is not writable.")
 

@@ -50,7 +50,7 @@ class Colorization(Task):
 
     name = "colorization"
     metrics = (
-        Metric("psnr", "PSNR", "dB", "dB"),
+        Metric("psnr", "PSNR", "dB", "dB", floor="psnr_grey"),
         Metric("psnr_frames", "frame PSNR", "dB", "dB"),
         Metric("psnr_grey", "PSNR of the grey", "dB", "dB", change=""),
         Metric("ssim", "SSIM", digits=4),
@@ -72,9 +72,10 @@ class Colorization(Task):
     def __init__(self, mode: str = "regression", temperature: float = 0.38, uniform: float = 0.5) -> None:
         if mode not in MODES:
             raise ConfigError(f"mode is {mode!r}; expected one of {', '.join(MODES)}")
-        numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (temperature, uniform))
-        if not numbers or not 0 < temperature <= 1 or not 0 <= uniform <= 1:
-            raise ConfigError(f"temperature {temperature!r} must be in (0, 1], and uniform {uniform!r} in [0, 1]")
+        if not _is_number(temperature) or not 0 < temperature <= 1:
+            raise ConfigError(f"temperature is {temperature!r}; expected a number above 0 and up to 1")
+        if not _is_number(uniform) or not 0 <= uniform <= 1:
+            raise ConfigError(f"uniform is {uniform!r}; expected a number from 0 to 1")
         self.mode, self._temperature, self._uniform = mode, temperature, uniform
         self.distribution = mode == "classification"
         self.outputs = "scores of colour cells" if self.distribution else "a and b"
@@ -169,6 +170,10 @@ class Colorization(Task):
     def score(self, ignore: int = 255, weights: Path | None = None) -> ColourScore:
         """Differences to the true colours."""
         return ColourScore(weights)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _refuse_classes(classes: Sequence[str] | None) -> None:
