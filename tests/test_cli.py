@@ -406,7 +406,7 @@ BAD_TRAINING = [
     (["street", "--lr=0"], "lr 0.0"),
     (["street", "--device=gpu9"], "expected auto, cpu or cuda"),
     (["street", *TINY, "--init=none.safetensors"], "no checkpoint none.safetensors"),
-    (["no_such_folder"], "not a folder"),
+    (["no_such_folder"], "does not exist"),
 ]
 
 
@@ -445,7 +445,8 @@ BAD_RUN = [
     (["{frames}", "--set=window=0"], "window is 0"),
     (["{frames}", "--set=lr=fast"], "lr is 'fast'"),
     (["{frames}", "--out={folder}/new.avi"], ".avi"),
-    (["{frames}", "--out={folder}/none/new.mp4"], "does not exist"),
+    (["{frames}", "--out={noise}/new.mp4"], "noise.safetensors is not a folder"),
+    (["{frames}", "--fps=0"], "fps is 0"),
     (["{frames}", "--set=crop_size=(500, 500)"], "does not fit into a frame of (64, 96)"),
     (["{frames}", "--size=8x8"], "cannot be masked"),
 ]
@@ -471,7 +472,7 @@ def test_bad_input_to_run_is_one_line_and_nothing_is_written(
 
 
 BAD_EVAL = [
-    (["{nowhere}"], "not a folder"),
+    (["{nowhere}"], "does not exist"),
     (["{clips}", "--clips=third"], "no clip 'third'"),
     (["{clips}", "--arms=fixed,onlin"], "nearest: 'online'"),
     (["{clips}", "--arms=,"], "at least one arm"),

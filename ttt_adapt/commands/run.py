@@ -133,27 +133,33 @@ class _Remarks:
     """What the user should know about a video and what is written of it, each said once."""
 
     def __init__(self, video: VideoReader, options: RunOptions, rate: float | None) -> None:
-        self._name, self._begun, self._coloured = video.name, False, False
-        if rate is None:
-            notice(f"{video.name} has no frame rate: written at {DEFAULT_FPS} frames a second; another one with --fps")
-        elif video.uneven:
-            notice(f"{video.name}: its frames are not evenly spaced in time; every one is written, {rate:.4g} a second")
-        if video.sounds:
-            notice(f"{video.name}: the sound ({counted(video.sounds, 'track')}) is left out; {_sound(video, options)}")
+        self._video, self._options, self._rate = video, options, rate
+        self._begun = self._coloured = False
 
     def look(self, frame: np.ndarray, seen: np.ndarray, picture: np.ndarray) -> None:
         """A frame as it came, as the model is shown it, and the picture that is written."""
-        if not self._begun and (picture.shape[0] % 2 or picture.shape[1] % 2):
-            height, width = picture.shape[:2]
-            notice(
-                f"{self._name}: H.264 needs an even height and width; {height} x {width} is written as "
-                f"{height + height % 2} x {width + width % 2}, its last row or column repeated"
-            )
-        self._begun = True
+        name = self._video.name
+        if not self._begun:
+            self._begun = True
+            self._begin(name, *picture.shape[:2])
         if self._coloured or seen is frame or np.abs(frame.astype(np.int16) - seen).max() <= COLOUR_NOISE:
             return
         self._coloured = True
-        notice(f"{self._name} is in colour: its frames are converted to grey of the same luminance, and coloured anew")
+        notice(f"{name} is in colour: its frames are converted to grey of the same luminance, and coloured anew")
+
+    def _begin(self, name: str, height: int, width: int) -> None:
+        """What is known once the first picture is there."""
+        if self._rate is None:
+            notice(f"{name} has no frame rate: written at {DEFAULT_FPS} frames a second; another one with --fps")
+        elif self._video.uneven:
+            notice(f"{name}: its frames are not evenly spaced in time; every one is written, {self._rate:.4g} a second")
+        if tracks := self._video.sounds:
+            notice(f"{name}: the sound ({counted(tracks, 'track')}) is left out; {_sound(self._video, self._options)}")
+        if height % 2 or width % 2:
+            notice(
+                f"{name}: H.264 needs an even height and width; {height} x {width} is written as "
+                f"{height + height % 2} x {width + width % 2}, its last row or column repeated"
+            )
 
 
 def _sound(video: VideoReader, options: RunOptions) -> str:
