@@ -16,6 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+import readme
 from arm_inputs import CONFIG, VIT, checkpoint
 from test_cli import DATA, TINY, fail, invoke, needs_clip
 from ttt_adapt.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -40,6 +41,7 @@ from ttt_adapt.tasks.colorization.networks import ALEXNET, INCEPTION
 from ttt_adapt.tasks.colorization.score import ColourScore
 from ttt_adapt.video import VideoReader, VideoWriter
 
+ROOT = Path(__file__).parent.parent
 SIZE = (48, 64)
 TRAIN = ["--task=colorization", *TINY, "--size=48x64", "--batch-size=3", "--first-epochs=1", "--epochs=1"]
 
@@ -476,6 +478,17 @@ def test_a_checkpoint_of_another_task_cannot_begin_one(pictures, tmp_path, capsy
     call = ["train", pictures / "trip", *TRAIN, f"--init={other}", f"--out={tmp_path / 'm.safetensors'}"]
     line = fail(capsys, monkeypatch, *call)
     assert "was trained for segmentation, and its head is of no use to a model for colorization" in line
+
+
+def test_the_page_colours_frames_in_python_as_it_stands(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "colours.safetensors").symlink_to(trained)
+    (code,) = readme.blocks("python", ROOT / "docs" / "colorization.md")
+    space = {"frames": colour_frames(3)}
+    exec(code, space)
+    assert [(picture.shape, picture.dtype) for picture in space["pictures"]] == [((*SIZE, 3), np.uint8)] * 3
+    for picture, frame in zip(space["pictures"], space["frames"], strict=True):
+        assert np.abs(to_grey(picture).astype(int) - to_grey(frame)).max() <= 1
 
 
 def test_panels_show_grey_fixed_adapted_and_reconstruction(trained, tmp_path):
