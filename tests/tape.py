@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -46,6 +48,7 @@ class Tape(TorchDispatchMode):
                 x.copy_(before)
 
     @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)  # casts were recorded
     def replay(self):
         for func, args, kwargs, out in self.operations:
             again = func(*args, **kwargs)
@@ -59,8 +62,11 @@ class TapeRecorder:
 
     def __init__(self, generator):
         self.generator, self.recorded, self.replayed = generator, 0, 0
+        self._pool: list[weakref.ref] | None = None
 
     def record(self, call):
+        if self._pool is not None and not any(replay() for replay in self._pool):
+            raise RuntimeError("recorded into the memory of graphs that are gone")
         self.recorded += 1
         tape, random = Tape(), self.generator.get_state()
         try:
@@ -74,7 +80,8 @@ class TapeRecorder:
             self.replayed += 1
             tape.replay()
 
+        self._pool = [*(self._pool or ()), weakref.ref(replay)]
         return replay, result
 
     def forget(self):
-        pass
+        self._pool = None

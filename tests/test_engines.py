@@ -7,6 +7,7 @@ import itertools
 import resource
 import shutil
 import weakref
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -19,11 +20,11 @@ from ttt_adapt import MAEBranch, Normalize, StreamAdapter, StreamConfig
 from ttt_adapt.engine.choose import no_recording
 from ttt_adapt.engine.compiled import CompileEngine
 from ttt_adapt.engine.eager import EagerEngine, Problem, apart
-from ttt_adapt.engine.graphs import KEPT, WARM_UP, GraphEngine
+from ttt_adapt.engine.graphs import KEPT, WARM_UP, CudaRecorder, GraphEngine, cached_tensors
 from ttt_adapt.engine.precision import both_passes
 from ttt_adapt.errors import ConfigError, EncoderError
 from ttt_adapt.objectives import Entropy
-from ttt_adapt.optim import FusedAdamW, adamw, step_if
+from ttt_adapt.optim import FusedAdamW, adamw, step_if, total_norm
 
 SIZE = (32, 48)
 CONFIG = StreamConfig(window=3, batch_size=2, lr=1e-3, source_pull=0.2, grad_clip=1.0, seed=11)
@@ -242,8 +243,23 @@ def test_weights_that_are_replaced_mid_stream_are_an_error(make, kind):
     for frame in frames[:4]:
         adapter.step(frame)
     model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
-    with pytest.raises(EncoderError, match="were replaced.*attach again"):
-        adapter.step(frames[4])
+    for _ in range(2):  # it does not get used to it
+        with pytest.raises(EncoderError, match="were replaced.*attach again"):
+            adapter.step(frames[4])
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_a_buffer_that_is_replaced_mid_stream_is_heeded_at_once(make, kind):
+    model = settle_norms(zoo.TinySeg())
+    adapters = [make(k, model=copy.deepcopy(model), lr=0.0) for k in ("eager", kind)]
+    for index, frame in enumerate(clip(2 * WARM_UP + 4)):
+        for adapter in adapters:
+            norm = next(m for m in adapter.branch.model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+            if index == WARM_UP + 3:
+                norm.running_mean = norm.running_mean + 5
+        expected, found = ((adapter.step(frame), adapter.last.losses[0]) for adapter in adapters)
+        assert found[1] == pytest.approx(expected[1], rel=1e-4)
+        torch.testing.assert_close(found[0], expected[0], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -265,6 +281,37 @@ def test_five_thousand_frames_leave_memory_flat(make, kind):
 
 
 # ---- compile
+
+
+def test_what_stochastic_depth_drops_is_repeated_after_a_reset_and_a_load(make):
+    frames, losses, state, model = clip(6), [], None, zoo.vit(drop_path_rate=0.5).eval()
+    adapter, fresh = (make("compile", "tokens", copy.deepcopy(model), drop_path=True) for _ in range(2))
+    for _ in range(2):
+        for index, frame in enumerate(frames):
+            adapter.step(frame)
+            losses.append(adapter.last.losses[0])
+            if index == 2:
+                state = adapter.state_dict()
+        adapter.reset()
+    assert losses[:6] == losses[6:]
+    fresh.load_state_dict(state)
+    for frame, expected in zip(frames[3:], losses[3:6], strict=True):
+        fresh.step(frame)
+        assert fresh.last.losses[0] == expected
+
+
+def test_a_pass_that_cannot_be_compiled_is_refused_and_the_stream_stays_as_it_was(make):
+    class Reading(zoo.PlainSeg):
+        def forward(self, x):
+            return super().forward(x * float(x.detach().abs().max() > 0))
+
+    model = Reading().eval()
+    adapter = make("compile", model=model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ConfigError, match='cannot be compiled.*use engine="eager"'):
+        adapter.step(clip(1)[0])
+    assert same_bits(list(model.state_dict().values()), list(before.values()))
+    assert adapter.last is None
 
 
 def test_a_steady_stream_has_no_graph_break_and_no_recompilation(make):
@@ -327,7 +374,7 @@ class Aliased:
     """One gradient for both `p` and `q`, one whose elements are one number for `r`; from the second pass on, `s`."""
 
     def __init__(self):
-        self.passes = 0
+        self.passes, self.model = 0, torch.nn.Identity()
         self.p, self.q, self.r, self.s = (torch.nn.Parameter(torch.ones(3)) for _ in range(4))
 
     def loss(self, images, *, generator=None):
@@ -390,6 +437,140 @@ def test_after_its_recording_a_step_runs_no_python_of_the_model(make):
     for frame in frames[5:]:
         adapter.step(frame)
     assert recorder.recorded == 2
+
+
+class NothingKept:
+    """A recorder whose recordings keep alive what a graph does: its own results, and no tensor that it reads."""
+
+    def __init__(self, generator):
+        self._generator = generator
+
+    def record(self, call):
+        replay, result = TapeRecorder(self._generator).record(call)
+        del replay
+        return (lambda: None), result
+
+    def forget(self):
+        pass
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_a_recording_reads_stays_in_memory_though_its_owner_replaces_it(make, kept):
+    def choose(config, objective, optimizer, generator):
+        cached = {"cached": lambda: cached_tensors(objective)} if kept else {}
+        return GraphEngine(NothingKept(generator), **cached)
+
+    adapter = make("cudagraph", "tokens", choose=choose, window=1, crop_size=(16, 32))
+    frames = clip(WARM_UP + 1)
+    for frame in frames:
+        adapter.step(frame)
+    tables = [weakref.ref(table) for table in adapter.branch.decoder._positions.values()]
+    for width in range(64, 64 + 16 * KEPT, 16):  # as many other grids as the decoder keeps
+        adapter.branch.reconstruct(torch.zeros(1, 3, 32, width))
+    assert tables
+    assert all((table() is not None) == kept for table in tables)
+
+
+def test_a_callers_autocast_is_in_what_is_recorded_and_does_not_keep_old_weights(make):
+    adapters, frames = [make(kind, "tokens", lr=1e-2) for kind in ("eager", "cudagraph")], clip(3 * WARM_UP + 4)
+    for frame in frames[: WARM_UP + 1]:
+        for adapter in adapters:
+            adapter.predict(frame)
+    with torch.autocast("cpu", torch.bfloat16):
+        for frame in frames[:3]:
+            outs = [adapter.predict(frame) for adapter in adapters]
+        assert outs[0].dtype == outs[1].dtype == torch.bfloat16
+        for frame in frames:
+            expected, found = (adapter.step(frame) for adapter in adapters)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_predictions_of_many_sizes_before_a_stream_do_not_end_its_recordings(make):
+    adapter = make("cudagraph", window=1)
+    for width in range(16, 16 + 16 * (KEPT + 1), 16):
+        for _ in range(WARM_UP + 1):
+            adapter.predict(torch.zeros(3, 16, width))
+    for frame in clip(2 * WARM_UP + 4):
+        adapter.step(frame)
+    assert "eagerly" not in adapter.engine[1]
+    assert adapter._engine._recorder.replayed > KEPT + 1
+
+
+class FakeCuda:
+    """The calls of `torch.cuda` that a recording makes, in order."""
+
+    def __init__(self, monkeypatch):
+        self.calls = calls = []
+
+        def noted(name, result=None):
+            return lambda *args, **keywords: calls.append((name, *args, *keywords.values())) or result
+
+        def block(name):
+            @contextmanager
+            def within(*_):
+                calls.append((f"enter {name}",))
+                try:
+                    yield
+                finally:
+                    calls.append((f"leave {name}",))
+
+            return within
+
+        class Stream:
+            def __init__(self, *_):
+                calls.append(("new stream",))
+
+            wait_stream = noted("wait")
+
+        class Graph:
+            register_generator_state = noted("register")
+            replay = noted("replay")
+
+            def capture_begin(self, pool=None, capture_error_mode=""):
+                calls.append(("begin", pool, capture_error_mode))
+
+            def capture_end(self):
+                calls.append(("end",))
+
+            def pool(self):
+                return "pool"
+
+        self.device = torch.device("cuda:1")
+        for name, value in {
+            "CUDAGraph": Graph, "Stream": Stream, "stream": block("stream"), "device": block("device"),
+            "synchronize": noted("synchronize"), "current_stream": Stream,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def clone_state(self):
+        return "as before"
+
+    def graphsafe_set_state(self, state):
+        self.calls.append(("set state", state))
+
+
+def test_a_failed_recording_gives_back_stream_random_source_and_pool(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    recorder = CudaRecorder(cuda)
+    replay, result = recorder.record(lambda: cuda.calls.append(("work",)) or 7)
+    assert result == 7
+    names = [call[0] for call in cuda.calls]
+    assert names.index("enter device") < names.index("enter stream") < names.index("begin") < names.index("work")
+    assert names.index("work") < names.index("end") < names.index("leave stream") < names.index("leave device")
+    assert ("begin", None, "thread_local") in cuda.calls
+    replay()
+    assert cuda.calls[-1][0] == "replay"
+    cuda.calls.clear()
+    with pytest.raises(RuntimeError, match="it waits"):
+        recorder.record(lambda: (_ for _ in ()).throw(RuntimeError("it waits")))
+    names = [call[0] for call in cuda.calls]
+    assert ("begin", "pool", "thread_local") in cuda.calls
+    assert names[-4:] == ["end", "set state", "leave stream", "leave device"]
+    assert ("set state", "as before") in cuda.calls
+    cuda.calls.clear()
+    recorder.record(lambda: None)  # on a stream and in memory that saw no failure
+    assert ("begin", None, "thread_local") in cuda.calls
+    assert ("new stream",) in cuda.calls
 
 
 def test_predictions_and_reports_outlive_the_next_replay(make):
@@ -614,6 +795,32 @@ def test_tf32_is_on_inside_the_passes_and_as_it_was_after_them():
     assert [switch.allow_tf32 for switch in switches] == before
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch has one way to ask")
+def test_tf32_is_switched_in_a_process_that_asks_for_it_the_newer_way():
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = products.fp32_precision
+    products.fp32_precision = "tf32"  # from here on the older switch cannot be read
+    try:
+        with both_passes("tf32"):
+            assert products.fp32_precision == convolutions.fp32_precision == "tf32"
+        assert products.fp32_precision == "tf32"
+        products.fp32_precision = "ieee"
+        with both_passes("tf32"):
+            assert products.fp32_precision == "tf32"
+        assert products.fp32_precision == "ieee"
+    finally:
+        products.fp32_precision = before
+
+
+def test_the_norm_of_all_gradients_is_that_of_one_long_vector():
+    torch.manual_seed(0)
+    parts = [torch.randn(n) for n in (3, 50, 7)]
+    assert total_norm(parts).item() == pytest.approx(torch.cat(parts).double().norm().item(), rel=1e-6)
+    mixed = [parts[0], parts[1].bfloat16()]
+    assert total_norm(mixed).item() == pytest.approx(torch.cat([p.float() for p in mixed]).norm().item(), rel=1e-2)
+    assert not total_norm([torch.tensor([1.0]), torch.tensor([float("nan")])]).isfinite()
+
+
 def groups(seed: int = 0) -> list[dict]:
     torch.manual_seed(seed)
     a, b, c = (torch.nn.Parameter(torch.randn(n)) for n in (3, 5, 40))
@@ -774,10 +981,33 @@ def test_on_a_gpu_fifty_frames_are_those_of_the_eager_engine(engine, changes, fa
         with StreamAdapter(model, encoder=encoder, config=CONFIG.replace(engine=name, **changes)) as adapter:
             outs.append([adapter.step(frame).cpu() for frame in clip(50)])
             assert adapter.last.adapted
+            assert "eagerly" not in adapter.engine[1]
             adapter.reset()
             torch.testing.assert_close(adapter.step(clip(1)[0]).cpu(), outs[-1][0])
     for mine, theirs in zip(outs[1], outs[0], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.gpu
+@GPU
+@pytest.mark.parametrize("device", range(torch.cuda.device_count()))
+def test_on_a_gpu_a_prediction_that_cannot_be_recorded_costs_the_stream_nothing(device):
+    class Reading(zoo.PlainSeg):
+        def forward(self, x):
+            out = super().forward(x)
+            return out * float(out.abs().max() > 0) if not torch.is_grad_enabled() else out
+
+    frames, outs = clip(12), []
+    for engine in ("eager", "cudagraph"):
+        torch.manual_seed(9)
+        model = Reading().eval().to(f"cuda:{device}")
+        with StreamAdapter(model, encoder="backbone", config=CONFIG.replace(engine=engine)) as adapter:
+            outs.append([adapter.step(frame).cpu() for frame in frames])
+            assert ("predict pass runs eagerly" in adapter.engine[1]) == (engine == "cudagraph")
+            assert any(e.replay for e in getattr(adapter._engine, "_recordings", {}).values()) == (
+                engine == "cudagraph"
+            )
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.gpu

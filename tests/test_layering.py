@@ -16,7 +16,7 @@ ROOT = Path(ttt_adapt.__file__).parent
 # A module imports from layers above its own, or from its own where the entry says so.
 LAYERS = [
     {"errors"},
-    {"config", "masking", "features", "window", "snapshot", "theory", "gate", "lab", "drops"},
+    {"config", "masking", "features", "window", "snapshot", "theory", "gate", "lab", "drops", "watch"},
     {"taps"},
     {"encoder", "decoders"},
     {"attached"},

@@ -6,7 +6,6 @@ step on the reconstruction of a batch drawn from the window, then predict the fr
 
 from __future__ import annotations
 
-import itertools
 import time
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -26,7 +25,7 @@ from ttt_adapt.frames import Preprocess, default_preprocess, pixels_of, scaling,
 from ttt_adapt.gate import SurpriseGate
 from ttt_adapt.loan import adapted_tensors, check_arguments, check_free, give_back, lend, memory_of
 from ttt_adapt.objectives.base import Drawn, Objective
-from ttt_adapt.optim import ParamGroups, Restart, adamw, decides_on_device, parameter_groups, step_if
+from ttt_adapt.optim import ParamGroups, Restart, adamw, decides_on_device, parameter_groups, step_if, total_norm
 from ttt_adapt.saved import check_saved, check_window, loaded_optimizer, setting_of
 from ttt_adapt.snapshot import Snapshot, copied
 from ttt_adapt.taps import batch_statistics, norm_layers, updating_norms
@@ -114,7 +113,9 @@ class StreamAdapter:
         self.last: StepReport | None = None
         lend(model, self._tensors)
         # an adapter that is lost without detach() gives the model back too
-        self._finalizer = weakref.finalize(self, give_back, model, self._source, self._flags, self._parameters)
+        self._finalizer = weakref.finalize(
+            self, give_back, model, self._source, self._flags, self._parameters, self._beside.settle
+        )
         self._finalizer.atexit = False
         model.eval()
         self._branch_training = bool(getattr(self._branch, "training", False))
@@ -193,11 +194,11 @@ class StreamAdapter:
             keep_adapted: keep the adapted weights instead, in the model and in the branch.
         """
         if self._attached:
-            self._beside.settle()
             self._engine.forget()
             self._finalizer.detach()
             self._branch.train(self._branch_training)  # first: a decoder may hold layers of the model's own
-            give_back(self._model, None if keep_adapted else self._source, self._flags, self._parameters)
+            source = None if keep_adapted else self._source
+            give_back(self._model, source, self._flags, self._parameters, self._beside.settle)
             if self._owns_branch:
                 self._branch.detach()
             self._attached = False
@@ -240,9 +241,9 @@ class StreamAdapter:
         """What a recorded update depends on of the objective, beside its tensors."""
         return self._branch.settings() if isinstance(self._branch, Drawn) else ()
 
-    def _weights(self) -> tuple[int, ...]:
-        """Where the tensors lie that a recording reads: others may have been put in their place."""
-        return tuple(x.data_ptr() for x in itertools.chain(self._model.parameters(), self._model.buffers()))
+    def _weights(self) -> int:
+        """Another number where others were put in the place of tensors that a recording reads."""
+        return self._problem.watch.version()
 
     def _surprise(self) -> float:
         """The loss of a batch with the weights as they are, without a gradient: what the gate looks at."""
@@ -281,7 +282,7 @@ class StreamAdapter:
         batch = self._draw()
         with self._learning(iteration):
             loss = self._engine.gradients(self._problem, batch)
-            norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+            norm = total_norm([p.grad for p in self._parameters if p.grad is not None])
             sketch = gradient_sketch(self._parameters) if iteration == 0 and self._auto is not None else None
             if self.config.grad_clip is not None:
                 nn.utils.clip_grads_with_norm_(self._parameters, self.config.grad_clip, norm)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,6 +69,10 @@ class ConvDecoder(nn.Module):
         return F.pixel_shuffle(self.pyramid(features.maps[self.first :]), self.stride)
 
 
+KEPT = 4
+"""Grids whose positions a token decoder keeps."""
+
+
 class TokenDecoder(nn.Module):
     """Light transformer decoder over the patch tokens, after MAE (He et al., 2022).
 
@@ -82,7 +87,7 @@ class TokenDecoder(nn.Module):
         self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, 3 * self.stride**2)
-        self._positions: dict[Any, Tensor] = {}
+        self._positions: OrderedDict[Any, Tensor] = OrderedDict()
 
     def forward(self, features: Features) -> Tensor:
         """Features -> image [B, 3, h * s, w * s]."""
@@ -97,7 +102,10 @@ class TokenDecoder(nn.Module):
     def _position(self, h: int, w: int, like: Tensor) -> Tensor:
         key = (h, w, like.shape[-1], like.device, like.dtype)
         if key not in self._positions:
-            self._positions = {key: sincos_positions(h, w, like.shape[-1]).to(like)}
+            self._positions[key] = sincos_positions(h, w, like.shape[-1]).to(like)
+            while len(self._positions) > KEPT:
+                self._positions.popitem(last=False)
+        self._positions.move_to_end(key)
         return self._positions[key]
 
 

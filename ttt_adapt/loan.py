@@ -45,9 +45,17 @@ def check_free(tensors: Mapping[str, Tensor]) -> None:
 
 
 def give_back(
-    model: nn.Module, source: Snapshot | None, flags: Mapping[nn.Module, bool], parameters: list[nn.Parameter]
+    model: nn.Module,
+    source: Snapshot | None,
+    flags: Mapping[nn.Module, bool],
+    parameters: list[nn.Parameter],
+    settle: Callable[[], None],
 ) -> None:
-    """Undo what an adapter does to a model: weights (if `source` is given), gradients and train flags."""
+    """Undo what an adapter does to a model: weights (if `source` is given), gradients and train flags.
+
+    `settle` lets the caller's stream wait for updates that run beside it.
+    """
+    settle()
     if source is not None:
         source.restore()
     for parameter in parameters:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -179,6 +179,12 @@ def laid_out_alike(a: Tensor, b: Tensor) -> bool:
 def laid_out(values: Tensor, like: Tensor) -> Tensor:
     """`values` in the memory order of `like`: themselves, or a copy."""
     return values if laid_out_alike(values, like) else torch.empty_like(like, requires_grad=False).copy_(values)
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, a scalar on their device."""
+    norms = torch._foreach_norm(list(gradients))
+    return torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
 
 
 class Restart:

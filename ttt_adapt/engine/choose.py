@@ -10,7 +10,7 @@ import torch
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.engine.compiled import CompileEngine
 from ttt_adapt.engine.eager import EagerEngine
-from ttt_adapt.engine.graphs import CudaRecorder, GraphEngine
+from ttt_adapt.engine.graphs import CudaRecorder, GraphEngine, cached_tensors
 from ttt_adapt.engine.precision import check_precision
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.objectives.base import Drawn, Objective, Remembering
@@ -43,10 +43,10 @@ def choose_engine(
     hindrance = no_graphs(config, objective, type(optimizer), device)
     if config.engine == "cudagraph":
         _refuse("cudagraph", hindrance)
-        return GraphEngine(CudaRecorder(generator))
+        return GraphEngine(CudaRecorder(generator), cached=lambda: cached_tensors(objective))
     name, reason = suggestion(device, hindrance)
     if name == "cudagraph":
-        return GraphEngine(CudaRecorder(generator), reason, falls_back=True)
+        return GraphEngine(CudaRecorder(generator), reason, falls_back=True, cached=lambda: cached_tensors(objective))
     return EagerEngine(reason)
 
 

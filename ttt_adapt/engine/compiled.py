@@ -9,7 +9,8 @@ draws are made outside, where the other engines make them. One list is kept per 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ttt_adapt.engine.eager import EagerEngine, Gradients, Problem, apart
 from ttt_adapt.engine.precision import forward_pass
+from ttt_adapt.errors import ConfigError, TTTAdaptError
 
 KEPT = 4  # shapes whose compiled passes are kept
 
@@ -44,7 +46,8 @@ class CompileEngine(EagerEngine):
         """As in `EagerEngine`."""
         objective: Any = problem.objective
         drawn = objective.draw(images, problem.generator) if drawn is None else drawn
-        key = (tuple(images.shape), images.dtype, images.stride(), objective.settings())
+        # a list reads the very tensors that the model had when it was written down
+        key = (tuple(images.shape), images.dtype, images.stride(), objective.settings(), problem.version)
         if key not in self._passes:
             self._passes[key] = self._compiled(problem, images, drawn)
             while len(self._passes) > KEPT:
@@ -52,7 +55,7 @@ class CompileEngine(EagerEngine):
         self._passes.move_to_end(key)
         compiled, reached = self._passes[key]
         # the gradients are in the list, and so are the casts: a caller's autocast adds none
-        with torch.no_grad(), forward_pass("fp32", problem.device):
+        with torch.no_grad(), forward_pass("fp32", problem.device), _explained():
             value, *gradients = compiled(images, drawn)
         found: list[Tensor | None] = [None] * len(problem.parameters)
         for index, gradient in zip(reached, gradients, strict=True):
@@ -76,7 +79,8 @@ class CompileEngine(EagerEngine):
             reached[:] = [i for i, gradient in enumerate(found) if gradient is not None]
             return [value.detach(), *(gradient for gradient in found if gradient is not None)]
 
-        with torch.no_grad():
+        # writing it down runs it once, and what it draws beside `drawn` has to be there for the first real run
+        with torch.no_grad(), torch.random.fork_rng(_devices(problem.device)), _explained():
             operations = make_fx(both)(images, drawn)
         return self._compile(operations, fullgraph=True), reached
 
@@ -97,6 +101,26 @@ class CompileEngine(EagerEngine):
 
     def forget(self) -> None:
         """Nothing: what is compiled reads the weights where they are."""
+
+
+def _devices(device: torch.device) -> list[torch.device]:
+    """Those beside the CPU whose random source a pass can draw from."""
+    return [device] if device.type == "cuda" else []
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say of a pass that cannot be compiled, or written down, that another engine runs it."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, TTTAdaptError):
+        raise
+    except Exception as error:  # whatever a compiler, or a model that reads values while it is written down, raises
+        if "allocate memory" in str(error):
+            raise
+        raise ConfigError(
+            f'the gradient step of this model cannot be compiled ({type(error).__name__}: {error}): use engine="eager"'
+        ) from error
 
 
 def _afresh(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from ttt_adapt.engine.precision import both_passes, forward_pass
 from ttt_adapt.errors import EncoderError, MemoryLimitError
 from ttt_adapt.objectives.base import Drawn, Objective
 from ttt_adapt.optim import laid_out_alike
+from ttt_adapt.watch import Watch
 
 
-@dataclass(frozen=True)
+@dataclass
 class Problem:
     """What a gradient step differentiates.
 
@@ -28,6 +29,8 @@ class Problem:
         generator: the stream's random source.
         config: the stream's settings.
         device: where it runs.
+        watch: on the model and what the objective has of its own.
+        version: of the watch, when the parameters were last found to be those.
     """
 
     objective: Objective
@@ -36,16 +39,28 @@ class Problem:
     generator: torch.Generator
     config: StreamConfig
     device: torch.device
+    watch: Watch = field(init=False)
+    version: int = field(init=False, default=-1)
+
+    def __post_init__(self) -> None:
+        own = [self.objective] if isinstance(self.objective, nn.Module) else []
+        self.watch = Watch(self.objective.model, *own)
 
     def check_parameters(self) -> None:
         """Refuse a model whose weights are no longer those that are differentiated by.
 
+        The objective is asked for them where something was replaced since the last time.
+
         Raises:
             EncoderError: other parameters stand in their place.
         """
+        version = self.watch.version()
+        if version == self.version:
+            return
         now = self.objective.encoder_parameters().values()
         if len(now) != self.encoder or any(p is not q for p, q in zip(now, self.parameters, strict=False)):
             raise EncoderError(f"the encoder's parameters are not those that are adapted: {_REPLACED}")
+        self.version = version
 
 
 Gradients = tuple[Tensor | None, ...]
@@ -171,9 +186,11 @@ def apart(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> G
     found: list[Tensor | None] = []
     for gradient, parameter in zip(gradients, parameters, strict=True):
         if gradient is not None:
-            if gradient.data_ptr() in taken or not laid_out_alike(gradient, parameter):
+            place = gradient.data_ptr()
+            if place in taken or not laid_out_alike(gradient, parameter):
                 gradient = torch.empty_like(parameter, requires_grad=False).copy_(gradient)
-            taken.add(gradient.data_ptr())
+                place = gradient.data_ptr()
+            taken.add(place)
         found.append(gradient)
     return tuple(found)
 

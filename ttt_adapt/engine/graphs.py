@@ -9,12 +9,13 @@ holds while it fills) is part of the key under which a recording is kept.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ttt_adapt.engine.eager import EagerEngine
@@ -35,29 +36,50 @@ class Recorder(Protocol):
         ...
 
     def forget(self) -> None:
-        """All recordings were dropped: what they shared is free."""
+        """All recordings were dropped: the memory that they shared is gone."""
         ...
 
 
 class CudaRecorder:
-    """Records with `torch.cuda.CUDAGraph`.
+    """Records with `torch.cuda.CUDAGraph`, on a stream of its own.
+
+    `torch.cuda.graph` is not used: it has one stream for all devices, and leaves it in place where a recording fails.
 
     Args:
         generator: the random source that recorded calls draw from.
     """
 
     def __init__(self, generator: torch.Generator) -> None:
-        self._generator = generator
+        self._generator, self._device = generator, generator.device
+        self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
 
     def record(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """See `Recorder`."""
-        graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self._generator)
-        with torch.cuda.device(self._generator.device), torch.cuda.graph(graph, pool=self._pool):
-            result = call()
+        """See `Recorder`. After a call that cannot be recorded, everything is as before."""
+        with torch.cuda.device(self._device):
+            self._stream = self._stream or torch.cuda.Stream(self._device)
+            torch.cuda.synchronize()
+            graph, before = torch.cuda.CUDAGraph(), self._generator.clone_state()
+            graph.register_generator_state(self._generator)
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    result = call()
+                    graph.capture_end()
+                except BaseException:
+                    self._give_up(graph, before)
+                    raise
+            torch.cuda.current_stream().wait_stream(self._stream)
         self._pool = graph.pool()
         return graph.replay, result
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph, before: torch.Generator) -> None:
+        """End a recording that failed: a stream and a random source that are still recording are of no use."""
+        with suppress(RuntimeError):  # it may have ended, or be invalid
+            graph.capture_end()
+        self._generator.graphsafe_set_state(before)
+        self._stream = self._pool = None
 
     def forget(self) -> None:
         """See `Recorder`: a pool without a graph cannot be recorded into again."""
@@ -66,13 +88,16 @@ class CudaRecorder:
 
 @dataclass
 class _Recording:
-    """One key's recording, or how often its call has run without one."""
+    """One key's recording, or how often its call has run without one.
+
+    `holds` are tensors that the recording may read and that their owner may replace: their memory has to stay.
+    """
 
     runs: int = 0
     inputs: tuple[Tensor, ...] = ()
     replay: Callable[[], None] | None = None
     result: Any = None
-    holds: list[Any] = field(default_factory=list)
+    holds: Sequence[Tensor] = ()
 
 
 class GraphEngine(EagerEngine):
@@ -83,14 +108,21 @@ class GraphEngine(EagerEngine):
         reason: why this engine was picked.
         falls_back: run updates as they are where they cannot be recorded, instead of raising. Predictions always do so:
             what a model does to its outputs is its own business.
+        cached: the tensors, beside weights and inputs, that modules keep from call to call: tables of positions, say.
     """
 
     name = "cudagraph"
     records = True
 
-    def __init__(self, recorder: Recorder, reason: str = "asked for", falls_back: bool = False) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        reason: str = "asked for",
+        falls_back: bool = False,
+        cached: Callable[[], Sequence[Tensor]] = tuple,
+    ) -> None:
         super().__init__(reason)
-        self._recorder, self._falls_back = recorder, falls_back
+        self._recorder, self._falls_back, self._cached = recorder, falls_back, cached
         self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
         self._eager: set[str] = set()
 
@@ -119,21 +151,24 @@ class GraphEngine(EagerEngine):
         self._recordings.move_to_end(key)
         while len(self._recordings) > KEPT:
             self._recordings.popitem(last=False)
+            if not any(kept.replay for kept in self._recordings.values()):
+                self._recorder.forget()
         return entry
 
     def _record(self, what: str, entry: _Recording, call: Callable[..., Any], inputs: tuple[Tensor, ...]) -> bool:
         """Whether there is a recording now."""
         try:
-            with torch.inference_mode(False), torch.no_grad():  # a recording outlives the caller's inference mode
+            with torch.inference_mode(False), torch.no_grad(), _no_kept_casts():  # which a recording would outlive
                 entry.inputs = tuple(x.clone() for x in inputs)
                 entry.replay, entry.result = self._recorder.record(lambda: call(*entry.inputs))
+            entry.holds = self._cached()
             if strange := {type(x).__name__ for x in tree_leaves(entry.result) if not _repeats(x)}:
                 raise TypeError(f"it returns {', '.join(sorted(strange))}, not tensors in lists, tuples and dicts")
             return True
         except (MemoryError, torch.OutOfMemoryError, MemoryLimitError):
             raise
         except Exception as error:
-            entry.replay = None
+            self.forget()  # a recording that failed may have cost the others their random source
             if what != "predict" and not self._falls_back:
                 raise ConfigError(
                     f"the {what} pass of this model cannot be recorded into a CUDA graph ({type(error).__name__}: "
@@ -144,13 +179,38 @@ class GraphEngine(EagerEngine):
             return False
 
     def predict(self, predict: Callable[[Tensor], Any], x: Tensor, key: Hashable = ()) -> Any:
-        """`predict(x)`, replayed."""
-        return self.run("predict", predict, x, key=key)
+        """`predict(x)`, replayed; under a caller's autocast as that has it."""
+        kind = x.device.type
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return self.run("predict", predict, x, key=(key, cast))
 
     def forget(self) -> None:
         """Drop all recordings: they hold the addresses of the weights, the optimizer's state and the window."""
         self._recordings.clear()
         self._recorder.forget()
+
+
+def cached_tensors(objective: Any) -> list[Tensor]:
+    """What the modules of a model and its objective keep beside parameters and buffers."""
+    roots = [root for root in (objective.model, objective) if isinstance(root, nn.Module)]
+    kept = (value for root in roots for m in root.modules() for name, value in vars(m).items() if name not in _OWN)
+    return [leaf for value in kept for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+_OWN = vars(nn.Module()).keys()
+"""Attributes of every module: parameters, buffers, children, hooks."""
+
+
+@contextmanager
+def _no_kept_casts() -> Iterator[None]:
+    """Inside a caller's autocast: casts of the weights are made anew, and recorded with what reads them."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
 
 
 def _repeats(leaf: Any) -> bool:

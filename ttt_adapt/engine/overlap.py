@@ -20,16 +20,17 @@ class Beside:
         self._stream = torch.cuda.Stream(device) if wanted and device.type == "cuda" else None
 
     def run(self, update: Callable[..., Any], x: Tensor, *more: Tensor | None) -> None:
-        """Start `update(x, *more)`."""
+        """Start `update(x, *more)`, on copies: the tensors are the caller's to write into after this."""
         if self._stream is None:
             update(x, *more)
             return
+        copies = [None if tensor is None else tensor.clone() for tensor in (x, *more)]
         self._stream.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(self._stream):
-            update(x, *more)
-        for tensor in (x, *more):
-            if tensor is not None:
-                tensor.record_stream(self._stream)
+            update(*copies)
+        for copy in copies:
+            if copy is not None:
+                copy.record_stream(self._stream)
 
     def settle(self) -> None:
         """Let the caller's stream wait for the updates that were started; the host does not wait."""

@@ -25,15 +25,25 @@ def both_passes(precision: str) -> Iterator[None]:
     if precision != "tf32":
         yield
         return
-    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [switch.allow_tf32 for switch in switches]
+    switches, name, on = _tf32_switches()
+    before = [getattr(switch, name) for switch in switches]
     for switch in switches:
-        switch.allow_tf32 = True
+        setattr(switch, name, on)
     try:
         yield
     finally:
         for switch, value in zip(switches, before, strict=True):
-            switch.allow_tf32 = value
+            setattr(switch, name, value)
+
+
+def _tf32_switches() -> tuple[list[Any], str, Any]:
+    """Where TF32 is switched on, by which attribute, and its value."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn  # type: Any, Any
+    try:
+        _ = products.allow_tf32, convolutions.allow_tf32
+    except RuntimeError:  # the process uses the newer way, and the older one is closed to it
+        return [products, convolutions.conv], "fp32_precision", "tf32"
+    return [products, convolutions], "allow_tf32", True
 
 
 def check_precision(precision: str, device: torch.device) -> None:
