@@ -49,7 +49,7 @@ def prediction(name: str, mode: Callable[[], Any]) -> Step:
 
     def predict(batch: Tensor) -> Any:
         with mode():
-            return model(batch[:1])
+            return model(batch)
 
     return predict
 
@@ -60,12 +60,14 @@ def measure(name: str, batch: int, frames: int) -> dict[str, Any]:
         "plain": gradient(name, plain, plain),
         "images_last": gradient(name, last, plain),
         "all_last": gradient(name, last, last),
-        "no_grad": prediction(name, torch.no_grad),
-        "inference_mode": prediction(name, torch.inference_mode),
     }
+    if batch == 1:  # a prediction is of one frame
+        steps |= {mode.__name__: prediction(name, mode) for mode in (torch.no_grad, torch.inference_mode)}
     ms = interleaved(steps, torch.randn(frames, batch, 3, *SIZE))
     ratios = {key: ms[key] / ms["plain"] for key in ("images_last", "all_last")}
-    return {"model": name, "batch": batch, **ratios, "inference_mode": ms["inference_mode"] / ms["no_grad"], "ms": ms}
+    if batch == 1:
+        ratios["inference_mode"] = ms["inference_mode"] / ms["no_grad"]
+    return {"model": name, "batch": batch, **ratios, "ms": ms}
 
 
 def main() -> None:

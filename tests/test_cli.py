@@ -298,6 +298,17 @@ def test_a_model_for_the_main_task_alone_can_be_the_start_of_joint_training(tmp_
         torch.testing.assert_close(second.model.state_dict()[name], value, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["folder", "below a file", "not writable"])
+def test_a_checkpoint_that_cannot_be_written_is_refused_before_training(kind, tmp_path, capsys, monkeypatch):
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    out = {"folder": "folder.safetensors", "below a file": "file/m.safetensors", "not writable": "/proc/m.safetensors"}
+    monkeypatch.setattr(train_command, "fit", lambda *_, **__: pytest.fail("it was trained"))
+    line = fail(capsys, monkeypatch, "train", *TRAIN, f"--out={tmp_path / out[kind]}")
+    assert ("a folder; expected" if kind == "folder" else "is no folder that can be written to") in line
+    assert {path.name for path in tmp_path.iterdir()} == {"folder.safetensors", "file"}
+
+
 def test_ctrl_c_loses_no_finished_epoch_and_resume_ends_where_an_unbroken_run_ends(tmp_path, monkeypatch, capsys):
     whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
     arguments = ["train", *TRAIN, "--epochs=3"]
@@ -445,7 +456,7 @@ BAD_RUN = [
     (["{frames}", "--set=window=0"], "window is 0"),
     (["{frames}", "--set=lr=fast"], "lr is 'fast'"),
     (["{frames}", "--out={folder}/new.avi"], ".avi"),
-    (["{frames}", "--out={noise}/new.mp4"], "noise.safetensors is not a folder"),
+    (["{frames}", "--out={noise}/new.mp4"], "noise.safetensors is no folder that can be written to"),
     (["{frames}", "--fps=0"], "fps is 0"),
     (["{frames}", "--set=crop_size=(500, 500)"], "does not fit into a frame of (64, 96)"),
     (["{frames}", "--size=8x8"], "cannot be masked"),
@@ -488,6 +499,7 @@ BAD_EVAL = [
     (["{clips}", "--checkpoint=none.safetensors"], "2 checkpoints for 1 seeds"),
     (["{clips}", "--baseline=none.safetensors"], "none.safetensors"),
     (["{clips}", "--set=every=0"], "every is 0"),
+    (["{clips}", "--out={trained}/eval"], "is no folder that can be written to"),
     (["{other}"], "was trained on the classes"),
 ]
 

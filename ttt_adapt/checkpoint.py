@@ -170,6 +170,11 @@ def load_initial(path: str | Path, checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{path} was trained for {spec.task}, and its head is of no use to a model for {checkpoint.spec.task}"
         )
+    if task_of(spec).channels != checkpoint.task.channels and spec.task_options != checkpoint.spec.task_options:
+        given = [f"--task-option {name}={value}" for name, value in spec.task_options.items()]
+        raise CheckpointError(
+            f"{path} was trained with {' '.join(given) or 'no --task-option'}, which makes another head: give the same"
+        )
     load_weights(checkpoint.model, weights, "model.", str(path))
     if checkpoint.branch is not None and spec.branch is not None and spec.objective == checkpoint.spec.objective:
         load_weights(checkpoint.branch, weights, "branch.", str(path))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import inspect
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -141,6 +143,20 @@ def progress_bar(title: str, total: int | None, unit: str = "frame") -> Iterator
             progress.update(task, rate=rate, note=text)
 
         yield advance
+
+
+def output_folder(folder: Path) -> None:
+    """Make the folder that results go into, if need be, and try to write there, before anything is computed.
+
+    Raises:
+        ConfigError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"--out: {folder} is no folder that can be written to ({error.strerror})") from error
 
 
 def counted(number: int, noun: str) -> str:

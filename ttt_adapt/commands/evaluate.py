@@ -13,7 +13,7 @@ import torch
 
 from ttt_adapt.branch import MAEBranch
 from ttt_adapt.checkpoint import Checkpoint, load_checkpoint, read_spec
-from ttt_adapt.commands.common import counted, notice, progress_bar
+from ttt_adapt.commands.common import counted, notice, output_folder, progress_bar
 from ttt_adapt.commands.contenders import Contender, RealTime, check, check_seeds, describe, fingerprints
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.data import Clip
@@ -68,7 +68,7 @@ def evaluate(
     job = _Job(contenders, clips, config, seeds, out, device, real_time, metric_weights)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out is {out}, a file; expected a folder, new or of an evaluation that goes on")
-    out.mkdir(parents=True, exist_ok=True)
+    output_folder(out)
     report = _open_report(job.file, job.settings(study))
     if report.runs:
         notice(f"kept in {job.file}: {counted(len(report.runs), 'finished run')}; only what is missing is run")

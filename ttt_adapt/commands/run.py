@@ -14,7 +14,7 @@ import torch
 
 from ttt_adapt.adapter import StreamAdapter
 from ttt_adapt.checkpoint import Checkpoint, load_checkpoint
-from ttt_adapt.commands.common import counted, notice, progress_bar
+from ttt_adapt.commands.common import counted, notice, output_folder, progress_bar
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError, ConfigError
 from ttt_adapt.frames import Normalize
@@ -72,8 +72,7 @@ def run(options: RunOptions) -> int:
             stack.enter_context(checkpoint.mae_branch.using(**options.branch))
             video = stack.enter_context(open_video(options.source))
             rate = video.fps if options.fps is None else options.fps
-            if not options.out.parent.exists():
-                options.out.parent.mkdir(parents=True)
+            output_folder(options.out.parent)
             writer = stack.enter_context(VideoWriter(options.out, rate))
             normalize = _normalize(checkpoint, options, video.size)
             adapter = stack.enter_context(

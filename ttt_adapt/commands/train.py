@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ttt_adapt.checkpoint import OBJECTIVES, Checkpoint, ModelSpec, load_initial, save_checkpoint
-from ttt_adapt.commands.common import notice, pick_device, progress_bar
+from ttt_adapt.commands.common import notice, output_folder, pick_device, progress_bar
 from ttt_adapt.data import Clip, StillsDataset
 from ttt_adapt.errors import ConfigError, StateError
 from ttt_adapt.joint import Progress, TrainConfig, fit
@@ -91,7 +91,7 @@ def train(options: TrainOptions) -> Checkpoint:
         load_initial(options.init, checkpoint)
     _try_size(checkpoint, device)
     criterion = checkpoint.task.criterion(data)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    output_folder(options.out.parent)
     stages = [
         s for s in zip(RECIPES[options.recipe], (options.first_epochs, options.config.epochs), strict=True) if s[1]
     ]
@@ -138,6 +138,8 @@ def _check(options: TrainOptions) -> None:
         )
     if options.out.suffix != ".safetensors":
         raise ConfigError(f"--out is {options.out}; expected a file name ending in .safetensors")
+    if options.out.is_dir():
+        raise ConfigError(f"--out is {options.out}, a folder; expected the name of a file")
     states = options.out.parent.glob(f"{options.out.stem}.*.state")
     if options.resume and options.out.exists() and not any(states):
         raise ConfigError(

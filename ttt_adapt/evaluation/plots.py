@@ -60,7 +60,7 @@ def plot_stream(path: str | Path, runs: Sequence[Run], title: str = "") -> None:
         _draw_line(lower, [run.per_frame for run in chosen], colour, dashes, label, scale=headline.scale)
     upper.set_ylabel("label-free loss")
     lower.set_ylabel(_axis(headline, " of the frame"))
-    lower.set_xlabel("frame")
+    lower.set_xlabel(f"frame (thin: single ones, thick: mean over {_SMOOTH})")
     lower.set_xlim(0, max(lengths.pop() - 1, 1))
     for axes in (upper, lower):
         _style(axes)
@@ -290,12 +290,14 @@ def _draw_bar(
     axes.bar(
         centre, mean - begin, 0.92 * width, begin, yerr=spread, color=colour, hatch=hatch, label=label, error_kw=whisker
     )
+    up = mean >= begin
     axes.annotate(
         f"{mean:.1f}",
-        (centre, mean + (spread or 0.0)),
-        xytext=(0, 3),
+        (centre, mean + (spread or 0.0) * (1 if up else -1)),
+        xytext=(0, 3 if up else -3),
         textcoords="offset points",
         ha="center",
+        va="bottom" if up else "top",
         fontsize=8,
     )
 

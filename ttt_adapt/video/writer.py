@@ -215,7 +215,7 @@ def _uninterrupted() -> Iterator[None]:
 def _exact_rate(fps: float | Fraction) -> Fraction:
     """`fps` as the fraction it stands for: broadcast rates have the denominator 1001."""
     if not 0 < fps < 10_000:  # also refuses nan
-        raise ConfigError(f"fps is {fps}, expected a number of frames per second above 0.")
+        raise ConfigError(f"fps is {fps}, expected a number of frames per second above 0 and below 10000.")
     rate = Fraction(fps) if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(1001)
     if not rate:
         raise ConfigError(f"fps is {fps}, expected at least 1/1001.")
