@@ -300,6 +300,7 @@ def info(
     branch: BranchSettings = None,
     size: Size = None,
     settings: Settings = None,
+    device: Device = "auto",
 ) -> None:
     """Show what would be adapted in a model and what a step costs."""
     from ttt_adapt.commands.common import branch_settings, parse_size
@@ -311,6 +312,7 @@ def info(
         size=parse_size(size),
         attach=branch_settings(branch or []),
         config=_config("online", settings, 0),
+        device=_device(device),
     )
     table = Table(title=escape(model), show_header=False)
     for what, value in found.rows:

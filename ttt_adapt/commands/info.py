@@ -35,6 +35,7 @@ def inspect_model(
     size: tuple[int, int] | None = None,
     attach: dict[str, Any] | None = None,
     config: StreamConfig | None = None,
+    device: torch.device | str = "cpu",
 ) -> ModelInfo:
     """Look at a timm model or a checkpoint of `ttt-adapt train`.
 
@@ -46,6 +47,7 @@ def inspect_model(
             what they were looked at with.
         attach: keywords of `MAEBranch.attach`; of a trained branch, those of `MAEBranch.using`.
         config: whose step is counted.
+        device: where the model would run, which engines depend on.
 
     Raises:
         ConfigError: unknown model, a setting that a trained branch cannot change, or a crop larger than the frame.
@@ -54,7 +56,7 @@ def inspect_model(
     config, settings = config or StreamConfig(), attach or {}
     with ExitStack() as stack:
         if name.endswith(".safetensors"):
-            checkpoint = load_checkpoint(name)
+            checkpoint = load_checkpoint(name, device)
             size = size or checkpoint.spec.size
             model: nn.Module = checkpoint.model
             if checkpoint.branch is None:
@@ -63,7 +65,7 @@ def inspect_model(
                 _refuse_encoder(name, encoder, checkpoint.branch.info.path)
                 branch = stack.enter_context(checkpoint.mae_branch.using(**settings))
         else:
-            model = _timm_model(name)
+            model = _timm_model(name).to(device)
             branch = MAEBranch.attach(model, encoder or _default_encoder(model), **settings)
         return ModelInfo(_describe(model, branch, size or branch.info.probe_size, config), branch)
 
