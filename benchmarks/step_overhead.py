@@ -259,7 +259,7 @@ def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 found = _memory(kind, batch, optimizer, options)
             else:
                 found = time_one(kind, batch, optimizer == "restarted", options.frames, options.window)
-            yield {"model": kind, "batch": batch, "optimizer": optimizer} | found
+            yield {"model": kind, "batch": batch, "optimizer": optimizer, "frames": options.frames} | found
 
 
 def _torch_ttt_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -267,7 +267,8 @@ def _torch_ttt_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if options.memory:
             yield {"model": f"resnet{depth}"} | _peaks(AGAINST_TORCH_TTT, [f"resnet{depth}", "0", "-"], 5, options)
         else:
-            yield {"model": f"resnet{depth}"} | time_against_torch_ttt(depth, options.frames)
+            times = time_against_torch_ttt(depth, options.frames)
+            yield {"model": f"resnet{depth}", "frames": options.frames} | times
 
 
 def _peaks(loops: Iterable[str], what: list[str], frames: int, options: argparse.Namespace) -> dict[str, float]:
