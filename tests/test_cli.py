@@ -23,6 +23,7 @@ import ttt_adapt.commands.train as train_command
 from conftest import same_bits
 from ttt_adapt import cli
 from ttt_adapt.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ttt_adapt.commands import info as info_command
 from ttt_adapt.commands.demo import WEIGHTS
 from ttt_adapt.commands.info import inspect_model
 from ttt_adapt.config import StreamConfig
@@ -355,6 +356,14 @@ def test_ctrl_c_between_the_last_epoch_and_the_checkpoint_loses_nothing(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["m.safetensors"]
 
 
+def test_info_looks_at_the_model_on_the_device_that_it_is_given(trained, monkeypatch):
+    asked = []
+    real = info_command.load_checkpoint
+    monkeypatch.setattr(info_command, "load_checkpoint", lambda file, device: asked.append(device) or real(file, "cpu"))
+    inspect_model(str(trained), device="cuda:1")
+    assert asked == ["cuda:1"]
+
+
 def test_ctrl_c_while_the_command_loads_is_one_word(tmp_path):
     code = "import os, signal, sys, threading\nfrom ttt_adapt.cli import main\nassert 'torch' not in sys.modules\n"
     code += "sys.meta_path.insert(0, type('Stop', (), {'find_spec': staticmethod(lambda name, *_: "
@@ -457,7 +466,9 @@ BAD_RUN = [
     (["{frames}", "--set=lr=fast"], "lr is 'fast'"),
     (["{frames}", "--out={folder}/new.avi"], ".avi"),
     (["{frames}", "--out={noise}/new.mp4"], "noise.safetensors is no folder that can be written to"),
-    (["{frames}", "--fps=0"], "fps is 0"),
+    (["{frames}", "--fps=0", "--out={folder}/new/o.mp4"], "fps is 0"),
+    (["{frames}", "--out={folder}/new/o.avi"], ".avi"),
+    (["{frames}", "--size=8x8", "--out={folder}/new/o.mp4"], "cannot be masked"),
     (["{frames}", "--set=crop_size=(500, 500)"], "does not fit into a frame of (64, 96)"),
     (["{frames}", "--size=8x8"], "cannot be masked"),
 ]

@@ -432,16 +432,20 @@ def test_a_film_in_colour_is_converted_and_that_is_said_once(trained, tmp_path, 
     assert capfd.readouterr().err == ""
 
 
-def test_sound_that_is_left_out_and_an_uneven_rate_are_said(trained, tmp_path, capfd):
+def test_sound_that_is_left_out_and_an_uneven_rate_are_said(trained, tmp_path, capfd, monkeypatch):
     film = [to_grey(frame) for frame in colour_frames(4)]
     source = write_video(tmp_path / "old.mkv", film, pix_fmt="gray", times=[0, 40, 200, 230], sound=True)
     assert len(streamed(tmp_path / "out.mp4", source=str(source), checkpoint=trained)) == 4
     told = capfd.readouterr().err
-    files = f"ffmpeg -i {tmp_path}/out.mp4 -i {source} -map 0:v -map 1:a -c copy -shortest {tmp_path}/out-sound.mp4"
+    files = f"ffmpeg -i {tmp_path}/out.mp4 -i {source} -map 0:v -map 1:a -c copy -shortest {tmp_path}/out-sound.mkv"
     assert f"old.mkv: the sound (1 track) is left out; put it back with: {files} (it may drift" in told
     assert "not evenly spaced" in told
     streamed(tmp_path / "out.mp4", source=str(source), checkpoint=trained, fps=5)
     assert "at 5 frames a second it would not fit" in capfd.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    even = write_video(tmp_path / "-talking.mkv", film, 10, pix_fmt="gray", sound=True)
+    streamed(Path("-o.mp4"), source=even.name, checkpoint=trained, fps=10)
+    assert "ffmpeg -i ./-o.mp4 -i ./-talking.mkv " in capfd.readouterr().err
     even = write_video(tmp_path / "even.mkv", film, 30, pix_fmt="gray")  # 33 and 34 ms, as Matroska rounds
     streamed(tmp_path / "out.mp4", source=str(even), checkpoint=trained)
     assert "evenly" not in capfd.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import resource
 import shutil
@@ -21,6 +22,7 @@ from ttt_adapt.engine.choose import no_recording
 from ttt_adapt.engine.compiled import CompileEngine
 from ttt_adapt.engine.eager import EagerEngine, Problem, apart
 from ttt_adapt.engine.graphs import KEPT, WARM_UP, CudaRecorder, GraphEngine, cached_tensors
+from ttt_adapt.engine.overlap import Beside
 from ttt_adapt.engine.precision import both_passes
 from ttt_adapt.errors import ConfigError, EncoderError
 from ttt_adapt.objectives import Entropy
@@ -280,7 +282,59 @@ def test_five_thousand_frames_leave_memory_flat(make, kind):
     assert live_tensors() == tensors
 
 
+class Rebinding(zoo.PlainSeg):
+    """Counts its passes in a buffer that it makes anew in each."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen = self.seen + 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", ENGINES[1:])
+def test_a_model_that_never_rests_is_refused_by_what_is_written_down_once(make, kind):
+    frames = clip(20)
+    eager = make("eager", model=Rebinding().eval())
+    for frame in frames:
+        eager.step(frame)
+    other = make(kind, model=Rebinding().eval())
+    with pytest.raises(ConfigError, match="its 'seen' at every frame.*use engine=\"eager\""):
+        list(other.stream(frames))
+
+
+def test_a_model_with_a_sparse_buffer_streams():
+    model = zoo.PlainSeg().eval()
+    model.register_buffer("graph", torch.eye(3).to_sparse())
+    with StreamAdapter(model, encoder="backbone", config=CONFIG) as adapter:
+        for frame in clip(2):
+            adapter.step(frame)
+        assert adapter.last.adapted
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_weights_of_the_branch_that_are_replaced_mid_stream_are_an_error(make, kind):
+    adapter, frames = make(kind, window=1), clip(5)
+    for frame in frames[:4]:
+        adapter.step(frame)
+    adapter.branch.load_state_dict({n: v.clone() for n, v in adapter.branch.state_dict().items()}, assign=True)
+    with pytest.raises(EncoderError, match="the branch's parameters.*attach again"):
+        adapter.step(frames[4])
+
+
 # ---- compile
+
+
+def test_what_breaks_while_a_compiled_pass_runs_is_not_called_the_compilers_fault(make):
+    adapter, frames = make("compile"), clip(3)
+    adapter.step(frames[0])
+    (key,) = adapter._engine._passes
+    broken = lambda *_: (_ for _ in ()).throw(RuntimeError("device-side assert"))  # noqa: E731
+    adapter._engine._passes[key] = (broken, [])
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        adapter.step(frames[1])
 
 
 def test_what_stochastic_depth_drops_is_repeated_after_a_reset_and_a_load(make):
@@ -485,6 +539,35 @@ def test_a_callers_autocast_is_in_what_is_recorded_and_does_not_keep_old_weights
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+def test_statistics_renewed_under_a_callers_autocast_are_the_eager_engines(make):
+    model = settle_norms(zoo.TinySeg())
+    adapters = [make(kind, model=copy.deepcopy(model), norm_stats="ema") for kind in ("eager", "cudagraph")]
+    frames = clip(2 * WARM_UP + 6)
+    for place, frame in enumerate(frames):
+        with torch.autocast("cpu", torch.bfloat16, enabled=place > WARM_UP + 3):
+            for adapter in adapters:
+                adapter.step(frame)
+    assert_near(weights(adapters[1]).values(), weights(adapters[0]).values(), "cudagraph")
+
+
+def test_running_out_of_memory_while_recording_ends_the_recordings_and_no_more(make):
+    class Full(TapeRecorder):
+        def record(self, call):
+            if self.recorded == 1:
+                self.recorded += 1
+                raise torch.OutOfMemoryError("the card is full")
+            return super().record(call)
+
+    def choose(config, objective, optimizer, generator):
+        return GraphEngine(Full(generator))
+
+    adapter, eager, frames = make("cudagraph", choose=choose, window=1), make("eager", window=1), clip(4 * WARM_UP + 6)
+    for frame in frames:  # the second recording is the prediction's, which may run eagerly
+        assert_near([adapter.step(frame)], [eager.step(frame)], "cudagraph")
+    assert "the predict pass runs eagerly" in adapter.engine[1]
+    assert adapter._engine._recorder.replayed > 0
+
+
 def test_predictions_of_many_sizes_before_a_stream_do_not_end_its_recordings(make):
     adapter = make("cudagraph", window=1)
     for width in range(16, 16 + 16 * (KEPT + 1), 16):
@@ -547,6 +630,47 @@ class FakeCuda:
 
     def graphsafe_set_state(self, state):
         self.calls.append(("set state", state))
+
+
+class FakeTensor:
+    """A frame on a GPU."""
+
+    device = torch.device("cuda:1")
+
+    def __init__(self, calls, name):
+        self.calls, self.name = calls, name
+
+    def clone(self):
+        return FakeTensor(self.calls, f"copy of {self.name}")
+
+    def record_stream(self, stream):
+        self.calls.append(("used by", self.name))
+
+
+def test_a_deferred_update_works_on_copies_that_live_until_it_is_done(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    beside, seen = Beside(cuda.device, wanted=True), []
+    beside.run(lambda *frames: seen.extend(frames), FakeTensor(cuda.calls, "x"), None)
+    assert [getattr(frame, "name", None) for frame in seen] == ["copy of x", None]
+    assert cuda.calls[-1] == ("used by", "copy of x")
+    cuda.calls.clear()
+    with pytest.raises(ValueError, match="broken"):
+        beside.run(lambda *_: (_ for _ in ()).throw(ValueError("broken")), FakeTensor(cuda.calls, "y"))
+    assert cuda.calls[-1] == ("used by", "copy of y")
+
+
+@pytest.mark.parametrize("end", ["detach", "lost"])
+def test_a_model_is_given_back_once_the_updates_beside_are_done(make, monkeypatch, end):
+    settled = []
+    monkeypatch.setattr(Beside, "settle", lambda _: settled.append(1))
+    adapter = make("eager", deferred=True)
+    adapter.step(clip(1)[0])
+    settled.clear()
+    if end == "detach":
+        adapter.detach()
+    del adapter
+    gc.collect()
+    assert settled
 
 
 def test_a_failed_recording_gives_back_stream_random_source_and_pool(monkeypatch):
@@ -1004,9 +1128,10 @@ def test_on_a_gpu_a_prediction_that_cannot_be_recorded_costs_the_stream_nothing(
         with StreamAdapter(model, encoder="backbone", config=CONFIG.replace(engine=engine)) as adapter:
             outs.append([adapter.step(frame).cpu() for frame in frames])
             assert ("predict pass runs eagerly" in adapter.engine[1]) == (engine == "cudagraph")
-            assert any(e.replay for e in getattr(adapter._engine, "_recordings", {}).values()) == (
-                engine == "cudagraph"
-            )
+            recordings = getattr(adapter._engine, "_recordings", {}).values()
+            assert any(entry.replay for entry in recordings) == (engine == "cudagraph")
+        torch.cuda.empty_cache()
+        torch.rand(1, device=f"cuda:{device}")
     torch.testing.assert_close(outs[1], outs[0], rtol=1e-3, atol=2e-3)
 
 

@@ -145,19 +145,28 @@ def test_the_command_line_waits_for_torch_only_where_it_runs_something():
     assert out.stdout.strip() == "False"
 
 
-def test_type_checkers_see_the_names_that_are_imported_when_used():
+def test_public_names_and_modules_are_there_when_they_are_used():
     tree = ast.parse((ROOT / "__init__.py").read_text())
-    seen = {
-        (alias.asname, node.module.removeprefix("ttt_adapt."))
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module.startswith("ttt_adapt.")
-        for alias in node.names
-    }
-    assert seen == set(ttt_adapt._HOMES.items())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    seen = {alias.name for node in imports if node.module.startswith("ttt_adapt.") for alias in node.names}
+    assert seen == set(ttt_adapt.__all__)  # what type checkers are shown
     for name in ttt_adapt.__all__:
         assert getattr(ttt_adapt, name).__name__ == name
-    with pytest.raises(AttributeError, match="StreamAdaptor"):
-        ttt_adapt.StreamAdaptor  # noqa: B018
+    code = "import ttt_adapt; print(ttt_adapt.adapter.__name__, ttt_adapt.ConfigError, hasattr(ttt_adapt, 'nothing'))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT.parent)
+    assert out.stdout.split() == ["ttt_adapt.adapter", "<class", "'ttt_adapt.errors.ConfigError'>", "False"]
+
+
+def test_a_type_checker_knows_every_public_name_and_no_other(tmp_path):
+    api = pytest.importorskip("mypy.api", reason="mypy is not installed")
+    (tmp_path / "good.py").write_text("from ttt_adapt import *\nconfig: StreamConfig = StreamConfig()\n")
+    (tmp_path / "bad.py").write_text("from ttt_adapt import StreamAdaptor\n")
+    options = ["--config-file=", f"--cache-dir={tmp_path}", "--ignore-missing-imports", "--follow-imports=silent"]
+    text, _, status = api.run([*options, str(tmp_path / "good.py")])
+    assert status == 0, text
+    text, _, status = api.run([*options, str(tmp_path / "bad.py")])
+    assert status == 1
+    assert "StreamAdaptor" in text
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,8 @@ class StreamAdapter:
         sketch, numbers = None, None
         with self._undone_if_it_fails():
             self._problem.check_parameters()
+            if self._engine.strict:
+                self._problem.check_steady(self._engine.name)
             self._window.stage(x[0], pixels)
             state = (self._window.tick(self.window), self._settings(), self._weights()) if self._engine.records else ()
             skipped = "" if self._frame_index % self.config.every == 0 else "every"

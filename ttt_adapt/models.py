@@ -79,16 +79,23 @@ def _timm_encoder(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Mo
     elif family.startswith("swin_transformer"):
         options = {"strict_img_size": False, **options}
     try:
-        encoder = timm.create_model(name, features_only=True, **options)
-    except Exception as error:  # whatever a model's constructor makes of options it does not know
+        return timm.create_model(name, pretrained=pretrained, features_only=True, **options)
+    except Exception as error:  # whatever a model's constructor makes of options, and a hub of the network
+        if pretrained and _can_be_made(name, options):
+            raise ConfigError(
+                f"timm cannot load the pretrained weights of {name!r}, which it downloads from the Hugging Face hub "
+                f"unless they are in its cache: {error}"
+            ) from error
         given = ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no options"
         raise ConfigError(f"timm cannot make {name!r} as an encoder of feature maps with {given}: {error}") from error
-    if not pretrained:
-        return encoder
+
+
+def _can_be_made(name: str, options: dict[str, Any]) -> bool:
+    """Whether timm makes the encoder without its pretrained weights."""
+    import timm
+
     try:
-        return timm.create_model(name, pretrained=True, features_only=True, **options)
-    except Exception as error:  # the hub's, the network's or the file's
-        raise ConfigError(
-            f"timm cannot load the pretrained weights of {name!r}, which it downloads from the Hugging Face hub when "
-            f"they are not in its cache: {error}"
-        ) from error
+        timm.create_model(name, features_only=True, **options)
+    except Exception:  # as above
+        return False
+    return True

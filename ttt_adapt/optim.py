@@ -184,7 +184,7 @@ def laid_out(values: Tensor, like: Tensor) -> Tensor:
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, a scalar on their device."""
     norms = torch._foreach_norm(list(gradients))
-    return torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]))
 
 
 class Restart:

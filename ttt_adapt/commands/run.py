@@ -19,7 +19,7 @@ from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError, ConfigError
 from ttt_adapt.frames import Normalize
 from ttt_adapt.tasks import find_task
-from ttt_adapt.video import DEFAULT_FPS, VideoReader, VideoWriter, open_video, panels, to_uint8
+from ttt_adapt.video import DEFAULT_FPS, VideoReader, VideoWriter, check_format, open_video, panels, to_uint8
 
 COLOUR_NOISE = 8
 """Levels between the channels of a grey frame that a video codec's rounding may leave."""
@@ -72,8 +72,6 @@ def run(options: RunOptions) -> int:
             stack.enter_context(checkpoint.mae_branch.using(**options.branch))
             video = stack.enter_context(open_video(options.source))
             rate = video.fps if options.fps is None else options.fps
-            output_folder(options.out.parent)
-            writer = stack.enter_context(VideoWriter(options.out, rate))
             normalize = _normalize(checkpoint, options, video.size)
             adapter = stack.enter_context(
                 StreamAdapter(checkpoint.model, checkpoint.branch, config=options.config, preprocess=normalize)
@@ -85,6 +83,9 @@ def run(options: RunOptions) -> int:
             for frame in islice(video, options.limit):
                 seen = task.see(frame)
                 picture = view.draw(seen, adapter.step(seen))
+                if writer is None:
+                    output_folder(options.out.parent)
+                    writer = stack.enter_context(VideoWriter(options.out, rate))
                 remarks.look(frame, seen, picture)
                 writer.write(picture)
                 count += 1
@@ -104,6 +105,7 @@ def _checked(options: RunOptions) -> Checkpoint:
     for read in (Path(options.source), options.checkpoint):
         if read.exists() and options.out.exists() and options.out.samefile(read):
             raise ConfigError(f"--out is {options.out}, which is read: it would be lost; choose another file")
+    check_format(options.out, options.fps)
     if options.task is not None:
         find_task(options.task)
     checkpoint = load_checkpoint(options.checkpoint, options.device)
@@ -163,10 +165,10 @@ class _Remarks:
 
 def _sound(video: VideoReader, options: RunOptions) -> str:
     """How to get a film's sound back."""
-    if options.fps is not None:
+    if options.fps not in (None, video.fps):
         return f"at {options.fps:g} frames a second it would not fit"
-    files = [str(options.out), options.source, str(options.out.with_stem(f"{options.out.stem}-sound"))]
-    out, source, target = map(shlex.quote, files)
+    files = [str(options.out), options.source, str(options.out.with_name(f"{options.out.stem}-sound.mkv"))]
+    out, source, target = (shlex.quote(f"./{file}" if file.startswith("-") else file) for file in files)
     drift = " (it may drift: the frames are written evenly)" if video.uneven else ""
     return f"put it back with: ffmpeg -i {out} -i {source} -map 0:v -map 1:a -c copy -shortest {target}{drift}"
 

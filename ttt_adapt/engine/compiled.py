@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FunctionType
 from typing import Any
 
@@ -33,6 +33,7 @@ class CompileEngine(EagerEngine):
     """
 
     name = "compile"
+    strict = True
 
     def __init__(self, reason: str = "asked for", backend: str = "inductor") -> None:
         super().__init__(reason)
@@ -48,15 +49,14 @@ class CompileEngine(EagerEngine):
         drawn = objective.draw(images, problem.generator) if drawn is None else drawn
         # a list reads the very tensors that the model had when it was written down
         key = (tuple(images.shape), images.dtype, images.stride(), objective.settings(), problem.version)
-        if key not in self._passes:
-            self._passes[key] = self._compiled(problem, images, drawn)
-            while len(self._passes) > KEPT:
-                self._passes.popitem(last=False)
-        self._passes.move_to_end(key)
-        compiled, reached = self._passes[key]
+        known = self._passes.pop(key, None)
         # the gradients are in the list, and so are the casts: a caller's autocast adds none
-        with torch.no_grad(), forward_pass("fp32", problem.device), _explained():
-            value, *gradients = compiled(images, drawn)
+        with torch.no_grad(), forward_pass("fp32", problem.device), nullcontext() if known else _explained():
+            compiled, reached = known or self._compiled(problem, images, drawn)
+            value, *gradients = compiled(images, drawn)  # the first time, the compiler runs
+        self._passes[key] = compiled, reached
+        while len(self._passes) > KEPT:
+            self._passes.popitem(last=False)
         found: list[Tensor | None] = [None] * len(problem.parameters)
         for index, gradient in zip(reached, gradients, strict=True):
             found[index] = gradient
@@ -80,7 +80,7 @@ class CompileEngine(EagerEngine):
             return [value.detach(), *(gradient for gradient in found if gradient is not None)]
 
         # writing it down runs it once, and what it draws beside `drawn` has to be there for the first real run
-        with torch.no_grad(), torch.random.fork_rng(_devices(problem.device)), _explained():
+        with torch.no_grad(), torch.random.fork_rng(_devices(problem.device)):
             operations = make_fx(both)(images, drawn)
         return self._compile(operations, fullgraph=True), reached
 

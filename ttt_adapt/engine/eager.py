@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.engine.precision import both_passes, forward_pass
-from ttt_adapt.errors import EncoderError, MemoryLimitError
+from ttt_adapt.errors import ConfigError, EncoderError, MemoryLimitError
 from ttt_adapt.objectives.base import Drawn, Objective
 from ttt_adapt.optim import laid_out_alike
 from ttt_adapt.watch import Watch
+
+PATIENCE = 8
+"""Steps in a row before which a model may have put other tensors in the place of its own."""
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Problem:
     device: torch.device
     watch: Watch = field(init=False)
     version: int = field(init=False, default=-1)
+    _changes: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         own = [self.objective] if isinstance(self.objective, nn.Module) else []
@@ -56,11 +60,28 @@ class Problem:
         """
         version = self.watch.version()
         if version == self.version:
+            self._changes = 0
             return
+        self._changes += 1
         now = self.objective.encoder_parameters().values()
         if len(now) != self.encoder or any(p is not q for p, q in zip(now, self.parameters, strict=False)):
             raise EncoderError(f"the encoder's parameters are not those that are adapted: {_REPLACED}")
+        own = self.parameters[self.encoder :]
+        if own and not {id(p) for p in own} <= {id(p) for _, p in self.objective.named_parameters()}:
+            raise EncoderError(f"the branch's parameters are not those that are adapted: {_REPLACED}")
         self.version = version
+
+    def check_steady(self, engine: str) -> None:
+        """Refuse a model that nothing written down once can follow.
+
+        Raises:
+            ConfigError: it puts other tensors in the place of its own again and again.
+        """
+        if self._changes > PATIENCE:
+            raise ConfigError(
+                f"the model puts another tensor in the place of its {self.watch.last!r} at every frame, which "
+                f'engine={engine!r} cannot follow: use engine="eager"'
+            )
 
 
 Gradients = tuple[Tensor | None, ...]
@@ -79,6 +100,7 @@ class EagerEngine:
 
     name = "eager"
     records = False  # whether `run` may repeat a call without running its Python again
+    strict = False  # whether what it cannot repeat is refused, instead of being run as it is called
 
     def __init__(self, reason: str = "asked for") -> None:
         self.reason = reason

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ttt_adapt.engine.eager import EagerEngine
-from ttt_adapt.errors import ConfigError, MemoryLimitError
+from ttt_adapt.errors import ConfigError
 
 KEPT = 4  # recordings, each with the memory of its own intermediate results
 WARM_UP = 2  # ordinary runs before a recording: libraries choose their kernels, the optimizer makes its state
@@ -59,12 +59,13 @@ class CudaRecorder:
         with torch.cuda.device(self._device):
             self._stream = self._stream or torch.cuda.Stream(self._device)
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # while it records, memory that is kept for later is not given back
             graph, before = torch.cuda.CUDAGraph(), self._generator.clone_state()
             graph.register_generator_state(self._generator)
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
+                    graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                     result = call()
                     graph.capture_end()
                 except BaseException:
@@ -122,7 +123,7 @@ class GraphEngine(EagerEngine):
         cached: Callable[[], Sequence[Tensor]] = tuple,
     ) -> None:
         super().__init__(reason)
-        self._recorder, self._falls_back, self._cached = recorder, falls_back, cached
+        self._recorder, self.strict, self._cached = recorder, not falls_back, cached
         self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
         self._eager: set[str] = set()
 
@@ -134,7 +135,9 @@ class GraphEngine(EagerEngine):
         """
         if what in self._eager:
             return call(*inputs)
-        entry = self._entry((what, key, *((tuple(x.shape), x.dtype) for x in inputs)))
+        kinds = {x.device.type for x in inputs}
+        casts = [torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)]  # the caller's
+        entry = self._entry((what, key, *casts, *((tuple(x.shape), x.dtype) for x in inputs)))
         if entry.runs < WARM_UP:
             entry.runs += 1
             return call(*inputs)
@@ -165,11 +168,11 @@ class GraphEngine(EagerEngine):
             if strange := {type(x).__name__ for x in tree_leaves(entry.result) if not _repeats(x)}:
                 raise TypeError(f"it returns {', '.join(sorted(strange))}, not tensors in lists, tuples and dicts")
             return True
-        except (MemoryError, torch.OutOfMemoryError, MemoryLimitError):
-            raise
         except Exception as error:
             self.forget()  # a recording that failed may have cost the others their random source
-            if what != "predict" and not self._falls_back:
+            if what != "predict" and self.strict:
+                if isinstance(error, MemoryError | torch.OutOfMemoryError):
+                    raise
                 raise ConfigError(
                     f"the {what} pass of this model cannot be recorded into a CUDA graph ({type(error).__name__}: "
                     f'{error}): use engine="eager" or "compile"'
@@ -179,10 +182,8 @@ class GraphEngine(EagerEngine):
             return False
 
     def predict(self, predict: Callable[[Tensor], Any], x: Tensor, key: Hashable = ()) -> Any:
-        """`predict(x)`, replayed; under a caller's autocast as that has it."""
-        kind = x.device.type
-        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return self.run("predict", predict, x, key=(key, cast))
+        """`predict(x)`, replayed."""
+        return self.run("predict", predict, x, key=key)
 
     def forget(self) -> None:
         """Drop all recordings: they hold the addresses of the weights, the optimizer's state and the window."""

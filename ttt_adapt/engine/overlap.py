@@ -26,11 +26,13 @@ class Beside:
             return
         copies = [None if tensor is None else tensor.clone() for tensor in (x, *more)]
         self._stream.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(self._stream):
-            update(*copies)
-        for copy in copies:
-            if copy is not None:
-                copy.record_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                update(*copies)
+        finally:
+            for copy in copies:
+                if copy is not None:
+                    copy.record_stream(self._stream)
 
     def settle(self) -> None:
         """Let the caller's stream wait for the updates that were started; the host does not wait."""

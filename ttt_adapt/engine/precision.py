@@ -26,13 +26,13 @@ def both_passes(precision: str) -> Iterator[None]:
         yield
         return
     switches, name, on = _tf32_switches()
-    before = [getattr(switch, name) for switch in switches]
-    for switch in switches:
+    before = [(switch, value) for switch in switches if (value := getattr(switch, name)) != on]
+    for switch, _ in before:
         setattr(switch, name, on)
     try:
         yield
     finally:
-        for switch, value in zip(switches, before, strict=True):
+        for switch, value in before:
             setattr(switch, name, value)
 
 

@@ -99,7 +99,8 @@ def plot_bars(path: str | Path, report: Report) -> None:
         for place, clip in enumerate(clips):
             runs = report.select(arm, clip)
             if scores := _shown(runs):
-                begin = float(np.mean([getattr(run, floor) for run in runs])) if floor else 0.0
+                floors = [value for run in runs if floor and (value := getattr(run, floor)) is not None]
+                begin = float(np.mean(floors)) if floors else 0.0
                 centre = place + (position - (len(arms) - 1) / 2) * width
                 hatch = _HATCHES[position // len(_COLOURS) % len(_HATCHES)]
                 _draw_bar(axes, centre, scores, begin, width, colour, hatch, report.marked(arm))

@@ -5,13 +5,14 @@ Frames are uint8 RGB arrays [H, W, 3] everywhere. FFmpeg (`av`) and Pillow are i
 
 from ttt_adapt.video.overlay import blend, colorize, default_palette, panels, to_uint8
 from ttt_adapt.video.reader import VideoReader, open_video
-from ttt_adapt.video.writer import DEFAULT_FPS, VideoWriter
+from ttt_adapt.video.writer import DEFAULT_FPS, VideoWriter, check_format
 
 __all__ = [
     "DEFAULT_FPS",
     "VideoReader",
     "VideoWriter",
     "blend",
+    "check_format",
     "colorize",
     "default_palette",
     "open_video",

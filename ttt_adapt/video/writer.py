@@ -71,7 +71,8 @@ class VideoWriter:
             raise ConfigError(f"size is {size}, expected (height, width) of at least 1.")
         if not 0 <= crf <= 51:
             raise ConfigError(f"crf is {crf}, expected 0 (best) to 51.")
-        _check_target(self.path)
+        check_format(self.path)
+        _check_folder(self.path.parent)
         _check_encoder()
         self._part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         self._container: OutputContainer | None = None
@@ -222,16 +223,27 @@ def _exact_rate(fps: float | Fraction) -> Fraction:
     return rate
 
 
-def _check_target(path: Path) -> None:
+def check_format(path: Path, fps: float | Fraction | None = None) -> None:
+    """Refuse a name, or a rate, that no video can have.
+
+    Raises:
+        ConfigError: the suffix is of no known container, or the rate is out of range.
+        VideoError: it is a folder.
+    """
     if path.suffix.lower() not in CONTAINERS:
         raise ConfigError(f"{path} has the suffix {path.suffix!r}, expected one of {', '.join(CONTAINERS)}.")
     if path.is_dir():
         raise VideoError(f"{path} is a folder, expected the name of a file.")
-    if not path.parent.is_dir():
-        what = "is not a folder" if path.parent.exists() else "does not exist. Create it first"
-        raise VideoError(f"{path.parent} {what}.")
-    if not os.access(path.parent, os.W_OK):
-        raise VideoError(f"The folder {path.parent} is not writable.")
+    if fps is not None:
+        _exact_rate(fps)
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist. Create it first"
+        raise VideoError(f"{folder} {what}.")
+    if not os.access(folder, os.W_OK):
+        raise VideoError(f"The folder {folder} is not writable.")
 
 
 def _check_encoder() -> None:
