@@ -25,6 +25,7 @@ from ttt_adapt.engine.graphs import KEPT, WARM_UP, CudaRecorder, GraphEngine, ca
 from ttt_adapt.engine.overlap import Beside
 from ttt_adapt.engine.precision import both_passes
 from ttt_adapt.errors import ConfigError, EncoderError
+from ttt_adapt.frames import _copied
 from ttt_adapt.objectives import Entropy
 from ttt_adapt.optim import FusedAdamW, adamw, step_if, total_norm
 
@@ -645,6 +646,23 @@ class FakeTensor:
 
     def record_stream(self, stream):
         self.calls.append(("used by", self.name))
+
+    def to(self, device, non_blocking):
+        self.calls.append(("copy", device, non_blocking))
+        return FakeTensor(self.calls, f"{self.name} over there")
+
+
+def test_a_frame_is_copied_beside_the_step_that_still_runs(monkeypatch):
+    cuda = FakeCuda(monkeypatch)
+    monkeypatch.setattr("ttt_adapt.frames._copy_streams", {})
+    for _ in range(2):
+        assert _copied(FakeTensor(cuda.calls, "frame"), cuda.device).name == "frame over there"
+        within = cuda.calls.index(("enter stream",)), cuda.calls.index(("leave stream",))
+        assert within[0] < cuda.calls.index(("copy", cuda.device, True)) < within[1]
+        assert [call[0] for call in cuda.calls[within[1] + 1 :]] == ["wait", "used by"]
+        streams = cuda.calls.count(("new stream",))  # one of its own, and what stands for the caller's
+        cuda.calls.clear()
+    assert streams == 1
 
 
 def test_a_deferred_update_works_on_copies_that_live_until_it_is_done(monkeypatch):

@@ -68,8 +68,23 @@ def to_device(frame: Any, device: torch.device | None) -> Tensor:
     if device is None or device.type != "cuda" or x.device.type != "cpu":
         return x.to(x.device if device is None else device)
     if x.is_pinned():  # the caller's own, who may fill it again before the copy is through
-        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x).to(device, non_blocking=True)
-    return x.contiguous().pin_memory().to(device, non_blocking=True)
+        return _copied(torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x), device)
+    return _copied(x.contiguous().pin_memory(), device)
+
+
+_copy_streams: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def _copied(pinned: Tensor, device: torch.device) -> Tensor:
+    """A pinned tensor on a CUDA device, copied beside the work that waits there, such as the step before."""
+    if device not in _copy_streams:
+        _copy_streams[device] = torch.cuda.Stream(device)
+    stream, caller = _copy_streams[device], torch.cuda.current_stream(device)
+    with torch.cuda.stream(stream):
+        x = pinned.to(device, non_blocking=True)
+    caller.wait_stream(stream)
+    x.record_stream(caller)
+    return x
 
 
 def pixels_of(frame: Any, preprocess: Preprocess | None, device: torch.device) -> Any:
