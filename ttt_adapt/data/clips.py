@@ -12,10 +12,12 @@ import numpy as np
 
 from ttt_adapt.data.images import (
     FRAME_SUFFIXES,
+    UNLABELLED,
     check_ids,
     image_size,
     images_in,
     match,
+    no_folder,
     open_image,
     pillow,
     read_ids,
@@ -208,21 +210,17 @@ def pair_files(folder: Path) -> list[tuple[Path, Path]]:
         DataError: the folder, its frames or its labels are missing or do not match.
     """
     if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
-        raise DataError(f"{folder} {what}; expected a clip of frames and labels")
+        raise DataError(f"{no_folder(folder)}; expected a clip of frames and labels")
     frame_folder = next((folder / name for name in FRAME_FOLDERS if (folder / name).is_dir()), folder)
     label_folder = folder if frame_folder == folder else folder / "labels"
     if not label_folder.is_dir():
-        raise DataError(
-            f"{frame_folder} has no labels beside it; expected {label_folder} (pictures without labels do for "
-            "--task colorization)"
-        )
+        raise DataError(f"{frame_folder} has no labels beside it; expected {label_folder} {UNLABELLED}")
     suffixes = FRAME_SUFFIXES - {".png"} if label_folder == frame_folder else FRAME_SUFFIXES
     frames = images_in(frame_folder, suffixes)
     if not frames:
         raise DataError(
             f"no frames in {frame_folder}; expected images/ (or frames/) beside labels/, or NAME.jpg beside NAME.png "
-            "(pictures without labels do for --task colorization)"
+            f"{UNLABELLED}"
         )
     labels = images_in(label_folder, {".png"})
     return match(frames, labels, lambda frame: label_folder / f"{frame.stem}.png")

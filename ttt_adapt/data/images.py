@@ -121,6 +121,14 @@ def images_in(folder: Path, suffixes: Iterable[str] = FRAME_SUFFIXES) -> list[Pa
     return sorted((path for path in visible if path.suffix.lower() in known), key=natural)
 
 
+UNLABELLED = "(pictures without labels do for --task colorization)"
+
+
+def no_folder(path: Path) -> str:
+    """What to say of a path that should have been a folder."""
+    return f"{path} {'is not a folder' if path.exists() else 'does not exist'}"
+
+
 def match(
     frames: list[Path], labels: Iterable[Path], expected: Callable[[Path], Path], every_label: bool = True
 ) -> list[tuple[Path, Path]]:
@@ -138,7 +146,7 @@ def match(
     known, used = set(labels), set()
     for frame in frames:
         if expected(frame) not in known:
-            none = "" if known & set(map(expected, frames)) else " (pictures without labels do for --task colorization)"
+            none = "" if known & set(map(expected, frames)) else f" {UNLABELLED}"
             raise DataError(f"frame {frame} has no label; expected {expected(frame)}{none}")
         used.add(expected(frame))
     for label in sorted(known - used) if every_label else ():

@@ -18,7 +18,7 @@ import numpy as np
 
 from ttt_adapt.data import coco
 from ttt_adapt.data.clips import BINARY_CLASSES, FRAME_FOLDERS, Clip, LabelledClip, pair_files, read_index
-from ttt_adapt.data.images import check_ids, folders_in, images_in, match, read_ids, read_objects, read_rgb
+from ttt_adapt.data.images import check_ids, folders_in, images_in, match, no_folder, read_ids, read_objects, read_rgb
 from ttt_adapt.errors import ConfigError, DataError, nearest
 
 CITYSCAPES = (
@@ -63,8 +63,7 @@ def open_clips(
     if isinstance(source, (str, Path)):
         root = Path(source)
         if not root.is_dir():
-            what = "is not a folder" if root.exists() else "does not exist"
-            raise DataError(f"{root} {what}; expected a folder of clips")
+            raise DataError(f"{no_folder(root)}; expected a folder of clips")
         found = FORMATS[_recognise(root) if format == "auto" else format](root, size, classes, binary)
     else:
         folders = [Path(path) for path in source]

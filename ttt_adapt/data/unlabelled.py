@@ -177,8 +177,7 @@ def open_frames(
     """
     root = Path(source)
     if not root.exists():
-        what = "is not a folder, nor a video file" if root.exists() else "does not exist"
-        raise DataError(f"{root} {what}; expected pictures or videos")
+        raise DataError(f"{root} does not exist; expected pictures or videos")
     found: dict[str, tuple[Path, list[Path]]] = {}
     for place, files in [(root, [])] if root.is_file() else walk(root):
         found[_free_name(place, root, found)] = (place, files)
