@@ -27,10 +27,14 @@ _HATCHES = ("", "///", "...", "xxx")
 """Of the bars whose colour was used before."""
 _SMOOTH = 9
 _DPI = 150
+_ROOM = 0.25
+"""Inches that a bar is wide at least, for its value to be written beside it."""
 
 
 def plot_stream(path: str | Path, runs: Sequence[Run], title: str = "") -> None:
-    """Draws the label-free loss and the headline metric along one clip, one colour per arm; 1200 x 900 pixels as PNG.
+    """Draws the label-free loss and the headline metric along one clip, one colour per arm.
+
+    1200 x 900 pixels as PNG, and higher where many arms need a long legend.
 
     Thin lines are single frames, thick lines a centred running mean over 9 frames. Seeds of one arm are averaged.
 
@@ -49,9 +53,10 @@ def plot_stream(path: str | Path, runs: Sequence[Run], title: str = "") -> None:
             f"got {len(runs)} runs on clips {sorted(clips)} of {sorted(lengths)} frames; expected runs on one clip"
         )
     headline = find_task(runs[0].task).metrics[0]
-    figure = _figure(8.0, 6.0)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 3])
     arms = list(dict.fromkeys(run.arm for run in runs))
+    columns, extra = _legend(8.0, arms)
+    figure = _figure(8.0, 6.0 + extra)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 3])
     for position, arm in enumerate(arms):
         colour, dashes = _COLOURS[position % len(_COLOURS)], "--" if position >= len(_COLOURS) else "-"
         chosen = [run for run in runs if run.arm == arm]
@@ -70,7 +75,7 @@ def plot_stream(path: str | Path, runs: Sequence[Run], title: str = "") -> None:
         upper.set_yticks([])
     figure.suptitle(title or clips.pop(), fontsize=13, fontweight="bold")
     handles, names = lower.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=_columns(figure, names), frameon=False)
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
     _save(figure, path)
 
 
@@ -90,7 +95,9 @@ def plot_bars(path: str | Path, report: Report) -> None:
     if not report.runs:
         raise DataError("the report holds no runs; add at least one")
     arms, clips = report.arms, report.clips
-    figure = _figure(min(16.0, max(8.0, 2.5 + 0.62 * len(arms) * len(clips))), 5.0)
+    across = min(16.0, max(8.0, 2.5 + 0.62 * len(arms) * len(clips)))
+    columns, extra = _legend(across, arms)
+    figure = _figure(across, 5.0 + extra)
     axes = figure.subplots()
     width = 0.8 / len(arms)
     floor = report.headline.floor
@@ -104,6 +111,8 @@ def plot_bars(path: str | Path, report: Report) -> None:
                 centre = place + (position - (len(arms) - 1) / 2) * width
                 hatch = _HATCHES[position // len(_COLOURS) % len(_HATCHES)]
                 _draw_bar(axes, centre, scores, begin, width, colour, hatch, report.marked(arm))
+                if across * width / len(clips) > _ROOM:
+                    _write_value(axes, centre, scores, begin)
     axes.set_xticks(range(len(clips)), clips)
     where = " over the clip, from that of the input" if floor else " over the clip"
     axes.set_ylabel(_axis(report.headline, where))
@@ -113,9 +122,7 @@ def plot_bars(path: str | Path, report: Report) -> None:
     axes.grid(True, axis="y", color="#e4e4e4", linewidth=0.8)
     handles, names = axes.get_legend_handles_labels()
     unique = dict(zip(names, handles, strict=True))
-    figure.legend(
-        unique.values(), unique.keys(), loc="outside upper center", ncols=_columns(figure, names), frameon=False
-    )
+    figure.legend(unique.values(), unique.keys(), loc="outside upper center", ncols=columns, frameon=False)
     _save(figure, path)
 
 
@@ -260,10 +267,11 @@ def _save(figure: Figure, path: str | Path) -> None:
     figure.savefig(path, dpi=_DPI)
 
 
-def _columns(figure: Figure, names: Sequence[str]) -> int:
-    """As many legend columns as fit the figure's width with names of this length."""
-    inches = 0.6 + 0.09 * max(len(name) for name in names)
-    return max(1, min(len(set(names)), int(figure.get_figwidth() // inches)))
+def _legend(width: float, names: Sequence[str]) -> tuple[int, float]:
+    """Columns of a legend that fits a figure so many inches wide, and the inches that its rows need beyond two."""
+    inches = 0.75 + 0.09 * max(len(name) for name in names)  # with room for a mark
+    columns = max(1, min(len(names), int(width // inches)))
+    return columns, 0.21 * max(-(-len(names) // columns) - 2, 0)
 
 
 def _style(axes: Axes) -> None:
@@ -291,6 +299,11 @@ def _draw_bar(
     axes.bar(
         centre, mean - begin, 0.92 * width, begin, yerr=spread, color=colour, hatch=hatch, label=label, error_kw=whisker
     )
+
+
+def _write_value(axes: Axes, centre: float, scores: Sequence[float], begin: float) -> None:
+    """The mean, beyond the end of its bar."""
+    mean, spread = summarize(scores)
     up = mean >= begin
     axes.annotate(
         f"{mean:.1f}",
