@@ -122,7 +122,7 @@ def streamed(out: Path, **options) -> list[np.ndarray]:
 
     class Writer:
         def __init__(self, path, fps):
-            self.path, self.fps = path, fps
+            self.path, self.fps, self.count, self.finished = path, fps, 0, False
 
         def __enter__(self):
             return self
@@ -131,6 +131,7 @@ def streamed(out: Path, **options) -> list[np.ndarray]:
             pass
 
         def write(self, frame):
+            self.count += 1
             written.append(frame)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -601,6 +601,8 @@ class FakeCuda:
             return within
 
         class Stream:
+            device_index = 1
+
             def __init__(self, *_):
                 calls.append(("new stream",))
 
@@ -656,9 +658,9 @@ def test_a_frame_is_copied_beside_the_step_that_still_runs(monkeypatch):
     cuda = FakeCuda(monkeypatch)
     monkeypatch.setattr("ttt_adapt.frames._copy_streams", {})
     for _ in range(2):
-        assert _copied(FakeTensor(cuda.calls, "frame"), cuda.device).name == "frame over there"
+        assert _copied(FakeTensor(cuda.calls, "frame"), torch.device("cuda")).name == "frame over there"
         within = cuda.calls.index(("enter stream",)), cuda.calls.index(("leave stream",))
-        assert within[0] < cuda.calls.index(("copy", cuda.device, True)) < within[1]
+        assert within[0] < cuda.calls.index(("copy", "cuda:1", True)) < within[1]
         assert [call[0] for call in cuda.calls[within[1] + 1 :]] == ["wait", "used by"]
         streams = cuda.calls.count(("new stream",))  # one of its own, and what stands for the caller's
         cuda.calls.clear()

@@ -77,3 +77,20 @@ def test_an_unknown_encoder_comes_with_the_nearest_names():
 def test_an_unknown_option_of_the_encoder_is_named(name, options):
     with pytest.raises(ConfigError, match=f"cannot make '{name}'.*{next(iter(options))}"):
         SegmentationModel(name, 5, encoder_options=options)
+
+
+def test_weights_that_cannot_be_downloaded_are_not_called_a_fault_of_the_options(monkeypatch):
+    import timm
+
+    real = timm.create_model
+
+    def offline(name, pretrained=False, **options):
+        if pretrained:
+            raise OSError("no route to the hub")
+        return real(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(ConfigError, match="cannot load the pretrained weights of 'resnet18'.*no route to the hub"):
+        SegmentationModel("resnet18", 3, pretrained=True)
+    with pytest.raises(ConfigError, match="cannot make 'resnet18' .*depths"):
+        SegmentationModel("resnet18", 3, pretrained=True, encoder_options={"depths": (1,)})

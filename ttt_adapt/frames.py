@@ -72,16 +72,16 @@ def to_device(frame: Any, device: torch.device | None) -> Tensor:
     return _copied(x.contiguous().pin_memory(), device)
 
 
-_copy_streams: dict[torch.device, torch.cuda.Stream] = {}
+_copy_streams: dict[int, torch.cuda.Stream] = {}
 
 
 def _copied(pinned: Tensor, device: torch.device) -> Tensor:
     """A pinned tensor on a CUDA device, copied beside the work that waits there, such as the step before."""
-    if device not in _copy_streams:
-        _copy_streams[device] = torch.cuda.Stream(device)
-    stream, caller = _copy_streams[device], torch.cuda.current_stream(device)
+    caller = torch.cuda.current_stream(device)
+    index = caller.device_index  # "cuda" alone is whichever device is the current one
+    stream = _copy_streams[index] = _copy_streams.get(index) or torch.cuda.Stream(index)
     with torch.cuda.stream(stream):
-        x = pinned.to(device, non_blocking=True)
+        x = pinned.to(f"cuda:{index}", non_blocking=True)
     caller.wait_stream(stream)
     x.record_stream(caller)
     return x

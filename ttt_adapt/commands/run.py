@@ -66,7 +66,7 @@ def run(options: RunOptions) -> int:
     """
     checkpoint = _checked(options)
     task = checkpoint.task
-    count, writer = 0, None
+    writer = None
     try:
         with ExitStack() as stack:
             stack.enter_context(checkpoint.mae_branch.using(**options.branch))
@@ -88,14 +88,13 @@ def run(options: RunOptions) -> int:
                     writer = stack.enter_context(VideoWriter(options.out, rate))
                 remarks.look(frame, seen, picture)
                 writer.write(picture)
-                count += 1
                 assert adapter.last is not None
                 advance(adapter.last.losses[0] if adapter.last.losses else None)
     except BaseException:
         if writer is not None and writer.finished:
             notice(f"kept in {writer.path}: {counted(writer.count, 'frame')}")
         raise
-    return count
+    return 0 if writer is None else writer.count
 
 
 def _checked(options: RunOptions) -> Checkpoint:
