@@ -11,7 +11,7 @@ from torch import nn
 import models as zoo
 from conftest import left_as_it_was, mix_flags, photograph, same_bits, settle_norms
 from ttt_adapt import MAEBranch, StreamAdapter, StreamConfig, TTTAdaptError
-from ttt_adapt.errors import FrameError, MemoryLimitError, StateError
+from ttt_adapt.errors import ConfigError, FrameError, MemoryLimitError, StateError
 from ttt_adapt.models import SegmentationModel
 
 CONFIG = StreamConfig(window=3, batch_size=2, lr=1e-2, encoder_lr_scale=0.5, seed=11)
@@ -82,6 +82,16 @@ class AdapterContract:
         assert len(moved) > 0.7 * len(inside)
         assert any(not torch.equal(t, own[name]) for name, t in adapter.branch.state_dict().items())
         assert all(p.grad is None for p in model.parameters())
+
+    def test_activation_checkpointing_changes_no_bit_and_leaves_the_model_as_it_was(self, model, frames):
+        settings = {"drop_path": True, "micro_batch": 1}
+        plain = self.adapter(copy.deepcopy(model), **settings)
+        with left_as_it_was(model):
+            checkpointed = self.adapter(model, plain.branch.state_dict(), grad_checkpointing=True, **settings)
+            for frame in frames[:3]:
+                assert same_bits(checkpointed.step(frame), plain.step(frame))
+            assert same_bits(checkpointed.state_dict()["weights"], plain.state_dict()["weights"])
+            checkpointed.detach()
 
     def test_reset_then_the_same_frames_give_the_same_predictions_bit_for_bit(self, model, frames):
         source = photograph(model)["bytes"]
@@ -302,7 +312,15 @@ class TestUNetWithCopiedHead(AdapterContract):
         return zoo.UNet()
 
 
-class TestMaskQueryNet(AdapterContract):
+class NothingRepeated:
+    """Before an `AdapterContract`: an encoder of single layers."""
+
+    def test_activation_checkpointing_changes_no_bit_and_leaves_the_model_as_it_was(self, model):
+        with left_as_it_was(model), pytest.raises(ConfigError, match="no repeated blocks .*: set micro_batch instead"):
+            self.adapter(model, grad_checkpointing=True)
+
+
+class TestMaskQueryNet(NothingRepeated, AdapterContract):
     encoder = "backbone"
 
     def make(self):
@@ -316,7 +334,7 @@ class TestSegmentationModel(AdapterContract):
         return SegmentationModel("resnet18", 5, width=16, encoder_options={"channels": (8, 16, 24, 32)})
 
 
-class TestTinyCarefully(AdapterContract):
+class TestTinyCarefully(NothingRepeated, AdapterContract):
     """All the other settings at once."""
 
     encoder = "backbone"

@@ -115,6 +115,19 @@ def test_every_setting_means_the_same_on_every_engine(make, kind, changes):
         assert (other.last.adapted, other.last.reason) == (eager.last.adapted, eager.last.reason)
 
 
+def test_activation_checkpointing_is_recorded_as_it_runs(make):
+    plain, recorded = make("eager", "tokens"), make("cudagraph", "tokens", grad_checkpointing=True)
+    for frame in clip(WARM_UP + 5):
+        assert same_bits(recorded.step(frame), plain.step(frame))
+    assert same_bits(weights(recorded), weights(plain))
+
+
+def test_activation_checkpointing_is_refused_by_the_compiler():
+    model = settle_norms(zoo.vit())
+    with left_as_it_was(model), pytest.raises(ConfigError, match="runs again: set micro_batch instead"):
+        StreamAdapter(model, encoder="norm", config=CONFIG.replace(engine="compile", grad_checkpointing=True))
+
+
 @pytest.mark.parametrize("norm_stats", ["ema", "batch"])
 @pytest.mark.parametrize("kind", ENGINES[1:])
 def test_norms_behind_global_pooling_keep_their_statistics_on_every_engine(make, kind, norm_stats):

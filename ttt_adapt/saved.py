@@ -18,7 +18,7 @@ from ttt_adapt.optim import FusedAdamW
 from ttt_adapt.snapshot import copied
 
 PARTS = ("config", "weights", "optimizer", "window", "random", "gate", "auto", "frame_index")
-_HOW = ("engine", "micro_batch")  # how a step is computed, not what
+_HOW = ("engine", "micro_batch", "grad_checkpointing")  # how a step is computed, not what
 
 
 def setting_of(objective: Objective, preprocess: Preprocess | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ ARMS = ("fixed", "no_memory", "implicit_only", "explicit_only", "online", "paper
 _ONE_FRAME = ("no_memory", "implicit_only")  # arms without a window, and
 _FROM_SOURCE = ("no_memory", "explicit_only")  # arms whose weights do not go on
 # what the paper's recipe leaves to the data and the machine
-_FREE = ("crop_size", "seed", "precision", "engine", "micro_batch")
+_FREE = ("crop_size", "seed", "precision", "engine", "micro_batch", "grad_checkpointing")
 _OWN = ("arm", "branch", "log_interval", "visualize_interval", "offline_steps")
 
 

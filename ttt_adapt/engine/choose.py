@@ -38,7 +38,7 @@ def choose_engine(
     if config.engine == "eager":
         return EagerEngine()
     if config.engine == "compile":
-        _refuse("compile", no_compile(objective, device))
+        _refuse("compile", no_compile(config, objective, device))
         return CompileEngine()
     hindrance = no_graphs(config, objective, type(optimizer), device)
     if config.engine == "cudagraph":
@@ -65,20 +65,22 @@ def describe_engines(config: StreamConfig, objective: Objective) -> dict[str, st
     """Name -> for people: what "auto" picks with the default optimizer and why, and whether the others can run."""
     device = next(iter(objective.encoder_parameters().values())).device
     hindrances = {
-        "compile": no_compile(objective, device),
+        "compile": no_compile(config, objective, device),
         "cudagraph": no_graphs(config, objective, FusedAdamW, device),
     }
     picked = "{} ({})".format(*suggestion(device, hindrances["cudagraph"]))
     return {"auto": picked, **{name: hindrance or "available" for name, hindrance in hindrances.items()}}
 
 
-def no_compile(objective: Objective, device: torch.device) -> str:
+def no_compile(config: StreamConfig, objective: Objective, device: torch.device) -> str:
     """Why `torch.compile` cannot run this stream; "" if it can."""
     if not isinstance(objective, Drawn):
         return (
             f"{type(objective).__name__} does not say how its random draws come apart from its loss (draw, loss_of, "
             "weight, settings)"
         )
+    if config.grad_checkpointing:
+        return "the compiler takes apart what grad_checkpointing runs again: set micro_batch instead"
     if device.type == "cpu" and not _has_cpp_compiler():
         return "torch.compile needs a C++ compiler on the CPU, and none was found: install g++, or set CXX"
     if device.type == "cuda":

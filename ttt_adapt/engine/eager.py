@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.engine.precision import both_passes, forward_pass
+from ttt_adapt.engine.recompute import recomputing, repeated_blocks
 from ttt_adapt.errors import ConfigError, EncoderError, MemoryLimitError
 from ttt_adapt.objectives.base import Drawn, Objective
 from ttt_adapt.optim import laid_out_alike
@@ -34,6 +35,10 @@ class Problem:
         device: where it runs.
         watch: on the model and what the objective has of its own.
         version: of the watch, when the parameters were last found to be those.
+        blocks: those that run again in the backward pass; none without `grad_checkpointing`.
+
+    Raises:
+        ConfigError: `grad_checkpointing` without blocks to run again.
     """
 
     objective: Objective
@@ -44,11 +49,18 @@ class Problem:
     device: torch.device
     watch: Watch = field(init=False)
     version: int = field(init=False, default=-1)
+    blocks: list[nn.Module] = field(init=False, default_factory=list)
     _changes: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         own = [self.objective] if isinstance(self.objective, nn.Module) else []
         self.watch = Watch(self.objective.model, *own)
+        if self.config.grad_checkpointing:
+            self.blocks = repeated_blocks(self.objective.model, self.parameters)
+
+    def recomputing(self) -> AbstractContextManager[None]:
+        """Surrounds a forward and backward pass: with `grad_checkpointing`, the blocks run again in the latter."""
+        return recomputing(self.blocks, self.config.drop_path) if self.blocks else nullcontext()
 
     def check_parameters(self) -> None:
         """Refuse a model whose weights are no longer those that are differentiated by.
@@ -164,7 +176,7 @@ class EagerEngine:
         Returns:
             The loss, detached, and the gradients, none of which shares memory with another.
         """
-        with torch.enable_grad():
+        with torch.enable_grad(), problem.recomputing():
             with forward_pass(problem.config.precision, problem.device):
                 value = _loss(problem, images, drawn)
             found = torch.autograd.grad(value, problem.parameters, allow_unused=True)
@@ -237,6 +249,6 @@ def explained_memory_errors(config: StreamConfig) -> Iterator[None]:
             raise
         raise MemoryLimitError(
             f"out of memory in a step with batch_size={config.batch_size}, crop_size={config.crop_size}, "
-            f"window={config.window}: set micro_batch, or lower batch_size or crop_size first, then window, or use "
-            "precision='bf16'"
+            f"window={config.window}: set micro_batch or grad_checkpointing, or lower batch_size or crop_size first, "
+            "then window, or use precision='bf16'"
         ) from error

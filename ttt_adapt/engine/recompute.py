@@ -1,0 +1,87 @@
+"""Activation checkpointing in the gradient step: blocks that run again in the backward pass, for less memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, is_grad_enabled, nn
+from torch.utils.checkpoint import checkpoint
+
+from ttt_adapt.errors import ConfigError
+from ttt_adapt.taps import uncompiled, without_checkpointing
+
+
+def repeated_blocks(model: nn.Module, parameters: Iterable[Tensor]) -> list[nn.Module]:
+    """The blocks that `model` repeats, such as those of a transformer or of a ResNet's stages.
+
+    A group is a list, or a module with several children other than lists, whose children are of one type and have
+    children themselves. Its children are blocks, unless there are groups inside of them: stages hold blocks.
+
+    Args:
+        model: any module.
+        parameters: what is differentiated by; blocks without any of them are left out.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    adapted = {id(p) for p in parameters}
+    found = [child for group in model.modules() if _is_group(group) for child in group.children()]
+    candidates = {child: None for child in found if any(id(p) in adapted for p in child.parameters())}
+    blocks = [block for block in candidates if not any(m in candidates for m in _inside(block))]
+    if not blocks:
+        raise ConfigError(
+            f"grad_checkpointing is True, but the encoder of this {type(model).__name__} has no repeated blocks to "
+            "run again: set micro_batch instead"
+        )
+    return blocks
+
+
+def _is_group(module: nn.Module) -> bool:
+    children, kinds = list(module.children()), {type(child) for child in module.children()}
+    if len(kinds) != 1 or not all(_inside(child) for child in children):
+        return False
+    return isinstance(module, _LISTS) or (len(children) > 1 and not issubclass(kinds.pop(), _LISTS))
+
+
+_LISTS = (nn.ModuleList, nn.Sequential)
+
+
+def _inside(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if m is not module]
+
+
+@contextmanager
+def recomputing(blocks: Sequence[nn.Module], drops: bool) -> Iterator[None]:
+    """Inside the block of code, these modules keep nothing but their inputs, and run again in the backward pass.
+
+    The backward pass has to lie inside too. Checkpointing that the model does itself is off: it cannot be told to
+    follow `torch.autograd.grad`. A block with hooks on modules inside of it runs once, as it is: they may be gone by
+    the time of the backward pass, and a user's own would be called twice.
+
+    Args:
+        blocks: none of which lies in another.
+        drops: whether they drop activations, so that they must draw the same again.
+    """
+    inner = {block: _inside(block) for block in blocks}
+    with uncompiled(), without_checkpointing(m for block in blocks for m in (block, *inner[block])):
+        own = {block: vars(block).get("forward") for block in blocks}
+        for block in blocks:
+            block.forward = partial(_run, block.forward, inner[block], drops)
+        try:
+            yield
+        finally:
+            for block, forward in own.items():
+                if forward is None:
+                    del block.forward
+                else:
+                    block.forward = forward
+
+
+def _run(forward: Callable[..., Any], inner: list[nn.Module], drops: bool, *args: Any, **kwargs: Any) -> Any:
+    """A block's forward pass, checkpointed where that changes nothing but the memory."""
+    if not is_grad_enabled() or any(m._forward_hooks or m._forward_pre_hooks for m in inner):
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=drops, **kwargs)
