@@ -4,14 +4,18 @@
 
 One axis at a time from a common middle. All points of an axis are timed in turns, and reported relative to the axis'
 first point (`relative`) and to the same model's plain forward pass on the same frame (`to_forward`). Window, stream
-length and number of streams (each with a model of its own; the cost is per frame) are promised to be flat. On a GPU
-the middle is larger. Weights are random: they do not change the cost.
+length and number of streams (each with a model of its own; the cost is per frame) are promised to be flat. Last, a batch
+of 32 is taken whole and in the two ways to fit it into less memory, with what steps add to the memory of a process of
+their own (`peak`, MiB). On a GPU the middle is larger. Weights are random: they do not change the cost.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,17 +35,26 @@ WINDOWS = [1, 4, 16, 64]
 BATCHES = [1, 2, 4, 8]
 MODELS = ["vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224"]
 STREAMS = [1, 2, 4]
+LARGE = {"batch": 32, "window": 1}
+LARGE_MODELS = [MIDDLE["model"], "resnet50"]
+IN_LESS_MEMORY: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "micro_batch=4": {"micro_batch": 4},
+    "grad_checkpointing": {"grad_checkpointing": True},
+}
 
 
 def build(model: str, size: tuple[int, int]) -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(model, img_size=size, num_classes=10).eval().to(DEVICE)
+    options = {"img_size": size} if model.startswith("vit") else {}
+    return timm.create_model(model, num_classes=10, **options).eval().to(DEVICE)
 
 
-def adapter(model: str, size: tuple[int, int], batch: int, window: int = 16) -> Step:
+def adapter(model: str, size: tuple[int, int], batch: int, window: int = 16, **changes: Any) -> Step:
     """A stream whose window is full."""
-    config = StreamConfig.online(window=window, batch_size=batch)
-    made = StreamAdapter(build(model, size), encoder="norm", config=config)
+    config = StreamConfig.online(window=window, batch_size=batch, **changes)
+    encoder = "norm" if model.startswith("vit") else "layer4"
+    made = StreamAdapter(build(model, size), encoder=encoder, config=config)
     for frame in torch.randn(window, 3, *size, device=DEVICE):
         made.adapt(frame)
     return made.step
@@ -114,6 +127,35 @@ def streams(frames: int) -> Iterator[dict[str, Any]]:
         yield {**row, "ms": each}
 
 
+def less_memory(model: str, frames: int) -> Iterator[dict[str, Any]]:
+    """A large batch: what it costs to keep less of it."""
+    point: dict[str, Any] = {**MIDDLE, **LARGE, "model": model}
+    steps = {name: adapter(**point, **changes) for name, changes in IN_LESS_MEMORY.items()}
+    steps["forward"] = forward(model, point["size"])
+    ms = interleaved(steps, torch.randn(frames, 3, *point["size"], device=DEVICE))
+    for name in IN_LESS_MEMORY:
+        command = [sys.executable, __file__, "--peak", model, name]
+        found = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        row = {"axis": f"batch of 32, {model}", "value": name, "relative": ms[name] / ms["whole"], "peak": found}
+        yield {**row, "to_forward": ms[name] / ms["forward"], "ms": ms[name]}
+
+
+def peak(model: str, name: str) -> float:
+    """MiB that steps on a large batch add to the peak memory of this process."""
+    point: dict[str, Any] = {**MIDDLE, **LARGE, "model": model, **IN_LESS_MEMORY[name]}
+    frames = torch.randn(2, 3, *point["size"], device=DEVICE)
+    adapter(**{**point, "batch": 1})(frames[0])  # what every process needs
+    before, step = _peak(), adapter(**point)
+    for frame in frames:
+        step(frame)
+    return (_peak() - before) / 2**20
+
+
+def _peak() -> float:
+    """The largest number of bytes so far."""
+    return torch.cuda.max_memory_allocated() if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def rows_of(frames: int) -> Iterator[dict[str, Any]]:
     yield from axis("frame size", [{"size": size} for size in SIZES], frames)
     yield from axis("window", [{"window": window} for window in WINDOWS], frames)
@@ -121,19 +163,25 @@ def rows_of(frames: int) -> Iterator[dict[str, Any]]:
     yield from axis("model", [{"model": model} for model in MODELS], frames)
     yield from length(frames)
     yield from streams(frames)
+    for model in LARGE_MODELS:
+        yield from less_memory(str(model), frames)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=20)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--peak", nargs=2, metavar=("MODEL", "WAY"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.peak:
+        print(peak(*options.peak))
+        return
     rows: list[dict[str, Any]] = []
     for row in rows_of(options.frames):
         rows.append(row)
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
         write(options.out, rows)
-    print(f"\n{device_name()}\n\n{table(rows, ['axis', 'value', 'relative', 'to_forward'])}")
+    print(f"\n{device_name()}\n\n{table(rows, ['axis', 'value', 'relative', 'to_forward', 'peak'])}")
 
 
 if __name__ == "__main__":

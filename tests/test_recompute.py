@@ -103,7 +103,7 @@ def test_stages_that_are_no_lists_are_looked_into_too():
 
 
 def test_blocks_that_hold_nothing_adapted_are_left_out(stack):
-    assert repeated_blocks(stack, stack.blocks[1].parameters()) == [stack.blocks[1]]
+    assert repeated_blocks(stack, stack.blocks[1].parameters()) == {stack.blocks[1]: list(stack.blocks[1].children())}
     with pytest.raises(ConfigError, match="the encoder of this Stack has no repeated blocks"):
         repeated_blocks(stack, stack.norm.parameters())
 
@@ -113,7 +113,7 @@ def test_only_the_inputs_of_blocks_are_kept_and_gradients_are_the_same_bits(stac
     whole = kept(stack, images)
     expected = torch.autograd.grad(stack(images).square().sum(), parameters)
     stack.passes()
-    with recomputing(list(stack.blocks), drops=False):
+    with recomputing(repeated_blocks(stack, stack.parameters())):
         less = kept(stack, images)
         assert stack.passes() == [1, 1, 1]
         loss = stack(images).square().sum()
@@ -121,6 +121,18 @@ def test_only_the_inputs_of_blocks_are_kept_and_gradients_are_the_same_bits(stac
     assert stack.passes() == [2, 2, 2]
     assert less < 0.3 * whole
     assert same_bits(list(found), list(expected))
+
+
+def test_blocks_that_always_draw_draw_the_same_again(stack):
+    for block in stack.blocks:
+        block.inner.forward = lambda x, f=block.inner.forward: torch.dropout(f(x), 0.5, train=True)
+    images, found = torch.randn(2, 3, 32, 32), []
+    for blocks in ({}, repeated_blocks(stack, stack.parameters())):
+        torch.manual_seed(1)
+        with recomputing(blocks):
+            found.append(torch.autograd.grad(stack(images).square().sum(), list(stack.parameters())))
+    assert stack.passes() == [3, 3, 3]
+    assert same_bits(*map(list, found))
 
 
 def test_a_step_runs_every_block_again_and_a_prediction_does_not(stack):
@@ -178,7 +190,7 @@ def test_a_forward_that_recomputes_is_taken_off_the_block_and_put_back(stack):
     for block in stack.blocks:
         block.forward = wrapped(block.forward)
     own = [block.forward for block in stack.blocks]
-    with recomputing(list(stack.blocks), drops=False):
+    with recomputing(repeated_blocks(stack, stack.parameters())):
         loss = stack(torch.randn(1, 3, 32, 32)).square().sum()
         torch.autograd.grad(loss, list(stack.parameters()))
     assert stack.passes() == [2, 2, 2]
@@ -187,7 +199,7 @@ def test_a_forward_that_recomputes_is_taken_off_the_block_and_put_back(stack):
 
 def test_an_error_in_the_block_leaves_the_model_as_it_was(stack):
     def fail() -> None:
-        with recomputing(list(stack.blocks), drops=False):
+        with recomputing(repeated_blocks(stack, stack.parameters())):
             stack(torch.randn(1, 3, 32, 32))
             raise ZeroDivisionError
 

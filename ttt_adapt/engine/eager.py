@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,7 +35,7 @@ class Problem:
         device: where it runs.
         watch: on the model and what the objective has of its own.
         version: of the watch, when the parameters were last found to be those.
-        blocks: those that run again in the backward pass; none without `grad_checkpointing`.
+        blocks: those that run again in the backward pass -> the modules in each; none without `grad_checkpointing`.
 
     Raises:
         ConfigError: `grad_checkpointing` without blocks to run again.
@@ -49,7 +49,7 @@ class Problem:
     device: torch.device
     watch: Watch = field(init=False)
     version: int = field(init=False, default=-1)
-    blocks: list[nn.Module] = field(init=False, default_factory=list)
+    blocks: dict[nn.Module, list[nn.Module]] = field(init=False, default_factory=dict)
     _changes: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
@@ -57,10 +57,6 @@ class Problem:
         self.watch = Watch(self.objective.model, *own)
         if self.config.grad_checkpointing:
             self.blocks = repeated_blocks(self.objective.model, self.parameters)
-
-    def recomputing(self) -> AbstractContextManager[None]:
-        """Surrounds a forward and backward pass: with `grad_checkpointing`, the blocks run again in the latter."""
-        return recomputing(self.blocks, self.config.drop_path) if self.blocks else nullcontext()
 
     def check_parameters(self) -> None:
         """Refuse a model whose weights are no longer those that are differentiated by.
@@ -176,7 +172,8 @@ class EagerEngine:
         Returns:
             The loss, detached, and the gradients, none of which shares memory with another.
         """
-        with torch.enable_grad(), problem.recomputing():
+        again = recomputing(problem.blocks, recorded=self.records) if problem.blocks else nullcontext()
+        with torch.enable_grad(), again:
             with forward_pass(problem.config.precision, problem.device):
                 value = _loss(problem, images, drawn)
             found = torch.autograd.grad(value, problem.parameters, allow_unused=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,8 +14,8 @@ from ttt_adapt.errors import ConfigError
 from ttt_adapt.taps import uncompiled, without_checkpointing
 
 
-def repeated_blocks(model: nn.Module, parameters: Iterable[Tensor]) -> list[nn.Module]:
-    """The blocks that `model` repeats, such as those of a transformer or of a ResNet's stages.
+def repeated_blocks(model: nn.Module, parameters: Iterable[Tensor]) -> dict[nn.Module, list[nn.Module]]:
+    """The blocks that `model` repeats, such as those of a transformer or of a ResNet's stages -> the modules in each.
 
     A group is a list, or a module with several children other than lists, whose children are of one type and have
     children themselves. Its children are blocks, unless there are groups inside of them: stages hold blocks.
@@ -30,7 +30,8 @@ def repeated_blocks(model: nn.Module, parameters: Iterable[Tensor]) -> list[nn.M
     adapted = {id(p) for p in parameters}
     found = [child for group in model.modules() if _is_group(group) for child in group.children()]
     candidates = {child: None for child in found if any(id(p) in adapted for p in child.parameters())}
-    blocks = [block for block in candidates if not any(m in candidates for m in _inside(block))]
+    inside = {block: _inside(block) for block in candidates}
+    blocks = {block: inner for block, inner in inside.items() if not any(m in candidates for m in inner)}
     if not blocks:
         raise ConfigError(
             f"grad_checkpointing is True, but the encoder of this {type(model).__name__} has no repeated blocks to "
@@ -54,7 +55,7 @@ def _inside(module: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def recomputing(blocks: Sequence[nn.Module], drops: bool) -> Iterator[None]:
+def recomputing(blocks: Mapping[nn.Module, Sequence[nn.Module]], recorded: bool = False) -> Iterator[None]:
     """Inside the block of code, these modules keep nothing but their inputs, and run again in the backward pass.
 
     The backward pass has to lie inside too. Checkpointing that the model does itself is off: it cannot be told to
@@ -62,14 +63,14 @@ def recomputing(blocks: Sequence[nn.Module], drops: bool) -> Iterator[None]:
     the time of the backward pass, and a user's own would be called twice.
 
     Args:
-        blocks: none of which lies in another.
-        drops: whether they drop activations, so that they must draw the same again.
+        blocks: as `repeated_blocks` found them.
+        recorded: a recording may be under way, in which PyTorch's random source cannot be put back: whatever a block
+            draws there, it draws anew when it runs again.
     """
-    inner = {block: _inside(block) for block in blocks}
-    with uncompiled(), without_checkpointing(m for block in blocks for m in (block, *inner[block])):
+    with uncompiled(), without_checkpointing(m for block, inner in blocks.items() for m in (block, *inner)):
         own = {block: vars(block).get("forward") for block in blocks}
-        for block in blocks:
-            block.forward = partial(_run, block.forward, inner[block], drops)
+        for block, inner in blocks.items():
+            block.forward = partial(_run, block.forward, inner, not recorded)
         try:
             yield
         finally:
@@ -80,8 +81,8 @@ def recomputing(blocks: Sequence[nn.Module], drops: bool) -> Iterator[None]:
                     block.forward = forward
 
 
-def _run(forward: Callable[..., Any], inner: list[nn.Module], drops: bool, *args: Any, **kwargs: Any) -> Any:
+def _run(forward: Callable[..., Any], inner: Sequence[nn.Module], redraw: bool, *args: Any, **kwargs: Any) -> Any:
     """A block's forward pass, checkpointed where that changes nothing but the memory."""
     if not is_grad_enabled() or any(m._forward_hooks or m._forward_pre_hooks for m in inner):
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=drops, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=redraw, **kwargs)
