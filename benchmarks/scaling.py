@@ -4,8 +4,8 @@
 
 One axis at a time from a common middle. All points of an axis are timed in turns, and reported relative to the axis'
 first point (`relative`) and to the same model's plain forward pass on the same frame (`to_forward`). Window, stream
-length and number of streams (each with a model of its own; the cost is per frame) are promised to be flat. Last, a batch
-of 32 is taken whole and in the two ways to fit it into less memory, with what steps add to the memory of a process of
+length and number of streams (each with a model of its own; the cost is per frame) are promised to be flat. Last comes
+a batch of 32, whole and in the two ways to fit it into less memory, with what steps add to the memory of a process of
 their own (`peak`, MiB). On a GPU the middle is larger. Weights are random: they do not change the cost.
 """
 
