@@ -27,7 +27,7 @@ from ttt_adapt.checkpoint import Checkpoint, load_checkpoint
 from ttt_adapt.data import open_clips
 from ttt_adapt.evaluation.arms import ARMS
 from ttt_adapt.evaluation.runner import run_arm
-from ttt_adapt.taps import norm_layers
+from ttt_adapt.norms import norm_layers
 
 Sample = tuple[np.ndarray, np.ndarray]
 Variant = tuple[str, dict[str, Any]]

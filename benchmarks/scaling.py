@@ -5,14 +5,14 @@
 One axis at a time from a common middle. All points of an axis are timed in turns, and reported relative to the axis'
 first point (`relative`) and to the same model's plain forward pass on the same frame (`to_forward`). Window, stream
 length and number of streams (each with a model of its own; the cost is per frame) are promised to be flat. Last comes
-a batch of 32, whole and in the two ways to fit it into less memory, with what steps add to the memory of a process of
-their own (`peak`, MiB). On a GPU the middle is larger. Weights are random: they do not change the cost.
+a batch of 32, whole and in the two ways to fit it into less memory, with the MiB that a step takes beside model, source
+weights and optimizer, in a process of its own (`peak`). On a GPU the middle is larger. Weights are random: they do not
+change the cost.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from timing import Step, device_name, interleaved, now, table, write
 from ttt_adapt import StreamAdapter, StreamConfig
+from ttt_adapt.evaluation.memory import PeakMemory
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -141,19 +142,15 @@ def less_memory(model: str, frames: int) -> Iterator[dict[str, Any]]:
 
 
 def peak(model: str, name: str) -> float:
-    """MiB that steps on a large batch add to the peak memory of this process."""
+    """MiB that a step on a large batch takes beside model, source weights and optimizer."""
     point: dict[str, Any] = {**MIDDLE, **LARGE, "model": model, **IN_LESS_MEMORY[name]}
     frames = torch.randn(2, 3, *point["size"], device=DEVICE)
-    adapter(**{**point, "batch": 1})(frames[0])  # what every process needs
-    before, step = _peak(), adapter(**point)
-    for frame in frames:
-        step(frame)
-    return (_peak() - before) / 2**20
-
-
-def _peak() -> float:
-    """The largest number of bytes so far."""
-    return torch.cuda.max_memory_allocated() if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    step = adapter(**point)
+    with PeakMemory(torch.device(DEVICE)) as memory:
+        for frame in frames:
+            step(frame)
+    assert memory.mib is not None, "this system does not say what a process holds"
+    return memory.mib
 
 
 def rows_of(frames: int) -> Iterator[dict[str, Any]]:

@@ -443,7 +443,7 @@ def clean_statistics(model, frame):
     return x.mean((0, 2, 3)), x.var((0, 2, 3))
 
 
-@pytest.mark.parametrize("kind", ["frozen", "ema", "batch"])
+@pytest.mark.parametrize("kind", ["frozen", "ema", "blend", "batch"])
 def test_running_statistics_are_frozen_or_those_of_clean_frames(kind):
     adapter = attached(zoo.TinySeg, config=CONFIG.replace(norm_stats=kind, norm_momentum=0.2, lr=0.0))
     norm = adapter._model.backbone[1]
@@ -451,7 +451,7 @@ def test_running_statistics_are_frozen_or_those_of_clean_frames(kind):
     source, momentum = photograph(adapter._model), norm.momentum
     for frame in clip(3):
         new_mean, new_var = clean_statistics(adapter._model, frame)
-        share = {"frozen": 0.0, "ema": 0.2, "batch": 0.0}[kind]
+        share = 0.2 if kind == "ema" else 0.0
         mean, var = mean + share * (new_mean - mean), var + share * (new_var - var)
         adapter.step(frame)
         torch.testing.assert_close(norm.running_mean, mean, rtol=1e-5, atol=1e-6)
@@ -482,6 +482,20 @@ def test_norms_behind_global_pooling_keep_to_their_running_statistics(kind):
             torch.testing.assert_close(found, model.head(x + model.pool(x)))
     adapter.reset()
     assert photograph(model) == source
+
+
+def test_a_frame_is_predicted_with_a_blend_of_its_own_statistics_and_the_running_ones():
+    found = {}
+    for momentum, share in ((None, 0.3), (0.2, 0.2)):
+        adapter = attached(zoo.TinySeg, config=CONFIG.replace(norm_stats="blend", norm_momentum=momentum, lr=0.0))
+        model, frame = adapter._model, clip(1)[0]
+        norm = model.backbone[1]
+        mean, var = clean_statistics(model, frame)
+        found[share] = adapter.step(frame)
+        with torch.no_grad():
+            norm.running_mean.lerp_(mean, share), norm.running_var.lerp_(var, share)
+            torch.testing.assert_close(found[share], model(frame[None]))
+    assert not torch.equal(found[0.3], found[0.2])
 
 
 @pytest.mark.parametrize("every", [1, 3])

@@ -372,7 +372,7 @@ def test_online_norm_ema_moves_the_statistics_and_online_does_not():
     assert all(torch.equal(b, before[name]) for name, b in made.model.named_buffers() if name in before)
 
 
-@pytest.mark.parametrize("arm", ["norm-ema", "norm-blend", "online-norm-ema"])
+@pytest.mark.parametrize("arm", ["norm-ema", "norm-blend", "online-norm-ema", "online-norm-blend"])
 def test_norm_arms_refuse_a_model_without_batchnorm(arm):
     with pytest.raises(ConfigError, match="no BatchNorm"):
         ARMS[arm].start(checkpoint(**VIT), CONFIG)

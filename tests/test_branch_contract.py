@@ -12,7 +12,8 @@ from ttt_adapt import MAEBranch, Reconstruction, TTTAdaptError
 from ttt_adapt.encoder import inspect_encoder
 from ttt_adapt.errors import CheckpointError, ConfigError, EncoderError, FrameError, StateError
 from ttt_adapt.masking import hidden_patches, upsample_mask
-from ttt_adapt.taps import norm_layers, run_encoder
+from ttt_adapt.norms import norm_layers
+from ttt_adapt.taps import run_encoder
 
 
 class BranchContract:

@@ -100,8 +100,8 @@ def test_fifty_frames_are_those_of_the_eager_engine(make, kind, family):
     "changes",
     [
         {"restart_optimizer": True}, {"iterations": 2, "every": 2}, {"crop_size": (16, 32)}, {"carry_weights": False},
-        {"norm_stats": "ema"}, {"norm_stats": "batch"}, {"precision": "bf16"}, {"micro_batch": 1},
-        {"gate": "surprise"}, {"deferred": True},
+        {"norm_stats": "ema"}, {"norm_stats": "batch"}, {"norm_stats": "blend"}, {"precision": "bf16"},
+        {"micro_batch": 1}, {"gate": "surprise"}, {"deferred": True},
     ],
     ids=str,
 )  # fmt: skip
@@ -128,7 +128,7 @@ def test_activation_checkpointing_is_refused_by_the_compiler():
         StreamAdapter(model, encoder="norm", config=CONFIG.replace(engine="compile", grad_checkpointing=True))
 
 
-@pytest.mark.parametrize("norm_stats", ["ema", "batch"])
+@pytest.mark.parametrize("norm_stats", ["ema", "blend", "batch"])
 @pytest.mark.parametrize("kind", ENGINES[1:])
 def test_norms_behind_global_pooling_keep_their_statistics_on_every_engine(make, kind, norm_stats):
     model = settle_norms(zoo.PooledSeg())

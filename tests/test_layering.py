@@ -18,6 +18,7 @@ LAYERS = [
     {"errors"},
     {"config", "masking", "features", "window", "snapshot", "theory", "gate", "lab", "drops", "watch"},
     {"taps"},
+    {"norms"},
     {"encoder", "decoders"},
     {"attached"},
     {"frames", "branch", "objectives", "optim"},

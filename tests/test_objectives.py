@@ -61,7 +61,7 @@ def test_every_objective_follows_the_protocol_and_its_loss_takes_images_alone(ma
 
 
 @pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
-@pytest.mark.parametrize("norm_stats", ["frozen", "batch"])
+@pytest.mark.parametrize("norm_stats", ["frozen", "blend", "batch"])
 def test_the_model_comes_back_bitwise(make, norm_stats):
     model = seg()
     mix_flags(model)

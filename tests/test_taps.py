@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 from functools import wraps
 
 import pytest
@@ -10,18 +9,14 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import models as zoo
-from conftest import hooks_of, left_as_it_was, same_bits, settle_norms
+from conftest import hooks_of, same_bits, settle_norms
 from ttt_adapt import MAEBranch
 from ttt_adapt.encoder import inspect_encoder
 from ttt_adapt.errors import EncoderError
 from ttt_adapt.masking import random_mask, upsample_mask
 from ttt_adapt.taps import (
-    batch_statistics,
-    frozen_norms,
     hidden_channel,
-    norm_layers,
     run_encoder,
-    updating_norms,
     visible_tokens,
     without_checkpointing,
 )
@@ -272,55 +267,6 @@ def test_at_mask_ratio_08_the_encoder_costs_at_most_a_quarter_of_the_full_pass()
     masked = flops(lambda: branch._encode(images, mask, int(mask.sum())))
     assert full > 1e9
     assert masked <= 0.25 * full
-
-
-# ---- BatchNorm
-
-
-def test_frozen_norms_use_running_statistics_and_give_flags_back_after_an_error():
-    model = zoo.TinySeg().train()
-    norms = norm_layers(model)
-    assert [type(n).__name__ for n in norms] == ["BatchNorm2d"]
-    x = torch.randn(2, 3, 16, 16)
-    with left_as_it_was(model), torch.no_grad():
-        with frozen_norms(norms):
-            inside = model.backbone(x)
-        model.backbone.eval()
-        assert torch.equal(inside, model.backbone(x))
-        model.backbone.train()
-        with pytest.raises(KeyError), frozen_norms(norms):
-            raise KeyError
-
-
-@pytest.mark.parametrize(
-    ("norm", "lone", "several"),
-    [
-        (nn.BatchNorm1d(4), (1, 4), (2, 4)),
-        (nn.BatchNorm1d(4), (1, 4, 1), (1, 4, 2)),
-        (nn.BatchNorm2d(4, affine=False), (1, 4, 1, 1), (2, 4, 1, 1)),
-        (nn.InstanceNorm2d(4, track_running_stats=True), (3, 4, 1, 1), (3, 4, 1, 2)),
-        (nn.InstanceNorm1d(4, track_running_stats=True), (4, 1), (4, 3)),
-    ],
-)
-def test_one_value_per_channel_meets_the_running_statistics_and_does_not_enter_them(norm, lone, several):
-    norm = copy.deepcopy(norm).eval()
-    norm.running_mean.normal_()
-    norm.running_var.uniform_(0.5, 2.0)
-    lone, several = torch.randn(lone), torch.randn(several)
-    plain, trained = norm(lone), copy.deepcopy(norm).train()
-    trained.momentum = 0.5
-    with left_as_it_was(norm):
-        with batch_statistics([norm]):
-            assert torch.equal(norm(lone), plain)
-            assert torch.equal(norm(several), copy.deepcopy(trained)(several))  # and the next call has its own again
-        with updating_norms([norm], 0.5):
-            assert torch.equal(norm(lone), plain)
-        with pytest.raises((RuntimeError, ValueError)), batch_statistics([norm]):
-            norm(torch.randn(2, 2, 2, 2, 2))
-    with updating_norms([norm], 0.5):
-        norm(several)
-    trained(several)
-    assert same_bits(dict(norm.named_buffers()), dict(trained.named_buffers()))
 
 
 # ---- activation checkpointing

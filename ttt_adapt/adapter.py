@@ -24,11 +24,11 @@ from ttt_adapt.errors import ConfigError, FrameError, StateError
 from ttt_adapt.frames import Preprocess, default_preprocess, pixels_of, scaling, to_model_input
 from ttt_adapt.gate import SurpriseGate
 from ttt_adapt.loan import adapted_tensors, check_arguments, check_free, give_back, lend, memory_of
+from ttt_adapt.norms import frame_statistics, norm_layers, updating_norms
 from ttt_adapt.objectives.base import Drawn, Objective
 from ttt_adapt.optim import ParamGroups, Restart, adamw, decides_on_device, parameter_groups, step_if, total_norm
 from ttt_adapt.saved import check_saved, check_window, loaded_optimizer, setting_of
 from ttt_adapt.snapshot import Snapshot, copied
-from ttt_adapt.taps import batch_statistics, norm_layers, updating_norms
 from ttt_adapt.theory import AutoWindow, gradient_sketch
 from ttt_adapt.window import FrameWindow
 
@@ -301,15 +301,15 @@ class StreamAdapter:
         return decides_on_device(self._optimizer) and not self._remembers
 
     def _predict_input(self, x: Tensor) -> Any:
-        own = self._norms if self.config.norm_stats == "batch" else []
-        with torch.no_grad(), explained_memory_errors(self.config), batch_statistics(own):
+        own = frame_statistics(self.config.norm_stats, self._norms, self.config.frame_share)
+        with torch.no_grad(), explained_memory_errors(self.config), own:
             return self._engine.predict(self._predict, x, key=self._weights() if self._engine.records else ())
 
     @torch.no_grad()
     def _renew_norm_stats(self, x: Tensor) -> None:
         """Let clean frames into the running statistics of BatchNorm, if asked for."""
         if self.config.norm_stats == "ema" and self._norms:
-            with updating_norms(self._norms, self.config.norm_momentum):
+            with updating_norms(self._norms, self.config.frame_share):
                 self._predict(x)
 
     # ---- what surrounds it

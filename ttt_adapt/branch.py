@@ -17,7 +17,8 @@ from ttt_adapt.encoder import EncoderInfo, evaluating, inspect_encoder
 from ttt_adapt.errors import CheckpointError, ConfigError, EncoderError, FrameError
 from ttt_adapt.features import Features, to_maps
 from ttt_adapt.masking import hidden_patches, pad_to_multiple, patchify, random_mask, unpatchify, upsample_mask
-from ttt_adapt.taps import frozen_norms, hidden_channel, run_encoder, visible_tokens, without_checkpointing
+from ttt_adapt.norms import frozen_norms
+from ttt_adapt.taps import hidden_channel, run_encoder, visible_tokens, without_checkpointing
 
 SETTINGS = ("mask_ratio", "loss_on", "norm_pix_loss")
 """What the loss of a branch depends on beside images, masks and weights; it may change after attaching."""

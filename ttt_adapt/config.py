@@ -39,10 +39,11 @@ class StreamConfig:
         precision: of the gradient step: "fp32" (as the process is set up), "tf32" (CUDA devices from compute capability
             8.0 on), or "bf16" by autocast. Weights and optimizer stay as they are, and predictions are always the
             model's own. "fp16" is refused: its gradients would need a loss scale, and bf16 needs none.
-        norm_stats: running statistics of BatchNorm: "frozen", "ema" (a moving average over clean frames with
-            `norm_momentum`), or "batch" (each frame is predicted with its own). Masked frames never enter. A layer that
-            sees one value per channel, such as BatchNorm behind global pooling, keeps to its running statistics.
-        norm_momentum: weight of the current frame in "ema".
+        norm_stats: statistics of BatchNorm: "frozen", "ema" (running ones move over clean frames), "blend" (each frame
+            is predicted with a blend of the running ones and its own), or "batch" (with its own alone). Masked frames
+            never enter. A layer that sees one value per channel, such as BatchNorm behind global pooling, keeps to its
+            running statistics.
+        norm_momentum: weight of the current frame in "ema" and "blend"; None: 0.05 and 0.3.
         drop_path: stochastic depth and dropout active in the gradient step.
         engine: how a step runs: "eager", "compile" (`torch.compile`), "cudagraph" (recorded once, then replayed), or
             "auto", which picks for the device and the model (`StreamAdapter.engine` says what and why).
@@ -71,7 +72,7 @@ class StreamConfig:
     grad_checkpointing: bool = False
     precision: str = "fp32"
     norm_stats: str = "frozen"
-    norm_momentum: float = 0.05
+    norm_momentum: float | None = None
     drop_path: bool = False
     engine: str = "auto"
     deferred: bool = False
@@ -93,8 +94,9 @@ class StreamConfig:
                 f'window="auto" measures a step on each frame of the stream: expected every=1 and gate="none", got '
                 f"every={self.every} and gate={self.gate!r}"
             )
-        for name in ("source_pull", "norm_momentum"):
-            self._settle(name, _number(name, getattr(self, name), 0.0, 1.0))
+        self._settle("source_pull", _number("source_pull", self.source_pull, 0.0, 1.0))
+        if self.norm_momentum is not None:
+            self._settle("norm_momentum", _number("norm_momentum", self.norm_momentum, 0.0, 1.0))
         for name in ("lr", "encoder_lr_scale", "weight_decay"):
             self._settle(name, _number(name, getattr(self, name), 0.0, float("inf")))
         for name in ("carry_weights", "restart_optimizer", "grad_checkpointing", "drop_path", "deferred"):
@@ -113,7 +115,7 @@ class StreamConfig:
                 "'bf16' costs the same and needs none"
             )
         _check_choice("precision", self.precision, ("fp32", "tf32", "bf16"))
-        _check_choice("norm_stats", self.norm_stats, ("frozen", "ema", "batch"))
+        _check_choice("norm_stats", self.norm_stats, ("frozen", "ema", "blend", "batch"))
         _check_choice("gate", self.gate, ("none", "surprise"))
         _check_choice("engine", self.engine, ("auto", "eager", "compile", "cudagraph"))
         if self.crop_size is not None:
@@ -127,6 +129,12 @@ class StreamConfig:
     def capacity(self) -> int:
         """Frames that the window holds."""
         return 32 if isinstance(self.window, str) else self.window
+
+    @property
+    def frame_share(self) -> float:
+        """Weight of the current frame in statistics of BatchNorm that move: `norm_momentum`, or its default."""
+        default = 0.3 if self.norm_stats == "blend" else 0.05
+        return default if self.norm_momentum is None else self.norm_momentum
 
     def replace(self, **changes: Any) -> StreamConfig:
         """A copy with some fields changed, checked again."""

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from ttt_adapt.errors import EncoderError, nearest
 from ttt_adapt.features import MAX_PREFIX, MapSpec, describe, tensors
+from ttt_adapt.norms import norm_layers
 from ttt_adapt.taps import (
     CHECKPOINT_FLAGS,
     TokenPath,
     hooks,
-    norm_layers,
     run_encoder,
     uncompiled,
     visible_tokens,

@@ -35,8 +35,9 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from ttt_adapt.attached import Attached
 from ttt_adapt.branch import check_state
 from ttt_adapt.errors import CheckpointError, ConfigError, StateError
+from ttt_adapt.norms import frozen_norms
 from ttt_adapt.optim import decays, embedding_tables
-from ttt_adapt.taps import frozen_norms, run_encoder
+from ttt_adapt.taps import run_encoder
 
 STAGES = ("main", "joint", "mae", "probe")
 

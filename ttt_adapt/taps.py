@@ -3,15 +3,12 @@
 - `run_encoder` runs the model from its input and stops where the encoder ends.
 - `hidden_channel` adds the mask channel's convolution to the stem.
 - `visible_tokens` lets a transformer's blocks see the visible tokens only.
-- `frozen_norms` keeps BatchNorm statistics out of a pass, `updating_norms` lets a pass into them, and with
-  `batch_statistics` a pass has its own. One value per channel has no statistics: those inputs meet the running ones.
 """
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ttt_adapt.errors import EncoderError
 
@@ -228,92 +223,3 @@ class _TokenDrop:
         assert self.fill is not None
         full = self.fill.to(output.dtype).expand(self.batch * self.total, -1)
         return full.index_copy(0, self.flat, output.flatten(0, 1)).view(self.batch, self.total, -1)
-
-
-def norm_layers(module: nn.Module) -> list[nn.Module]:
-    """The layers of `module` that keep running statistics (BatchNorm and its kin)."""
-    return [m for m in module.modules() if isinstance(m, _NormBase) and m.track_running_stats]
-
-
-@contextmanager
-def frozen_norms(norms: list[nn.Module]) -> Iterator[None]:
-    """Inside the block, the layers use their running statistics and do not change them.
-
-    Layers in training mode use copies: a main-task pass before the backward pass would change the originals under it.
-    """
-    training = [(norm, norm.running_mean, norm.running_var) for norm in norms if norm.training]
-    for norm, mean, var in training:
-        norm.training = False
-        norm.running_mean, norm.running_var = mean.clone(), var.clone()  # type: ignore[operator]
-    try:
-        yield
-    finally:
-        for norm, mean, var in training:
-            norm.training, norm.running_mean, norm.running_var = True, mean, var
-
-
-@contextmanager
-def updating_norms(norms: list[nn.Module], momentum: float) -> Iterator[None]:
-    """Inside the block, passes blend their statistics into the running ones with weight `momentum`.
-
-    A layer that sees one value per channel, as behind global pooling, uses its running statistics and leaves them.
-    """
-    with _training(norms, momentum=momentum):
-        yield
-
-
-@contextmanager
-def batch_statistics(norms: list[nn.Module]) -> Iterator[None]:
-    """Inside the block, passes are normalised by the statistics of their own batch; the running ones do not change.
-
-    A layer that sees one value per channel, as behind global pooling, uses its running statistics.
-    """
-    own = {
-        "track_running_stats": False,
-        "running_mean": None,
-        "running_var": None,
-    }  # InstanceNorm writes into any it has
-    with _training(norms, **own):
-        yield
-
-
-@contextmanager
-def _training(norms: list[nn.Module], **settings: Any) -> Iterator[None]:
-    """Inside the block, layers with running statistics train, with these settings, wherever there is more than a value.
-
-    Whether there is depends on the images, so it is decided at each call of a layer.
-    """
-    inside = {"training": True, "track_running_stats": True, **settings}
-    before = {norm: {name: getattr(norm, name) for name in inside} for norm in norms}
-
-    def call_begins(norm: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and _values_per_channel(norm, args[0]) == 1:
-            _set(norm, {**before[norm], "training": False})
-
-    def call_ends(norm: nn.Module, _args: Any, _output: Any) -> None:
-        _set(norm, inside)
-
-    with hooks(
-        handle
-        for norm in norms
-        for handle in (norm.register_forward_pre_hook(call_begins), norm.register_forward_hook(call_ends))
-    ):
-        try:
-            for norm in norms:
-                _set(norm, inside)
-            yield
-        finally:
-            for norm, own in before.items():
-                _set(norm, own)
-
-
-def _set(module: nn.Module, settings: Mapping[str, Any]) -> None:
-    for name, value in settings.items():
-        setattr(module, name, value)
-
-
-def _values_per_channel(norm: nn.Module, x: Tensor) -> int:
-    """How many values the layer's statistics of `x` are taken over."""
-    if isinstance(norm, _InstanceNorm):  # [B, C, ...] or [C, ...], each image on its own
-        return math.prod(x.shape[1 - norm._get_no_batch_dim() :])
-    return x.shape[0] * math.prod(x.shape[2:])

@@ -17,7 +17,8 @@ from ttt_adapt.checkpoint import load_checkpoint
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.engine import describe_engines
 from ttt_adapt.errors import ConfigError, missing, nearest
-from ttt_adapt.taps import norm_layers, run_encoder
+from ttt_adapt.norms import norm_layers
+from ttt_adapt.taps import run_encoder
 
 
 @dataclass(frozen=True)

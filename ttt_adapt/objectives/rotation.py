@@ -10,7 +10,8 @@ from ttt_adapt.attached import Attached
 from ttt_adapt.encoder import EncoderInfo, inspect_encoder
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.features import to_maps
-from ttt_adapt.taps import frozen_norms, run_encoder, without_checkpointing
+from ttt_adapt.norms import frozen_norms
+from ttt_adapt.taps import run_encoder, without_checkpointing
 
 
 class Rotation(Attached):

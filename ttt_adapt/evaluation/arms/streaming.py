@@ -12,9 +12,10 @@ from ttt_adapt.adapter import StreamAdapter
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.frames import Preprocess, to_model_input
+from ttt_adapt.norms import blended_statistics, norm_layers, updating_norms
 from ttt_adapt.objectives import Objective
 from ttt_adapt.snapshot import Snapshot
-from ttt_adapt.taps import hooks, norm_layers, updating_norms
+from ttt_adapt.taps import hooks
 
 
 class Fixed:
@@ -73,9 +74,7 @@ class NormAverage(Fixed):
 class NormBlend(Fixed):
     """BatchNorm with a blend of its source statistics and those of the current frame, no gradient.
 
-    Schneider et al., "Improving robustness against common corruptions by covariate shift adaptation", NeurIPS 2020:
-    `(1 - share) * source + share * frame` for mean and variance, in every layer of the pass that predicts; their
-    `share` is n / (n + N). The frame's variance is the unbiased one, as in running statistics.
+    The source of the blend, and its formula, are those of `ttt_adapt.taps.blended_statistics`.
 
     Args:
         model: a model with BatchNorm.
@@ -85,30 +84,12 @@ class NormBlend(Fixed):
 
     def __init__(self, model: nn.Module, preprocess: Preprocess, share: float) -> None:
         super().__init__(model, preprocess)
-        self._share, norms = share, _batch_norms(model)
-        self._sources = {norm: (norm.running_mean.clone(), norm.running_var.clone()) for norm in norms}
+        self._share, self._norms = share, _batch_norms(model)
 
     def predict(self, x: Tensor) -> Tensor:
         """Class scores by the blend of the source statistics with those of x."""
-        try:
-            with hooks(norm.register_forward_pre_hook(self._blend) for norm in self._sources):
-                return super().predict(x)
-        finally:
-            for norm in self._sources:
-                self._set(norm, *self._sources[norm])
-
-    def _blend(self, norm: Any, args: tuple[Tensor, ...]) -> None:
-        x = args[0]
-        if x.numel() > x.shape[1]:  # one value per channel has no variance
-            variance, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1])
-            source_mean, source_variance = self._sources[norm]
-            self._set(norm, source_mean.lerp(mean, self._share), source_variance.lerp(variance, self._share))
-
-    @staticmethod
-    def _set(norm: Any, mean: Tensor, variance: Tensor) -> None:
-        with torch.no_grad():
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_(variance)
+        with blended_statistics(self._norms, self._share):
+            return super().predict(x)
 
 
 def _batch_norms(model: nn.Module) -> list[Any]:

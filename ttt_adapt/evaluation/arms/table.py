@@ -20,8 +20,8 @@ from ttt_adapt.evaluation.arms.clip import Offline, Shuffled
 from ttt_adapt.evaluation.arms.modifiers import ClassBalanced, Smoothed, Voting
 from ttt_adapt.evaluation.arms.streaming import Adapting, Fixed, LayerStatistics, NormAverage, NormBlend
 from ttt_adapt.frames import Normalize
+from ttt_adapt.norms import norm_layers
 from ttt_adapt.objectives import Entropy, PseudoLabel, Rotation
-from ttt_adapt.taps import norm_layers
 
 Make = Callable[[Checkpoint, StreamConfig], Runner]
 
@@ -147,6 +147,7 @@ ARMS = {
         Arm("explicit", "Explicit Memory Only", _mae, fixes=_RESET),
         Arm("online", "Online TTT-MAE", _mae, fixes=_CARRIED),
         Arm("online-norm-ema", "Online TTT-MAE + BatchNorm EMA", _mae, fixes={**_CARRIED, "norm_stats": "ema"}),
+        Arm("online-norm-blend", "Online TTT-MAE + BatchNorm blend", _mae, fixes={**_CARRIED, "norm_stats": "blend"}),
         Arm("online-gate", "Online TTT-MAE + surprise gate", _mae, fixes={**_CARRIED, "gate": "surprise"}),
         _every(4),
         Arm("online-shuffled", "Online TTT-MAE, shuffled frames", _shuffled, streaming=False, fixes=_CARRIED),
