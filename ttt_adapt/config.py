@@ -35,7 +35,7 @@ class StreamConfig:
             summation, for objectives that follow `objectives.base.Drawn`, as `MAEBranch` does; others draw for each
             part anew, and parts count by their images. None: the whole batch at once.
         grad_checkpointing: the encoder's repeated blocks keep their inputs only and run again in the backward pass: the
-            same gradients in less memory, for about a third more time in the gradient step.
+            same gradients in less memory, for a forward pass of the blocks more.
         precision: of the gradient step: "fp32" (as the process is set up), "tf32" (CUDA devices from compute capability
             8.0 on), or "bf16" by autocast. Weights and optimizer stay as they are, and predictions are always the
             model's own. "fp16" is refused: its gradients would need a loss scale, and bf16 needs none.
