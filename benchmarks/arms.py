@@ -10,7 +10,11 @@
 - **street**: the demo's model on three rendered streets of 120 frames.
 
 Parts: all arms, what a frame costs each of them (on a machine with nothing else to do, with OMP_NUM_THREADS=1), and the
-window sweep. Everything goes on where it stopped when the command is given again.
+window sweep. Everything goes on where it stopped when the command is given again. Of finished reports of all arms,
+
+    python benchmarks/arms.py --average benchmarks/results       # writes dense.md there
+
+averages over the dense streams: the 15 Hz clip, the ten sequences and the three streets, each of these three as much.
 """
 
 from __future__ import annotations
@@ -18,8 +22,10 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from camvid import SIZE, STREAMS, Training, checkpoints
 from timing import interleaved, table, write
@@ -31,6 +37,7 @@ from ttt_adapt.commands.evaluate import evaluate
 from ttt_adapt.commands.study import run_study
 from ttt_adapt.data import Clip, StreetClip, open_clips
 from ttt_adapt.evaluation.arms import find_arm
+from ttt_adapt.evaluation.report import Report
 from ttt_adapt.evaluation.studies import find_study
 
 ARMS = (
@@ -56,7 +63,7 @@ ARMS = (
     "fixed+vote",
     "online+vote",
 )
-NORMS = ("norm-ema", "norm-blend", "online-norm-ema")
+NORMS = ("norm-ema", "norm-blend", "online-norm-ema", "online-norm-blend")
 """In place of ln-adapt, where the encoder has BatchNorm."""
 RATES = {"tent": 1e-7, "self-train": 1e-7, "self-train-plain": 1e-4, "ema-teacher": 1e-6}
 """Learning rates of the baselines, also below a modifier; `camvid_variants.py --arms` chose them."""
@@ -102,6 +109,12 @@ def street(data: Path, weights: Path, seeds: Sequence[int]) -> list[Job]:
     return [("street", [StreetClip(seed, 120) for seed in seeds], [WEIGHTS], [])]
 
 
+DENSE: dict[str, dict[str, Sequence[str]]] = {
+    "CamVid, 15 Hz": {"camvid-vit": ["0016E5_val_c"]},
+    "DAVIS": {"davis-1": [], "davis-2": []},
+    "streets": {"street": []},
+}
+"""What `--average` averages over: jobs and their clips; all where none is named."""
 STREAMS_OF = {"camvid": camvid, "davis": davis, "street": street}
 
 
@@ -128,6 +141,34 @@ def write_costs(contenders: Sequence[Contender], clip: Clip, config: StreamConfi
     print(table(found, ["arm", "forwards"]))
 
 
+def write_average(results: Path) -> None:
+    """How much each arm gains on the fixed model over the dense streams: mIoU in points, `dense.md` in `results`."""
+    kinds = [gains(results, streams) for streams in DENSE.values()]
+    rows = []
+    for arm in (arm for arm in kinds[0] if all(arm in kind for kind in kinds)):
+        by_seed = np.mean([kind[arm] for kind in kinds], axis=0)
+        row = {"arm": arm} | {name: f"{kind[arm].mean():+.2f}" for name, kind in zip(DENSE, kinds, strict=True)}
+        rows.append((by_seed.mean(), row | {"mean": f"{by_seed.mean():+.2f} ± {by_seed.std(ddof=1):.2f}"}))
+    rows.sort(key=lambda row: -row[0])
+    written = table([row for _, row in rows], ["arm", *DENSE, "mean"])
+    (results / "dense.md").write_text(written + "\n")
+    print(written)
+
+
+def gains(results: Path, streams: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
+    """Arm -> mIoU above the fixed model's, in points, [seeds], mean over the clips; of a name without clips, all."""
+    found: dict[str, list[list[float]]] = {}
+    for name, clips in streams.items():
+        report = Report.load(results / f"{name}-arms" / "report.json")
+        for arm in report.arms:
+            for clip in clips or report.clips:
+                ours, fixed = ({r.seed: r.miou for r in report.select(a, clip)} for a in (arm, "Fixed"))
+                found.setdefault(report.marked(arm), []).append(
+                    [100 * (ours[seed] - fixed[seed]) for seed in sorted(fixed)]
+                )
+    return {arm: np.mean(by_clip, axis=0) for arm, by_clip in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=os.environ.get("TTT_ADAPT_DATA"), help="holds camvid/ and davis/")
@@ -136,7 +177,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--weights", type=Path, default=Path("runs/arms"))
     parser.add_argument("--out", type=Path, default=Path("runs/arms"), help="folder for the reports")
+    parser.add_argument("--average", type=Path, metavar="RESULTS", help="average finished reports, and run nothing")
     options = parser.parse_args()
+    if options.average:
+        write_average(options.average)
+        return
     config = StreamConfig.online()
     for kind in options.only:
         for name, clips, joint, main_task in STREAMS_OF[kind](Path(options.data), options.weights, options.seeds):
