@@ -56,7 +56,7 @@ NORMS: dict[str, Variant] = {
         f"BatchNorm EMA {momentum:g}": ("online-norm-ema", {"norm_momentum": momentum})
         for momentum in (0.02, 0.05, 0.1)
     },
-    "BatchNorm blend 0.3, forward only": ("norm-blend", {}),
+    "BatchNorm blend 0.5, forward only": ("norm-blend", {}),
     **{f"BatchNorm blend {share:g}": ("online-norm-blend", {"norm_momentum": share}) for share in (0.1, 0.3, 0.5)},
 }
 PARTS = {"grid": GRID, "others": OTHERS, "norms": NORMS}

@@ -7,6 +7,7 @@ import itertools
 import pickle
 import resource
 import weakref
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -484,9 +485,18 @@ def test_norms_behind_global_pooling_keep_to_their_running_statistics(kind):
     assert photograph(model) == source
 
 
+def test_a_share_that_is_the_default_or_of_no_account_is_no_other_configuration():
+    for kind, momentum in (("frozen", 0.05), ("ema", 0.05), ("blend", 0.5), ("blend", 0.2)):
+        config = CONFIG.replace(norm_stats=kind)
+        state = attached(zoo.TinySeg, config=config.replace(norm_momentum=momentum)).state_dict()
+        other = momentum == 0.2
+        with pytest.raises(CheckpointError, match="norm_momentum") if other else nullcontext():
+            attached(zoo.TinySeg, config=config).load_state_dict(state)
+
+
 def test_a_frame_is_predicted_with_a_blend_of_its_own_statistics_and_the_running_ones():
     found = {}
-    for momentum, share in ((None, 0.3), (0.2, 0.2)):
+    for momentum, share in ((None, 0.5), (0.2, 0.2)):
         adapter = attached(zoo.TinySeg, config=CONFIG.replace(norm_stats="blend", norm_momentum=momentum, lr=0.0))
         model, frame = adapter._model, clip(1)[0]
         norm = model.backbone[1]
@@ -495,7 +505,7 @@ def test_a_frame_is_predicted_with_a_blend_of_its_own_statistics_and_the_running
         with torch.no_grad():
             norm.running_mean.lerp_(mean, share), norm.running_var.lerp_(var, share)
             torch.testing.assert_close(found[share], model(frame[None]))
-    assert not torch.equal(found[0.3], found[0.2])
+    assert not torch.equal(found[0.5], found[0.2])
 
 
 @pytest.mark.parametrize("every", [1, 3])

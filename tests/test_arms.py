@@ -402,8 +402,8 @@ def test_blended_statistics_are_those_of_the_formula_in_every_layer_of_one_pass(
     own = [module for module in plain.model.modules() if isinstance(module, nn.BatchNorm2d)]
 
     def blended(m, x):
-        mean = 0.7 * m.running_mean + 0.3 * x.mean((0, 2, 3))
-        variance = 0.7 * m.running_var + 0.3 * x.var((0, 2, 3))
+        mean = 0.5 * m.running_mean + 0.5 * x.mean((0, 2, 3))
+        variance = 0.5 * m.running_var + 0.5 * x.var((0, 2, 3))
         y = (x - mean[:, None, None]) / (variance + m.eps).sqrt()[:, None, None]
         return y * m.weight[:, None, None] + m.bias[:, None, None]
 
@@ -428,6 +428,14 @@ def test_a_blend_without_a_share_is_the_fixed_model_also_where_batchnorm_activat
     assert (blended >= 0).all()
     assert not torch.equal(blended, plain)
     assert same_bits(before, model.state_dict())
+
+
+def test_online_with_blended_statistics_and_no_rate_is_the_blend():
+    blended = predictions("norm-blend", checkpoint())
+    runner = ARMS["online-norm-blend"].start(checkpoint(), CONFIG, {"lr": 0.0})
+    for output, (frame, _) in zip(blended, frames(), strict=True):
+        torch.testing.assert_close(runner.step(frame), output)
+    runner.close()
 
 
 def test_averaged_statistics_are_those_of_pytorchs_training_mode():

@@ -162,6 +162,7 @@ def test_info_counts_every_lever_of_the_cost():
     assert costs(gate="surprise")["step"] == pytest.approx(step + 8 * masked, rel=0.01)
     assert costs(norm_stats="ema")["step"] == pytest.approx(step + predict, rel=0.01)
     assert costs(norm_stats="batch") == plain
+    assert costs(grad_checkpointing=True)["step"] == pytest.approx(step + 8 * masked, rel=0.01)
     cropped = costs(crop_size=(64, 128))
     assert cropped["masked pass"] == pytest.approx(masked / 8, rel=0.05)
     assert cropped["step"] == pytest.approx(8 * 3 * cropped["masked pass"] + predict, rel=0.01)

@@ -20,7 +20,7 @@ from tape import TapeRecorder
 from ttt_adapt import MAEBranch, Normalize, StreamAdapter, StreamConfig
 from ttt_adapt.engine.choose import no_recording
 from ttt_adapt.engine.compiled import CompileEngine
-from ttt_adapt.engine.eager import EagerEngine, Problem, apart
+from ttt_adapt.engine.eager import PATIENCE, EagerEngine, Problem, apart
 from ttt_adapt.engine.graphs import KEPT, WARM_UP, CudaRecorder, GraphEngine, cached_tensors
 from ttt_adapt.engine.overlap import Beside
 from ttt_adapt.engine.precision import both_passes
@@ -113,6 +113,13 @@ def test_every_setting_means_the_same_on_every_engine(make, kind, changes):
     for frame in frames:
         torch.testing.assert_close(other.step(frame), eager.step(frame), rtol=rtol, atol=atol)
         assert (other.last.adapted, other.last.reason) == (eager.last.adapted, eager.last.reason)
+
+
+@pytest.mark.parametrize("norm_stats", ["ema", "blend", "batch"])
+def test_statistics_of_a_frame_are_no_change_of_the_model_to_a_recording(make, norm_stats):
+    eager, recorded = (make(kind, norm_stats=norm_stats) for kind in ("eager", "cudagraph"))
+    for frame in clip(PATIENCE + WARM_UP + 10):
+        assert same_bits(recorded.step(frame), eager.step(frame))
 
 
 def test_activation_checkpointing_is_recorded_as_it_runs(make):

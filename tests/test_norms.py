@@ -97,3 +97,34 @@ def test_a_blend_meets_one_value_per_channel_with_running_statistics_and_survive
             assert torch.equal(norm(lone), plain)
         with pytest.raises((RuntimeError, ValueError)), blended_statistics([norm], 0.5):
             norm(torch.randn(2, 3, 5, 5))  # three channels
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_statistics_of_half_precision_are_taken_in_single(dtype):
+    norm = random_statistics(nn.BatchNorm2d(4))
+    x = (300 * torch.randn(1, 4, 16, 16)).to(dtype)
+    with torch.no_grad(), blended_statistics([norm], 0.5):
+        expected, found = norm(x.float()), norm(x)
+    assert found.abs().max() > 0.1
+    torch.testing.assert_close(found.float(), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_a_blend_does_not_depend_on_how_the_layer_is_called():
+    norm = random_statistics(nn.BatchNorm2d(4))
+    x = torch.randn(2, 4, 5, 5)
+    with torch.no_grad(), left_as_it_was(norm), blended_statistics([norm], 0.5):
+        found = norm(x)
+        assert torch.equal(norm(input=x), found)
+        assert torch.equal(copy.deepcopy(norm)(x), found)
+        assert torch.equal(norm.train()(x), found)
+        norm.eval()
+
+
+def test_a_gradient_takes_blended_statistics_for_constants():
+    norm = random_statistics(nn.BatchNorm2d(4)).requires_grad_(False)
+    x = torch.randn(2, 4, 5, 5, requires_grad=True)
+    with blended_statistics([norm], 0.5):
+        norm(x).sum().backward()
+    variance = 0.5 * norm.running_var + 0.5 * x.detach().var((0, 2, 3))
+    expected = norm.weight / (variance + norm.eps).sqrt()
+    torch.testing.assert_close(x.grad, expected[:, None, None].expand_as(x))

@@ -14,6 +14,7 @@ from conftest import left_as_it_was, same_bits, settle_norms
 from ttt_adapt import MAEBranch, StreamAdapter, StreamConfig
 from ttt_adapt.engine.recompute import recomputing, repeated_blocks
 from ttt_adapt.errors import ConfigError
+from ttt_adapt.objectives import PseudoLabel
 
 CONFIG = StreamConfig(window=2, batch_size=4, lr=1e-3, seed=3)
 
@@ -197,7 +198,161 @@ def test_a_forward_that_recomputes_is_taken_off_the_block_and_put_back(stack):
     assert all(vars(block)["forward"] is forward for block, forward in zip(stack.blocks, own, strict=True))
 
 
-def test_an_error_in_the_block_leaves_the_model_as_it_was(stack):
+class Dense(nn.Module):
+    """Blocks that are given all features so far, in a list (or dict) that grows, as in a DenseNet."""
+
+    def __init__(self, keyed: bool = False) -> None:
+        super().__init__()
+        self.keyed = keyed
+        self.blocks = nn.ModuleList(DenseBlock(8 * (i + 1)) for i in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: list[Tensor] = [x]
+        state = {"found": found}
+        for block in self.blocks:
+            found.append(block(state=state) if self.keyed else block(found))
+        return torch.cat(found, -1)
+
+
+class DenseBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, 8)
+
+    def forward(self, found: list[Tensor] | None = None, state: dict[str, list[Tensor]] | None = None) -> Tensor:
+        return self.inner(torch.cat(state["found"] if state else found, -1)).tanh()
+
+
+def gradients(model: nn.Module, x: Tensor, checkpointing: bool = True) -> list[Tensor]:
+    with recomputing(repeated_blocks(model, model.parameters()) if checkpointing else {}):
+        return list(torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
+
+
+@pytest.mark.parametrize("keyed", [False, True])
+def test_a_block_runs_again_on_what_its_lists_and_dicts_held_then(keyed):
+    torch.manual_seed(0)
+    model, x = Dense(keyed), torch.randn(4, 8)
+    assert same_bits(gradients(model, x), gradients(model, x, checkpointing=False))
+
+
+def test_a_block_that_is_given_what_may_change_runs_once(stack):
+    class Box:
+        def __init__(self, x: Tensor) -> None:
+            self.x = x
+
+    for block in stack.blocks:
+        block.forward = lambda box, f=block.forward: f(box.x)
+    with recomputing(repeated_blocks(stack, stack.parameters())):
+        x = torch.randn(2, 3, 8)
+        loss = sum(block(Box(x)).sum() for block in stack.blocks)
+        torch.autograd.grad(loss, list(stack.blocks.parameters()))
+    assert stack.passes() == [1, 1, 1]
+
+
+class InPlace(nn.Module):
+    """Blocks that begin in place, as in pix2pix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 8, stride=8)
+        self.stages = nn.Sequential(
+            *(nn.Sequential(nn.LeakyReLU(0.2, inplace=True), nn.Conv2d(8, 8, 1)) for _ in range(2))
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.stages(self.stem(images))
+
+
+def test_blocks_that_change_what_they_are_given_are_refused_and_the_stream_stays_whole():
+    model = InPlace()
+    adapter = StreamAdapter(model, encoder="stages", config=CONFIG.replace(grad_checkpointing=True))
+    with left_as_it_was(model), pytest.raises(ConfigError, match="changes what it is given in place.*micro_batch"):
+        adapter.adapt(torch.randn(3, 32, 32))
+    adapter.detach()
+    with StreamAdapter(model, encoder="stages", config=CONFIG) as plain:
+        plain.adapt(torch.randn(3, 32, 32))  # as it is, it learns
+
+
+@pytest.mark.parametrize("kind", ["positional", "keyword", "in a tuple"])
+def test_a_model_that_changes_a_blocks_input_afterwards_is_refused(stack, kind):
+    block = stack.blocks[0]
+    if kind != "positional":
+        block.forward = lambda x, f=block.forward: f(x if isinstance(x, Tensor) else x[0])
+    x = torch.randn(1, 3, 8)
+
+    def run() -> None:
+        with recomputing(repeated_blocks(stack, stack.parameters())):
+            y = block(x=x) if kind == "keyword" else block((x, 1) if kind == "in a tuple" else x)
+            x.add_(1.0)
+            torch.autograd.grad(y.sum(), list(block.parameters()))
+
+    with pytest.raises(ConfigError, match="or the model does afterwards"):
+        run()
+
+
+@pytest.mark.parametrize("what", ["weights", "mode", "values"])
+def test_an_objective_that_changes_the_model_only_while_it_is_taken_is_refused(stack, what):
+    def loss() -> Tensor:
+        images = torch.randn(1, 3, 16, 16)
+        if what == "weights":
+            other = {name: 2 * p for name, p in stack.named_parameters()}
+            return torch.func.functional_call(stack, other, (images,)).sum()
+        stack.train(what == "mode")
+        found = stack(images).sum()
+        stack.eval()
+        if what == "values":
+            with torch.no_grad():
+                stack.blocks[1].inner.bias.add_(1.0)
+        return found
+
+    def run() -> None:
+        with recomputing(repeated_blocks(stack, stack.parameters())):
+            torch.autograd.grad(loss(), list(stack.parameters()))
+
+    with pytest.raises(ConfigError, match="other weights or another mode while its loss is taken"):
+        run()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"precision": "bf16"}, {"gate": "surprise"}, {"window": "auto"}, {"deferred": True}, {"iterations": 2},
+        {"every": 2}, {"drop_path": True, "micro_batch": 1}, {"crop_size": (16, 32)},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("make", [MAEBranch.attach, PseudoLabel], ids=["reconstruction", "pseudo-labels"])
+def test_every_setting_gives_the_same_bits(make, changes):
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = settle_norms(zoo.vit(drop_path_rate=0.2))
+        objective = make(model, "norm") if make == MAEBranch.attach else make(model, threshold=0.0)
+        config = CONFIG.replace(**{**changes, "grad_checkpointing": checkpointing})
+        torch.manual_seed(1)
+        with StreamAdapter(model, objective, config=config) as adapter:
+            outputs = [
+                adapter.step(torch.randn(3, 32, 48, generator=torch.Generator().manual_seed(i))) for i in range(4)
+            ]
+            found.append([*outputs, *adapter.state_dict()["weights"].values()])
+    assert same_bits(*found)
+
+
+def test_an_error_while_blocks_run_again_leaves_the_model_as_it_was(stack):
+    def fail() -> None:
+        with recomputing(repeated_blocks(stack, stack.parameters())):
+            loss = stack(torch.randn(1, 3, 32, 32)).sum()
+            stack.blocks[1].work = None
+            try:
+                torch.autograd.grad(loss, list(stack.parameters()))
+            finally:
+                del stack.blocks[1].work
+
+    with left_as_it_was(stack), pytest.raises(TypeError, match="not callable"):
+        fail()
+
+
+def test_an_error_after_the_blocks_leaves_the_model_as_it_was(stack):
     def fail() -> None:
         with recomputing(repeated_blocks(stack, stack.parameters())):
             stack(torch.randn(1, 3, 32, 32))

@@ -9,13 +9,14 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import models as zoo
-from conftest import hooks_of, same_bits, settle_norms
+from conftest import hooks_of, left_as_it_was, same_bits, settle_norms
 from ttt_adapt import MAEBranch
 from ttt_adapt.encoder import inspect_encoder
 from ttt_adapt.errors import EncoderError
 from ttt_adapt.masking import random_mask, upsample_mask
 from ttt_adapt.taps import (
     hidden_channel,
+    hooks,
     run_encoder,
     visible_tokens,
     without_checkpointing,
@@ -56,6 +57,17 @@ def test_a_module_that_is_never_called_is_an_error_and_no_hook_stays():
     with pytest.raises(EncoderError, match="Conv2d.*never reached"):
         run_encoder(model, model.spare, torch.zeros(1, 3, 8, 8))
     assert hooks_of(model) == 0
+
+
+def test_hooks_that_cannot_all_be_set_leave_none():
+    model = zoo.TinySeg()
+
+    def handles():
+        yield model.backbone.register_forward_hook(lambda *_: None)
+        raise ZeroDivisionError
+
+    with left_as_it_was(model), pytest.raises(ZeroDivisionError), hooks(handles()):
+        pass
 
 
 def test_an_error_inside_the_model_comes_through_and_no_hook_stays():

@@ -301,9 +301,10 @@ class StreamAdapter:
         return decides_on_device(self._optimizer) and not self._remembers
 
     def _predict_input(self, x: Tensor) -> Any:
+        weights = self._weights() if self._engine.records else ()  # those that the model has, outside of what follows
         own = frame_statistics(self.config.norm_stats, self._norms, self.config.frame_share)
         with torch.no_grad(), explained_memory_errors(self.config), own:
-            return self._engine.predict(self._predict, x, key=self._weights() if self._engine.records else ())
+            return self._engine.predict(self._predict, x, key=weights)
 
     @torch.no_grad()
     def _renew_norm_stats(self, x: Tensor) -> None:

@@ -43,7 +43,7 @@ class StreamConfig:
             is predicted with a blend of the running ones and its own), or "batch" (with its own alone). Masked frames
             never enter. A layer that sees one value per channel, such as BatchNorm behind global pooling, keeps to its
             running statistics.
-        norm_momentum: weight of the current frame in "ema" and "blend"; None: 0.05 and 0.3.
+        norm_momentum: weight of the current frame in "ema" and "blend"; None: 0.05 and 0.5.
         drop_path: stochastic depth and dropout active in the gradient step.
         engine: how a step runs: "eager", "compile" (`torch.compile`), "cudagraph" (recorded once, then replayed), or
             "auto", which picks for the device and the model (`StreamAdapter.engine` says what and why).
@@ -132,9 +132,10 @@ class StreamConfig:
 
     @property
     def frame_share(self) -> float:
-        """Weight of the current frame in statistics of BatchNorm that move: `norm_momentum`, or its default."""
-        default = 0.3 if self.norm_stats == "blend" else 0.05
-        return default if self.norm_momentum is None else self.norm_momentum
+        """Weight of the current frame in the statistics that BatchNorm predicts with, as `norm_stats` has it."""
+        default = {"frozen": 0.0, "ema": 0.05, "blend": 0.5, "batch": 1.0}[self.norm_stats]
+        given = self.norm_momentum if self.norm_stats in ("ema", "blend") else None
+        return default if given is None else given
 
     def replace(self, **changes: Any) -> StreamConfig:
         """A copy with some fields changed, checked again."""

@@ -8,7 +8,7 @@ inputs meet the running ones. Nothing stays on the model outside of a `with` blo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -73,31 +73,30 @@ def blended_statistics(norms: list[nn.Module], share: float) -> Iterator[None]:
 
     Schneider et al., "Improving robustness against common corruptions by covariate shift adaptation", NeurIPS 2020:
     `(1 - share) * running + share * own` for mean and variance, in every layer; their `share` is n / (n + N). The own
-    variance is the unbiased one, as in running statistics, which do not change. A layer that sees one value per
-    channel uses its running statistics.
+    variance is the unbiased one, as in running statistics, which do not change, also those of layers in training
+    mode. A layer that sees one value per channel uses its running statistics.
     """
-    running = {norm: {name: getattr(norm, name) for name in ("running_mean", "running_var")} for norm in norms}
+    before: dict[nn.Module, dict[str, Any]] = {}
 
-    def call_begins(norm: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and _values_per_channel(norm, args[0]) > 1:
-            x = args[0]
-            variance, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != _channel_axis(norm, x)])
-            own = {"running_mean": mean, "running_var": variance}
-            _set(norm, {name: value.lerp(own[name].to(value), share) for name, value in running[norm].items()})
+    def begins(norm: nn.Module, x: Tensor) -> None:
+        before[norm] = {name: getattr(norm, name) for name in ("training", "running_mean", "running_var")}
+        _set(norm, {"training": False})
+        if _values_per_channel(norm, x) > 1:
+            wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))  # squares of half precision overflow
+            variance, mean = torch.var_mean(wide, [d for d in range(x.ndim) if d != _channel_axis(norm, x)])
+            for name, own in (("running_mean", mean), ("running_var", variance)):
+                running = before[norm][name]
+                setattr(norm, name, running.lerp(own.to(running), share))
 
-    def call_ends(norm: nn.Module, _args: Any, _output: Any) -> None:
-        _set(norm, running[norm])
+    def ends(norm: nn.Module) -> None:
+        _set(norm, before.pop(norm))
 
-    with hooks(
-        handle
-        for norm in norms
-        for handle in (norm.register_forward_pre_hook(call_begins), norm.register_forward_hook(call_ends))
-    ):
+    with _around_calls(norms, begins, ends):
         try:
             yield
         finally:
-            for norm, before in running.items():
-                _set(norm, before)
+            for norm, own in before.items():
+                _set(norm, own)
 
 
 def frame_statistics(kind: str, norms: list[nn.Module], share: float) -> AbstractContextManager[None]:
@@ -122,18 +121,11 @@ def _training(norms: list[nn.Module], **settings: Any) -> Iterator[None]:
     inside = {"training": True, "track_running_stats": True, **settings}
     before = {norm: {name: getattr(norm, name) for name in inside} for norm in norms}
 
-    def call_begins(norm: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and _values_per_channel(norm, args[0]) == 1:
+    def begins(norm: nn.Module, x: Tensor) -> None:
+        if _values_per_channel(norm, x) == 1:
             _set(norm, {**before[norm], "training": False})
 
-    def call_ends(norm: nn.Module, _args: Any, _output: Any) -> None:
-        _set(norm, inside)
-
-    with hooks(
-        handle
-        for norm in norms
-        for handle in (norm.register_forward_pre_hook(call_begins), norm.register_forward_hook(call_ends))
-    ):
+    with _around_calls(norms, begins, lambda norm: _set(norm, inside)):
         try:
             for norm in norms:
                 _set(norm, inside)
@@ -141,6 +133,29 @@ def _training(norms: list[nn.Module], **settings: Any) -> Iterator[None]:
         finally:
             for norm, own in before.items():
                 _set(norm, own)
+
+
+@contextmanager
+def _around_calls(
+    norms: list[nn.Module], begins: Callable[[nn.Module, Tensor], None], ends: Callable[[nn.Module], None]
+) -> Iterator[None]:
+    """Inside the block, `begins(layer, x)` comes before every call of these layers with x, and `ends(layer)` after."""
+
+    def call_begins(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        begins(norm, args[0] if args else kwargs["input"])
+
+    def call_ends(norm: nn.Module, _args: Any, _output: Any) -> None:
+        ends(norm)
+
+    with hooks(
+        handle
+        for norm in norms
+        for handle in (
+            norm.register_forward_pre_hook(call_begins, with_kwargs=True),
+            norm.register_forward_hook(call_ends),
+        )
+    ):
+        yield
 
 
 def _set(module: nn.Module, settings: Mapping[str, Any]) -> None:

@@ -59,6 +59,8 @@ def check_saved(state: Any, config: StreamConfig, setting: Mapping[str, Any], te
         raise CheckpointError(f"this is no state of a StreamAdapter: {', '.join(missing)} missing")
     own = asdict(config)
     other = {k: v for k, v in state["config"].items() if k not in _HOW and own.get(k) != v}
+    if "norm_momentum" in other and _share(state["config"]) == config.frame_share:  # its default, or of no account
+        del other["norm_momentum"]
     if other:
         raise CheckpointError(
             f"the state was saved with {other}, this adapter has { {k: own.get(k) for k in other} }: make the adapter "
@@ -66,6 +68,11 @@ def check_saved(state: Any, config: StreamConfig, setting: Mapping[str, Any], te
         )
     _check_setting(state.get("setting", setting), setting)
     check_state(tensors, state["weights"], "this adapter's model")
+
+
+def _share(config: Mapping[str, Any]) -> float:
+    """`StreamConfig.frame_share` of a saved configuration."""
+    return StreamConfig(norm_stats=config["norm_stats"], norm_momentum=config["norm_momentum"]).frame_share
 
 
 def _check_setting(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:

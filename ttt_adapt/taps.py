@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,12 +92,10 @@ def _without(value: Any) -> Any:
 @contextmanager
 def hooks(handles: Iterable[Any]) -> Iterator[None]:
     """Remove the hook `handles` at the end of the block, whatever happens in it."""
-    owned = list(handles)
-    try:
+    with ExitStack() as owned:
+        for handle in handles:
+            owned.callback(handle.remove)
         yield
-    finally:
-        for handle in owned:
-            handle.remove()
 
 
 MAX_PADDING = 64  # a model may pad to a multiple of its coarsest stride; more than that is a resize

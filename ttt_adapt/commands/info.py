@@ -16,6 +16,7 @@ from ttt_adapt.branch import MAEBranch
 from ttt_adapt.checkpoint import load_checkpoint
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.engine import describe_engines
+from ttt_adapt.engine.recompute import repeated_blocks
 from ttt_adapt.errors import ConfigError, missing, nearest
 from ttt_adapt.norms import norm_layers
 from ttt_adapt.taps import run_encoder
@@ -84,6 +85,8 @@ def _describe(
 ) -> list[tuple[str, str]]:
     info = branch.info
     adapted = sum(p.numel() for p in info.parameters.values())
+    if config.grad_checkpointing:
+        repeated_blocks(model, info.parameters.values())  # a stream would be refused without any
     images = torch.zeros(1, 3, *size).to(next(model.parameters()))
     drawn = _drawn(images, config.crop_size)
     with torch.no_grad():
@@ -125,10 +128,11 @@ def _step_rows(predict: int, masked: int, config: StreamConfig, has_norms: bool)
         has_norms: whether the model has running statistics.
     """
     batch, times = config.batch_size, config.iterations
-    update = (
-        3 * masked * batch * times
-    )  # a backward pass costs two forward passes: gradients by activations and weights
+    passes = 4 if config.grad_checkpointing else 3  # a backward pass costs two: gradients by activations and weights
+    update = passes * masked * batch * times
     parts = [f"{times} iteration(s) on {batch}"]
+    if config.grad_checkpointing:
+        parts.append("at most another pass for activation checkpointing")
     if config.norm_stats == "ema" and has_norms:
         update += predict
         parts.append("a pass for running statistics")

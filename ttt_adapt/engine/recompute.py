@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from torch import Tensor, is_grad_enabled, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Size, Tensor, device, dtype, is_grad_enabled, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.taps import uncompiled, without_checkpointing
@@ -59,30 +60,72 @@ def recomputing(blocks: Mapping[nn.Module, Sequence[nn.Module]], recorded: bool 
     """Inside the block of code, these modules keep nothing but their inputs, and run again in the backward pass.
 
     The backward pass has to lie inside too. Checkpointing that the model does itself is off: it cannot be told to
-    follow `torch.autograd.grad`. A block with hooks on modules inside of it runs once, as it is: they may be gone by
-    the time of the backward pass, and a user's own would be called twice.
+    follow `torch.autograd.grad`. A block runs once, as it is, with hooks on modules inside of it (they may be gone by
+    the time of the backward pass, and a user's own would be called twice), or where it is given anything but tensors
+    and plain values in lists, tuples and dicts (which may be something else by then).
 
     Args:
         blocks: as `repeated_blocks` found them.
         recorded: a recording may be under way, in which PyTorch's random source cannot be put back: whatever a block
             draws there, it draws anew when it runs again.
+
+    Raises:
+        ConfigError: a block cannot run again on what it was given, with the weights that it had.
     """
     with uncompiled(), without_checkpointing(m for block, inner in blocks.items() for m in (block, *inner)):
         own = {block: vars(block).get("forward") for block in blocks}
-        for block, inner in blocks.items():
-            block.forward = partial(_run, block.forward, inner, not recorded)
         try:
+            for block, inner in blocks.items():
+                block.forward = partial(_run, block.forward, (block, *inner), not recorded)
             yield
+        except RuntimeError as error:
+            if isinstance(error, CheckpointError) or "modified by an inplace operation" in str(error):
+                raise ConfigError(
+                    "grad_checkpointing is True, but a block of this model does not run again as it ran: it changes "
+                    "what it is given in place, or the model does afterwards: set micro_batch instead"
+                ) from error
+            raise
         finally:
             for block, forward in own.items():
                 if forward is None:
-                    del block.forward
+                    vars(block).pop("forward", None)
                 else:
                     block.forward = forward
 
 
-def _run(forward: Callable[..., Any], inner: Sequence[nn.Module], redraw: bool, *args: Any, **kwargs: Any) -> Any:
-    """A block's forward pass, checkpointed where that changes nothing but the memory."""
-    if not is_grad_enabled() or any(m._forward_hooks or m._forward_pre_hooks for m in inner):
+def _run(forward: Callable[..., Any], modules: Sequence[nn.Module], redraw: bool, *args: Any, **kwargs: Any) -> Any:
+    """A block's forward pass, checkpointed where that changes nothing but the memory.
+
+    Args:
+        forward: the block's own.
+        modules: the block, and all that are inside of it.
+        redraw: whether PyTorch's random source is put back for the second time.
+        args: the block's.
+        kwargs: the block's.
+    """
+    if not is_grad_enabled() or any(m._forward_hooks or m._forward_pre_hooks for m in modules[1:]):
         return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=redraw, **kwargs)
+    leaves, structure = tree_flatten((args, kwargs))  # the model may change its lists before the second time
+    if not all(leaf is None or isinstance(leaf, _VALUES) for leaf in leaves):
+        return forward(*args, **kwargs)
+    first, state = [(args, kwargs)], _state(modules)
+
+    def run(*_tensors: Tensor) -> Any:
+        if not first and _state(modules) != state:
+            raise ConfigError(
+                "grad_checkpointing is True, but the objective gives blocks of the model other weights or another mode "
+                "while its loss is taken, which are gone when they run again: set micro_batch instead"
+            )
+        given, named = first.pop() if first else tree_unflatten(leaves, structure)
+        return forward(*given, **named)
+
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]  # PyTorch watches that they stay as they are
+    return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=redraw)
+
+
+_VALUES = (Tensor, bool, int, float, str, Size, dtype, device)
+
+
+def _state(modules: Sequence[nn.Module]) -> list[Any]:
+    """The mode of the modules, which weights they have, and how often those were changed."""
+    return [(m.training, *((id(p), p._version) for p in m._parameters.values() if p is not None)) for m in modules]

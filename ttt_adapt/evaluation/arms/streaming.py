@@ -74,7 +74,7 @@ class NormAverage(Fixed):
 class NormBlend(Fixed):
     """BatchNorm with a blend of its source statistics and those of the current frame, no gradient.
 
-    The source of the blend, and its formula, are those of `ttt_adapt.taps.blended_statistics`.
+    The formula, and whose it is: `ttt_adapt.norms.blended_statistics`.
 
     Args:
         model: a model with BatchNorm.

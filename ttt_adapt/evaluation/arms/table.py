@@ -140,7 +140,7 @@ ARMS = {
     for arm in (
         Arm("fixed", "Fixed", _fixed, adapts=False),
         Arm("norm-ema", "BatchNorm statistics, EMA 0.05", _norms(NormAverage, 0.05), adapts=False),
-        Arm("norm-blend", "BatchNorm statistics, blend 0.3", _norms(NormBlend, 0.3), adapts=False),
+        Arm("norm-blend", "BatchNorm statistics, blend 0.5", _norms(NormBlend, 0.5), adapts=False),
         Arm("ln-adapt", "LN Adapt", _layer_norms, adapts=False),
         Arm("no-memory", "TTT-MAE No Memory", _mae, fixes={**_RESET, "window": 1}),
         Arm("implicit", "Implicit Memory Only", _mae, fixes={**_CARRIED, "window": 1}),
