@@ -15,7 +15,7 @@ from arm_inputs import CONFIG, checkpoint, frames
 from test_evaluation import clips, contenders, counted, files, results  # noqa: F401
 from test_report import make_report, make_run
 from ttt_adapt import StreamConfig, cli
-from ttt_adapt.commands.common import per_arm
+from ttt_adapt.commands.common import parse_settings, per_arm
 from ttt_adapt.commands.contenders import Contender, RealTime, contenders_of, real_time_of
 from ttt_adapt.commands.evaluate import check_failures, evaluate
 from ttt_adapt.data import Clip, open_clips
@@ -503,3 +503,10 @@ def test_arms_that_see_the_whole_clip_are_marked_and_never_the_best():
     assert "**" in rows["online"]
     assert not any("**" in rows[name] for name in ("fixed", "offline †", "oracle ‡"))
     assert "chooses by the labels" in table
+
+
+def test_settings_are_literals_or_text_and_true_and_false_may_be_small():
+    given = ["drop_path=true", "deferred=False", "gate=none", "grad_clip=None", "crop_size=(8, 16)", "lr=1e-4"]
+    assert parse_settings(given) == {
+        "drop_path": True, "deferred": False, "gate": "none", "grad_clip": None, "crop_size": (8, 16), "lr": 1e-4,
+    }  # fmt: skip

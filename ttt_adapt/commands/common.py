@@ -37,7 +37,8 @@ def whole_number(text: str) -> int | None:
 
 
 def parse_settings(pairs: list[str], example: str = "lr=1e-4") -> dict[str, Any]:
-    """["lr=1e-4", "crop_size=(96, 128)"] -> {"lr": 1e-4, "crop_size": (96, 128)}; a value that is no literal is text.
+    """["lr=1e-4", "crop_size=(96, 128)"] -> {"lr": 1e-4, "crop_size": (96, 128)}; a value that is no literal is text, but for
+    true and false, as shells and configuration files write them.
 
     `example` is what the error shows.
 
@@ -50,7 +51,7 @@ def parse_settings(pairs: list[str], example: str = "lr=1e-4") -> dict[str, Any]
         if not equals or not name:
             raise ConfigError(f"got {pair!r}; expected NAME=VALUE, such as {example}")
         try:
-            settings[name.strip()] = ast.literal_eval(value)
+            settings[name.strip()] = ast.literal_eval({"true": "True", "false": "False"}.get(value, value))
         except (ValueError, SyntaxError):
             settings[name.strip()] = value
     return settings
