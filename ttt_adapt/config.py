@@ -39,10 +39,11 @@ class StreamConfig:
         precision: of the gradient step: "fp32" (as the process is set up), "tf32" (CUDA devices from compute capability
             8.0 on), or "bf16" by autocast. Weights and optimizer stay as they are, and predictions are always the
             model's own. "fp16" is refused: its gradients would need a loss scale, and bf16 needs none.
-        norm_stats: statistics of BatchNorm: "frozen", "ema" (running ones move over clean frames), "blend" (each frame
-            is predicted with a blend of the running ones and its own), or "batch" (with its own alone). Masked frames
-            never enter. A layer that sees one value per channel, such as BatchNorm behind global pooling, keeps to its
-            running statistics.
+        norm_stats: statistics of BatchNorm: "frozen", "ema" (running ones move over the clean frames that are adapted
+            to), "blend" (each frame is predicted with a blend of the running ones and its own, of unbiased variance),
+            or "batch" (with its own alone, of biased variance, as PyTorch has it in training). Masked frames never
+            enter. A layer that sees one value per channel, such as BatchNorm behind global pooling, keeps to its
+            running statistics. Nothing for models without BatchNorm.
         norm_momentum: weight of the current frame in "ema" and "blend"; None: 0.05 and 0.5.
         drop_path: stochastic depth and dropout active in the gradient step.
         engine: how a step runs: "eager", "compile" (`torch.compile`), "cudagraph" (recorded once, then replayed), or
