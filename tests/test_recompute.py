@@ -223,16 +223,32 @@ class DenseBlock(nn.Module):
         return self.inner(torch.cat(state["found"] if state else found, -1)).tanh()
 
 
+@pytest.fixture
+def checkpointed(monkeypatch) -> list[int]:
+    """Has an entry for every block that was checkpointed."""
+    found: list[int] = []
+
+    def counting(*args, **kwargs):
+        found.append(1)
+        return checkpoint(*args, **kwargs)
+
+    monkeypatch.setattr("ttt_adapt.engine.recompute.checkpoint", counting)
+    return found
+
+
 def gradients(model: nn.Module, x: Tensor, checkpointing: bool = True) -> list[Tensor]:
     with recomputing(repeated_blocks(model, model.parameters()) if checkpointing else {}):
         return list(torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
 
 
 @pytest.mark.parametrize("keyed", [False, True])
-def test_a_block_runs_again_on_what_its_lists_and_dicts_held_then(keyed):
+def test_a_block_runs_again_on_what_its_lists_and_dicts_held_then(keyed, checkpointed):
     torch.manual_seed(0)
     model, x = Dense(keyed), torch.randn(4, 8)
-    assert same_bits(gradients(model, x), gradients(model, x, checkpointing=False))
+    plain = gradients(model, x, checkpointing=False)
+    assert not checkpointed
+    assert same_bits(gradients(model, x), plain)
+    assert len(checkpointed) == 3
 
 
 def test_a_block_that_is_given_what_may_change_runs_once(stack):
@@ -275,19 +291,19 @@ def test_blocks_that_change_what_they_are_given_are_refused_and_the_stream_stays
 
 @pytest.mark.parametrize("kind", ["positional", "keyword", "in a tuple"])
 def test_a_model_that_changes_a_blocks_input_afterwards_is_refused(stack, kind):
-    block = stack.blocks[0]
-    if kind != "positional":
-        block.forward = lambda x, f=block.forward: f(x if isinstance(x, Tensor) else x[0])
-    x = torch.randn(1, 3, 8)
+    block, x = stack.blocks[0], torch.randn(1, 3, 8)
+    # the product keeps no x, so that without checkpointing nothing is wrong
+    block.forward = lambda x, f=block.forward: f(0.5 * (x if isinstance(x, Tensor) else x[0]))
 
-    def run() -> None:
-        with recomputing(repeated_blocks(stack, stack.parameters())):
+    def run(blocks: dict[nn.Module, list[nn.Module]]) -> None:
+        with recomputing(blocks):
             y = block(x=x) if kind == "keyword" else block((x, 1) if kind == "in a tuple" else x)
             x.add_(1.0)
             torch.autograd.grad(y.sum(), list(block.parameters()))
 
+    run({})
     with pytest.raises(ConfigError, match="or the model does afterwards"):
-        run()
+        run(repeated_blocks(stack, stack.parameters()))
 
 
 @pytest.mark.parametrize("what", ["weights", "mode", "values"])
@@ -322,7 +338,7 @@ def test_an_objective_that_changes_the_model_only_while_it_is_taken_is_refused(s
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("make", [MAEBranch.attach, PseudoLabel], ids=["reconstruction", "pseudo-labels"])
-def test_every_setting_gives_the_same_bits(make, changes):
+def test_every_setting_gives_the_same_bits(make, changes, checkpointed):
     found = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
@@ -335,6 +351,7 @@ def test_every_setting_gives_the_same_bits(make, changes):
                 adapter.step(torch.randn(3, 32, 48, generator=torch.Generator().manual_seed(i))) for i in range(4)
             ]
             found.append([*outputs, *adapter.state_dict()["weights"].values()])
+        assert bool(checkpointed) == checkpointing
     assert same_bits(*found)
 
 

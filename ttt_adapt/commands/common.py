@@ -39,9 +39,8 @@ def whole_number(text: str) -> int | None:
 def parse_settings(pairs: list[str], example: str = "lr=1e-4") -> dict[str, Any]:
     """["lr=1e-4", "crop_size=(96, 128)"] -> {"lr": 1e-4, "crop_size": (96, 128)}; a value that is no literal is text.
 
-    Of text, true and false are what they say, as shells and configuration files write them.
-
-    `example` is what the error shows.
+    Of text, true and false are what they say, as shells and configuration files write them. `example` is what the
+    error shows.
 
     Raises:
         ConfigError: an entry without "=".
