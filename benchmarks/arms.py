@@ -30,15 +30,15 @@ import numpy as np
 from camvid import SIZE, STREAMS, Training, checkpoints
 from timing import interleaved, table, write
 from ttt_adapt import StreamConfig
-from ttt_adapt.checkpoint import load_checkpoint
-from ttt_adapt.commands.contenders import Contender, contenders_of
-from ttt_adapt.commands.demo import WEIGHTS
-from ttt_adapt.commands.evaluate import evaluate
-from ttt_adapt.commands.study import run_study
 from ttt_adapt.data import Clip, StreetClip, open_clips
-from ttt_adapt.evaluation.arms import find_arm
+from ttt_adapt.evaluation.demo import WEIGHTS
 from ttt_adapt.evaluation.report import Report
+from ttt_adapt.evaluation.rows import Contender, contenders_of
+from ttt_adapt.evaluation.runners import find_arm
+from ttt_adapt.evaluation.session import evaluate
 from ttt_adapt.evaluation.studies import find_study
+from ttt_adapt.evaluation.study_session import run_study
+from ttt_adapt.tasks.checkpoint import load_checkpoint
 
 ARMS = (
     "fixed",

@@ -27,11 +27,11 @@ from typing import Any, NamedTuple
 import torch
 
 from ttt_adapt import StreamConfig
-from ttt_adapt.commands.evaluate import Contender, evaluate
-from ttt_adapt.commands.train import TrainOptions, train
 from ttt_adapt.data import open_clips
 from ttt_adapt.evaluation.report import markdown_table
-from ttt_adapt.joint import TrainConfig
+from ttt_adapt.evaluation.session import Contender, evaluate
+from ttt_adapt.training.joint import TrainConfig
+from ttt_adapt.training.recipe import TrainOptions, train
 
 TRAIN = ("0006R0_train_a", "0016E5_train_a", "0016E5_train_b", "0016E5_train_d")
 STREAMS = ("0016E5_val_c", "0001TP_train_a")

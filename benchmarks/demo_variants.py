@@ -12,11 +12,11 @@ import argparse
 from pathlib import Path
 
 from ttt_adapt import StreamConfig
-from ttt_adapt.checkpoint import load_checkpoint
-from ttt_adapt.commands.demo import FPS, WEIGHTS
-from ttt_adapt.demo.street import street_stream
-from ttt_adapt.evaluation.arms import ARMS
+from ttt_adapt.data.street.scene import street_stream
+from ttt_adapt.evaluation.demo import FPS, WEIGHTS
 from ttt_adapt.evaluation.runner import run_arm
+from ttt_adapt.evaluation.runners import ARMS
+from ttt_adapt.tasks.checkpoint import load_checkpoint
 
 FRAMES = 240
 SETTINGS = [(lr, pull) for lr in (3e-5, 1e-4) for pull in (0.0, 0.02, 0.05, 0.2)]

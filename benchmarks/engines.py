@@ -28,7 +28,7 @@ from torch import nn
 from timing import Step, device_name, flops, interleaved, peak_flops, table, write
 from ttt_adapt import MAEBranch, Normalize, StreamAdapter, StreamConfig, TTTAdaptError
 from ttt_adapt.engine.precision import both_passes, forward_pass
-from ttt_adapt.models import SegmentationModel
+from ttt_adapt.tasks.dense_model import SegmentationModel
 
 GPU = torch.cuda.is_available()
 MODELS = (

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from timing import Step, interleaved, write
 from ttt_adapt import MAEBranch, StreamAdapter, StreamConfig
-from ttt_adapt.decoders import Pyramid
-from ttt_adapt.features import Features
-from ttt_adapt.masking import random_mask, upsample_mask
+from ttt_adapt.model.features import Features
 from ttt_adapt.objectives import Rotation
+from ttt_adapt.objectives.decoders import Pyramid
+from ttt_adapt.objectives.masking import random_mask, upsample_mask
 
 SIZE = (128, 160)
 

@@ -12,7 +12,7 @@ import timm
 import torch
 
 from ttt_adapt import StreamAdapter, StreamConfig
-from ttt_adapt.demo.street import street_stream
+from ttt_adapt.data.street.scene import street_stream
 
 CONFIG = StreamConfig.online(window=4, batch_size=2, restart_optimizer=False)  # AdamW's moments travel on, too
 frames = [frame for frame, _labels in street_stream(8, size=(64, 96))]

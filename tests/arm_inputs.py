@@ -7,7 +7,7 @@ import torch
 
 from conftest import settle_norms
 from ttt_adapt import StreamConfig
-from ttt_adapt.checkpoint import Checkpoint, ModelSpec
+from ttt_adapt.tasks.checkpoint import Checkpoint, ModelSpec
 
 SIZE = (48, 64)
 CLASSES = ("road", "car", "sky")

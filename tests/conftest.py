@@ -27,7 +27,7 @@ def _seeded():
 @pytest.fixture
 def committed(monkeypatch):
     """As if the code that runs were committed: only then are reports gone on with."""
-    import ttt_adapt.commands.evaluate as command
+    import ttt_adapt.evaluation.session as command
 
     real = command.environment
     monkeypatch.setattr(command, "environment", lambda: {**real(), "dirty": False})

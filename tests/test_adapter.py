@@ -18,9 +18,9 @@ from torch import nn
 import models as zoo
 from conftest import left_as_it_was, live_tensors, photograph, same_bits, settle_norms
 from ttt_adapt import MAEBranch, Normalize, Objective, StepReport, StreamAdapter, StreamConfig, TTTAdaptError, loan
-from ttt_adapt.drops import drop_layers
 from ttt_adapt.errors import CheckpointError, ConfigError, EncoderError, FrameError, FrameTypeError, StateError
-from ttt_adapt.features import Features
+from ttt_adapt.model.dropout import drop_layers
+from ttt_adapt.model.features import Features
 
 SIZE = (32, 48)
 CONFIG = StreamConfig(window=3, batch_size=2, lr=1e-2, encoder_lr_scale=0.5, seed=11)

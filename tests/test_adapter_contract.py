@@ -12,7 +12,7 @@ import models as zoo
 from conftest import left_as_it_was, mix_flags, photograph, same_bits, settle_norms
 from ttt_adapt import MAEBranch, StreamAdapter, StreamConfig, TTTAdaptError
 from ttt_adapt.errors import ConfigError, FrameError, MemoryLimitError, StateError
-from ttt_adapt.models import SegmentationModel
+from ttt_adapt.tasks.dense_model import SegmentationModel
 
 CONFIG = StreamConfig(window=3, batch_size=2, lr=1e-2, encoder_lr_scale=0.5, seed=11)
 

@@ -8,13 +8,12 @@ import torch
 from torch import nn
 
 from ttt_adapt.errors import CheckpointError, ConfigError, FrameError
+from ttt_adapt.stream.auto_window import AutoWindow, gradient_sketch
 from ttt_adapt.theory import (
-    AutoWindow,
     bound_minimiser,
     drift_excess_loss,
     drift_minimiser,
     excess_loss_bound,
-    gradient_sketch,
     simulate,
     sweet_spot,
 )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ttt_adapt.adapter import StepReport, StreamAdapter
-    from ttt_adapt.branch import MAEBranch, Reconstruction
+    from ttt_adapt.colour import colour_frame, rgb_to_lab, to_grey
     from ttt_adapt.config import StreamConfig
     from ttt_adapt.errors import (
         CheckpointError,
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
         TTTAdaptError,
         VideoError,
     )
-    from ttt_adapt.features import Features
-    from ttt_adapt.frames import Normalize
-    from ttt_adapt.lab import colour_frame, rgb_to_lab, to_grey
+    from ttt_adapt.model.features import Features
     from ttt_adapt.objectives import Objective
+    from ttt_adapt.objectives.mae import MAEBranch, Reconstruction
+    from ttt_adapt.stream.frames import Normalize
 
 __all__ = [
     "CheckpointError",
@@ -52,7 +52,7 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-_HOMES = ("errors", "lab", "config", "features", "frames", "objectives", "branch", "adapter")
+_HOMES = ("errors", "colour", "config", "model.features", "stream.frames", "objectives", "objectives.mae", "adapter")
 """Where the public names are defined, or imported from another of these."""
 
 if not TYPE_CHECKING:  # which would take it for any name at all

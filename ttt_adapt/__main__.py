@@ -1,5 +1,5 @@
 """`python -m ttt_adapt`, as `torchrun -m ttt_adapt` needs it."""
 
-from ttt_adapt.cli import main
+from ttt_adapt.cli.app import main
 
 main()

@@ -16,21 +16,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt_adapt.branch import MAEBranch
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.drops import drop_layers, dropping
 from ttt_adapt.engine import Beside, Problem, StepReport, choose_engine, explained_memory_errors
 from ttt_adapt.errors import ConfigError, FrameError, StateError
-from ttt_adapt.frames import Preprocess, default_preprocess, pixels_of, scaling, to_model_input
-from ttt_adapt.gate import SurpriseGate
-from ttt_adapt.loan import adapted_tensors, check_arguments, check_free, give_back, lend, memory_of
-from ttt_adapt.norms import frame_statistics, norm_layers, updating_norms
+from ttt_adapt.model.dropout import drop_layers, dropping
+from ttt_adapt.model.norms import frame_statistics, norm_layers, updating_norms
+from ttt_adapt.model.ownership import adapted_tensors, check_arguments, check_free, give_back, lend, memory_of
 from ttt_adapt.objectives.base import Drawn, Objective
-from ttt_adapt.optim import ParamGroups, Restart, adamw, decides_on_device, parameter_groups, step_if, total_norm
-from ttt_adapt.saved import check_saved, check_window, loaded_optimizer, setting_of
-from ttt_adapt.snapshot import Snapshot, copied
-from ttt_adapt.theory import AutoWindow, gradient_sketch
-from ttt_adapt.window import FrameWindow
+from ttt_adapt.objectives.mae import MAEBranch
+from ttt_adapt.stream.auto_window import AutoWindow, gradient_sketch
+from ttt_adapt.stream.frames import Preprocess, default_preprocess, pixels_of, scaling, to_model_input
+from ttt_adapt.stream.optimizer import (
+    ParamGroups,
+    Restart,
+    adamw,
+    decides_on_device,
+    parameter_groups,
+    step_if,
+    total_norm,
+)
+from ttt_adapt.stream.schedule import SurpriseGate
+from ttt_adapt.stream.source import Snapshot, copied
+from ttt_adapt.stream.state import check_saved, check_window, loaded_optimizer, setting_of
+from ttt_adapt.stream.window import FrameWindow
 
 __all__ = ["StepReport", "StreamAdapter"]
 

@@ -16,7 +16,7 @@ class StreamConfig:
 
     Attributes:
         window: explicit memory, the last k frames (the current one included); "auto" chooses k for each frame from
-            how far and how noisily the gradient moves (`ttt_adapt.theory.AutoWindow`), at most 32.
+            how far and how noisily the gradient moves (`ttt_adapt.stream.auto_window.AutoWindow`), at most 32.
         batch_size: crops or frames drawn from the window, with replacement, for each gradient step.
         iterations: gradient steps per frame.
         carry_weights: implicit memory; False starts every frame from the source weights.

@@ -4,7 +4,7 @@ Import it before `mmseg.apis` and `mmdet.apis`: beside mmcv-lite, which has no c
 once this package stands in for the operators. In a config, `custom_imports` sees to it.
 """
 
-from ttt_adapt_openmmlab.ops import (
+from ttt_adapt_openmmlab.ops.stand_in import (
     allow_zoo_checkpoints,
     require_packages,
     speed_up_deformable_attention,
@@ -16,7 +16,6 @@ stand_in_for_missing_ops()
 speed_up_deformable_attention()
 allow_zoo_checkpoints()
 
-from ttt_adapt_openmmlab.check import check_tree  # noqa: E402
 from ttt_adapt_openmmlab.colorization import Colorizer, ColourPictures, PackColours, StreamColourMetric  # noqa: E402
 from ttt_adapt_openmmlab.datasets import (  # noqa: E402
     CamVidStream,
@@ -25,11 +24,12 @@ from ttt_adapt_openmmlab.datasets import (  # noqa: E402
     LoadKittiStepAnnotations,
     LoadPanopticSegments,
 )
+from ttt_adapt_openmmlab.datasets.check import check_tree  # noqa: E402
+from ttt_adapt_openmmlab.datasets.samplers import VideoSampler, video_of  # noqa: E402
 from ttt_adapt_openmmlab.decoders import branch_for  # noqa: E402
 from ttt_adapt_openmmlab.hooks import OnlineTTTHook  # noqa: E402
 from ttt_adapt_openmmlab.joint import JointMAE, find_branch, plain_model  # noqa: E402
-from ttt_adapt_openmmlab.metrics import StreamAPMetric, StreamIoUMetric, StreamPQMetric  # noqa: E402
-from ttt_adapt_openmmlab.samplers import VideoSampler, video_of  # noqa: E402
+from ttt_adapt_openmmlab.metrics.streaming import StreamAPMetric, StreamIoUMetric, StreamPQMetric  # noqa: E402
 from ttt_adapt_openmmlab.stream import stream_adapter  # noqa: E402
 
 __all__ = [

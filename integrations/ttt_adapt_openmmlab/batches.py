@@ -12,9 +12,9 @@ from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from ttt_adapt import CheckpointError, ConfigError, FrameError, MAEBranch
+from ttt_adapt_openmmlab.datasets.samplers import file_of
 from ttt_adapt_openmmlab.decoders import branch_for
 from ttt_adapt_openmmlab.joint import BRANCH, find_branch, plain_model
-from ttt_adapt_openmmlab.samplers import file_of
 
 
 def branch_for_stream(model: nn.Module, keywords: Mapping[str, Any] | None, seed: int) -> MAEBranch:

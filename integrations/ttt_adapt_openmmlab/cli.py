@@ -116,7 +116,7 @@ def check_data(
     path: Annotated[Path, typer.Argument(help="The folder that configs name as data_root.")],
 ) -> None:
     """Say what is missing or wrong in a downloaded data set; exit status 1 if anything is."""
-    from ttt_adapt_openmmlab.check import check_tree
+    from ttt_adapt_openmmlab.datasets.check import check_tree
 
     problems = check_tree(name, path)
     for problem in problems:

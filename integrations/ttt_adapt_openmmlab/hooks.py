@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from ttt_adapt import ConfigError, FrameError, FrameTypeError, StepReport, StreamAdapter
 from ttt_adapt_openmmlab.arms import contradiction, stream_config
 from ttt_adapt_openmmlab.batches import branch_for_stream, images, only_sample
+from ttt_adapt_openmmlab.datasets.loaders import check_stream, offline_indices, stream_infos
+from ttt_adapt_openmmlab.datasets.samplers import FrameOrder, file_of, video_of
 from ttt_adapt_openmmlab.decoders import branch_settings
 from ttt_adapt_openmmlab.joint import data_preprocessor_of, plain_model, unwrapped
-from ttt_adapt_openmmlab.loaders import check_stream, offline_indices, stream_infos
 from ttt_adapt_openmmlab.panels import panels
-from ttt_adapt_openmmlab.samplers import FrameOrder, file_of, video_of
 
 
 @dataclasses.dataclass

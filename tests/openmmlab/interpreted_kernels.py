@@ -17,7 +17,7 @@ from attention_cases import PYRAMID, RAGGED, assert_close, exact, formula, input
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     raise RuntimeError("set TRITON_INTERPRET=1 before Triton is imported")
-FILE = Path(__file__).parents[2] / "integrations/ttt_adapt_openmmlab/deformable/kernels.py"
+FILE = Path(__file__).parents[2] / "integrations/ttt_adapt_openmmlab/ops/deformable_cuda.py"
 spec = importlib.util.spec_from_file_location("kernels", FILE)  # alone: the package around it imports OpenMMLab
 kernels = importlib.util.module_from_spec(spec)
 sys.modules["kernels"] = kernels

@@ -15,7 +15,7 @@ from mmengine.utils import ManagerMixin
 
 import miniatures
 import videos as v
-from ttt_adapt.cli import main
+from ttt_adapt.cli.app import main
 from ttt_adapt_openmmlab import launch
 from ttt_adapt_openmmlab.arms import contradiction
 from ttt_adapt_openmmlab.launch import parse_options, read_config, set_arm

@@ -14,8 +14,8 @@ from torch import nn
 import ttt_adapt_openmmlab  # noqa: F401  # before mmcv.ops, which may lack its operators
 from attention_cases import PYRAMID, RAGGED, assert_close, exact, inputs
 from ttt_adapt import StateError, TTTAdaptError
-from ttt_adapt_openmmlab import deformable
-from ttt_adapt_openmmlab.deformable import DeformableAttentionError, bags, deformable_attention, instead_of
+from ttt_adapt_openmmlab.ops import deformable
+from ttt_adapt_openmmlab.ops.deformable import DeformableAttentionError, bags, deformable_attention, instead_of
 
 from mmcv.ops import multi_scale_deform_attn as mmcv_attention  # isort: skip
 
@@ -240,7 +240,7 @@ TRANSLATE = """
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from ttt_adapt_openmmlab.deformable import kernels
+from ttt_adapt_openmmlab.ops.deformable import kernels
 POINTERS = dict(shapes="*i64", scales="*fp32", grad_value="*fp32", tokens="i32", queries="i32")
 for kernel, more in ((kernels.forward_kernel, {}), (kernels.backward_kernel, {"FIXED": False})):
     sizes = dict(HEADS=8, DIM=24, LEVELS=3, POINTS=4, ACC=tl.float32, BLOCK_Q=32, BLOCK_D=32) | more

@@ -10,8 +10,8 @@ from mmengine.registry import DATA_SAMPLERS
 from torch.utils.data import DataLoader
 
 from ttt_adapt import ConfigError, DataError
-from ttt_adapt_openmmlab import samplers
-from ttt_adapt_openmmlab.samplers import FrameOrder, VideoSampler, frame_key, share_out, video_of
+from ttt_adapt_openmmlab.datasets import samplers
+from ttt_adapt_openmmlab.datasets.samplers import FrameOrder, VideoSampler, frame_key, share_out, video_of
 
 
 class Frames(BaseDataset):

@@ -6,11 +6,11 @@
 say otherwise) marks void pixels.
 """
 
-from ttt_adapt.augment import Augment
+from ttt_adapt.data.augment import Augment
 from ttt_adapt.data.clips import Clip, LabelledClip, Sample
 from ttt_adapt.data.layouts import FORMATS, is_unnamed, open_clips
 from ttt_adapt.data.stills import StillsDataset
-from ttt_adapt.data.street import StreetClip
+from ttt_adapt.data.street.clip import StreetClip
 from ttt_adapt.data.unlabelled import PictureClip, VideoClip, open_frames
 
 __all__ = [

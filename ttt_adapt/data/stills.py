@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ttt_adapt.augment import Augment
+from ttt_adapt.data.augment import Augment
 from ttt_adapt.data.clips import Clip, Sample
 from ttt_adapt.errors import DataError
 

@@ -22,8 +22,8 @@ import numpy as np
 from ttt_adapt.data.clips import FRAME_FOLDERS, Clip, Sample
 from ttt_adapt.data.images import FRAME_SUFFIXES, folders_in, images_in, open_image, pillow
 from ttt_adapt.errors import DataError, nearest
-from ttt_adapt.pictures import GREY_MODES, rgb8
 from ttt_adapt.video import open_video
+from ttt_adapt.video.pictures import GREY_MODES, rgb8
 
 PICTURE_SUFFIXES = FRAME_SUFFIXES | {".tif", ".tiff", ".ppm", ".pgm"}
 VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ogv"}

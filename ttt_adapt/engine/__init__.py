@@ -3,7 +3,7 @@
 from ttt_adapt.engine.choose import choose_engine, describe_engines
 from ttt_adapt.engine.eager import EagerEngine, Problem, explained_memory_errors
 from ttt_adapt.engine.overlap import Beside
-from ttt_adapt.engine.report import StepReport
+from ttt_adapt.stream.report import StepReport
 
 __all__ = [
     "Beside",

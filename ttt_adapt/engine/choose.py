@@ -14,7 +14,7 @@ from ttt_adapt.engine.graphs import CudaRecorder, GraphEngine, cached_tensors
 from ttt_adapt.engine.precision import check_precision
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.objectives.base import Drawn, Objective, Remembering
-from ttt_adapt.optim import FusedAdamW
+from ttt_adapt.stream.optimizer import FusedAdamW
 
 GRAPHS_BY_DEFAULT = False  # until `pytest -m gpu tests/test_engines.py` has been seen to pass
 

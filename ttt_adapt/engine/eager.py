@@ -14,9 +14,9 @@ from ttt_adapt.config import StreamConfig
 from ttt_adapt.engine.precision import both_passes, forward_pass
 from ttt_adapt.engine.recompute import recomputing, repeated_blocks
 from ttt_adapt.errors import ConfigError, EncoderError, MemoryLimitError
+from ttt_adapt.model.replaced import Watch
 from ttt_adapt.objectives.base import Drawn, Objective
-from ttt_adapt.optim import laid_out_alike
-from ttt_adapt.watch import Watch
+from ttt_adapt.stream.optimizer import laid_out_alike
 
 PATIENCE = 8
 """Steps in a row before which a model may have put other tensors in the place of its own."""

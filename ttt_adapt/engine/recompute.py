@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from ttt_adapt.errors import ConfigError
-from ttt_adapt.taps import uncompiled, without_checkpointing
+from ttt_adapt.model.hooks import uncompiled, without_checkpointing
 
 
 def repeated_blocks(model: nn.Module, parameters: Iterable[Tensor]) -> dict[nn.Module, list[nn.Module]]:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .statistics import block_length, paired_bootstrap
+from ttt_adapt.evaluation.statistics import block_length, paired_bootstrap
 
 if TYPE_CHECKING:
-    from .report import Report, Run
+    from ttt_adapt.evaluation.report import Report, Run
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import DataError, missing
-from ..tasks import Metric, find_task
-from .report import Report, Run, marked
-from .statistics import summarize
+from ttt_adapt.errors import DataError, missing
+from ttt_adapt.evaluation.report import Report, Run, marked
+from ttt_adapt.evaluation.statistics import summarize
+from ttt_adapt.tasks import Metric, find_task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

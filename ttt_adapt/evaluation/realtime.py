@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ttt_adapt.checkpoint import Checkpoint
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import ConfigError, DataError
-from ttt_adapt.evaluation.arms import ARMS, Arm
-from ttt_adapt.gate import LENGTH
+from ttt_adapt.evaluation.runners import ARMS, Arm
+from ttt_adapt.stream.schedule import LENGTH
+from ttt_adapt.tasks.checkpoint import Checkpoint
 
 PROBE = 8
 """Frames, at least, that the cost of an arm is measured on, after one that warms up."""

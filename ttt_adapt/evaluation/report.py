@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, DataError, StateError
-from ..tasks import Metric, Score, Task, find_task
-from .environment import environment
-from .tables import markdown_table, rich_table
+from ttt_adapt.errors import ConfigError, DataError, StateError
+from ttt_adapt.evaluation.environment import environment
+from ttt_adapt.evaluation.tables import markdown_table, rich_table
+from ttt_adapt.tasks import Metric, Score, Task, find_task
 
 __all__ = ["Report", "Run", "environment", "markdown_table", "marked", "rich_table", "write_json"]
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from ttt_adapt.checkpoint import Checkpoint
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import ConfigError, DataError
-from ttt_adapt.evaluation.arms import Arm, Predict, Runner
 from ttt_adapt.evaluation.memory import PeakMemory
 from ttt_adapt.evaluation.realtime import stride, timed
 from ttt_adapt.evaluation.report import Run
+from ttt_adapt.evaluation.runners import Arm, Predict, Runner
 from ttt_adapt.tasks import Score, Task, check_output
+from ttt_adapt.tasks.checkpoint import Checkpoint
 
 OnFrame = Callable[[int, np.ndarray, np.ndarray, float, float | None], None]
 

@@ -8,7 +8,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from ..errors import ConfigError, DataError
+from ttt_adapt.errors import ConfigError, DataError
 
 SHORTEST_BLOCK = 10
 """Frames in a bootstrap block, at least, where the clip has four times as many."""

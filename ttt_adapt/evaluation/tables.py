@@ -7,16 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import ConfigError, DataError, missing, nearest
-from ..tasks import Metric
-from .differences import Difference, average_difference, is_uneven, paired_difference, runs_by_seed
-from .notes import UNEVEN, average_note, difference_note, drawn_note, gap_note, mark_note, score_note
-from .statistics import summarize
+from ttt_adapt.errors import ConfigError, DataError, missing, nearest
+from ttt_adapt.evaluation.captions import (
+    UNEVEN,
+    average_note,
+    difference_note,
+    drawn_note,
+    gap_note,
+    mark_note,
+    score_note,
+)
+from ttt_adapt.evaluation.differences import Difference, average_difference, is_uneven, paired_difference, runs_by_seed
+from ttt_adapt.evaluation.statistics import summarize
+from ttt_adapt.tasks import Metric
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from .report import Report, Run
+    from ttt_adapt.evaluation.report import Report, Run
 
 
 def markdown_table(report: Report, reference: str | None = None) -> str:

@@ -2,7 +2,7 @@
 
 from ttt_adapt.objectives.base import Objective, Remembering
 from ttt_adapt.objectives.entropy import Entropy
-from ttt_adapt.objectives.pseudo import PseudoLabel
+from ttt_adapt.objectives.pseudo_label import PseudoLabel
 from ttt_adapt.objectives.rotation import Rotation
 
 __all__ = ["Entropy", "Objective", "PseudoLabel", "Remembering", "Rotation"]

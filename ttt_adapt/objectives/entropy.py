@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ttt_adapt.errors import ConfigError
-from ttt_adapt.norms import batch_statistics, norm_layers
+from ttt_adapt.model.norms import batch_statistics, norm_layers
 from ttt_adapt.objectives.outputs import OutputObjective
 
 

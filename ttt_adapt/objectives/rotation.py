@@ -6,19 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ttt_adapt.attached import Attached
-from ttt_adapt.encoder import EncoderInfo, inspect_encoder
 from ttt_adapt.errors import ConfigError
-from ttt_adapt.features import to_maps
-from ttt_adapt.norms import frozen_norms
-from ttt_adapt.taps import run_encoder, without_checkpointing
+from ttt_adapt.model.encoder import EncoderInfo, inspect_encoder
+from ttt_adapt.model.features import to_maps
+from ttt_adapt.model.hooks import run_encoder, without_checkpointing
+from ttt_adapt.model.norms import frozen_norms
+from ttt_adapt.objectives.attached import Attached
 
 
 class Rotation(Attached):
     """By which quarter turn was the image rotated? (Sun et al., "Test-Time Training with Self-Supervision", ICML 2020.)
 
     A linear layer on the mean of the encoder's coarsest features tells four classes apart. As with the reconstruction,
-    the head has to be trained jointly first (`ttt_adapt.joint.fit` takes a `Rotation` in place of the branch).
+    the head has to be trained jointly first (`ttt_adapt.training.joint.fit` takes a `Rotation` in place of the branch).
 
     Make one with `Rotation.attach`; what is turned are random square crops, as large as the images allow.
     """

@@ -13,7 +13,7 @@ from ttt_adapt.tasks.colorization import Colorization
 from ttt_adapt.tasks.segmentation import Segmentation
 
 if TYPE_CHECKING:
-    from ttt_adapt.checkpoint import ModelSpec
+    from ttt_adapt.tasks.checkpoint import ModelSpec
 
 __all__ = [
     "TASKS",

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from ttt_adapt.augment import Augment
 from ttt_adapt.data import Clip, Sample
+from ttt_adapt.data.augment import Augment
 from ttt_adapt.errors import FrameError, FrameTypeError
 
 if TYPE_CHECKING:
-    from ttt_adapt.checkpoint import ModelSpec
+    from ttt_adapt.tasks.checkpoint import ModelSpec
 
 Criterion = Callable[[Any, Any], Tensor]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ttt_adapt.errors import VideoError, missing
-from ttt_adapt.pictures import rgb8
+from ttt_adapt.video.pictures import rgb8
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
 
@@ -17,8 +17,8 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff",
 class ImageFolder:
     """The images of a folder in natural order; other files and hidden ones are ignored. A `FrameSource`.
 
-    Images are turned upright as their EXIF data say, and converted as `ttt_adapt.pictures.rgb8` says; of an animated
-    one the first frame is taken.
+    Images are turned upright as their EXIF data say, and converted as `ttt_adapt.video.pictures.rgb8` says; of an
+    animated one the first frame is taken.
     """
 
     live = False

@@ -12,7 +12,7 @@ import numpy as np
 
 from ttt_adapt.errors import ConfigError, StateError, VideoError
 from ttt_adapt.video.folder import ImageFolder
-from ttt_adapt.video.readahead import ReadAhead
+from ttt_adapt.video.read_ahead import ReadAhead
 from ttt_adapt.video.sources import FrameSource, LiveStream, VideoFile, camera
 
 

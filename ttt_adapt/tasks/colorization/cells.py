@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttt_adapt.lab import rgb_to_lab
+from ttt_adapt.colour import rgb_to_lab
 
 GRID = 10.0
 """Side of a cell, in units of a and b."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ttt_adapt.colour import to_grey
 from ttt_adapt.data import Clip, PictureClip, Sample, VideoClip
 from ttt_adapt.errors import ConfigError, DataError
-from ttt_adapt.lab import to_grey
 from ttt_adapt.tasks.colorization.score import SMALLEST, in_colour
 
 _LOOKED_AT = 8

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ttt_adapt.colour import rgb_to_lab, to_grey
 from ttt_adapt.errors import DataError, FrameError, FrameTypeError, StateError, missing
-from ttt_adapt.lab import rgb_to_lab, to_grey
 
 PSNR_LIMIT = 100.0
 """dB, of a frame that is met exactly."""

@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttt_adapt.augment import Augment
 from ttt_adapt.data import Clip, open_clips
+from ttt_adapt.data.augment import Augment
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.tasks.base import Criterion, Metric, Stills, Task
 from ttt_adapt.tasks.segmentation.score import SegmentationScore
 from ttt_adapt.video import blend, default_palette
 
 if TYPE_CHECKING:
-    from ttt_adapt.checkpoint import ModelSpec
+    from ttt_adapt.tasks.checkpoint import ModelSpec
 
 
 class Segmentation(Task):

@@ -1,0 +1,116 @@
+"""What stands between OpenMMLab's packages and a machine without a compiler, or a newer PyTorch.
+
+`mmcv-lite` has no compiled operators (`mmcv._ext`), and `mmcv.ops`, which mmdet imports, does not import without them.
+A stand-in lets it: Mask2Former and most segmentation models never call one. Mask2Former's deformable attention, which
+mmcv also has in plain PyTorch, is replaced there by `ttt_adapt_openmmlab.ops.deformable`. PyTorch from 2.6 on
+loads only what is declared harmless, and checkpoints of the OpenMMLab zoo hold NumPy arrays and log buffers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from ttt_adapt import CheckpointError, MissingPackageError
+from ttt_adapt_openmmlab.ops.deformable import instead_of
+
+EXTENSION = "mmcv._ext"
+
+
+class MissingOpError(MissingPackageError, NotImplementedError):
+    """An operator that only the compiled mmcv has was called."""
+
+
+def require_packages() -> None:
+    """Check that MMEngine, mmcv and at least one of mmsegmentation and mmdetection are installed.
+
+    Raises:
+        MissingPackageError: one is not; the message holds the `pip install`.
+    """
+    absent = [name for name in ("mmengine", "mmcv") if importlib.util.find_spec(name) is None]
+    if all(importlib.util.find_spec(name) is None for name in ("mmseg", "mmdet")):
+        absent.append("mmsegmentation or mmdetection")
+    if absent:
+        what = ", ".join(absent)
+        raise MissingPackageError(f'{what} is not installed. Run: pip install "ttt-adapt[openmmlab]"')
+
+
+def stand_in_for_missing_ops() -> None:
+    """Let `mmcv.ops` import where mmcv was installed without compiled operators; elsewhere do nothing."""
+    if importlib.util.find_spec(EXTENSION) is not None:  # compiled, or this function ran before
+        return
+    sys.modules[EXTENSION] = _StandIn(EXTENSION)
+    # Deformable attention also exists in plain PyTorch; mmcv takes that path where it believes to have no CUDA.
+    attention: Any = importlib.import_module("mmcv.ops.multi_scale_deform_attn")
+    attention.IS_CUDA_AVAILABLE = False
+
+
+def speed_up_deformable_attention() -> None:
+    """Put the library's deformable attention in the place of mmcv's function in plain PyTorch.
+
+    mmcv calls that function for CPU tensors, and for all tensors where `stand_in_for_missing_ops` told it that there is
+    no CUDA: so on a GPU a compiled operator stays in charge, and without one CUDA tensors come to a Triton kernel.
+    """
+    attention: Any = importlib.import_module("mmcv.ops.multi_scale_deform_attn")
+    attention.multi_scale_deformable_attn_pytorch = instead_of(attention.multi_scale_deformable_attn_pytorch)
+
+
+class _StandIn(ModuleType):
+    """Has every operator that is asked for, and none of them works."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, "Stands in for the compiled operators of mmcv.")
+        self.__spec__ = ModuleSpec(name, None)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _missing_op(name)
+
+
+def _missing_op(name: str) -> Callable[..., Any]:
+    def op(*_args: Any, **_kwargs: Any) -> Any:
+        raise MissingOpError(
+            f"the operator {name!r} needs the compiled mmcv==2.1.0, and this one came without its operators "
+            "(mmcv-lite): build it as 'Compiled operators' in docs/openmmlab.md says, or take a model without it, such "
+            "as Mask2Former"
+        )
+
+    op.__name__ = name
+    return op
+
+
+def allow_zoo_checkpoints() -> None:
+    """Let `torch.load` read what OpenMMLab's checkpoints hold besides tensors: NumPy values and log buffers.
+
+    PyTorch's list of harmless classes grows by classes that only hold data. `getattr`, by which older log buffers name
+    their statistics, is replaced by one that reaches these alone.
+    """
+    from mmengine.logging.history_buffer import HistoryBuffer
+
+    core = importlib.import_module("numpy._core" if hasattr(np, "_core") else "numpy.core")
+    dtypes = {type(np.dtype(code)) for code in np.typecodes["All"]}
+    functions = [
+        (getattr(core.multiarray, name), f"{package}.multiarray.{name}")
+        for name in ("_reconstruct", "scalar")
+        for package in ("numpy.core", "numpy._core")  # as NumPy 1 and NumPy 2 write it
+    ]
+    named = [(_statistic, "builtins.getattr")]
+    torch.serialization.add_safe_globals([HistoryBuffer, np.ndarray, np.dtype, *dtypes, *functions, *named])
+
+
+def _statistic(owner: Any, name: str) -> Any:
+    """A statistic of a log buffer ("min", "max", "current", "mean"), and nothing else."""
+    from mmengine.logging.history_buffer import HistoryBuffer
+
+    if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
+        raise CheckpointError(f"the checkpoint asks for getattr({owner!r}, {name!r}), which no checkpoint needs")
+    return getattr(HistoryBuffer, name)

@@ -1,0 +1,205 @@
+"""Tables: every change on what both arms have, seeds beside their mean, and marks wherever an arm is named."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from test_report import make_run
+
+from ttt_adapt.evaluation.differences import average_difference, paired_difference
+from ttt_adapt.evaluation.report import Report, Run, markdown_table, rich_table
+from ttt_adapt.evaluation.statistics import block_length, paired_bootstrap
+from ttt_adapt.evaluation.tables import study_table
+
+
+def rows(table: str) -> dict[str, list[str]]:
+    """First cell -> the other cells, of one Markdown table."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
+    return {cells[0]: cells[1:] for cells in lines}
+
+
+def section(text: str, title: str) -> str:
+    """A part of a report from its heading to the next."""
+    return text.partition(f"### {title}")[2].partition("###")[0]
+
+
+# Changes on what both arms have ------------------------------------------------------------------------------------
+
+
+def uneven_report(clips=("dusk",)) -> Report:
+    """Online lacks the fixed model's worst seed on the first clip: its mean is higher, and every change is a loss."""
+    report = Report()
+    for clip in clips:
+        for seed, fixed in enumerate((0.2, 0.5, 0.5)):
+            report.add(make_run("fixed", clip, seed, fixed))
+            if seed or clip != clips[0]:
+                report.add(make_run("online", clip, seed, 0.45))
+    return report
+
+
+def test_a_failed_seed_does_not_turn_a_loss_into_a_gain():
+    text = markdown_table(uneven_report())
+    assert rows(text.partition("###")[0])["online"][0] == "45.00 ± 0.00 (-10.0%) §"
+    assert "§ on the seeds that both arms ran: online on dusk seeds 1, 2." in text
+    paired = rows(section(text, "Paired"))["online"]
+    assert (paired[0].split()[0], paired[1]) == ("-5.00", "n/a, -5.00, -5.00")
+
+
+def test_a_difference_in_brackets_is_on_shared_seeds_too():
+    report = Report()
+    for seed, fixed in enumerate((10.0, 30.0)):
+        report.add(Run("fixed", "dog", seed, [fixed] * 3, [None] * 3, 5.0, task="colorization", psnr=fixed))
+    report.add(Run("online", "dog", 1, [29.0] * 3, [None] * 3, 5.0, task="colorization", psnr=29.0))
+    assert rows(markdown_table(report).partition("###")[0])["online"][0] == "29.00 (-1.00) §"
+
+
+def test_arms_with_the_same_seeds_need_no_footnote():
+    report = Report(runs=[make_run(arm, "dusk", seed, 0.5) for arm in ("fixed", "online") for seed in range(2)])
+    text = markdown_table(report)
+    assert "§" not in text
+    assert "that both arms ran:" not in text
+    assert "lacks" not in text
+
+
+def test_nothing_is_best_where_streaming_arms_ran_other_seeds():
+    report = uneven_report()
+    report.runs = [run for run in report.runs if run.seed]  # the same seeds: fixed is best
+    assert "**50.00" in markdown_table(report)
+    report.add(make_run("fixed", "dusk", 3, 0.5))
+    assert "**" not in markdown_table(report)
+
+
+def test_an_arm_that_shares_no_seed_with_the_reference_has_no_change():
+    report = Report(runs=[make_run("fixed", "dusk", 0, 0.2), make_run("online", "dusk", 1, 0.4)])
+    text = markdown_table(report)
+    assert rows(text.partition("###")[0])["online"][0] == "40.00"
+    assert rows(section(text, "Paired"))["online"] == ["n/a", "n/a, n/a"]
+
+
+def test_means_over_clips_are_of_whole_seeds_and_differences_of_shared_ones_and_both_are_said():
+    report = uneven_report(("dusk", "noon"))
+    found = average_difference(report, "online", "fixed")
+    assert (found.mean, dict(found.by_seed)) == (pytest.approx(-0.05), pytest.approx({1: -0.05, 2: -0.05}))
+    for text in (section(markdown_table(report), "Mean over clips"), study_table(report, "Memory", "fixed")):
+        cells = rows(text)["online"]
+        assert (cells[0], cells[2]) == ("45.00 ± 0.00", "-5.00")
+        assert "Means are over the seeds that ran on every clip: online seeds 1, 2." in text
+        assert "Differences are on the clips and seeds that both arms ran: online dusk, noon with seeds 1, 2." in text
+
+
+def test_a_clip_that_one_arm_never_ran_is_left_out_of_the_difference_and_named():
+    report = uneven_report()
+    report.runs += [make_run("online", "noon", seed, 0.9) for seed in range(3)]
+    text = section(markdown_table(report), "Mean over clips")
+    assert rows(text)["fixed"][0] == "n/a"
+    assert rows(text)["online"][2].startswith("-5.00")
+    assert "that both arms ran: online dusk with seeds 1, 2." in text
+    assert average_difference(report, "online", "fixed") == paired_difference(report, "online", "fixed", "dusk")
+
+
+def test_classes_say_which_runs_an_arm_lacks():
+    text = section(markdown_table(uneven_report()), "IoU of every class")
+    assert "Not all arms are over the same runs: online lacks dusk seed 0." in text
+
+
+# Seeds and frames --------------------------------------------------------------------------------------------------
+
+
+def test_the_paired_table_shows_every_seed_and_its_interval_draws_them():
+    random = np.random.default_rng(0)
+    gains = {0: 0.0067, 1: -0.0025, 2: -0.0005}
+    report = Report()
+    frames = {}
+    for seed, gain in gains.items():
+        base = 0.4 + 0.02 * random.random(60)
+        noise = 0.004 * random.normal(size=60)
+        frames[seed] = (base + gain + noise - noise.mean(), base)
+        for arm, per_frame in zip(("online", "fixed"), frames[seed], strict=True):
+            report.add(make_run(arm, "dusk", seed, per_frame=per_frame.tolist(), losses=[None] * 60, fps=1.0))
+    text = section(markdown_table(report, "fixed"), "Paired")
+    both, by_seed = rows(text)["online"]
+    assert by_seed == "+0.67, -0.25, -0.05"
+    a, b = (np.array([pair[i] for pair in frames.values()]) for i in (0, 1))
+    block = block_length((a - b).mean(axis=0), 1.0)
+    mean, low, high = paired_bootstrap(a, b, block=block)
+    assert both == f"{100 * mean:+.2f} [{100 * low:+.2f}, {100 * high:+.2f}]"
+    assert "By seed: seeds 0, 1, 2" in text
+    assert "over frames and seeds" in text
+    assert f"frames per block: dusk {block}." in text
+    alone = paired_bootstrap(a.mean(axis=0), b.mean(axis=0), block=block)
+    assert high - low > 2 * (alone[2] - alone[1])  # seeds differ more than frames here
+
+
+def test_one_seed_needs_no_column_of_seeds():
+    text = markdown_table(Report(runs=[make_run(arm, "dusk", 0, 0.5) for arm in ("fixed", "online")]))
+    assert "by seed" not in text.lower()
+    assert "bootstrap over frames, 2000" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_narrow_terminal_gets_whole_columns_and_the_names_of_the_others(width):
+    console = pytest.importorskip("rich.console", reason="rich is not installed").Console(width=width)
+    report = Report(runs=[make_run(f"Arm {i} of a long name", "daylight", 0, 0.5) for i in range(3)])
+    with console.capture() as capture:
+        console.print(rich_table(report, width=width))
+    text = " ".join(capture.get().split())
+    for i in range(3):
+        assert f"Arm {i} of a long name" in text
+    for title in ("mIoU (%)", "frame mIoU (%)", "ms/frame"):
+        assert title in text
+    assert ("In the written table:" in text) == (width < 80)
+
+
+# Marks -------------------------------------------------------------------------------------------------------------
+
+
+def marked_report() -> Report:
+    report = Report(failures=[{"arm": "Offline", "clip": "noon", "seed": 2, "error": "RuntimeError: no"}])
+    for seed in range(2):
+        for clip in ("dusk", "noon"):
+            for place, arm in enumerate(("Fixed", "Offline", "Oracle", "Shuffled")):
+                run = make_run(arm, clip, seed, 0.4 + 0.1 * place)
+                run.streaming, run.oracle = arm == "Fixed", arm == "Oracle"
+                run.forwards = 1.0 if run.streaming else None
+                report.add(run)
+    report.runs = [run for run in report.runs if (run.arm, run.clip, run.seed) != ("Shuffled", "dusk", 0)]
+    return report
+
+
+@pytest.mark.parametrize("reference", ["Fixed", "Offline"])
+def test_arms_that_see_the_whole_clip_are_marked_wherever_they_are_named(reference):
+    report = marked_report()
+    console = pytest.importorskip("rich.console", reason="rich is not installed").Console(width=2000)
+    with console.capture() as capture:
+        console.print(rich_table(report, reference))
+    texts = [markdown_table(report, reference), study_table(report, "Memory", reference), capture.get()]
+    for text in (" ".join(text.split()) for text in texts):  # captions are folded
+        for arm, mark in (("Offline", "†"), ("Shuffled", "†"), ("Oracle", "‡")):
+            named = re.findall(rf"{arm}(?! {mark})", text)
+            assert arm in text
+            assert not named, (arm, text)
+        assert not re.search("Fixed [†‡]", text)
+        assert "† sees the whole clip before it predicts; ‡ and chooses by the labels" in text
+    assert all(f"### {part}" in texts[0] for part in ("Paired", "Mean over", "IoU of every class", "Runs that failed"))
+
+
+def test_legends_mark_them_too(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from ttt_adapt.evaluation import plots
+
+    legends: dict[str, set[str]] = {}
+
+    def keep(figure, path):
+        legends[path.stem] = {text.get_text() for legend in figure.legends for text in legend.get_texts()}
+
+    monkeypatch.setattr(plots, "_save", keep)
+    report = marked_report()
+    plots.plot_stream(tmp_path / "stream.png", report.select(clip="noon"))
+    plots.plot_bars(tmp_path / "bars.png", report)
+    plots.plot_losses(tmp_path / "loss.png", report)
+    plots.plot_sweep(tmp_path / "sweep.png", report, {"Oracle": 1.0, "Offline": None}, "Fixed", "steps")
+    names = {"Fixed", "Offline †", "Oracle ‡", "Shuffled †"}
+    assert legends["stream"] == legends["bars"] == legends["loss"] == names
+    assert legends["sweep"] == {"dusk", "noon", "mean", "Offline †"}

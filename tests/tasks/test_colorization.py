@@ -1,0 +1,841 @@
+"""Colorization, as a user has it: from a folder of pictures to a coloured film and a table, and what bad input says."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_cli import DATA, TINY, fail, invoke, needs_clip
+from torch.utils.data import DataLoader
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+import readme
+from arm_inputs import CONFIG, VIT, checkpoint
+from ttt_adapt.colour import to_grey
+from ttt_adapt.data import PictureClip, VideoClip, open_frames
+from ttt_adapt.data.street.scene import street_stream
+from ttt_adapt.errors import ConfigError, DataError, FrameError, VideoError
+from ttt_adapt.evaluation.film import RunOptions
+from ttt_adapt.evaluation.film import run as run_video
+from ttt_adapt.evaluation.report import Report, Run, markdown_table
+from ttt_adapt.evaluation.rows import contenders_of, fingerprints
+from ttt_adapt.evaluation.runner import run_arm
+from ttt_adapt.evaluation.runners import ARMS, find_arm
+from ttt_adapt.evaluation.session import _weights
+from ttt_adapt.tasks import Colorization, find_task
+from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ttt_adapt.tasks.colorization import cells
+from ttt_adapt.tasks.colorization.networks import ALEXNET, INCEPTION
+from ttt_adapt.tasks.colorization.score import ColourScore
+from ttt_adapt.training.joint import TrainConfig
+from ttt_adapt.training.recipe import TrainOptions
+from ttt_adapt.training.recipe import train as run_training
+from ttt_adapt.video import VideoReader, VideoWriter
+from ttt_adapt.video.pictures import rgb8
+
+ROOT = Path(__file__).parents[2]
+SIZE = (48, 64)
+TRAIN = ["--task=colorization", *TINY, "--size=48x64", "--batch-size=3", "--first-epochs=1", "--epochs=1"]
+
+
+def colour_frames(count: int = 4, size: tuple[int, int] = SIZE, seed: int = 0) -> list[np.ndarray]:
+    return [frame for frame, _ in street_stream(count, size, seed)]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """A folder as people have them: sizes, file kinds and folders of all sorts, labels among them."""
+    root = tmp_path_factory.mktemp("pictures") / "album"
+    (root / "trip" / "frames").mkdir(parents=True)
+    (root / "trip" / "labels").mkdir()
+    (root / "deep" / "er").mkdir(parents=True)
+    for i, frame in enumerate(colour_frames(4)):
+        Image.fromarray(frame).save(root / "trip" / "frames" / f"{i}.png")
+        Image.new("P", SIZE[::-1]).save(root / "trip" / "labels" / f"{i}.png")
+    odd = Image.fromarray(colour_frames(1, (61, 83), 3)[0])
+    odd.save(root / "deep" / "er" / "odd.jpg")
+    odd.convert("P", palette=Image.Palette.ADAPTIVE).save(root / "deep" / "palette.png")
+    odd.convert("CMYK").save(root / "deep" / "print.jpg")
+    odd.convert("RGBA").save(root / "deep" / "alpha.png")
+    odd.convert("L").save(root / "deep" / "grey.png")
+    Image.fromarray(np.asarray(odd.convert("L")).astype(np.uint16) * 257).save(root / "deep" / "deep.tif")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, tmp_path_factory) -> Path:
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("trained") / "colours.safetensors"
+    invoke("train", pictures, *TRAIN, f"--out={out}")
+    return out
+
+
+@pytest.fixture(scope="module")
+def cell_model(pictures, tmp_path_factory) -> Path:
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("cells") / "cells.safetensors"
+    invoke("train", pictures, *TRAIN, "--task-option=mode=classification", f"--out={out}")
+    return out
+
+
+def write_video(
+    path: Path, frames: list[np.ndarray], fps: int = 12, *, codec: str = "ffv1", pix_fmt: str = "bgr0",
+    times: list[int] | None = None, sound: bool = False,
+) -> Path:  # fmt: skip
+    """A file of these frames; `times` in milliseconds makes its rate uneven."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = pix_fmt
+        audio = container.add_stream("aac", rate=8000, layout="mono") if sound else None
+        if times is not None:
+            stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
+        for i, frame in enumerate(frames):
+            image = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=pix_fmt)
+            image.pts = i if times is None else times[i]
+            container.mux(stream.encode(image))
+        container.mux(stream.encode())
+        if audio is not None:
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+            silence.sample_rate = 8000
+            container.mux(audio.encode(silence))
+            container.mux(audio.encode())
+    return path
+
+
+def decoded(path: Path) -> list[np.ndarray]:
+    with av.open(str(path)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(container.streams.video[0])]
+
+
+def streamed(out: Path, **options) -> list[np.ndarray]:
+    """The pictures that `run` hands to the writer, before H.264 loses anything."""
+    written: list[np.ndarray] = []
+
+    class Writer:
+        def __init__(self, path, fps):
+            self.path, self.fps, self.count, self.finished = path, fps, 0, False
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            pass
+
+        def write(self, frame):
+            self.count += 1
+            written.append(frame)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ttt_adapt.evaluation.film.VideoWriter", Writer)
+        run_video(RunOptions(out=out, config=CONFIG, **options))
+    return written
+
+
+def by_hand(made: Checkpoint, outputs: list[torch.Tensor], truth: list[np.ndarray]) -> dict[str, Any]:
+    """PSNR of what the task makes of a model's outputs, and of the grey."""
+    greys = [to_grey(frame) for frame in truth]
+    ours = [made.task.predict(output, grey) for output, grey in zip(outputs, greys, strict=True)]
+    errors, grey = (
+        [float(np.square(a.astype(float) - b).mean()) for a, b in zip(frames, truth, strict=True)]
+        for frames in (ours, greys)
+    )
+    decibels = [10 * np.log10(255**2 / error) for error in (*errors, np.mean(errors), np.mean(grey))]
+    return {"per_frame": decibels[:-2], "psnr": decibels[-2], "psnr_grey": decibels[-1]}
+
+
+def check_scores(run: Run, expected: dict[str, Any]) -> None:
+    for name, value in expected.items():
+        assert getattr(run, name) == pytest.approx(value, abs=1e-3), name
+
+
+def stepped(arm: str, made: Checkpoint, truth: list[np.ndarray]) -> list[torch.Tensor]:
+    """What an arm returns for the grey of the frames."""
+    runner = find_arm(arm).start(made, CONFIG)
+    outputs = [runner.step(to_grey(frame)).detach().clone() for frame in truth]
+    runner.close()
+    return outputs
+
+
+# Data --------------------------------------------------------------------------------------------------------------
+
+
+def test_any_folder_of_pictures_is_found_to_the_end_without_its_labels(pictures):
+    found = {clip.name: len(clip) for clip in open_frames(pictures)}
+    assert found == {"deep": 5, "er": 1, "trip": 4}
+    frame, labels = open_frames(pictures, ["er"], SIZE)[0][0]
+    assert (frame.shape, frame.dtype, labels.shape) == ((*SIZE, 3), np.uint8, SIZE)
+    with pytest.raises(DataError, match="no clip 'tripp'.*nearest: 'trip'"):
+        open_frames(pictures, ["tripp"])
+
+
+def test_a_picture_is_scaled_and_cropped_but_not_distorted(tmp_path):
+    wide = np.zeros((40, 100, 3), np.uint8)
+    wide[:, 30:70] = 200  # a square in the middle
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    frame = open_frames(tmp_path, size=(20, 20))[0][0][0]
+    assert frame[1:-1, 1:-1].min() == 200
+
+
+def test_pictures_of_every_size_fit_any_other(tmp_path):
+    """Scaled sides are fractions, and Pillow refuses a window that ends a rounding error outside of the picture."""
+    sizes = [(480, 640), (427, 640), (640, 483), (333, 500), (61, 83), (1, 1), (7, 1000)]
+    for i, (height, width) in enumerate(sizes):
+        Image.new("RGB", (width, height), (9, 90, 200)).save(tmp_path / f"{i}.png")
+    for size in ((96, 160), (33, 21), (224, 224)):
+        for frame, _ in open_frames(tmp_path, size=size)[0]:
+            assert frame.shape == (*size, 3)
+            assert (frame == (9, 90, 200)).all()
+
+
+def test_layouts_of_data_sets_are_walked_and_a_mask_beside_its_photograph_is_no_picture(tmp_path):
+    frame = Image.fromarray(colour_frames(1)[0])
+    for place in ("JPEGImages/480p/bear", "Annotations/480p/bear", "train/n01440764", "train/n01443537"):
+        (tmp_path / place).mkdir(parents=True)
+    frame.save(tmp_path / "JPEGImages/480p/bear/0.jpg")
+    frame.convert("P").save(tmp_path / "Annotations/480p/bear/0.png")
+    for name in ("n01440764", "n01443537"):
+        frame.save(tmp_path / "train" / name / "a.JPEG")
+        frame.convert("P").save(tmp_path / "train" / name / "a.png")
+    assert {clip.name: len(clip) for clip in open_frames(tmp_path)} == {"bear": 1, "n01440764": 1, "n01443537": 1}
+
+
+def test_every_kind_of_picture_becomes_the_same_rgb(tmp_path):
+    rgb = colour_frames(1)[0]
+    image = Image.fromarray(rgb)
+    cases = {
+        "plain.png": (image, rgb),
+        "grey.png": (image.convert("L"), np.repeat(np.asarray(image.convert("L"))[..., None], 3, 2)),
+        "bilevel.png": (Image.new("1", (4, 4), 1), np.full((4, 4, 3), 255)),
+        "sixteen.png": (Image.fromarray(np.full((4, 4), 0x80FF, np.uint16)), np.full((4, 4, 3), 0x80)),
+        "clear.png": (Image.new("RGBA", (4, 4), (10, 20, 30, 0)), np.full((4, 4, 3), 255)),
+        "palette.png": (image.quantize(4), np.asarray(image.quantize(4).convert("RGB"))),
+    }
+    for name, (picture, expected) in cases.items():
+        picture.save(tmp_path / name)
+        with Image.open(tmp_path / name) as read:
+            assert np.array_equal(rgb8(read, tmp_path / name), expected), name
+
+
+def test_a_picture_of_real_numbers_or_of_nothing_is_refused_by_name(tmp_path):
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "real.tif")
+    with pytest.raises(DataError, match=r"real\.tif has mode F"):
+        open_frames(tmp_path)[0][0]
+    (tmp_path / "real.tif").write_bytes(b"nothing")
+    with pytest.raises(DataError, match=r"real\.tif cannot be read"):
+        open_frames(tmp_path)[0][0]
+
+
+def test_a_video_is_a_clip_read_in_order_or_by_index_up_to_a_limit(tmp_path):
+    frames = colour_frames(5)
+    write_video(tmp_path / "film.mkv", frames)
+    clip = open_frames(tmp_path / "film.mkv", frames=4)[0]
+    assert isinstance(clip, VideoClip)
+    assert (len(clip), clip.fps, clip.name) == (4, 12.0, "film")
+    assert all(np.array_equal(a, b) for (a, _), b in zip(clip, frames[:4], strict=True))
+    assert np.array_equal(clip[3][0], frames[3])
+    assert np.array_equal(clip[1][0], frames[1])
+
+
+def test_no_clip_vanishes_because_of_its_name(tmp_path):
+    frame = colour_frames(1)[0]
+    for name in ("film.mp4", "film.mkv", "other.mkv"):
+        write_video(tmp_path / name, [frame], codec="mpeg4", pix_fmt="yuv420p")
+    for folder in ("film", "a/b", "c/b", "c-b"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.fromarray(frame).save(tmp_path / folder / "0.png")
+    found = [clip.name for clip in open_frames(tmp_path)]
+    assert sorted(found) == ["b", "c-b", "c-b-2", "film", "film-2", "film.mp4", "other"]
+    assert {clip.name: type(clip) for clip in open_frames(tmp_path, ["film.mp4", "film-2"])} == {
+        "film.mp4": VideoClip, "film-2": PictureClip,
+    }  # fmt: skip
+
+
+def test_a_video_with_fewer_frames_than_it_announces_is_named_with_both_numbers(tmp_path, monkeypatch):
+    clip = VideoClip("film", write_video(tmp_path / "film.mkv", colour_frames(3)))
+    monkeypatch.setattr(VideoReader, "length", 5)
+    assert clip[2][0].shape == (*SIZE, 3)
+    with pytest.raises(DataError, match=r"film\.mkv announces 5 frames, but only 3 can be decoded: frame 4"):
+        clip[4]
+
+
+def test_a_video_that_was_read_from_can_be_read_by_other_processes(tmp_path):
+    frames = colour_frames(12)
+    clip = VideoClip("film", write_video(tmp_path / "film.mkv", frames))
+    assert np.array_equal(clip[2][0], frames[2])  # its decoder is in the middle, with a thread of its own
+    order = [11, 0, 5, 7, 3, 2]
+    for method in ("fork", "spawn"):
+        loader = DataLoader(clip, None, sampler=order, num_workers=2, timeout=120, multiprocessing_context=method)
+        for index, (frame, _) in zip(order, loader, strict=True):
+            assert np.array_equal(frame, frames[index])
+    assert np.array_equal(clip[4][0], frames[4])
+
+
+def test_an_arm_is_shown_grey_and_scored_against_the_colours(pictures):
+    clip = Colorization.clips(str(pictures), ["trip"], SIZE, None, "auto")[0]
+    for (grey, colours), frame in zip(clip, colour_frames(4), strict=True):
+        assert np.array_equal(colours, frame)
+        assert np.array_equal(grey, to_grey(frame))
+    assert clip.describe()["frames"] == 4
+
+
+# Training ----------------------------------------------------------------------------------------------------------
+
+
+def test_training_takes_any_folder_and_says_which_pictures_teach_nothing(trained, pictures, capfd, tmp_path):
+    spec = load_checkpoint(trained).spec
+    assert (spec.task, spec.task_options, spec.classes, spec.size) == ("colorization", {}, (), SIZE)
+    run_training(TrainOptions(str(pictures), tmp_path / "m.safetensors", size=SIZE, recipe="main", first_epochs=0,
+                              encoder_options=VIT["encoder_options"], task="colorization",
+                              config=TrainConfig(epochs=1, batch_size=8)))  # fmt: skip
+    assert "2 pictures are stored in grey and left out" in capfd.readouterr().err
+
+
+def test_a_film_in_black_and_white_teaches_nothing_and_is_left_out_by_name(tmp_path):
+    title, frames = np.zeros((*SIZE, 3), np.uint8), colour_frames(4)
+    write_video(tmp_path / "old.mkv", [to_grey(frame) for frame in frames])
+    with pytest.raises(DataError, match="all 4 pictures and frames of videos are grey"):
+        Colorization.stills(str(tmp_path), [], SIZE, None)
+    write_video(tmp_path / "new.mkv", [title, title, *frames])  # it begins in black
+    stills = Colorization.stills(str(tmp_path), [], SIZE, None)
+    assert [clip.name for clip in stills.samples] == ["new"]
+    assert len(stills.notes) == 1
+    assert "1 videos are black and white and left out" in stills.notes[0]
+    assert stills.notes[0].endswith(": old")
+
+
+def test_what_a_model_is_shown_and_what_it_has_to_find_are_the_grey_and_the_colours_of_one_picture():
+    frame = colour_frames(1)[0]
+    image = torch.from_numpy(frame).permute(2, 0, 1).float() / 255
+    grey, ab = Colorization().sample(image, torch.zeros(SIZE))
+    assert (grey == grey[:1]).all()
+    np.testing.assert_allclose(grey[0].numpy() * 255, to_grey(frame)[..., 0], atol=0.51)
+    task = Colorization()
+    from ttt_adapt.tasks.colorization.task import AB_SCALE
+
+    back = task.predict(ab[None] / AB_SCALE, to_grey(frame))
+    assert np.abs(back.astype(int) - frame).max() <= 6
+    assert np.abs(back.astype(int) - frame).mean() < 1
+
+
+@pytest.mark.parametrize("mode", ["regression", "classification"])
+def test_a_few_steps_teach_a_model_the_colours_of_one_picture(mode):
+    """The whole loop on one picture: the colours come out, and the loss of the criterion falls."""
+    task = Colorization(mode)
+    made = checkpoint(task="colorization", classes=(), task_options={"mode": mode}, branch=None)
+    frame = np.full((*SIZE, 3), (200, 80, 60), np.uint8)
+    frame[:, 32:] = (40, 90, 60)
+    image = torch.from_numpy(frame).permute(2, 0, 1).float() / 255
+    grey, ab = task.sample(image, torch.zeros(SIZE))
+    criterion = task.criterion([(grey, ab)])
+    model, optimizer = made.model.train(), torch.optim.Adam(made.model.parameters(), 3e-3)
+    losses = []
+    for _ in range(60):
+        loss = criterion(model(grey[None]), ab[None])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    found = task.predict(model.eval()(grey[None]).detach(), to_grey(frame)).astype(int)
+    left, right = found[:, :24].mean((0, 1)), found[:, 40:].mean((0, 1))
+    assert left[0] - left[2] > 40
+    assert right[1] - right[0] > 15
+
+
+def test_training_on_several_sizes_asks_for_one(pictures, tmp_path, capsys, monkeypatch):
+    line = fail(capsys, monkeypatch, "train", pictures, "--task=colorization", f"--out={tmp_path / 'm.safetensors'}")
+    assert "--size HEIGHTxWIDTH" in line
+    assert "48x64" in line
+    assert not list(tmp_path.iterdir())
+
+
+BAD_TRAINING = [
+    (["{grey}"], "all 1 pictures are grey"),
+    (["{empty}"], "no picture and no video was found"),
+    (["{nowhere}"], "does not exist; expected pictures or videos"),
+    (["{album}", "--classes=a,b"], "colorization has no classes"),
+    (["{album}", "--task-option=mode=guess"], "expected one of regression, classification"),
+    (["{album}", "--task-option=modes=1"], "nearest: 'mode'"),
+    (["{album}", "--task-option=temperature=0"], "temperature is 0; expected a number above 0 and up to 1"),
+    (["{album}", "--task-option=temperature=abc"], "temperature is 'abc'; expected a number above 0"),
+    (["{album}", "--task-option=temperature=True"], "temperature is True; expected a number above 0"),
+    (["{album}", "--task-option=uniform=None"], "uniform is None; expected a number from 0 to 1"),
+    (["{album}", "--task-option=nonsense"], "expected NAME=VALUE, such as mode=classification"),
+    (["{album}", "--task=segmentation"], "pictures without labels do for --task colorization"),
+    (["{album}", "--task-option=mode=[1]"], "expected one of regression, classification"),
+    (["{album}", "--task=colourization"], "nearest: 'colorization'"),
+    (["street", "--task=segmentation", "--stills=2", "--task-option=mode=regression"], "segmentation has no options"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "match"), BAD_TRAINING, ids=lambda value: str(value)[-40:])
+def test_bad_input_to_train_is_one_line_and_nothing_is_written(
+    arguments, match, pictures, tmp_path, capsys, monkeypatch
+):
+    for name in ("grey", "empty"):
+        (tmp_path / name).mkdir()
+    Image.new("L", (64, 48), 9).save(tmp_path / "grey" / "a.png")
+    names = {"grey": tmp_path / "grey", "empty": tmp_path / "empty", "nowhere": tmp_path / "no", "album": pictures}
+    out = tmp_path / "new" / "m.safetensors"
+    given = [argument.format(**names) for argument in arguments]
+    assert match in fail(capsys, monkeypatch, "train", *TRAIN, *given, f"--out={out}")
+    assert not out.parent.exists()
+
+
+# Run ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["trained", "cell_model"])
+@pytest.mark.parametrize("size", [(49, 67), (64, 96)])
+def test_run_keeps_size_and_luminance_of_a_grey_film_whatever_the_model_sees(model, size, request, tmp_path):
+    film = [to_grey(frame) for frame in colour_frames(3, size)]
+    source = write_video(tmp_path / "old.mkv", film, 10, pix_fmt="gray")
+    coloured = streamed(tmp_path / "out.mp4", source=str(source), checkpoint=request.getfixturevalue(model))
+    assert len(coloured) == 3
+    for picture, grey in zip(coloured, film, strict=True):
+        assert picture.shape == grey.shape
+        assert np.abs(to_grey(picture).astype(int) - grey).max() <= 1
+
+
+@pytest.mark.parametrize("fps", [10, 16, 30])
+def test_run_writes_a_film_of_any_rate_and_of_odd_size(fps, trained, tmp_path):
+    film = [to_grey(frame) for frame in colour_frames(4, (49, 67))]
+    source = write_video(tmp_path / "old.mkv", film, fps, pix_fmt="gray")
+    out = tmp_path / "colour.mp4"
+    told = invoke("run", source, "--task=colorization", f"--checkpoint={trained}", f"--out={out}", "--set=batch_size=2")
+    with av.open(str(out)) as container:
+        assert container.streams.video[0].average_rate == fps
+    written = decoded(out)
+    assert [frame.shape for frame in written] == [(50, 68, 3)] * 4  # H.264 wants even sides
+    assert np.abs(to_grey(written[0])[:49, :67].astype(int) - film[0]).mean() < 4
+    assert told.count("49 x 67 is written as 50 x 68") == 1
+    assert "in colour" not in told
+
+
+def test_a_film_in_colour_is_converted_and_that_is_said_once(trained, tmp_path, capfd):
+    frames = colour_frames(3)
+    source = write_video(tmp_path / "new.mkv", frames)
+    coloured = streamed(tmp_path / "out.mp4", source=str(source), checkpoint=trained)
+    told = capfd.readouterr().err
+    assert told.count("new.mkv is in colour: its frames are converted to grey") == 1
+    grey = write_video(tmp_path / "grey.mkv", [to_grey(frame) for frame in frames])
+    again = streamed(tmp_path / "out.mp4", source=str(grey), checkpoint=trained)
+    assert all(np.array_equal(a, b) for a, b in zip(coloured, again, strict=True))
+    assert capfd.readouterr().err == ""
+
+
+def test_sound_that_is_left_out_and_an_uneven_rate_are_said(trained, tmp_path, capfd, monkeypatch):
+    film = [to_grey(frame) for frame in colour_frames(4)]
+    source = write_video(tmp_path / "old.mkv", film, pix_fmt="gray", times=[0, 40, 200, 230], sound=True)
+    assert len(streamed(tmp_path / "out.mp4", source=str(source), checkpoint=trained)) == 4
+    told = capfd.readouterr().err
+    files = f"ffmpeg -i {tmp_path}/out.mp4 -i {source} -map 0:v -map 1:a -c copy -shortest {tmp_path}/out-sound.mkv"
+    assert f"old.mkv: the sound (1 track) is left out; put it back with: {files} (it may drift" in told
+    assert "not evenly spaced" in told
+    streamed(tmp_path / "out.mp4", source=str(source), checkpoint=trained, fps=5)
+    assert "at 5 frames a second it would not fit" in capfd.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    even = write_video(tmp_path / "-talking.mkv", film, 10, pix_fmt="gray", sound=True)
+    streamed(Path("-o.mp4"), source=even.name, checkpoint=trained, fps=10)
+    assert "ffmpeg -i ./-o.mp4 -i ./-talking.mkv " in capfd.readouterr().err
+    even = write_video(tmp_path / "even.mkv", film, 30, pix_fmt="gray")  # 33 and 34 ms, as Matroska rounds
+    streamed(tmp_path / "out.mp4", source=str(even), checkpoint=trained)
+    assert "evenly" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("option", "rate"), [((), 25), (("--fps=12.5",), 12.5)])
+def test_a_folder_of_pictures_is_a_film_of_25_or_any_other_number_of_frames_a_second(option, rate, trained, tmp_path):
+    for index, frame in enumerate(colour_frames(2)):
+        Image.fromarray(to_grey(frame)).save(tmp_path / f"{index}.png")
+    out = tmp_path / "new" / "o.mp4"  # whose folder is made
+    told = invoke("run", tmp_path, f"--checkpoint={trained}", f"--out={out}", "--set=batch_size=2", *option)
+    with av.open(str(out)) as container:
+        assert container.streams.video[0].average_rate == rate
+    assert ("has no frame rate: written at 25 frames a second" in told) == (not option)
+
+
+def test_run_says_where_in_a_clip_folder_the_pictures_are(trained, tmp_path, capsys, monkeypatch):
+    (tmp_path / "frames").mkdir()
+    Image.fromarray(colour_frames(1)[0]).save(tmp_path / "frames" / "0.png")
+    line = fail(capsys, monkeypatch, "run", tmp_path, f"--checkpoint={trained}", f"--out={tmp_path / 'o.mp4'}")
+    assert f"{tmp_path} holds no images. There are some in {tmp_path / 'frames'}." in line
+
+
+def test_run_does_not_claim_to_have_kept_what_could_not_be_written(trained, tmp_path, capsys, monkeypatch):
+    source = write_video(tmp_path / "old.mkv", [to_grey(frame) for frame in colour_frames(2)], pix_fmt="gray")
+    call = ["run", source, f"--checkpoint={trained}", f"--out={tmp_path / 'o.mp4'}", "--set=batch_size=2"]
+    monkeypatch.setattr(VideoWriter, "_finish", lambda *_: (_ for _ in ()).throw(VideoError("the disk is gone")))
+    assert fail(capsys, monkeypatch, *call) == "error: the disk is gone\n"
+
+
+def test_a_checkpoint_of_the_other_mode_cannot_begin_one(trained, cell_model, pictures, tmp_path, capsys, monkeypatch):
+    call = ["train", pictures / "trip", *TRAIN, f"--out={tmp_path / 'm.safetensors'}"]
+    assert "with --task-option mode=classification, which" in fail(capsys, monkeypatch, *call, f"--init={cell_model}")
+    line = fail(capsys, monkeypatch, *call, "--task-option=mode=classification", f"--init={trained}")
+    assert "with no --task-option, which makes another head" in line
+
+
+def test_a_checkpoint_of_another_task_cannot_begin_one(pictures, tmp_path, capsys, monkeypatch):
+    other = tmp_path / "classes.safetensors"
+    save_checkpoint(other, checkpoint())
+    call = ["train", pictures / "trip", *TRAIN, f"--init={other}", f"--out={tmp_path / 'm.safetensors'}"]
+    line = fail(capsys, monkeypatch, *call)
+    assert "was trained for segmentation, and its head is of no use to a model for colorization" in line
+
+
+def test_the_page_colours_frames_in_python_as_it_stands(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "colours.safetensors").symlink_to(trained)
+    (code,) = readme.blocks("python", ROOT / "docs" / "colorization.md")
+    space = {"frames": colour_frames(3)}
+    exec(code, space)
+    assert [(picture.shape, picture.dtype) for picture in space["pictures"]] == [((*SIZE, 3), np.uint8)] * 3
+    for picture, frame in zip(space["pictures"], space["frames"], strict=True):
+        assert np.abs(to_grey(picture).astype(int) - to_grey(frame)).max() <= 1
+
+
+def test_panels_show_grey_fixed_adapted_and_reconstruction(trained, tmp_path):
+    source = write_video(tmp_path / "old.mkv", [to_grey(frame) for frame in colour_frames(2, (96, 128))])
+    sheet = streamed(tmp_path / "o.mp4", source=str(source), checkpoint=trained, view="panels")[-1]
+    bar = sheet.shape[0] // 2 - 96
+    assert sheet.shape == (2 * (96 + bar), 256, 3)
+    grey, fixed = sheet[bar : bar + 96, :128], sheet[bar : bar + 96, 128:]
+    assert (grey == grey[..., :1]).all()
+    assert np.abs(to_grey(fixed).astype(int) - grey).max() <= 1
+    assert not np.array_equal(fixed, grey)
+
+
+def test_grey_pictures_of_16_bits_and_of_a_palette_are_a_film_too(trained, tmp_path):
+    grey = np.asarray(Image.fromarray(colour_frames(1)[0]).convert("L"))
+    Image.fromarray((grey.astype(np.uint16) << 8) + 7).save(tmp_path / "0.tif")
+    Image.fromarray(grey).save(tmp_path / "1.png")
+    Image.fromarray(grey).quantize(256).save(tmp_path / "2.png")
+    coloured = streamed(tmp_path / "o.mp4", source=str(tmp_path), checkpoint=trained)
+    assert [picture.shape for picture in coloured] == [(*SIZE, 3)] * 3
+    for picture in coloured[:2]:
+        assert np.abs(to_grey(picture)[..., 0].astype(int) - grey).max() <= 1
+
+
+def test_run_without_a_checkpoint_takes_what_train_writes_by_default(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "old.mkv", [to_grey(frame) for frame in colour_frames(2)], pix_fmt="gray")
+    call = ["run", "old.mkv", "--task=colorization", "--out=colour.mp4", "--set=batch_size=2"]
+    assert "model.safetensors" in fail(capsys, monkeypatch, *call)
+    (tmp_path / "model.safetensors").symlink_to(trained)
+    invoke(*call)
+    assert len(decoded(tmp_path / "colour.mp4")) == 2
+
+
+def test_another_task_than_the_checkpoints_is_refused(trained, tmp_path, capsys, monkeypatch):
+    source = write_video(tmp_path / "old.mkv", colour_frames(2))
+    call = ["run", source, f"--checkpoint={trained}", f"--out={tmp_path / 'o.mp4'}"]
+    line = fail(capsys, monkeypatch, *call, "--task=segmentation")
+    assert "was trained for colorization, not for segmentation" in line
+    assert "nearest: 'colorization'" in fail(capsys, monkeypatch, *call, "--task=colorizing")
+    assert not (tmp_path / "o.mp4").exists()
+
+
+@pytest.mark.parametrize("mode", ["regression", "classification"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_that_diverged_is_said_to_have_instead_of_painting_black(mode, value):
+    task = Colorization(mode)
+    output = torch.zeros(1, task.channels, *SIZE)
+    output[0, 1, 3, 3] = value
+    with pytest.raises(FrameError, match="not finite.*diverged.*lower the learning rate"):
+        task.predict(output, to_grey(colour_frames(1)[0]))
+
+
+def test_step_returns_what_the_model_returns():
+    made = checkpoint(task="colorization", classes=())
+    frame = to_grey(colour_frames(1)[0])
+    runner = ARMS["fixed"].start(made, CONFIG)
+    expected = made.model(made.spec.preprocess()(frame))
+    assert torch.equal(runner.step(frame), expected)
+    assert expected.shape == (1, 2, *SIZE)
+
+
+@pytest.mark.slow
+@needs_clip
+def test_a_real_clip_is_coloured_at_its_own_size(trained, tmp_path):
+    out = tmp_path / "colour.mp4"
+    clip = DATA / "clips" / "intel_car-detection.mp4"
+    invoke("run", clip, "--task=colorization", f"--checkpoint={trained}", f"--out={out}", "--limit=3")
+    assert [frame.shape for frame in decoded(out)] == [(432, 768, 3)] * 3
+
+
+# Evaluation --------------------------------------------------------------------------------------------------------
+
+
+def test_eval_writes_the_shared_report_table_and_plots(trained, pictures, tmp_path):
+    out = tmp_path / "eval"
+    arms = "--arms=fixed,no-memory,online,online-shuffled"
+    call = ["eval", pictures, f"--checkpoint={trained}", "--clips=trip", arms, "--seeds=0,1", f"--out={out}"]
+    text = invoke(*call, "--set=batch_size=2")
+    for word in ("PSNR (dB)", "SSIM", "flicker (ab)", "Online TTT-MAE"):
+        assert word in " ".join(text.split())  # as a column, or where the table names what did not fit
+    assert {path.name for path in out.iterdir()} == {"report.json", "table.md", "psnr.png", "trip.png"}
+    report = Report.load(out / "report.json")
+    assert report.task is find_task("colorization")
+    assert len(report.runs) == 4 * 2
+    made, truth = load_checkpoint(trained), colour_frames(4)
+    with torch.no_grad():
+        outputs = [made.model.eval()(made.spec.preprocess()(to_grey(frame))) for frame in truth]
+    fixed = report.select(find_arm("fixed").title)
+    assert len(fixed) == 2
+    for run in fixed:
+        check_scores(run, by_hand(made, outputs, truth))
+    for run in report.runs:
+        assert run.psnr_grey == pytest.approx(fixed[0].psnr_grey)
+        assert (run.miou, run.per_class, run.lpips) == (None, {}, None)
+        assert len(run.per_frame) == 4
+    header = (out / "table.md").read_text().splitlines()[0]
+    assert header.startswith(
+        "| arm | trip: PSNR (dB) | trip: frame PSNR (dB) | trip: PSNR of the grey (dB) | trip: SSIM |"
+    )
+    assert "IoU" not in (out / "table.md").read_text()
+    before = (out / "report.json").read_bytes()
+    again = invoke(*call, "--set=batch_size=2")
+    assert (out / "report.json").read_bytes() == before
+    assert f"kept in {out / 'report.json'}: 8 finished runs; only what is missing is run" in again
+
+
+def test_psnr_and_ssim_are_those_of_torchmetrics_and_the_grey_is_what_doing_nothing_scores():
+    truth = colour_frames(3)
+    random = np.random.default_rng(0)
+    score = ColourScore()
+    ours = [np.clip(frame + random.integers(-20, 20, frame.shape), 0, 255).astype(np.uint8) for frame in truth]
+    each = [score.update(a, b) for a, b in zip(ours, truth, strict=True)]
+    result = score.result()
+    a, b = (torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() for frames in (ours, truth))
+    assert result["psnr"] == pytest.approx(peak_signal_noise_ratio(a, b, data_range=255.0).item(), abs=1e-3)
+    assert result["psnr_frames"] == pytest.approx(np.mean(each))
+    assert each[1] == pytest.approx(peak_signal_noise_ratio(a[1], b[1], data_range=255.0).item(), abs=1e-3)
+    assert result["ssim"] == pytest.approx(structural_similarity_index_measure(a, b, data_range=255.0).item(), abs=1e-4)
+    grey = torch.from_numpy(np.stack([to_grey(frame) for frame in truth])).permute(0, 3, 1, 2).float()
+    assert result["psnr_grey"] == pytest.approx(peak_signal_noise_ratio(grey, b, data_range=255.0).item(), abs=1e-3)
+    assert result["frames"] == 3
+
+
+def test_flicker_is_nothing_for_wrong_colours_that_stay_and_grows_with_those_that_jump():
+    still = [np.full((*SIZE, 3), (120, 60, 60), np.uint8)] * 4
+    wrong = [np.full((*SIZE, 3), (60, 60, 120), np.uint8)] * 4
+    found = []
+    for predictions in (wrong, [wrong[0], still[0], wrong[0], still[0]]):
+        score = ColourScore()
+        for prediction, truth in zip(predictions, still, strict=True):
+            score.update(prediction, truth)
+        found.append(score.result()["flicker"])
+    from skimage.color import rgb2lab
+
+    jump = np.linalg.norm((rgb2lab(wrong[0]) - rgb2lab(still[0]))[0, 0, 1:])
+    assert found == [0.0, pytest.approx(jump, abs=0.01)]
+
+
+def test_a_perfect_frame_has_a_finite_psnr_and_a_grey_clip_none():
+    score = ColourScore()
+    assert score.update(colour_frames(1)[0], colour_frames(1)[0]) == 100.0
+    assert score.result()["flicker"] is None
+    grey = ColourScore()
+    grey.update(to_grey(colour_frames(1)[0]), to_grey(colour_frames(1)[0]))
+    with pytest.raises(DataError, match="no colours to score against"):
+        grey.result()
+    with pytest.raises(FrameError, match="at least 11 pixels"):
+        score.update(np.zeros((8, 20, 3), np.uint8), np.zeros((8, 20, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    "arm", ["tent", "self-train", "self-train-plain", "ema-teacher", "online+class", "online+smooth", "fixed+vote"]
+)
+def test_arms_made_of_distributions_say_that_they_do_not_apply_to_a_regression(arm):
+    made = checkpoint(task="colorization", classes=())
+    with pytest.raises(ConfigError, match=r"class distributions.*colorization.* predicts a and b: it does not apply"):
+        find_arm(arm).start(made, CONFIG)
+
+
+def test_arms_made_of_distributions_run_on_scores_of_cells_and_one_class_per_pixel_is_not_enough():
+    made = checkpoint(task="colorization", classes=(), task_options={"mode": "classification"})
+    truth = colour_frames(2)
+    clip = [(to_grey(frame), frame) for frame in truth]
+    for arm in ("tent", "online+smooth"):
+        expected = by_hand(made, stepped(arm, made, truth), truth)
+        check_scores(run_arm(find_arm(arm), made, clip, CONFIG, name="clip"), expected)
+    with pytest.raises(ConfigError, match="online-shuffled keeps one class per pixel"):
+        find_arm("online-shuffled").start(made, CONFIG)
+
+
+def test_a_shuffled_stream_gives_a_regressions_colours_back_in_order():
+    made = checkpoint(task="colorization", classes=())
+    clip = [(to_grey(frame), frame) for frame in colour_frames(3)]
+    still = CONFIG.replace(lr=1e-12)
+    runs = [run_arm(find_arm(arm), made, clip, still, name="c") for arm in ("fixed", "online-shuffled")]
+    assert runs[1].per_frame == pytest.approx(runs[0].per_frame, abs=0.05)
+
+
+def test_clips_of_another_task_or_options_of_labels_are_refused(trained, pictures, tmp_path, capsys, monkeypatch):
+    out = f"--out={tmp_path / 'eval'}"
+    call = ["eval", pictures, f"--checkpoint={trained}", out]
+    assert "colorization has none" in fail(capsys, monkeypatch, *call, "--format=davis")
+    assert "colorization has no classes" in fail(capsys, monkeypatch, *call, "--classes=a,b")
+    assert "does not apply" in fail(capsys, monkeypatch, *call, "--clips=trip", "--arms=fixed,tent")
+    street = tmp_path / "street.safetensors"
+    invoke("train", "street", *TINY, "--stills=2", "--size=48x64", "--batch-size=2", "--first-epochs=0", "--epochs=1",
+           "--recipe=main", f"--out={street}")  # fmt: skip
+    line = fail(capsys, monkeypatch, *call, "--clips=trip", f"--baseline={street}")
+    assert "one table is of one task" in line
+    assert not (tmp_path / "eval").exists()
+
+
+def test_a_clip_without_colours_or_too_small_is_refused_before_the_first_run(
+    pictures, trained, tmp_path, capsys, monkeypatch
+):
+    for name, frame in (("grey", to_grey(colour_frames(1)[0])), ("small", colour_frames(1)[0][:10])):
+        (tmp_path / name).mkdir()
+        Image.fromarray(frame).save(tmp_path / name / "0.png")
+    call = ["eval", tmp_path, f"--checkpoint={trained}", "--size=native", f"--out={tmp_path / 'e'}"]
+    line = fail(capsys, monkeypatch, *call, "--clips=grey")
+    assert "clip grey is black and white: no colours to score against" in line
+    line = fail(capsys, monkeypatch, *call, "--clips=small")
+    assert "clip small has frames of 10 x 64; expected both sides at least 11 pixels" in line
+    assert not (tmp_path / "e").exists()
+
+
+def test_the_record_knows_files_of_weights_by_content_and_no_other_file(trained, tmp_path):
+    (tmp_path / ALEXNET).write_bytes(b"one")
+    (tmp_path / "notes.txt").write_bytes(b"mine")
+    rows = contenders_of(["fixed"], [trained], [])
+    sha = "7692c3ad3540bb80"  # of "one"
+    assert fingerprints(_weights(rows, tmp_path)) == [f"{ALEXNET} sha256:{sha}"]
+
+
+def test_colorization_trains_and_is_scored_on_the_rendered_street_too(tmp_path):
+    out = tmp_path / "s.safetensors"
+    invoke("train", "street", *TRAIN, "--stills=3", f"--out={out}")
+    text = invoke("eval", "street", f"--checkpoint={out}", "--frames=3", "--arms=fixed", f"--out={tmp_path / 'e'}")
+    assert "PSNR" in text
+
+
+def test_old_reports_load_and_tables_turn_where_less_is_better():
+    root = Path(__file__).parents[2] / "benchmarks" / "results"
+    old = Report.load(root / "camvid-vit" / "report.json")
+    assert (old.task.name, old.headline.field) == ("segmentation", "miou")
+    report = Report()
+    for arm, flicker in (("fixed", 3.0), ("online", 2.0)):
+        for seed in range(2):
+            values = {"psnr": 20.0 + seed, "psnr_frames": 20.0, "flicker": flicker + 0.01 * seed}
+            report.add(Run(arm, "dog", seed, [20.0] * 3, [None] * 3, 5.0, task="colorization", **values))
+    lines = markdown_table(report).splitlines()
+    assert "**2.00 ± 0.01 (-1.00)**" in lines[3]
+    assert "20.50 ± 0.71 (+0.00)" in lines[3]
+    assert "in dB" in markdown_table(report)
+
+
+# Networks of the metrics -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """Random weights in the formats of the published files."""
+    import torchvision
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    root = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    torch.save(torchvision.models.alexnet(weights=None).state_dict(), root / ALEXNET)
+    with pytest.MonkeyPatch.context() as patch:  # it loads weights where it is built
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        patch.setattr(torch, "load", lambda *args, **keywords: {})
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(root / ALEXNET))
+    torch.save(network.state_dict(), root / INCEPTION)
+    return root
+
+
+@pytest.mark.slow
+def test_lpips_fid_and_inception_score_are_measured_with_given_weights(weights, trained, pictures, tmp_path):
+    out = tmp_path / "eval"
+    invoke("eval", pictures, f"--checkpoint={trained}", "--clips=trip", "--arms=fixed", f"--out={out}",
+           f"--metric-weights={weights}")  # fmt: skip
+    run = json.loads((out / "report.json").read_text())["runs"][0]
+    assert run["lpips"] > 0
+    assert run["fid"] > 0
+    assert run["inception_score"] >= 1
+    for word in ("LPIPS", "FID", "Inception Score"):
+        assert word in (out / "table.md").read_text()
+
+
+def test_lpips_is_nothing_between_equal_pictures_and_that_of_torchmetrics_otherwise(weights, tmp_path):
+    import torchvision
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    (tmp_path / ALEXNET).symlink_to(weights / ALEXNET)
+    truth, other = colour_frames(1, (64, 80))[0], colour_frames(1, (64, 80), 5)[0]
+    found = []
+    for prediction in (truth, other):
+        score = ColourScore(tmp_path)
+        score.update(prediction, truth)
+        found.append(score.result())
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        state = torch.load(weights / ALEXNET)
+        patch.setattr(torchvision.models.AlexNet_Weights, "get_state_dict", lambda *a, **k: state)
+        reference = _LPIPS(net="alex").eval()
+    a, b = (torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1 for image in (other, truth))
+    assert found[0]["lpips"] == 0
+    assert found[1]["lpips"] == pytest.approx(reference(a, b).item(), rel=1e-4)
+    assert (found[1]["fid"], found[1]["inception_score"]) == (None, None)
+
+
+def test_missing_weights_are_named_with_the_place_to_get_them(trained, pictures, tmp_path, capsys, monkeypatch):
+    call = ["eval", pictures, f"--checkpoint={trained}", "--clips=trip", "--arms=fixed", f"--out={tmp_path / 'e'}"]
+    for folder, told in ((tmp_path, "holds no weights"), (tmp_path / "no", "is not a folder")):
+        line = fail(capsys, monkeypatch, *call, f"--metric-weights={folder}")
+        assert told in line
+        assert f"{ALEXNET} from https://download.pytorch.org" in line
+        assert f"{INCEPTION} from https://github.com" in line
+    (tmp_path / ALEXNET).write_bytes(b"nothing")
+    assert f"{ALEXNET} cannot be read" in fail(capsys, monkeypatch, *call, f"--metric-weights={tmp_path}")
+    assert not (tmp_path / "e").exists()
+
+
+def test_weights_are_refused_where_no_metric_needs_them():
+    with pytest.raises(ConfigError, match="no metric of segmentation"):
+        checkpoint().task.score(weights=Path("here"))
+
+
+# A pixel of everything ---------------------------------------------------------------------------------------------
+
+
+def test_any_encoder_of_timm_will_do():
+    for spec in ({}, VIT):
+        made = checkpoint(task="colorization", classes=(), **spec)
+        truth = colour_frames(2)
+        expected = by_hand(made, stepped("online", made, truth), truth)
+        run = run_arm(ARMS["online"], made, [(to_grey(f), f) for f in truth], CONFIG, name="c")
+        check_scores(run, expected)
+        assert run.losses[-1] is not None
+
+
+def test_the_head_has_a_channel_per_cell():
+    made = checkpoint(task="colorization", classes=(), task_options={"mode": "classification"})
+    assert made.task.channels == len(cells.cells())
+    assert made.model(torch.zeros(1, 3, *SIZE)).shape == (1, len(cells.cells()), *SIZE)
+
+
+def test_a_broken_video_among_the_clips_is_named(tmp_path):
+    (tmp_path / "film.mp4").write_bytes(b"")
+    with pytest.raises(VideoError, match=r"film\.mp4 is empty"):
+        open_frames(tmp_path)
+
+
+def test_pictures_keep_their_sizes_without_one(pictures):
+    clip = next(c for c in open_frames(pictures) if c.name == "deep")
+    assert isinstance(clip, PictureClip)
+    assert clip.sizes() == {(61, 83)}
+    assert len(clip.but_grey()) == 3

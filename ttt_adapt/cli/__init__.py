@@ -1,0 +1,1 @@
+"""The `ttt-adapt` command."""

@@ -1,0 +1,151 @@
+"""Light and weather of the demo street: the schedule of a stream and the colours that follow from it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from ttt_adapt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Weather:
+    """Light and weather of one frame; all zero is a clear day.
+
+    Args:
+        darkness: 0 is day, about 0.5 a warm dusk, 1 a blue night with lit windows and headlights.
+        fog: 0 is clear air; at 1 half of the light of an object 14 m away is lost to the fog.
+        rain: 0 is dry; 1 has dense streaks, a wet reflecting road, grey light and a noisy camera.
+
+    Raises:
+        ConfigError: a value is not a number in [0, 1].
+    """
+
+    darkness: float = 0.0
+    fog: float = 0.0
+    rain: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            unit_interval(getattr(self, field.name), f"Weather.{field.name}")
+
+
+def unit_interval(value: float, name: str) -> None:
+    """Raise unless `value` is a number in [0, 1].
+
+    Args:
+        value: what the caller gave.
+        name: what the message calls it.
+
+    Raises:
+        ConfigError: the value is no number, not finite, or outside [0, 1].
+    """
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not number or not 0.0 <= value <= 1.0:
+        raise ConfigError(f"{name} is {value!r}; expected a number in [0, 1]. Clip or rescale it.")
+
+
+# Progress of a stream against each quantity, joined by straight lines.
+_SCHEDULE = {
+    "darkness": ((0.15, 0.0), (0.38, 0.9), (0.43, 0.9), (0.60, 0.25), (0.75, 0.25), (1.0, 0.3)),
+    "fog": ((0.42, 0.0), (0.60, 1.0), (0.70, 1.0), (0.85, 0.2), (1.0, 0.15)),
+    "rain": ((0.70, 0.0), (0.88, 1.0), (1.0, 1.0)),
+}
+
+
+def drift(progress: float) -> Weather:
+    """The weather of a stream: a clear day for the first 15 %, then dusk, then fog, then rain.
+
+    Args:
+        progress: how much of the stream has passed, in [0, 1].
+
+    Returns:
+        The weather then; it changes continuously with `progress`.
+
+    Raises:
+        ConfigError: `progress` is not a number in [0, 1].
+    """
+    unit_interval(progress, "progress")
+    values = {}
+    for name, knots in _SCHEDULE.items():
+        at, value = np.array(knots).T
+        values[name] = float(np.interp(progress, at, value))
+    return Weather(**values)
+
+
+@dataclass(frozen=True)
+class Light:
+    """Colours and strengths that a weather gives to the scene; every colour is RGB float32 [3] in [0, 1].
+
+    Args:
+        ambient: factor on every surface colour.
+        sky_top: sky at the upper edge.
+        sky_low: sky at the horizon.
+        cloud: clouds.
+        air: what distant things fade to.
+        extinction: share of light lost per metre of air, in 1/m.
+        veil: how much the clouds are hidden, in [0, 1].
+        sun: strength of cast shadows, in [0, 1].
+        lamps: strength of lamps, lit windows and headlights, in [0, 1].
+        wet: how much the ground mirrors, in [0, 1].
+        noise: standard deviation of the sensor noise, in units of full scale.
+    """
+
+    ambient: np.ndarray
+    sky_top: np.ndarray
+    sky_low: np.ndarray
+    cloud: np.ndarray
+    air: np.ndarray
+    extinction: float
+    veil: float
+    sun: float
+    lamps: float
+    wet: float
+    noise: float
+
+
+# Darkness 0, 0.5 and 1 for each colour.
+_COLOURS = {
+    "ambient": ((1.0, 1.0, 1.0), (0.70, 0.55, 0.48), (0.24, 0.26, 0.38)),
+    "sky_top": ((0.34, 0.57, 0.88), (0.30, 0.33, 0.55), (0.05, 0.07, 0.17)),
+    "sky_low": ((0.80, 0.89, 0.97), (0.98, 0.66, 0.40), (0.20, 0.19, 0.31)),
+    "cloud": ((1.0, 1.0, 1.0), (0.90, 0.58, 0.50), (0.14, 0.14, 0.23)),
+}
+
+
+def light_of(weather: Weather) -> Light:
+    """Colours and strengths that follow from a weather.
+
+    Args:
+        weather: the weather of the frame.
+
+    Returns:
+        The light of the frame.
+    """
+    colour = {
+        name: np.array([np.interp(weather.darkness, (0.0, 0.5, 1.0), channel) for channel in np.array(knots).T])
+        for name, knots in _COLOURS.items()
+    }
+    overcast = max(weather.fog, 0.9 * weather.rain)
+    level = 0.2 + 0.55 * float(colour["ambient"].mean()) + 0.03 * weather.fog - 0.22 * weather.rain
+    grey = max(level, 0.1) * np.array([0.97, 0.99, 1.03])
+    for name in ("sky_top", "sky_low", "cloud"):
+        colour[name] += (
+            grey * (1.0 - 0.1 * (1.0 - weather.fog) if name == "sky_top" else 1.0) - colour[name]
+        ) * overcast
+    flat = colour["ambient"].mean() * (1.0 - 0.12 * weather.fog - 0.4 * weather.rain)
+    colour["ambient"] += (flat * np.array([0.97, 1.0, 1.04]) - colour["ambient"]) * overcast
+    haze = 0.6 * colour["sky_low"] + 0.4 * colour["sky_top"]
+    air = haze + (grey - haze) * overcast
+    return Light(
+        **{name: value.astype(np.float32) for name, value in colour.items()},
+        air=air.astype(np.float32),
+        extinction=0.0016 + math.log(2.0) / 14.0 * weather.fog**1.5 + 0.009 * weather.rain,
+        veil=weather.fog**0.5,
+        sun=max(0.0, 1.0 - 1.6 * weather.darkness) * (1.0 - overcast),
+        lamps=min(1.0, 1.25 * weather.darkness + 0.25 * overcast),
+        wet=weather.rain,
+        noise=0.008 + 0.022 * weather.darkness + 0.018 * weather.rain,
+    )

@@ -1,0 +1,120 @@
+"""What stands below the tables of an evaluation: what the numbers are, the marks, and what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from ttt_adapt.evaluation.differences import Difference, is_uneven, shared_seeds
+
+if TYPE_CHECKING:
+    from ttt_adapt.evaluation.report import Report
+
+UNEVEN = "§"
+"""Marks a change on fewer seeds than stand beside it."""
+
+
+def score_note(report: Report, reference: str) -> str:
+    """Below the table of scores."""
+    counts = {len(report.select(arm, clip)) for arm in report.arms for clip in report.clips}
+    seeds = f"{_span(counts)} seed{'' if counts == {1} else 's'}"
+    sentences = [
+        f"{report.task.about}; mean ± sample standard deviation over {seeds}; in "
+        f"brackets the change relative to {report.marked(reference)}."
+    ]
+    uneven = [
+        f"{report.marked(arm)} on {clip} {numbers(shared_seeds(report, arm, reference, clip))}"
+        for arm in report.arms
+        for clip in report.clips
+        if is_uneven(report, arm, reference, clip)
+    ]
+    if uneven:
+        sentences.append(f"{UNEVEN} on the seeds that both arms ran: {'; '.join(uneven)}.")
+    sentences += [mark_note(report)]
+    if any(run.j is not None for run in report.runs):
+        sentences.append("J is DAVIS' region similarity of the foreground, over the clip and per frame.")
+    return " ".join(filter(None, [*sentences, _real_time_note(report)]))
+
+
+def mark_note(report: Report) -> str:
+    """What the marks behind names of arms mean; "" where there are none."""
+    if all(run.streaming for run in report.runs):
+        return ""
+    return "† sees the whole clip before it predicts; ‡ and chooses by the labels: a bound, not a method."
+
+
+def _real_time_note(report: Report) -> str:
+    charged = {run.arm: run.forwards for run in report.runs if run.forwards is not None}
+    if not charged:
+        return ""
+    costs = ", ".join(f"{report.marked(arm)} {forwards:g}" for arm, forwards in charged.items())
+    return (
+        f"Real-time scoring, forward passes per frame: {costs}; an arm misses ceil of it - 1 frames after each that it "
+        "sees, and keeps its last prediction."
+    ) + ("" if all(run.streaming for run in report.runs) else " Arms with a mark are not charged.")
+
+
+def difference_note(report: Report, blocks: Mapping[str, Sequence[int]]) -> str:
+    """Below the table of paired differences; `blocks` are the frames per bootstrap block, by clip, of all its rows."""
+    seeds = sorted({run.seed for run in report.runs})
+    frame = report.task.metrics[1]
+    drawn = "frames and seeds" if len(seeds) > 1 else "frames"
+    return (
+        f"Mean difference of the {frame.title} on the same frames and seeds, in {frame.step}, and the 95 % interval of "
+        f"a circular block bootstrap over {drawn}, 2000 resamplings; frames per block: "
+        + ", ".join(f"{clip} {_span(lengths)}" for clip, lengths in blocks.items())
+        + "."
+        + (f" By seed: {numbers(seeds)}; n/a where not both arms ran it." if len(seeds) > 1 else "")
+    )
+
+
+def drawn_note(report: Report) -> str:
+    """What the intervals of means over clips draw."""
+    seeds = " and seeds" if len({run.seed for run in report.runs}) > 1 else ""
+    return f"draw {'clips' if len(report.clips) > 1 else 'blocks of frames'}{seeds}"
+
+
+def average_note(report: Report, means: Mapping[str, Sequence[int]], found: Mapping[str, Difference | None]) -> str:
+    """Below the means over clips, where arms were not run alike; "" where they were.
+
+    Args:
+        report: the report.
+        means: arm -> the seeds that its means are over.
+        found: arm -> its difference to the reference.
+    """
+    seeds = sorted({run.seed for run in report.runs})
+    fewer = [f"{report.marked(arm)} {numbers(own)}" for arm, own in means.items() if own and list(own) != seeds]
+    less = [
+        f"{report.marked(arm)} {', '.join(difference.clips)} with {numbers(sorted(difference.by_seed))}"
+        for arm, difference in found.items()
+        if difference is not None and (list(difference.clips) != report.clips or sorted(difference.by_seed) != seeds)
+    ]
+    return " ".join(
+        f"{what}: {'; '.join(some)}."
+        for what, some in (
+            ("Means are over the seeds that ran on every clip", fewer),
+            ("Differences are on the clips and seeds that both arms ran", less),
+        )
+        if some
+    )
+
+
+def gap_note(report: Report) -> str:
+    """The runs that some arms have and others lack; "" where all have the same."""
+    every = list(dict.fromkeys((run.clip, run.seed) for run in report.runs))
+    lacking = []
+    for arm in report.arms:
+        own = {(run.clip, run.seed) for run in report.select(arm)}
+        absent = [f"{clip} seed {seed}" for clip, seed in every if (clip, seed) not in own]
+        lacking += [f"{report.marked(arm)} lacks {', '.join(absent)}"] if absent else []
+    return f"Not all arms are over the same runs: {'; '.join(lacking)}." if lacking else ""
+
+
+def _span(counts: Collection[int]) -> str:
+    """ "3", or "1 to 3"."""
+    return str(min(counts)) if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+
+
+def numbers(seeds: Sequence[int]) -> str:
+    """Seeds in words: "seed 1", "seeds 0, 2"."""
+    return f"seed{'' if len(seeds) == 1 else 's'} {', '.join(map(str, seeds))}"

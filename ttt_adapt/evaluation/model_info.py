@@ -1,0 +1,174 @@
+"""`ttt-adapt info`: what would be adapted in a model, and what a step costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ttt_adapt.config import StreamConfig
+from ttt_adapt.engine import describe_engines
+from ttt_adapt.engine.recompute import repeated_blocks
+from ttt_adapt.errors import ConfigError, missing, nearest
+from ttt_adapt.model.hooks import run_encoder
+from ttt_adapt.model.norms import norm_layers
+from ttt_adapt.objectives.mae import MAEBranch
+from ttt_adapt.tasks.checkpoint import load_checkpoint
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Rows for people (`rows`: what, value) and the branch they describe."""
+
+    rows: list[tuple[str, str]]
+    branch: MAEBranch
+
+
+def inspect_model(
+    name: str,
+    *,
+    encoder: str | None = None,
+    size: tuple[int, int] | None = None,
+    attach: dict[str, Any] | None = None,
+    config: StreamConfig | None = None,
+    device: torch.device | str = "cpu",
+) -> ModelInfo:
+    """Look at a timm model or a checkpoint of `ttt-adapt train`.
+
+    Args:
+        name: timm model name, or a .safetensors file.
+        encoder: dotted path where the encoder ends, for models without a trained branch; by default a checkpoint's
+            backbone, and for timm models the last stage or norm.
+        size: (H, W) of the frames to count FLOPs for; by default a checkpoint's training size, and for timm models
+            what they were looked at with.
+        attach: keywords of `MAEBranch.attach`; of a trained branch, those of `MAEBranch.using`.
+        config: whose step is counted.
+        device: where the model would run, which engines depend on.
+
+    Raises:
+        ConfigError: unknown model, a setting that a trained branch cannot change, or a crop larger than the frame.
+        EncoderError: unknown encoder.
+    """
+    config, settings = config or StreamConfig(), attach or {}
+    with ExitStack() as stack:
+        if name.endswith(".safetensors"):
+            checkpoint = load_checkpoint(name, device)
+            size = size or checkpoint.spec.size
+            model: nn.Module = checkpoint.model
+            if checkpoint.branch is None:
+                branch = MAEBranch.attach(model, encoder or "backbone", **settings)
+            else:
+                _refuse_encoder(name, encoder, checkpoint.branch.info.path)
+                branch = stack.enter_context(checkpoint.mae_branch.using(**settings))
+        else:
+            model = _timm_model(name).to(device)
+            branch = MAEBranch.attach(model, encoder or _default_encoder(model), **settings)
+        return ModelInfo(_describe(model, branch, size or branch.info.probe_size, config), branch)
+
+
+def _refuse_encoder(name: str, encoder: str | None, own: str) -> None:
+    if encoder not in (None, own):
+        raise ConfigError(
+            f"--encoder is {encoder!r}, and the branch of {name} was trained on {own!r}: leave it out, or train "
+            "another checkpoint"
+        )
+
+
+def _describe(
+    model: nn.Module, branch: MAEBranch, size: tuple[int, int], config: StreamConfig
+) -> list[tuple[str, str]]:
+    info = branch.info
+    adapted = sum(p.numel() for p in info.parameters.values())
+    if config.grad_checkpointing:
+        repeated_blocks(model, info.parameters.values())  # a stream would be refused without any
+    images = torch.zeros(1, 3, *size).to(next(model.parameters()))
+    drawn = _drawn(images, config.crop_size)
+    with torch.no_grad():
+        predict = _flops(lambda: model(images))
+        encode = _flops(lambda: run_encoder(model, info.module, images))
+        masked = _flops(lambda: branch.loss(drawn))
+    return [
+        ("model", f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"),
+        ("encoder", f"{info.path or '(the whole model)'}, {adapted / 1e6:.2f} M parameters adapted"),
+        ("features", ", ".join(f"{m.channels} channels at stride {m.stride} ({m.layout})" for m in info.maps)),
+        ("prefix tokens", str(info.tokens.prefix) if info.tokens is not None else "none"),
+        ("masking", f"{branch.masking}, patches of {branch.patch_size} px, ratio {branch.mask_ratio}"),
+        ("stem", f"{info.stem_path or 'none'}" + (f" {info.stem}" if info.stem is not None else "")),
+        ("decoder", f"{type(branch.decoder).__name__}, {sum(p.numel() for p in branch.parameters()) / 1e6:.2f} M"),
+        ("frame", f"{size[0]} x {size[1]} (H x W)"),
+        ("predict", f"{predict / 1e9:.2f} GFLOPs, of which the encoder {encode / 1e9:.2f}"),
+        ("masked pass", f"{masked / 1e9:.2f} GFLOPs with the decoder, on {drawn.shape[2]} x {drawn.shape[3]}"),
+        *_step_rows(predict, masked, config, bool(norm_layers(model))),
+        ("engine", "; ".join(f"{name}: {why}" for name, why in describe_engines(config, branch).items())),
+    ]
+
+
+def _drawn(images: Tensor, crop: Any) -> Tensor:
+    """One image of a gradient step, of frames like `images`."""
+    if crop is None:
+        return images
+    if any(side > full for side, full in zip(crop, images.shape[-2:], strict=True)):
+        raise ConfigError(f"crop_size {crop} does not fit into a frame of {tuple(images.shape[-2:])} (H, W): lower it")
+    return images[..., : crop[0], : crop[1]]
+
+
+def _step_rows(predict: int, masked: int, config: StreamConfig, has_norms: bool) -> list[tuple[str, str]]:
+    """What a frame costs, as docs/cost.md counts it; with `every`, the mean over frames.
+
+    Args:
+        predict: FLOPs of a prediction.
+        masked: of the masked pass of one image.
+        config: what a step consists of.
+        has_norms: whether the model has running statistics.
+    """
+    batch, times = config.batch_size, config.iterations
+    passes = 4 if config.grad_checkpointing else 3  # a backward pass costs two: gradients by activations and weights
+    update = passes * masked * batch * times
+    parts = [f"{times} iteration(s) on {batch}"]
+    if config.grad_checkpointing:
+        parts.append("at most another pass for activation checkpointing")
+    if config.norm_stats == "ema" and has_norms:
+        update += predict
+        parts.append("a pass for running statistics")
+    gate = masked * batch if config.gate == "surprise" else 0
+    if gate:
+        parts.append("a loss for the gate")
+    step, shut = ((adapting / config.every + predict) for adapting in (update + gate, gate))
+    often = "" if config.every == 1 else f" on one frame in {config.every}"
+    cost = f"{step / predict:.1f} x the fixed model"
+    return [
+        ("step", f"{step / 1e9:.2f} GFLOPs: {', '.join(parts)}{often}, and predict"),
+        ("cost", f"{cost}, {shut / predict:.1f} x while the gate is shut" if gate else cost),
+    ]
+
+
+def _flops(call: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
+def _timm_model(name: str) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise missing("timm", "timm") from error
+    if not timm.is_model(name):
+        hint = f"{Path(name)} is no .safetensors file and " if "/" in name or "." in name else ""
+        raise ConfigError(f"{hint}timm has no model {name!r}; {nearest(name, timm.list_models())}")
+    return timm.create_model(name, pretrained=False).eval()
+
+
+def _default_encoder(model: nn.Module) -> str:
+    """Where timm classifiers end their features: the last of these names that the model has."""
+    names = [name for name, _ in model.named_children()]
+    for name in ("norm", "stages", "layers", "blocks", "layer4", "features"):
+        if name in names and not isinstance(getattr(model, name), nn.Identity):
+            return name
+    raise ConfigError(f"pass --encoder: which of {', '.join(names)} ends the encoder?")

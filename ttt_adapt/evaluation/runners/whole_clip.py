@@ -1,0 +1,135 @@
+"""Runners that see the whole clip before they predict: they are no streaming methods, and are marked so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ttt_adapt.errors import StateError
+from ttt_adapt.evaluation.runners.base import Runner, Score, log_scores
+from ttt_adapt.evaluation.runners.streaming import Adapting
+
+
+class Shuffled:
+    """A streaming runner on the frames of a clip in random order; its predictions are put back in order.
+
+    "Test-Time Training on Video Streams", section 6.1: without temporal smoothness, memory has nothing to hold.
+
+    Args:
+        runner: what runs the shuffled stream.
+        seed: of the order.
+        classes: keep the most likely class of every pixel, where that is all that a prediction is made of; otherwise
+            the model's output, in half precision.
+    """
+
+    def __init__(self, runner: Runner, seed: int, classes: bool = True) -> None:
+        self._runner, self._seed, self._by_class = runner, seed, classes
+        self._labels: list[Tensor] = []
+        self._losses: list[float | None] = []
+        self._next = 0
+        self.loss: float | None = None
+
+    def prepare(self, frames: Sequence[Any], score: Score | None = None) -> None:
+        """Run the whole stream; of classes one byte per pixel is kept of each prediction."""
+        order = next(_epochs(len(frames), self._seed))
+        labels: dict[int, Tensor] = {}
+        losses: dict[int, float | None] = {}
+        for index in order:
+            scores = self._runner.step(frames[index])
+            self._classes = scores.shape[1]
+            small = torch.uint8 if self._classes <= 256 else torch.int32
+            labels[index] = scores.argmax(1).to(small) if self._by_class else scores.half()
+            losses[index] = self._runner.loss
+        self._labels = [labels[i] for i in range(len(frames))]
+        self._losses = [losses[i] for i in range(len(frames))]
+
+    def step(self, frame: Any) -> Tensor:
+        """What was predicted for the next frame of the clip, as scores whose largest is the predicted class."""
+        if self._next >= len(self._labels):
+            raise StateError("an arm that is not streaming got a frame that prepare() did not show it")
+        self.loss, label = self._losses[self._next], self._labels[self._next]
+        self._next += 1
+        if not self._by_class:
+            return label.float()
+        return log_scores(F.one_hot(label.long(), self._classes).movedim(-1, 1).float())
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Class scores with the weights as they are after the stream."""
+        return self._runner.predict(x)
+
+    def close(self) -> None:
+        """Give the model back."""
+        self._runner.close()
+
+
+class Offline:
+    """Adapt to all frames of the clip in random order, many times, then predict with the weights that come of it.
+
+    "Test-Time Training on Video Streams", section 6.1 ("training on all possible futures"). Batches are drawn from a
+    window as online, but of a shuffled stream that goes through the clip again and again. The honest stop is after a
+    fixed number of gradient steps. The paper reports the best one on the labels of each video; with `score` that is
+    done here too, of 0, 1, 2, 5, 10, 20, ... steps and the last.
+
+    Args:
+        runner: adapts and predicts.
+        steps: frames to adapt to, with a gradient step each.
+        seed: of the order.
+    """
+
+    loss: float | None = None
+
+    def __init__(self, runner: Adapting, steps: int, seed: int) -> None:
+        self._runner, self._steps, self._seed = runner, steps, seed
+
+    def prepare(self, frames: Sequence[Any], score: Score | None = None) -> None:
+        """Adapt to the whole clip; with `score`, keep the weights of the best of the steps that are looked at."""
+        adapter = self._runner.adapter
+        best, kept, done = -np.inf, None, 0
+        if score is not None:
+            best, kept = score(self._predict_frame), adapter.state_dict()
+        for order in _epochs(len(frames), self._seed):
+            for index in order[: self._steps - done]:
+                adapter.adapt(frames[index])
+                done += 1
+                if score is not None and (_looked_at(done) or done == self._steps):
+                    found = score(self._predict_frame)
+                    if found > best:
+                        best, kept = found, adapter.state_dict()
+            if done == self._steps:
+                break
+        if kept is not None:
+            adapter.load_state_dict(kept)
+
+    def step(self, frame: Any) -> Tensor:
+        """Predict; nothing is adapted any more."""
+        return self._predict_frame(frame)
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Class scores with the weights as they are."""
+        return self._runner.predict(x)
+
+    def close(self) -> None:
+        """Give the model back."""
+        self._runner.close()
+
+    def _predict_frame(self, frame: Any) -> Tensor:
+        return self._runner.adapter.predict(frame)
+
+
+def _epochs(count: int, seed: int) -> Iterator[list[int]]:
+    """Endlessly: the numbers below `count` in random order."""
+    random = np.random.default_rng(seed)
+    while True:
+        yield random.permutation(count).tolist()
+
+
+def _looked_at(step: int) -> bool:
+    """1, 2, 5, 10, 20, 50, ..."""
+    while step % 10 == 0:
+        step //= 10
+    return step in (1, 2, 5)

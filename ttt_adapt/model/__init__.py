@@ -1,0 +1,1 @@
+"""The user's model: looked at, run through hooks, and given back as it was."""

@@ -1,0 +1,1 @@
+"""One video: its frames, window, weights, optimizer and counters."""

@@ -1,0 +1,184 @@
+"""Frames in: what a user may pass, checked, and turned into what the model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError
+from ttt_adapt.model.encoder import data_config
+
+Preprocess = Callable[[Any], Tensor]
+
+ACCEPTED = (
+    "a uint8 RGB frame [H, W, 3] (NumPy array or tensor), or a float tensor [3, H, W] or [1, 3, H, W] already "
+    "normalised as the model takes it"
+)
+
+
+class Normalize:
+    """uint8 RGB [H, W, 3], 0 to 255 -> float [1, 3, H, W]: scaled to 0..1, minus mean, over std.
+
+    Args:
+        mean: per channel, RGB, for images in 0..1.
+        std: per channel.
+        size: (H, W) to resize to, bicubic with antialiasing, for models that take one size only; None: as it comes.
+    """
+
+    def __init__(
+        self,
+        mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
+        std: tuple[float, float, float] = (0.229, 0.224, 0.225),
+        size: tuple[int, int] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ConfigError(f"mean {mean!r} and std {std!r} must be three numbers each, std above 0")
+        self.mean, self.std, self.size = tuple(mean), tuple(std), size
+        self._device = None if device is None else torch.device(device)
+        self._shift = -torch.tensor(mean, device=device).view(1, 3, 1, 1) / torch.tensor(std, device=device).view(
+            1, 3, 1, 1
+        )
+        self._scale = 1.0 / (255.0 * torch.tensor(std, device=device).view(1, 3, 1, 1))
+
+    def __call__(self, frame: Any) -> Tensor:
+        """[H, W, 3] uint8 -> [1, 3, H, W] float32, on the normaliser's device, or without one where the frame is."""
+        x = self.scaled(to_device(frame, self._device).permute(2, 0, 1)[None])
+        if self.size is not None and tuple(x.shape[-2:]) != self.size:
+            x = F.interpolate(x, self.size, mode="bicubic", antialias=True, align_corners=False)
+        return x.contiguous()
+
+    def scaled(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> float32 [B, 3, H, W], pixel by pixel, without a resize."""
+        if self._scale.device != pixels.device:
+            self._shift, self._scale = self._shift.to(pixels.device), self._scale.to(pixels.device)
+        return torch.addcmul(self._shift, pixels.float(), self._scale)
+
+
+def to_device(frame: Any, device: torch.device | None) -> Tensor:
+    """A frame (array or tensor) on `device`; to a CUDA device by pinned memory, without waiting for the copy."""
+    if isinstance(frame, np.ndarray):
+        frame = np.require(frame, requirements=["C", "W"])  # views that PyTorch cannot share, such as BGR reversed
+    x = torch.as_tensor(frame)
+    if device is None or device.type != "cuda" or x.device.type != "cpu":
+        return x.to(x.device if device is None else device)
+    if x.is_pinned():  # the caller's own, who may fill it again before the copy is through
+        return _copied(torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x), device)
+    return _copied(x.contiguous().pin_memory(), device)
+
+
+_copy_streams: dict[int, torch.cuda.Stream] = {}
+
+
+def _copied(pinned: Tensor, device: torch.device) -> Tensor:
+    """A pinned tensor on a CUDA device, copied beside the work that waits there, such as the step before."""
+    caller = torch.cuda.current_stream(device)
+    index = caller.device_index  # "cuda" alone is whichever device is the current one
+    stream = _copy_streams[index] = _copy_streams.get(index) or torch.cuda.Stream(index)
+    with torch.cuda.stream(stream):
+        x = pinned.to(f"cuda:{index}", non_blocking=True)
+    caller.wait_stream(stream)
+    x.record_stream(caller)
+    return x
+
+
+def pixels_of(frame: Any, preprocess: Preprocess | None, device: torch.device) -> Any:
+    """A uint8 frame on `device`, if `preprocess` is `Normalize` alone; every other frame is None."""
+    known = isinstance(frame, np.ndarray | Tensor) and frame.dtype in (np.uint8, torch.uint8)
+    return to_device(frame, device) if known and type(preprocess) is Normalize else None
+
+
+def scaling(preprocess: Preprocess | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    """What `Normalize` does to pixels, uint8 [B, 3, H, W] -> `dtype`; None for every other `preprocess`."""
+    return (lambda pixels: preprocess.scaled(pixels).to(dtype)) if type(preprocess) is Normalize else None
+
+
+def default_preprocess(model: nn.Module, device: torch.device) -> Normalize | None:
+    """The model's own normalisation, from the data configuration that timm keeps on it; None for other models."""
+    config = data_config(model)
+    if not config:
+        return None
+    return Normalize(tuple(config["mean"]), tuple(config["std"]), _fixed_size(model), device)
+
+
+def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
+    """(H, W) of a model that takes one size only, as timm's ViTs and Swins do unless they were told otherwise."""
+    for module in model.modules():
+        if getattr(module, "strict_img_size", False) and getattr(module, "img_size", None):
+            size: Any = module.img_size
+            return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    return None
+
+
+def to_model_input(
+    frame: Any, preprocess: Preprocess | None, device: torch.device, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Check a frame and turn it into [1, 3, H, W] float on `device`, cast to `dtype` where one is given.
+
+    Raises:
+        FrameTypeError: not an array or tensor, or a dtype that is neither uint8 nor floating point.
+        FrameError: wrong shape or layout, NaN or infinite values, or no known normalisation for uint8.
+    """
+    if not isinstance(frame, np.ndarray | Tensor):
+        raise FrameTypeError(f"the frame is a {type(frame).__name__}; expected {ACCEPTED}")
+    take = _from_uint8 if frame.dtype in (np.uint8, torch.uint8) else _from_float
+    x = take(frame, preprocess)
+    if not isinstance(x, Tensor):
+        raise FrameTypeError(f"preprocess returned a {type(x).__name__}; expected a float tensor [1, 3, H, W]")
+    x = to_device(x.detach(), device)
+    x = x.to(dtype) if dtype is not None and x.is_floating_point() else x
+    if x.ndim != 4 or x.shape[0] != 1 or x.shape[1] != 3 or not x.is_floating_point():
+        raise FrameError(f"preprocess returned {tuple(x.shape)} {x.dtype}; expected float [1, 3, H, W]")
+    return x
+
+
+def _from_uint8(frame: Any, preprocess: Preprocess | None) -> Tensor:
+    shape = tuple(frame.shape)
+    if len(shape) != 3 or shape[2] != 3:
+        hint = ": transpose it to channels last" if len(shape) == 3 and shape[0] == 3 else ""
+        raise FrameError(f"the uint8 frame is {shape}; expected [H, W, 3] RGB{hint}")
+    if 0 in shape:
+        raise FrameError(f"the frame is empty: {shape}")
+    if preprocess is None:
+        raise FrameError(
+            "a uint8 frame came, and this model says nothing of its normalisation: pass preprocess=Normalize(mean, "
+            "std) (from ttt_adapt), or frames as float [3, H, W] already normalised as the model takes them"
+        )
+    return preprocess(np.require(frame, requirements=["C", "W"]) if isinstance(frame, np.ndarray) else frame)
+
+
+def _from_float(frame: Any, preprocess: Preprocess | None) -> Tensor:
+    if not (frame.dtype.kind == "f" if isinstance(frame, np.ndarray) else frame.is_floating_point()):
+        raise FrameTypeError(f"the frame has dtype {frame.dtype}; expected {ACCEPTED}")
+    x = to_device(frame, None).detach()
+    shape = tuple(x.shape)
+    if x.ndim == 3:
+        x = x[None]
+    if x.ndim != 4 or x.shape[0] != 1 or x.shape[1] != 3:
+        hint = ": channels come first, and HWC frames are uint8" if shape[-1:] == (3,) else ""
+        raise FrameError(f"the float frame is {shape}; expected [3, H, W] or [1, 3, H, W]{hint}")
+    if 0 in shape:
+        raise FrameError(f"the frame is empty: {shape}")
+    low, high = torch.stack(torch.aminmax(x)).tolist()
+    if not np.isfinite([low, high]).all():
+        raise FrameError("the frame holds NaN or infinite values: drop it, or repair it before the step")
+    if isinstance(preprocess, Normalize):
+        _check_range(low, high, preprocess)
+    return x
+
+
+def _check_range(low: float, high: float, normalize: Normalize) -> None:
+    """Refuse floats that cannot be images normalised with this mean and std, such as 0..255."""
+    floor = min(-m / s for m, s in zip(normalize.mean, normalize.std, strict=True))
+    ceiling = max((1 - m) / s for m, s in zip(normalize.mean, normalize.std, strict=True))
+    limit = 10.0 * max(abs(floor), abs(ceiling))  # resampling and noise overshoot a little, 0..255 lies far outside
+    if max(abs(low), abs(high)) > limit:
+        raise FrameError(
+            f"the float frame lies in [{low:.4g}, {high:.4g}]; normalised with this model's mean and std it would lie "
+            f"in [{floor:.4g}, {ceiling:.4g}]: pass 0..255 frames as uint8 [H, W, 3], or normalise them first"
+        )

@@ -1,0 +1,218 @@
+"""The optimizer of a stream: parameter groups and the default, AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttt_adapt.config import StreamConfig
+from ttt_adapt.stream.source import copied
+
+ParamGroups = list[dict[str, Any]]
+
+
+def parameter_groups(
+    encoder: Mapping[str, nn.Parameter],
+    own: Mapping[str, nn.Parameter],
+    modules: Iterable[nn.Module],
+    config: StreamConfig,
+) -> ParamGroups:
+    """Encoder and decoder, each with and without weight decay.
+
+    Args:
+        encoder: name -> parameter of the model that is adapted, at `lr * encoder_lr_scale`.
+        own: name -> parameter of the branch, at `lr`.
+        modules: where the parameters live, the user's model and the branch: embedding tables are not decayed.
+        config: learning rates and weight decay.
+
+    Returns:
+        Groups with `name`, `params`, `lr` and `weight_decay`; empty ones are left out.
+    """
+    tables = embedding_tables(*modules)
+    groups = []
+    for part, named, lr in (("encoder", encoder, config.lr * config.encoder_lr_scale), ("decoder", own, config.lr)):
+        bare = {n for n, p in named.items() if not decays(n, p) or id(p) in tables}
+        for name, members, decay in (
+            (part, [p for n, p in named.items() if n not in bare], config.weight_decay),
+            (f"{part}_no_decay", [p for n, p in named.items() if n in bare], 0.0),
+        ):
+            if members:
+                groups.append({"name": name, "params": members, "lr": lr, "weight_decay": decay})
+    return groups
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies: not to norms, biases, tokens, position embeddings and relative position tables."""
+    words = ("token", "pos_embed", "position")
+    return parameter.ndim > 1 and not any(word in name.rpartition(".")[2] for word in words)
+
+
+def embedding_tables(*modules: nn.Module) -> set[int]:
+    """The ids of the parameters of `nn.Embedding` layers, which are not decayed either."""
+    layers = (layer for module in modules for layer in module.modules())
+    return {id(p) for layer in layers if isinstance(layer, nn.Embedding) for p in layer.parameters()}
+
+
+class FusedAdamW(torch.optim.AdamW):
+    """`torch.optim.AdamW(fused=True)` that prepares its lists of tensors once: a step is one fused call per group.
+
+    Results and `state_dict()` are those of its base class, bit for bit. A fused step goes through the memory of a
+    parameter, its gradient and its moments side by side: gradients have to lie there as the parameter does (see
+    `laid_out_alike`), which `.backward()` sees to and `torch.autograd.grad` does not. It may be recorded into a CUDA
+    graph, and heeds `found_inf`, the flag on the device by which `torch.amp.GradScaler` has an optimizer leave a step
+    out.
+    """
+
+    def __init__(self, groups: ParamGroups) -> None:
+        super().__init__(groups, fused=True)
+        self._ready: list[tuple[dict[str, Any], list[Tensor], list[list[Tensor]]]] = []
+        self._idle: list[Tensor] = []
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step on the gradients in `.grad`; parameters without one are left alone."""
+        if closure is not None or not self._is_ready():
+            loss = super().step(closure)
+            self._prepare()
+            return loss
+        skip = getattr(self, "found_inf", None)
+        for group, members, lists in self._ready:
+            first, second, steps = lists or self._begin(members, lists)
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                members,
+                [p.grad for p in members],  # type: ignore[misc]  # none is None: see `_is_ready`
+                first,
+                second,
+                [],
+                steps,
+                amsgrad=False,
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+                grad_scale=None,
+                found_inf=skip,
+            )
+            if skip is not None:
+                torch._foreach_sub_(steps, [skip] * len(steps))
+        return None
+
+    @torch.no_grad()
+    def restart(self, in_place: bool = False) -> None:
+        """Forget the moments, as before the first step.
+
+        Args:
+            in_place: zero them where they lie, for a step that is recorded. Otherwise their memory, twice that of the
+                parameters, is free until the next step: for the whole forward and backward pass.
+        """
+        if in_place:
+            for _, _, lists in self._ready:
+                for tensors in lists:
+                    torch._foreach_zero_(tensors)
+            return
+        self.state.clear()
+        for _, _, lists in self._ready:
+            lists.clear()
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """As in the base class, also from an AdamW that is not fused.
+
+        Raises:
+            ValueError: the state is of AMSGrad, or of an optimizer that maximizes.
+        """
+        if any(group.get("amsgrad") or group.get("maximize") for group in state_dict["param_groups"]):
+            raise ValueError("the optimizer's state has amsgrad or maximize set; expected neither")
+        fused = [{**group, "fused": True, "foreach": None} for group in state_dict["param_groups"]]
+        self._ready = []
+        super().load_state_dict({**state_dict, "param_groups": fused})
+        if self.state:
+            self._prepare()
+
+    def _is_ready(self) -> bool:
+        """Whether the gradients are those of the parameters that the lists hold."""
+        if not self._ready:
+            return False
+        complete = all(p.grad is not None for _, members, _ in self._ready for p in members)
+        return complete and all(p.grad is None for p in self._idle)
+
+    def _begin(self, members: list[Tensor], lists: list[list[Tensor]]) -> list[list[Tensor]]:
+        """Fill the lists of members that were restarted: a state of zeros."""
+        lists += [[torch.zeros_like(p) for p in members] for _ in range(2)]
+        lists.append(list(torch.zeros(len(members), device=members[0].device).unbind()))
+        for p, first, second, step in zip(members, *lists, strict=True):
+            self.state[p] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+        return lists
+
+    def _prepare(self) -> None:
+        """The lists of each group and dtype: members with a state, their two moments and step counts."""
+        self._ready, self._idle = [], []
+        names = ("exp_avg", "exp_avg_sq", "step")
+        for group in self.param_groups:
+            self._idle += [p for p in group["params"] if p not in self.state]
+            stepped = [p for p in group["params"] if p in self.state]
+            for p in stepped:
+                self.state[p] |= {name: laid_out(self.state[p][name], p) for name in names[:2]}
+            for dtype in dict.fromkeys(p.dtype for p in stepped):  # a fused call takes one
+                members = [p for p in stepped if p.dtype == dtype]
+                self._ready.append((group, members, [[self.state[p][name] for p in members] for name in names]))
+
+
+def adamw(groups: ParamGroups) -> torch.optim.Optimizer:
+    """AdamW in its fused form, which wants parameters without gaps; the groups carry rates and weight decay."""
+    dense = all(laid_out_alike(torch.empty_like(p), p) for group in groups for p in group["params"])
+    return FusedAdamW(groups) if dense else torch.optim.AdamW(groups)
+
+
+def laid_out_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether the elements of two tensors of one shape follow each other in memory in the same order."""
+    if a.stride() == b.stride():
+        return True
+    return all(n == 1 or i == j for n, i, j in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
+def laid_out(values: Tensor, like: Tensor) -> Tensor:
+    """`values` in the memory order of `like`: themselves, or a copy."""
+    return values if laid_out_alike(values, like) else torch.empty_like(like, requires_grad=False).copy_(values)
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, a scalar on their device."""
+    norms = torch._foreach_norm(list(gradients))
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]))
+
+
+class Restart:
+    """Makes an optimizer as new without building another: no state, and the groups' settings as they were made."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._fresh = [copied({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups]
+
+    def __call__(self, in_place: bool = False) -> None:
+        """Restart it; `in_place` where the state's memory must stay, which only `FusedAdamW` can do."""
+        if isinstance(self._optimizer, FusedAdamW):
+            self._optimizer.restart(in_place)
+        else:
+            self._optimizer.state.clear()
+        for group, fresh in zip(self._optimizer.param_groups, self._fresh, strict=True):
+            group.update(copied(fresh))
+
+
+def decides_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer leaves a step out by a flag on the device (`found_inf`), as fused ones do."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def step_if(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """`optimizer.step()` where `finite`, a bool scalar on the device, is true; nothing waits for it."""
+    optimizer.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.found_inf  # type: ignore[attr-defined]

@@ -1,0 +1,101 @@
+"""Dense models for the command line: a timm encoder and a light head, saved with their branch in one file.
+
+Everything here is ordinary PyTorch; the rest of the library does not need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ttt_adapt.errors import ConfigError, missing, nearest
+from ttt_adapt.objectives.decoders import Pyramid
+from ttt_adapt.objectives.masking import pad_to_multiple
+
+_PLAIN_TRANSFORMERS = ("vision_transformer", "eva", "deit")
+"""Modules of timm whose models keep one grid of tokens, of any size: the last features are all that the head needs."""
+
+
+class SegmentationModel(nn.Module):
+    """A timm encoder (`backbone`) and a pyramid head (`head`) for segmentation, or another dense task.
+
+    Args:
+        encoder: name of a timm model with `features_only` support.
+        classes: number of classes, or of whatever other channels the task has.
+        width: inner channels of the head.
+        pretrained: load timm's pretrained weights.
+        encoder_options: further keywords of `timm.create_model`.
+    """
+
+    def __init__(
+        self,
+        encoder: str,
+        classes: int,
+        *,
+        width: int = 64,
+        pretrained: bool = False,
+        encoder_options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = _timm_encoder(encoder, pretrained, dict(encoder_options or {}))
+        info: Any = self.backbone.feature_info
+        strides: Sequence[int] = info.reduction()
+        self.multiple = max(strides)
+        self.shuffle = max(strides[0] // 4, 1)
+        self.head = Pyramid(info.channels()[_first(strides) :], classes * self.shuffle**2, width)
+        self.first = _first(strides)
+        self.channels_last = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")  # timm's Swins
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W], normalised -> [B, classes, H, W], logits of the classes; any H x W."""
+        h, w = images.shape[-2:]
+        padded = pad_to_multiple(images, self.multiple)
+        maps = self.backbone(padded)[self.first :]
+        if self.channels_last:
+            maps = [each.permute(0, 3, 1, 2) for each in maps]
+        logits = F.pixel_shuffle(self.head(maps), self.shuffle)
+        full = F.interpolate(logits, size=padded.shape[-2:], mode="bilinear", align_corners=False)
+        return full[..., :h, :w]
+
+
+def _first(strides: Sequence[int]) -> int:
+    """The first map that the head uses: a stride-2 map costs more than it brings."""
+    return 1 if strides[0] < 4 and len(strides) > 1 else 0
+
+
+def _timm_encoder(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise missing("timm", "timm") from error
+    if not timm.is_model(name):
+        raise ConfigError(f"timm has no model {name!r}; {nearest(name, timm.list_models())}")
+    family = timm.model_entrypoint(name).__module__.rpartition(".")[2]
+    if family in _PLAIN_TRANSFORMERS:
+        options = {"out_indices": (-1,), "dynamic_img_size": True, **options}
+    elif family.startswith("swin_transformer"):
+        options = {"strict_img_size": False, **options}
+    try:
+        return timm.create_model(name, pretrained=pretrained, features_only=True, **options)
+    except Exception as error:  # whatever a model's constructor makes of options, and a hub of the network
+        if pretrained and _can_be_made(name, options):
+            raise ConfigError(
+                f"timm cannot load the pretrained weights of {name!r}, which it downloads from the Hugging Face hub "
+                f"unless they are in its cache: {error}"
+            ) from error
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no options"
+        raise ConfigError(f"timm cannot make {name!r} as an encoder of feature maps with {given}: {error}") from error
+
+
+def _can_be_made(name: str, options: dict[str, Any]) -> bool:
+    """Whether timm makes the encoder without its pretrained weights."""
+    import timm
+
+    try:
+        timm.create_model(name, features_only=True, **options)
+    except Exception:  # as above
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""Training a model jointly with its branch."""
