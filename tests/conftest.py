@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
 from contextlib import contextmanager
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start; every core runs a test
 
 import pytest
 import torch

@@ -14,12 +14,12 @@ def blocks(language: str, page: Path = README) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-def command(last_word: str) -> str:
-    """The one set-up command of the README that ends in `last_word`."""
-    found = [line for block in blocks("bash") for line in block.splitlines() if line.endswith(last_word)]
-    assert len(found) == 1, f"expected one command that ends in {last_word!r}, found {found}"
+def command(end: str) -> str:
+    """The one set-up command of the README that ends in `end`."""
+    found = [line for block in blocks("bash") for line in block.splitlines() if line.endswith(end)]
+    assert len(found) == 1, f"expected one command that ends in {end!r}, found {found}"
     return found[0]
 
 
 if __name__ == "__main__":
-    print(command({"test-command": "pytest"}[sys.argv[1]]))
+    print(command({"test-command": "pytest -n auto"}[sys.argv[1]]))

@@ -4,64 +4,41 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from ttt_adapt.adapter import StepReport, StreamAdapter
-    from ttt_adapt.colour import colour_frame, rgb_to_lab, to_grey
-    from ttt_adapt.config import StreamConfig
-    from ttt_adapt.errors import (
-        CheckpointError,
-        ConfigError,
-        DataError,
-        EncoderError,
-        FrameError,
-        FrameTypeError,
-        MemoryLimitError,
-        MissingPackageError,
-        StateError,
-        TTTAdaptError,
-        VideoError,
-    )
-    from ttt_adapt.model.features import Features
-    from ttt_adapt.objectives import Objective
-    from ttt_adapt.objectives.mae import MAEBranch, Reconstruction
-    from ttt_adapt.stream.frames import Normalize
+if TYPE_CHECKING:  # what type checkers see; a test compares it with the table below
+    from ttt_adapt.adapter import StreamAdapter as StreamAdapter
+    from ttt_adapt.config import StreamConfig as StreamConfig
+    from ttt_adapt.errors import TTTAdaptError as TTTAdaptError
+    from ttt_adapt.objectives.base import Objective as Objective
+    from ttt_adapt.objectives.mae import MAEBranch as MAEBranch
+    from ttt_adapt.objectives.mae import Reconstruction as Reconstruction
+    from ttt_adapt.stream.frames import Normalize as Normalize
+    from ttt_adapt.stream.report import StepReport as StepReport
+    from ttt_adapt.training.joint import TrainConfig as TrainConfig
+    from ttt_adapt.training.joint import fit as fit
 
-__all__ = [
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "EncoderError",
-    "Features",
-    "FrameError",
-    "FrameTypeError",
-    "MAEBranch",
-    "MemoryLimitError",
-    "MissingPackageError",
-    "Normalize",
-    "Objective",
-    "Reconstruction",
-    "StateError",
-    "StepReport",
-    "StreamAdapter",
-    "StreamConfig",
-    "TTTAdaptError",
-    "VideoError",
-    "colour_frame",
-    "rgb_to_lab",
-    "to_grey",
-]
+_MODULE_OF = {
+    "MAEBranch": "objectives.mae",
+    "Normalize": "stream.frames",
+    "Objective": "objectives.base",
+    "Reconstruction": "objectives.mae",
+    "StepReport": "stream.report",
+    "StreamAdapter": "adapter",
+    "StreamConfig": "config",
+    "TTTAdaptError": "errors",
+    "TrainConfig": "training.joint",
+    "fit": "training.joint",
+}
+"""Public name -> the module that defines it, which is imported when the name is first used."""
+
 __version__ = "0.1.0"
 
-_HOMES = ("errors", "colour", "config", "model.features", "stream.frames", "objectives", "objectives.mae", "adapter")
-"""Where the public names are defined, or imported from another of these."""
-
-if not TYPE_CHECKING:  # which would take it for any name at all
+if not TYPE_CHECKING:  # a type checker would take `__getattr__` for any name at all
+    __all__ = [*_MODULE_OF]
 
     def __getattr__(name: str) -> Any:
-        """Names and modules are imported when they are first used: `ttt-adapt --help` does not wait for torch."""
-        if name in __all__:
-            modules = (import_module(f"{__name__}.{home}") for home in _HOMES)
-            value = globals()[name] = next(getattr(module, name) for module in modules if hasattr(module, name))
+        """Import a public name or a module when it is first used: `ttt-adapt --help` does not wait for torch."""
+        if name in _MODULE_OF:
+            value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
             return value
         if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
             return import_module(f"{__name__}.{name}")
@@ -69,4 +46,4 @@ if not TYPE_CHECKING:  # which would take it for any name at all
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_MODULE_OF})

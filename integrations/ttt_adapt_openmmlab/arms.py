@@ -7,7 +7,8 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from ttt_adapt import ConfigError, StreamConfig
+from ttt_adapt import StreamConfig
+from ttt_adapt.errors import ConfigError
 
 ARMS = ("fixed", "no_memory", "implicit_only", "explicit_only", "online", "paper", "offline")
 _ONE_FRAME = ("no_memory", "implicit_only")  # arms without a window, and

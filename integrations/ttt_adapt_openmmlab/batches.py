@@ -11,7 +11,8 @@ from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
-from ttt_adapt import CheckpointError, ConfigError, FrameError, MAEBranch
+from ttt_adapt import MAEBranch
+from ttt_adapt.errors import CheckpointError, ConfigError, FrameError
 from ttt_adapt_openmmlab.datasets.samplers import file_of
 from ttt_adapt_openmmlab.decoders import branch_for
 from ttt_adapt_openmmlab.joint import BRANCH, find_branch, plain_model

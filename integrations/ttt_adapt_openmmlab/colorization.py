@@ -21,7 +21,8 @@ from mmengine.registry import DATASETS, METRICS, MODELS, TRANSFORMS
 from mmengine.structures import BaseDataElement, PixelData
 from torch import Tensor
 
-from ttt_adapt import DataError, colour_frame, rgb_to_lab, to_grey
+from ttt_adapt.errors import DataError
+from ttt_adapt.integration import colour_frame, rgb_to_lab, to_grey
 from ttt_adapt_openmmlab.datasets.samplers import file_of
 from ttt_adapt_openmmlab.decoders import paint_with
 from ttt_adapt_openmmlab.metrics.streaming import Scores, StreamMetric

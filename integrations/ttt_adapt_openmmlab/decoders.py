@@ -19,7 +19,9 @@ from mmengine.logging import print_log
 from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from ttt_adapt import ConfigError, EncoderError, Features, MAEBranch
+from ttt_adapt import MAEBranch
+from ttt_adapt.errors import ConfigError, EncoderError
+from ttt_adapt.integration import Features
 from ttt_adapt_openmmlab.arms import nearest
 
 ATTACH = frozenset(inspect.signature(MAEBranch.attach).parameters) - {"model"}  # the settings of a branch

@@ -15,7 +15,8 @@ from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop
 from torch import Tensor, nn
 
-from ttt_adapt import ConfigError, FrameError, FrameTypeError, StepReport, StreamAdapter
+from ttt_adapt import StepReport, StreamAdapter
+from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError
 from ttt_adapt_openmmlab.arms import contradiction, stream_config
 from ttt_adapt_openmmlab.batches import branch_for_stream, images, only_sample
 from ttt_adapt_openmmlab.datasets.loaders import check_stream, offline_indices, stream_infos

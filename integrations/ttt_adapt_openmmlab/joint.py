@@ -14,7 +14,8 @@ from mmengine.model import BaseDataPreprocessor, BaseModel, is_model_wrapper
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ttt_adapt import ConfigError, MAEBranch
+from ttt_adapt import MAEBranch
+from ttt_adapt.errors import ConfigError
 from ttt_adapt_openmmlab.decoders import ATTACH, branch_for, branch_settings
 
 INNER = "model."  # where the plain model's parameters are; its keys in a state_dict are without it

@@ -20,7 +20,8 @@ from mmengine.hooks import LoggerHook
 from mmengine.runner import CheckpointLoader, Runner, find_latest_checkpoint
 from torch import nn
 
-from ttt_adapt import CheckpointError, ConfigError, MissingPackageError, StreamConfig
+from ttt_adapt import StreamConfig
+from ttt_adapt.errors import CheckpointError, ConfigError, MissingPackageError
 from ttt_adapt_openmmlab.arms import contradictions, nearest, stream_config
 from ttt_adapt_openmmlab.batches import branch_part
 from ttt_adapt_openmmlab.joint import find_branch, plain_model

@@ -10,7 +10,8 @@ from mmengine.dataset import Compose
 from mmengine.registry import TRANSFORMS, init_default_scope
 from torch import Tensor, nn
 
-from ttt_adapt import ConfigError, FrameError, MAEBranch, StreamAdapter, StreamConfig
+from ttt_adapt import MAEBranch, StreamAdapter, StreamConfig
+from ttt_adapt.errors import ConfigError, FrameError
 from ttt_adapt_openmmlab.batches import branch_for_stream, only_sample
 from ttt_adapt_openmmlab.datasets.loaders import check_transform
 from ttt_adapt_openmmlab.decoders import branch_settings

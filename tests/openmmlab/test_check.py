@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import miniatures
-from ttt_adapt import ConfigError
+from ttt_adapt.errors import ConfigError
 from ttt_adapt_openmmlab import check_tree
 from ttt_adapt_openmmlab.datasets import kitti_step as kitti
 

@@ -10,8 +10,9 @@ from mmengine.registry import MODELS
 from mmengine.structures import PixelData
 
 import tiny
-from ttt_adapt import DataError, rgb_to_lab, to_grey
 from ttt_adapt.data import unlabelled
+from ttt_adapt.errors import DataError
+from ttt_adapt.integration import rgb_to_lab, to_grey
 from ttt_adapt.tasks.colorization import score, task
 from ttt_adapt_openmmlab import Colorizer, ColourPictures, JointMAE, PackColours, StreamColourMetric, colorization
 from ttt_adapt_openmmlab.colorization import AB_SCALE

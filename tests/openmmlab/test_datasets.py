@@ -15,7 +15,7 @@ from PIL import Image
 import miniatures
 import ttt_adapt_openmmlab  # noqa: F401
 from miniatures import CAR, HEIGHT, PERSON, ROAD, SKY, WIDTH
-from ttt_adapt import ConfigError, DataError
+from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt_openmmlab.datasets import kitti_step as kitti
 
 DATA = Path(os.environ.get("TTT_ADAPT_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))

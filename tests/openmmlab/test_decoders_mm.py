@@ -13,7 +13,9 @@ from torch import nn
 
 import tiny
 from conftest import mix_flags, photograph, settle_norms
-from ttt_adapt import EncoderError, Features, MAEBranch
+from ttt_adapt import MAEBranch
+from ttt_adapt.errors import EncoderError
+from ttt_adapt.integration import Features
 from ttt_adapt_openmmlab import branch_for
 from ttt_adapt_openmmlab.decoders import MaskHeadCopy
 

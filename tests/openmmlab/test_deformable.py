@@ -13,7 +13,8 @@ from torch import nn
 
 import ttt_adapt_openmmlab  # noqa: F401  # before mmcv.ops, which may lack its operators
 from attention_cases import PYRAMID, RAGGED, assert_close, exact, inputs
-from ttt_adapt import StateError, TTTAdaptError
+from ttt_adapt import TTTAdaptError
+from ttt_adapt.errors import StateError
 from ttt_adapt_openmmlab.ops import deformable
 from ttt_adapt_openmmlab.ops.deformable import DeformableAttentionError, bags, deformable_attention, instead_of
 

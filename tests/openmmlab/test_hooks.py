@@ -20,7 +20,8 @@ import tiny
 import ttt_adapt_openmmlab  # noqa: F401
 import videos as v
 from conftest import left_as_it_was, mix_flags, same_bits, settle_norms
-from ttt_adapt import CheckpointError, ConfigError, DataError, EncoderError, FrameError, StreamAdapter, StreamConfig
+from ttt_adapt import StreamAdapter, StreamConfig
+from ttt_adapt.errors import CheckpointError, ConfigError, DataError, EncoderError, FrameError
 from ttt_adapt_openmmlab import OnlineTTTHook, find_branch, plain_model
 from ttt_adapt_openmmlab.arms import ARMS, contradiction
 from ttt_adapt_openmmlab.batches import images

@@ -22,7 +22,7 @@ from pycocotools import mask as rle
 import miniatures
 import tiny
 import ttt_adapt_openmmlab  # noqa: F401
-from ttt_adapt import ConfigError, DataError
+from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt_openmmlab.metrics.panoptic import panoptic_counts, panoptic_quality, read_segment_ids
 from ttt_adapt_openmmlab.metrics.streaming import StreamAPMetric, StreamIoUMetric, StreamPQMetric
 

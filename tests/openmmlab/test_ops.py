@@ -16,7 +16,8 @@ import torch
 from mmengine.logging.history_buffer import HistoryBuffer
 
 import ttt_adapt_openmmlab  # noqa: F401
-from ttt_adapt import MissingPackageError, TTTAdaptError
+from ttt_adapt import TTTAdaptError
+from ttt_adapt.errors import MissingPackageError
 from ttt_adapt_openmmlab.ops import stand_in as ops
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import DATA_SAMPLERS
 from torch.utils.data import DataLoader
 
-from ttt_adapt import ConfigError, DataError
+from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt_openmmlab.datasets import samplers
 from ttt_adapt_openmmlab.datasets.samplers import FrameOrder, VideoSampler, frame_key, share_out, video_of
 

@@ -22,7 +22,8 @@ import tiny
 from conftest import photograph, same_bits
 from test_joint_mm import changed, configured, tensors
 from test_ops import zoo_checkpoint
-from ttt_adapt import ConfigError, FrameError, StateError, StreamAdapter, StreamConfig, TTTAdaptError
+from ttt_adapt import StreamAdapter, StreamConfig, TTTAdaptError
+from ttt_adapt.errors import ConfigError, FrameError, StateError
 from ttt_adapt_openmmlab import JointMAE, stream_adapter
 
 STILL = StreamConfig(lr=0.0, batch_size=2, window=2)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from mmengine.registry import DATASETS
 
-from ttt_adapt import DataError
+from ttt_adapt.errors import DataError
 from ttt_adapt_openmmlab.datasets.tree import Clip, read_labels
 from ttt_adapt_openmmlab.datasets.video import VideoDataset
 

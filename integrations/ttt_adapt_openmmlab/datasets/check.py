@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ttt_adapt import ConfigError, DataError
+from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt_openmmlab.datasets import camvid, coco_videos, kitti_step
 from ttt_adapt_openmmlab.datasets.coco_videos import LABELS, THING_IDS
 from ttt_adapt_openmmlab.datasets.transforms import kitti_segments

@@ -10,7 +10,7 @@ from typing import Any
 
 from mmengine.registry import DATASETS
 
-from ttt_adapt import ConfigError, DataError
+from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt_openmmlab.datasets.tree import VOID, Clip, numbered, subfolders
 from ttt_adapt_openmmlab.datasets.video import VideoDataset
 

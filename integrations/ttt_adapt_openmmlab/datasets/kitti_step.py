@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from mmengine.registry import DATASETS
 
-from ttt_adapt import ConfigError
+from ttt_adapt.errors import ConfigError
 from ttt_adapt_openmmlab.datasets.tree import Clip, numbered, subfolders
 from ttt_adapt_openmmlab.datasets.video import VideoDataset
 

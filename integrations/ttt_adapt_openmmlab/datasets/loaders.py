@@ -9,7 +9,7 @@ from mmengine.dataset import DefaultSampler
 from mmengine.dist import get_world_size
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from ttt_adapt import ConfigError, DataError
+from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt_openmmlab.datasets.samplers import VideoSampler, frame_infos
 
 _FIX = "set test_dataloader.sampler to dict(type='VideoSampler')"

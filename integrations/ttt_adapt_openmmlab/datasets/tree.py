@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from ttt_adapt import DataError
+from ttt_adapt.errors import DataError
 
 VOID = 255
 """The label of void pixels and the category of ignored segments."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ttt_adapt import DataError
+from ttt_adapt.errors import DataError
 from ttt_adapt_openmmlab.datasets.samplers import file_of
 from ttt_adapt_openmmlab.metrics.panoptic import read_segment_ids
 

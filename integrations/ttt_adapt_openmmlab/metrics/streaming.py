@@ -22,7 +22,7 @@ from mmengine.evaluator import BaseMetric
 from mmengine.logging import MMLogger
 from mmengine.registry import METRICS
 
-from ttt_adapt import ConfigError, DataError
+from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt_openmmlab.datasets.samplers import file_of, frame_key, video_of
 from ttt_adapt_openmmlab.metrics.instances import IOU_TYPES, Frame, average_precision, detections_of, truth_of
 from ttt_adapt_openmmlab.metrics.panoptic import panoptic_counts, panoptic_quality, read_segment_ids

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt_adapt import StateError, TTTAdaptError
+from ttt_adapt import TTTAdaptError
+from ttt_adapt.errors import StateError
 from ttt_adapt_openmmlab.ops import deformable_cpu
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ttt_adapt import CheckpointError, MissingPackageError
+from ttt_adapt.errors import CheckpointError, MissingPackageError
 from ttt_adapt_openmmlab.ops.deformable import instead_of
 
 EXTENSION = "mmcv._ext"

@@ -1,0 +1,10 @@
+"""What integrations build on, beside the public names, `ttt_adapt.errors` and `ttt_adapt.objectives`.
+
+An integration (one package per ecosystem, in `integrations/`) imports nothing else of this library, so everything else
+may change without breaking one.
+"""
+
+from ttt_adapt.colour import colour_frame, rgb_to_lab, to_grey
+from ttt_adapt.model.features import Features
+
+__all__ = ["Features", "colour_frame", "rgb_to_lab", "to_grey"]
