@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ttt_adapt.errors import CheckpointError, ConfigError, FrameError
+from ttt_adapt.stream.part import Part
 from ttt_adapt.theory import check_from
 
 
-class AutoWindow:
+class AutoWindow(Part):
     """The window that theory advises for the stream so far, from one small vector per frame.
 
     What decides is r = sigma^2 / (beta eta)^2, the noise of one frame's gradient over the way that the gradient moves
@@ -151,11 +152,11 @@ class AutoWindow:
             "since": self._since,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
+    def prepare_load(self, state: Any) -> Callable[[], None]:
+        """See `Part`.
 
         Raises:
-            CheckpointError: the state is of another `reach`, or none; nothing has changed.
+            CheckpointError: the state has another `reach`, or it is no state of an `AutoWindow`.
         """
         try:
             differences, counts = (state[name].cpu().numpy().copy() for name in ("differences", "counts"))
@@ -165,7 +166,15 @@ class AutoWindow:
             raise CheckpointError(f"this is no state of an AutoWindow: {error!r}") from error
         if differences.shape != (len(self._lags),) or counts.shape != differences.shape or len(recent) > self.reach:
             raise CheckpointError(f"the state has {differences.size} distances; expected {len(self._lags)}: same reach")
-        self._differences, self._counts, self._recent, self._since = differences, counts, recent, since
+        return lambda: self._put_back(recent, differences, counts, since)
+
+    def mark(self) -> Callable[[], None]:
+        """See `Part`."""
+        now = self._recent, self._differences.copy(), self._counts.copy(), self._since
+        return lambda: self._put_back(*now)
+
+    def _put_back(self, recent: list[np.ndarray], differences: np.ndarray, counts: np.ndarray, since: int) -> None:
+        self._recent, self._differences, self._counts, self._since = recent, differences, counts, since
 
 
 def gradient_sketch(parameters: Iterable[nn.Parameter], size: int = 512) -> Tensor:

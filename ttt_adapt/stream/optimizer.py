@@ -1,14 +1,16 @@
-"""The optimizer of a stream: parameter groups and the default, AdamW."""
+"""The optimizer of a stream: its parameter groups, where the encoder's learning rate is applied, and AdamW."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ttt_adapt.config import StreamConfig
+from ttt_adapt.errors import CheckpointError
+from ttt_adapt.stream.part import Part, nothing
 from ttt_adapt.stream.source import copied
 
 ParamGroups = list[dict[str, Any]]
@@ -104,18 +106,12 @@ class FusedAdamW(torch.optim.AdamW):
         return None
 
     @torch.no_grad()
-    def restart(self, in_place: bool = False) -> None:
+    def restart(self) -> None:
         """Forget the moments, as before the first step.
 
-        Args:
-            in_place: zero them where they lie, for a step that is recorded. Otherwise their memory, twice that of the
-                parameters, is free until the next step: for the whole forward and backward pass.
+        Their memory, twice that of the parameters, is free until the next step: for the whole forward and backward
+        pass.
         """
-        if in_place:
-            for _, _, lists in self._ready:
-                for tensors in lists:
-                    torch._foreach_zero_(tensors)
-            return
         self.state.clear()
         for _, _, lists in self._ready:
             lists.clear()
@@ -187,21 +183,69 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]))
 
 
-class Restart:
-    """Makes an optimizer as new without building another: no state, and the groups' settings as they were made."""
+class StreamOptimizer(Part):
+    """The optimizer of one video.
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer = optimizer
-        self._fresh = [copied({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups]
+    Args:
+        make: makes a fresh optimizer of the adapted parameters.
+    """
 
-    def __call__(self, in_place: bool = False) -> None:
-        """Restart it; `in_place` where the state's memory must stay, which only `FusedAdamW` can do."""
+    def __init__(self, make: Callable[[], torch.optim.Optimizer]) -> None:
+        self._make = torch.inference_mode(False)(make)
+        self._use(self._make())
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer itself; `reset` and a load put a new one in its place."""
+        return self._optimizer
+
+    def restart(self) -> None:
+        """Make it as new without building another: no state, and the groups' settings as they were made."""
         if isinstance(self._optimizer, FusedAdamW):
-            self._optimizer.restart(in_place)
+            self._optimizer.restart()
         else:
             self._optimizer.state.clear()
+        self.restore_settings()
+
+    def restore_settings(self) -> None:
+        """Give the groups the settings that they were made with, such as a learning rate that a user changed."""
         for group, fresh in zip(self._optimizer.param_groups, self._fresh, strict=True):
             group.update(copied(fresh))
+
+    def step_if(self, finite: Tensor) -> None:
+        """Take the step where `finite`, a bool scalar on the device, is true; nothing waits for it."""
+        step_if(self._optimizer, finite)
+
+    def reset(self) -> None:
+        """See `Part`."""
+        self._use(self._make())
+
+    def state_dict(self) -> dict[str, Any]:
+        """The kind of optimizer, and a copy of its state."""
+        return {"kind": type(self._optimizer).__name__, "state": copied(self._optimizer.state_dict())}
+
+    def prepare_load(self, saved: Any) -> Callable[[], None]:
+        """See `Part`; a new optimizer takes the saved state, so that one that does not fit changes nothing."""
+        try:
+            with torch.inference_mode(False):
+                optimizer = self._make()
+                kinds = [type(optimizer).__name__] + ["AdamW"] * isinstance(optimizer, FusedAdamW)
+                if saved["kind"] not in kinds:
+                    raise ValueError(f"the optimizer was {saved['kind']}, here it is {kinds[0]}")
+                optimizer.load_state_dict(copied(saved["state"]))
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"the state's optimizer does not fit this adapter ({error}): go on with the same optimizer"
+            ) from error
+        return lambda: self._use(optimizer)
+
+    def mark(self) -> Callable[[], None]:
+        """See `Part`; the optimizer stays as the last finished gradient step left it, like the weights."""
+        return nothing
+
+    def _use(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._fresh = [copied({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups]
 
 
 def decides_on_device(optimizer: torch.optim.Optimizer) -> bool:

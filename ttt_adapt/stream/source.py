@@ -1,20 +1,20 @@
-"""Snapshot: one copy of the source weights; restoring and pulling back write in place."""
+"""SourceWeights: one copy of the weights as they were before adaptation."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Snapshot:
-    """A copy of live tensors that never aliases them.
+class SourceWeights:
+    """A copy of live tensors that never shares memory with them.
 
     Args:
-        live: name -> the tensors that change. The snapshot writes back into these very objects.
-        whole: names of those that are restored as a whole or not at all: a partial pull leaves them alone.
+        live: name -> the tensors that change. `restore` and `pull` write into these very tensors.
+        whole: names of the tensors that are restored completely or not at all: a partial pull leaves them alone.
     """
 
     def __init__(self, live: Mapping[str, Tensor], whole: Collection[str] = ()) -> None:
@@ -24,15 +24,19 @@ class Snapshot:
         self._pulled = [tensor for tensor, chosen in zip(self._live, pulled, strict=True) if chosen]
         self._targets = [tensor for tensor, chosen in zip(self._copies, pulled, strict=True) if chosen]
 
-    @torch.no_grad()
     def restore(self) -> None:
-        """Write the copies back, bit for bit."""
-        if self._live:
-            torch._foreach_copy_(self._live, self._copies)
+        """Write the copies back into the live tensors, bit for bit."""
+        self.copy_to(self._live)
+
+    @torch.no_grad()
+    def copy_to(self, tensors: Sequence[Tensor]) -> None:
+        """Write the copies into tensors of the same shapes and order as the live ones."""
+        if tensors:
+            torch._foreach_copy_(list(tensors), self._copies)
 
     @torch.no_grad()
     def pull(self, fraction: float) -> None:
-        """Move the live tensors `fraction` of the way to the copies; 1 restores them exactly."""
+        """Move the live tensors `fraction` of the way back to the copies; 1 restores them exactly."""
         if fraction == 1.0:
             self.restore()
         elif fraction > 0.0 and self._pulled:

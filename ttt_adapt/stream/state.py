@@ -1,9 +1,15 @@
-"""A stream's saved state: whether it belongs to an adapter, and putting it back."""
+"""StreamState: everything that belongs to one video, so that it can be reset, saved, loaded and undone in one place.
+
+To add to the state, write a `Part` and a field for it. Nothing else changes: the methods of `StreamState` go through the
+fields.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -11,142 +17,245 @@ from torch import Tensor
 
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError
-from ttt_adapt.objectives.base import Drawn, Objective
-from ttt_adapt.objectives.mae import SETTINGS, MAEBranch, check_state
-from ttt_adapt.stream.frames import Normalize, Preprocess, scaling
-from ttt_adapt.stream.optimizer import FusedAdamW
-from ttt_adapt.stream.source import copied
+from ttt_adapt.objectives.mae import check_state
+from ttt_adapt.stream.auto_window import AutoWindow
+from ttt_adapt.stream.optimizer import StreamOptimizer
+from ttt_adapt.stream.part import Part
+from ttt_adapt.stream.report import StepReport
+from ttt_adapt.stream.schedule import SurpriseGate
+from ttt_adapt.stream.source import SourceWeights
+from ttt_adapt.stream.window import FrameWindow
 
-PARTS = ("config", "weights", "optimizer", "window", "random", "gate", "auto", "frame_index")
-_HOW = ("engine", "micro_batch", "grad_checkpointing")  # how a step is computed, not what
-
-
-def setting_of(objective: Objective, preprocess: Preprocess | None) -> dict[str, Any]:
-    """What a stream depends on beside its configuration and its tensors, in plain values.
-
-    Args:
-        objective: what is learned from. Of those that are neither an `MAEBranch` nor `Drawn`, the kind alone is known.
-        preprocess: of the frames; two functions of the user's own cannot be told apart.
-    """
-    setting: dict[str, Any] = {"objective": type(objective).__name__}
-    if isinstance(objective, MAEBranch):
-        setting |= {"masking": objective.masking, "patch_size": objective.patch_size}
-        setting |= dict(zip(SETTINGS, objective.settings(), strict=True))
-    elif isinstance(objective, Drawn):
-        setting["settings"] = objective.settings()
-    if type(preprocess) is Normalize:
-        numbers = {name: tuple(map(float, getattr(preprocess, name))) for name in ("mean", "std")}
-        return {**setting, "preprocess": "Normalize", **numbers, "size": preprocess.size and tuple(preprocess.size)}
-    return {**setting, "preprocess": "none" if preprocess is None else "a function"}
+_serial = itertools.count()
 
 
-def check_saved(state: Any, config: StreamConfig, setting: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Refuse a state of another model, configuration, objective or preprocessing.
+class AdaptedWeights(Part):
+    """The tensors that adaptation changes: weights, running statistics, and what an objective remembers.
+
+    Of several videos over one model, the values of one are in the model, and those of the others in copies of their own.
 
     Args:
-        state: what `StreamAdapter.state_dict` is said to have returned; without a "setting", one of an earlier version,
-            which is not compared.
-        config: this adapter's.
-        setting: this adapter's, from `setting_of`.
-        tensors: name -> what this adapter changes.
-
-    Raises:
-        CheckpointError: it does not fit; the message says in what.
+        live: name -> tensor of the model or of its branch. They are written in place: their addresses stay.
+        source: their values before adaptation.
+        undone: names of the tensors that a failed step may leave half changed.
     """
-    if not isinstance(state, Mapping):
-        raise CheckpointError(f"the state is a {type(state).__name__}; expected what state_dict() returned")
-    if missing := [part for part in PARTS if part not in state]:
-        raise CheckpointError(f"this is no state of a StreamAdapter: {', '.join(missing)} missing")
-    own = asdict(config)
-    other = {k: v for k, v in state["config"].items() if k not in _HOW and own.get(k) != v}
-    if "norm_momentum" in other and _share(state["config"]) == config.frame_share:  # its default, or of no account
-        del other["norm_momentum"]
-    if other:
-        raise CheckpointError(
-            f"the state was saved with {other}, this adapter has { {k: own.get(k) for k in other} }: make the adapter "
-            "with the same StreamConfig"
-        )
-    _check_setting(state.get("setting", setting), setting)
-    check_state(tensors, state["weights"], "this adapter's model")
+
+    def __init__(self, live: Mapping[str, Tensor], source: SourceWeights, undone: Sequence[str] = ()) -> None:
+        self._names, self._live, self._source = list(live), list(live.values()), source
+        self._undone = [live[name] for name in undone]
+        self._here = self._live
+        self._parked: list[Tensor] = []
+
+    def pull(self, fraction: float) -> None:
+        """Move the weights `fraction` of the way back to the source weights; 1 restores everything."""
+        self._source.pull(fraction)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def leave(self) -> None:
+        """Move the values out of the model, into copies."""
+        if not self._parked:
+            self._parked = [torch.empty_like(tensor, requires_grad=False) for tensor in self._live]
+        torch._foreach_copy_(self._parked, self._live)
+        self._here = self._parked
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def enter(self) -> None:
+        """Move the values into the model."""
+        if self._here is not self._live:
+            torch._foreach_copy_(self._live, self._here)
+            self._here = self._live
+            torch.clear_autocast_cache()
+
+    def reset(self) -> None:
+        """Go back to the source weights."""
+        self._source.copy_to(self._here)
+        torch.clear_autocast_cache()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A copy of every tensor, by name."""
+        return {name: tensor.detach().clone() for name, tensor in zip(self._names, self._here, strict=True)}
+
+    def prepare_load(self, saved: Any) -> Callable[[], None]:
+        """See `Part`."""
+        check_state(dict(zip(self._names, self._here, strict=True)), saved, "this adapter's model")
+
+        def load() -> None:
+            for name, tensor in zip(self._names, self._here, strict=True):
+                tensor.copy_(saved[name])
+            torch.clear_autocast_cache()
+
+        return load
+
+    def mark(self) -> Callable[[], None]:
+        """See `Part`; weights stay as the last finished gradient step left them, statistics are put back."""
+        before = [tensor.clone() for tensor in self._undone]
+
+        def undo() -> None:
+            for live, kept in zip(self._undone, before, strict=True):
+                live.copy_(kept)
+
+        return undo
 
 
-def _share(config: Mapping[str, Any]) -> float:
-    """`StreamConfig.frame_share` of a saved configuration."""
-    return StreamConfig(norm_stats=config["norm_stats"], norm_momentum=config["norm_momentum"]).frame_share
-
-
-def _check_setting(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    other = [name for name in {**saved, **own} if saved.get(name) != own.get(name)]
-    if not other:
-        return
-    theirs, ours = ({name: values[name] for name in other if name in values} for values in (saved, own))
-    frames = {"preprocess", "mean", "std", "size"}
-    advice = []
-    if set(other) - frames:
-        advice.append("adapt by the same objective with the same settings (those of a branch change by using(...))")
-    if set(other) & frames:
-        advice.append("pass the same preprocess")
-    raise CheckpointError(f"the state was saved with {theirs}, this adapter has {ours}: {' and '.join(advice)}")
-
-
-def check_window(saved: Any, config: StreamConfig, preprocess: Preprocess | None, dtype: torch.dtype) -> None:
-    """Refuse a window that this adapter cannot draw from.
+class RandomState(Part):
+    """The random source of draws, crops and masks.
 
     Args:
-        saved: the state's "window".
-        config: this adapter's.
-        preprocess: this adapter's; frames that are held as bytes need its `Normalize`.
-        dtype: of the model's images.
-
-    Raises:
-        CheckpointError: frames of another shape, dtype or number; the message says in what and what to do.
+        seed: where every video begins.
+        device: of the source.
     """
-    frames = saved.get("frames") if isinstance(saved, Mapping) else None
-    seen = saved.get("seen") if isinstance(saved, Mapping) else None
-    if seen == 0 and frames is None:
-        return
-    if not isinstance(frames, Tensor) or not isinstance(seen, int) or len(frames) != min(seen, config.capacity):
-        raise CheckpointError("the state's window is damaged: it does not hold the frames that it counts")
-    pixels = frames.dtype == torch.uint8
-    if pixels and scaling(preprocess, dtype) is None:
-        raise CheckpointError(
-            "the state's window holds uint8 frames, which this adapter cannot normalise: pass the preprocess that the "
-            "state was saved with, a Normalize(mean, std) without a function around it"
-        )
-    if not pixels and frames.dtype != dtype:
-        raise CheckpointError(
-            f"the state's window holds {frames.dtype} frames, this adapter's model takes {dtype}: convert the model to "
-            "the dtype that the state was saved with"
-        )
-    layout, channels = ("[n, H, W, 3]", -1) if pixels else ("[n, 3, H, W]", 1)
-    if frames.ndim != 4 or frames.shape[channels] != 3:
-        raise CheckpointError(f"the state's window holds frames {tuple(frames.shape)}; expected {layout}")
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._seed = seed
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def reset(self) -> None:
+        """Begin with the seed again."""
+        self.generator.manual_seed(self._seed)
+
+    def state_dict(self) -> Tensor:
+        """The state of the generator, uint8 [n]."""
+        return self.generator.get_state()
+
+    def prepare_load(self, saved: Any) -> Callable[[], None]:
+        """See `Part`."""
+        try:
+            state = saved.cpu()
+            torch.Generator(self.generator.device).set_state(state)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"the state's random state does not fit this adapter ({error}): go on on the same kind of device"
+            ) from error
+        return lambda: self._put_back(state)
+
+    def mark(self) -> Callable[[], None]:
+        """See `Part`."""
+        state = self.generator.get_state()
+        return lambda: self._put_back(state)
+
+    def _put_back(self, state: Tensor) -> None:
+        self.generator.set_state(state)
 
 
-def loaded_optimizer(
-    saved: Mapping[str, Any], random: Tensor, make: Callable[[], torch.optim.Optimizer], device: torch.device
-) -> torch.optim.Optimizer:
-    """A new optimizer in the saved state: what does not fit has not changed anything.
+class Progress(Part):
+    """How far the video is.
 
-    Args:
-        saved: the state's "optimizer".
-        random: the state's "random", which is tried out on a generator of `device`.
-        make: makes a fresh optimizer.
-        device: where the stream runs.
-
-    Raises:
-        CheckpointError: another optimizer, or a random state of another kind of device.
+    Attributes:
+        frame_index: position of the next frame, from 0.
+        last: the report of the last step; None at the beginning and after a load.
     """
-    try:
-        torch.Generator(device).set_state(random.cpu())
-        optimizer = make()
-        kinds = [type(optimizer).__name__] + ["AdamW"] * isinstance(optimizer, FusedAdamW)
-        if saved["kind"] not in kinds:
-            raise ValueError(f"the optimizer was {saved['kind']}, here it is {kinds[0]}")
-        optimizer.load_state_dict(copied(saved["state"]))
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"the state's optimizer or random state does not fit this adapter ({error}): go on with the same "
-            "optimizer, on the same kind of device"
-        ) from error
-    return optimizer
+
+    frame_index: int = 0
+    last: StepReport | None = None
+
+    def count(self, report: StepReport) -> None:
+        """Go on to the next frame."""
+        self.last = report
+        self.frame_index += 1
+
+    def reset(self) -> None:
+        """Begin at frame 0."""
+        self.frame_index, self.last = 0, None
+
+    def state_dict(self) -> dict[str, int]:
+        """The position."""
+        return {"frame_index": self.frame_index}
+
+    def prepare_load(self, saved: Any) -> Callable[[], None]:
+        """See `Part`."""
+        index = saved.get("frame_index") if isinstance(saved, Mapping) else None
+        if not isinstance(index, int) or index < 0:
+            raise CheckpointError(f"the state's progress is {saved!r}; expected the index of a frame")
+        return lambda: self._put_back(index, None)
+
+    def mark(self) -> Callable[[], None]:
+        """See `Part`."""
+        index, last = self.frame_index, self.last
+        return lambda: self._put_back(index, last)
+
+    def _put_back(self, index: int, last: StepReport | None) -> None:
+        self.frame_index, self.last = index, last
+
+
+@dataclass
+class StreamState:
+    """One video.
+
+    Attributes:
+        weights: the adapted weights and statistics (implicit memory).
+        optimizer: takes the gradient steps.
+        window: the last frames (explicit memory).
+        random: the source of draws, crops and masks.
+        gate: the losses that the surprise gate compares with.
+        auto: chooses the length of the window; None where the configuration fixes it.
+        progress: the position in the video, and the last report.
+        serial: a number that no other state of this process has.
+    """
+
+    weights: AdaptedWeights
+    optimizer: StreamOptimizer
+    window: FrameWindow
+    random: RandomState
+    gate: SurpriseGate
+    auto: AutoWindow | None
+    progress: Progress
+    serial: int = field(init=False, default_factory=lambda: next(_serial))
+
+    def __post_init__(self) -> None:
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        self._parts: dict[str, Part] = {name: value for name, value in values.items() if isinstance(value, Part)}
+
+    @property
+    def newest(self) -> int:
+        """How many frames a draw may reach back, the current one included."""
+        return self.window.capacity if self.auto is None else self.auto.length
+
+    def draw(self, config: StreamConfig) -> Tensor:
+        """A batch [B, 3, H, W] from the staged frame and the window."""
+        crop: Any = config.crop_size
+        return self.window.draw(config.batch_size, self.random.generator, crop, self.newest)
+
+    def reset(self) -> None:
+        """Begin a new video."""
+        for part in self._parts.values():
+            part.reset()
+
+    @contextmanager
+    def undone_if_it_fails(self) -> Iterator[None]:
+        """If the block raises, every part is as its `mark` promises; the window, the counters and the random state as before."""
+        undo = [part.mark() for part in self._parts.values()]
+        try:
+            yield
+        except BaseException:
+            for each in undo:
+                each()
+            raise
+
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of every part, under the name of its field; None for a part that is not there."""
+        saved = {name: part.state_dict() for name, part in self._parts.items()}
+        return {**saved, "auto": saved.get("auto")}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned, all parts or none.
+
+        Raises:
+            CheckpointError: a part is missing or does not fit; nothing has changed.
+        """
+        if missing := [name for name in self._parts if saved.get(name) is None]:
+            raise CheckpointError(f"this is no state of a StreamAdapter: {', '.join(missing)} missing")
+        with torch.inference_mode(False), torch.no_grad():
+            takers = [part.prepare_load(saved[name]) for name, part in self._parts.items()]
+            for take in takers:
+                take()
+
+
+def swap(old: StreamState, new: StreamState) -> None:
+    """Put the weights of another video into the model, in place of those that are there."""
+    if old is not new:
+        old.weights.leave()
+        new.weights.enter()
+
+

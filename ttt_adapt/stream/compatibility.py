@@ -1,0 +1,118 @@
+"""Whether a saved stream belongs to an adapter: same format, configuration, objective and preprocessing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from ttt_adapt.config import StreamConfig
+from ttt_adapt.errors import CheckpointError
+from ttt_adapt.objectives.base import Drawn, Objective
+from ttt_adapt.objectives.mae import SETTINGS, MAEBranch
+from ttt_adapt.stream.frames import Normalize, Preprocess
+
+FORMAT = 1
+"""Version of the layout of a saved stream. States without a number are of version 0."""
+
+_PARTS = ("config", "weights", "optimizer", "window", "random", "gate", "auto", "progress")
+_HOW = ("engine", "micro_batch", "grad_checkpointing")  # how a step is computed, not what
+
+
+def current_format(state: Any) -> dict[str, Any]:
+    """A saved stream in the layout of today.
+
+    Args:
+        state: what `StreamAdapter.state_dict` returned, in this version or an earlier one.
+
+    Raises:
+        CheckpointError: it is no saved stream, or one of a later version.
+    """
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"the state is a {type(state).__name__}; expected what state_dict() returned")
+    version = state.get("format", 0)
+    if version not in range(FORMAT + 1):
+        raise CheckpointError(
+            f"the state has format {version!r}, and this version of ttt_adapt reads formats up to {FORMAT}: update ttt_adapt"
+        )
+    state = dict(state)
+    if version == 0:
+        _upgrade_from_0(state)
+    if missing := [part for part in _PARTS if part not in state]:
+        raise CheckpointError(f"this is no state of a StreamAdapter: {', '.join(missing)} missing")
+    return state
+
+
+def _upgrade_from_0(state: dict[str, Any]) -> None:
+    """Format 0 had the index of the next frame by itself, and an option `deferred`, which is gone."""
+    if "frame_index" in state:
+        state["progress"] = {"frame_index": state.pop("frame_index")}
+    config = state.get("config")
+    if isinstance(config, Mapping) and "deferred" in config:
+        if config["deferred"]:
+            raise CheckpointError(
+                "the state has format 0 and was saved with deferred=True, an option that is gone: it cannot go on. Begin "
+                "the stream anew, and call predict(frame) before adapt(frame) to predict first"
+            )
+        state["config"] = {name: value for name, value in config.items() if name != "deferred"}
+
+
+def setting_of(objective: Objective, preprocess: Preprocess | None) -> dict[str, Any]:
+    """What a stream depends on beside its configuration and its tensors, in plain values.
+
+    Args:
+        objective: what is learned from. Of those that are neither an `MAEBranch` nor `Drawn`, the kind alone is known.
+        preprocess: of the frames; two functions of the user's own cannot be told apart.
+    """
+    setting: dict[str, Any] = {"objective": type(objective).__name__}
+    if isinstance(objective, MAEBranch):
+        setting |= {"masking": objective.masking, "patch_size": objective.patch_size}
+        setting |= dict(zip(SETTINGS, objective.settings(), strict=True))
+    elif isinstance(objective, Drawn):
+        setting["settings"] = objective.settings()
+    if type(preprocess) is Normalize:
+        numbers = {name: tuple(map(float, getattr(preprocess, name))) for name in ("mean", "std")}
+        return {**setting, "preprocess": "Normalize", **numbers, "size": preprocess.size and tuple(preprocess.size)}
+    return {**setting, "preprocess": "none" if preprocess is None else "a function"}
+
+
+def check_compatible(state: Mapping[str, Any], config: StreamConfig, setting: Mapping[str, Any]) -> None:
+    """Refuse a stream of another configuration, objective or preprocessing.
+
+    Args:
+        state: from `current_format`; without a "setting", one of an early version, which is not compared.
+        config: this adapter's.
+        setting: this adapter's, from `setting_of`.
+
+    Raises:
+        CheckpointError: it does not fit; the message says in what.
+    """
+    own = asdict(config)
+    other = {k: v for k, v in state["config"].items() if k not in _HOW and own.get(k) != v}
+    if "norm_momentum" in other and _share(state["config"]) == config.frame_share:  # its default, or not used
+        del other["norm_momentum"]
+    if other:
+        raise CheckpointError(
+            f"the state was saved with {other}, this adapter has { {k: own.get(k) for k in other} }: make the adapter "
+            "with the same StreamConfig"
+        )
+    _check_setting(state.get("setting", setting), setting)
+
+
+def _share(config: Mapping[str, Any]) -> float:
+    """`StreamConfig.frame_share` of a saved configuration."""
+    return StreamConfig(norm_stats=config["norm_stats"], norm_momentum=config["norm_momentum"]).frame_share
+
+
+def _check_setting(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    other = [name for name in {**saved, **own} if saved.get(name) != own.get(name)]
+    if not other:
+        return
+    theirs, ours = ({name: values[name] for name in other if name in values} for values in (saved, own))
+    frames = {"preprocess", "mean", "std", "size"}
+    advice = []
+    if set(other) - frames:
+        advice.append("adapt by the same objective with the same settings (those of a branch change by using(...))")
+    if set(other) & frames:
+        advice.append("pass the same preprocess")
+    raise CheckpointError(f"the state was saved with {theirs}, this adapter has {ours}: {' and '.join(advice)}")
