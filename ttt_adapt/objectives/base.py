@@ -13,7 +13,7 @@ from torch import Tensor, nn
 class Objective(Protocol):
     """Anything with trainable parameters and a label-free loss on frames; `MAEBranch` is one.
 
-    The members below are all that `StreamAdapter` uses, with those of `Remembering` where an objective has them.
+    The members below are all that `StreamAdapter` uses, with those of `StatefulObjective` where an objective has them.
     """
 
     @property
@@ -43,7 +43,7 @@ class Objective(Protocol):
 
 
 @runtime_checkable
-class Remembering(Protocol):
+class StatefulObjective(Protocol):
     """What an `Objective` has beside its members if it remembers more of the stream than weights."""
 
     def memory(self) -> Mapping[str, Tensor]:
@@ -56,7 +56,7 @@ class Remembering(Protocol):
 
 
 @runtime_checkable
-class Drawn(Protocol):
+class SplitLoss(Protocol):
     """An objective whose random draws can be made apart from its loss: `loss(x) == loss_of(x, draw(x))`."""
 
     def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError
-from ttt_adapt.objectives.base import Drawn, Objective
+from ttt_adapt.objectives.base import Objective, SplitLoss
 from ttt_adapt.objectives.mae import SETTINGS, MAEBranch, check_state
 from ttt_adapt.stream.frames import Normalize, Preprocess, scaling
 from ttt_adapt.stream.optimizer import FusedAdamW
@@ -25,14 +25,14 @@ def setting_of(objective: Objective, preprocess: Preprocess | None) -> dict[str,
     """What a stream depends on beside its configuration and its tensors, in plain values.
 
     Args:
-        objective: what is learned from. Of those that are neither an `MAEBranch` nor `Drawn`, the kind alone is known.
+        objective: what is learned from. Of those that are neither `MAEBranch` nor `SplitLoss`, the kind alone is known.
         preprocess: of the frames; two functions of the user's own cannot be told apart.
     """
     setting: dict[str, Any] = {"objective": type(objective).__name__}
     if isinstance(objective, MAEBranch):
         setting |= {"masking": objective.masking, "patch_size": objective.patch_size}
         setting |= dict(zip(SETTINGS, objective.settings(), strict=True))
-    elif isinstance(objective, Drawn):
+    elif isinstance(objective, SplitLoss):
         setting["settings"] = objective.settings()
     if type(preprocess) is Normalize:
         numbers = {name: tuple(map(float, getattr(preprocess, name))) for name in ("mean", "std")}
