@@ -22,7 +22,7 @@ from ttt_adapt.errors import ConfigError, FrameError, StateError
 from ttt_adapt.model.dropout import drop_layers, dropping
 from ttt_adapt.model.norms import frame_statistics, norm_layers, updating_norms
 from ttt_adapt.model.ownership import adapted_tensors, check_arguments, check_free, give_back, lend, memory_of
-from ttt_adapt.objectives.base import Drawn, Objective
+from ttt_adapt.objectives.base import Objective, SplitLoss
 from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.stream.auto_window import AutoWindow, gradient_sketch
 from ttt_adapt.stream.frames import Preprocess, default_preprocess, pixels_of, scaling, to_model_input
@@ -249,7 +249,7 @@ class StreamAdapter:
 
     def _settings(self) -> Hashable:
         """What a recorded update depends on of the objective, beside its tensors."""
-        return self._branch.settings() if isinstance(self._branch, Drawn) else ()
+        return self._branch.settings() if isinstance(self._branch, SplitLoss) else ()
 
     def _weights(self) -> int:
         """Another number where others were put in the place of tensors that a recording reads."""

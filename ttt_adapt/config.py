@@ -32,7 +32,7 @@ class StreamConfig:
         crop_size: (H, W) or side of random crops for the gradient step; None: whole frames.
         micro_batch: largest number of draws in one forward and backward pass: larger batches are taken in parts whose
             gradients are summed, in less memory. The sum is the gradient of the whole batch, in another order of
-            summation, for objectives that follow `objectives.base.Drawn`, as `MAEBranch` does; others draw for each
+            summation, for objectives that follow `objectives.base.SplitLoss`, as `MAEBranch` does; others draw for each
             part anew, and parts count by their images. None: the whole batch at once.
         grad_checkpointing: the encoder's repeated blocks keep their inputs only and run again in the backward pass: the
             same gradients in less memory, for a forward pass of the blocks more.

@@ -15,7 +15,7 @@ import models as zoo
 from conftest import left_as_it_was, live_tensors, mix_flags, photograph, same_bits, settle_norms
 from ttt_adapt import MAEBranch, Objective, StreamAdapter, StreamConfig
 from ttt_adapt.errors import ConfigError, StateError
-from ttt_adapt.objectives import Entropy, PseudoLabel, Remembering, Rotation
+from ttt_adapt.objectives import Entropy, PseudoLabel, Rotation, StatefulObjective
 from ttt_adapt.objectives.entropy import is_norm
 from ttt_adapt.objectives.masking import random_mask
 from ttt_adapt.training.joint import TrainConfig, fit
@@ -252,7 +252,7 @@ def test_pseudo_labels_are_targets_without_gradient():
 def test_the_teacher_is_the_moving_average_of_the_weights_after_each_step():
     model, average = seg(sharp=10.0).double(), 0.7
     objective = PseudoLabel(model, 0.0, average=average)
-    assert isinstance(objective, Remembering)
+    assert isinstance(objective, StatefulObjective)
     expected = {name: p.detach().clone() for name, p in model.named_parameters()}
     with StreamAdapter(model, objective, config=CONFIG.replace(iterations=2)) as adapter:
         step = adapter._optimizer.step

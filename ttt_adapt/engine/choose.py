@@ -13,7 +13,7 @@ from ttt_adapt.engine.eager import EagerEngine
 from ttt_adapt.engine.graphs import CudaRecorder, GraphEngine, cached_tensors
 from ttt_adapt.engine.precision import check_precision
 from ttt_adapt.errors import ConfigError
-from ttt_adapt.objectives.base import Drawn, Objective, Remembering
+from ttt_adapt.objectives.base import Objective, SplitLoss, StatefulObjective
 from ttt_adapt.stream.optimizer import FusedAdamW
 
 GRAPHS_BY_DEFAULT = False  # until `pytest -m gpu tests/test_engines.py` has been seen to pass
@@ -74,7 +74,7 @@ def describe_engines(config: StreamConfig, objective: Objective) -> dict[str, st
 
 def no_compile(config: StreamConfig, objective: Objective, device: torch.device) -> str:
     """Why `torch.compile` cannot run this stream; "" if it can."""
-    if not isinstance(objective, Drawn):
+    if not isinstance(objective, SplitLoss):
         return (
             f"{type(objective).__name__} does not say how its random draws come apart from its loss (draw, loss_of, "
             "weight, settings)"
@@ -107,7 +107,7 @@ def no_recording(config: StreamConfig, objective: Objective, optimizer: type[tor
         return 'window="auto" reads the gradient on the host after every frame'
     if config.drop_path:
         return "drop_path sets PyTorch's global random source at every step, so that the seed decides what is dropped"
-    if isinstance(objective, Remembering) and objective.memory():
+    if isinstance(objective, StatefulObjective) and objective.memory():
         return f"{type(objective).__name__} moves an average after each step that was taken, which the host decides"
     return ""
 

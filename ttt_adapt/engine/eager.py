@@ -15,7 +15,7 @@ from ttt_adapt.engine.precision import both_passes, forward_pass
 from ttt_adapt.engine.recompute import recomputing, repeated_blocks
 from ttt_adapt.errors import ConfigError, EncoderError, MemoryLimitError
 from ttt_adapt.model.replaced import Watch
-from ttt_adapt.objectives.base import Drawn, Objective
+from ttt_adapt.objectives.base import Objective, SplitLoss
 from ttt_adapt.stream.optimizer import laid_out_alike
 
 PATIENCE = 8
@@ -167,7 +167,7 @@ class EagerEngine:
         Args:
             problem: what is differentiated.
             images: [B, 3, H, W].
-            drawn: what the objective, a `Drawn`, drew for them; None: it draws now.
+            drawn: what the objective, a `SplitLoss`, drew for them; None: it draws now.
 
         Returns:
             The loss, detached, and the gradients, none of which shares memory with another.
@@ -200,7 +200,7 @@ def _parts(problem: Problem, batch: Tensor) -> Iterator[tuple[Tensor, Tensor | N
     parts, objective = batch.split(problem.config.micro_batch or len(batch)), problem.objective
     draws: Sequence[Tensor | None] = [None] * len(parts)
     weights = torch.stack([batch.new_full((), len(part)) for part in parts])
-    if isinstance(objective, Drawn):  # once for the whole batch, as without parts
+    if isinstance(objective, SplitLoss):  # once for the whole batch, as without parts
         draws = split = objective.draw(batch, problem.generator).split(len(parts[0]))
         weights = torch.stack([objective.weight(part, own) for part, own in zip(parts, split, strict=True)])
     weights = weights.to(torch.promote_types(batch.dtype, torch.float32))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import ConfigError, StateError
-from ttt_adapt.objectives.base import Objective, Remembering
+from ttt_adapt.objectives.base import Objective, StatefulObjective
 from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.stream.source import Snapshot
 
@@ -105,6 +105,6 @@ def adapted_tensors(
 
 def memory_of(objective: Objective) -> tuple[dict[str, Tensor], Callable[[], None]]:
     """What an objective remembers beside weights, by name, and what it wants to be called after a gradient step."""
-    if not isinstance(objective, Remembering):
+    if not isinstance(objective, StatefulObjective):
         return {}, lambda: None
     return {f"memory.{name}": tensor for name, tensor in objective.memory().items()}, objective.after_step

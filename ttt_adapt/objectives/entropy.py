@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.model.norms import batch_statistics, norm_layers
-from ttt_adapt.objectives.outputs import OutputObjective
+from ttt_adapt.objectives.base import OutputObjective
 
 
 class Entropy(OutputObjective):

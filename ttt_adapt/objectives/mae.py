@@ -16,7 +16,7 @@ from ttt_adapt.model.encoder import EncoderInfo, evaluating, inspect_encoder
 from ttt_adapt.model.features import Features, to_maps
 from ttt_adapt.model.hooks import hidden_channel, run_encoder, visible_tokens, without_checkpointing
 from ttt_adapt.model.norms import frozen_norms
-from ttt_adapt.objectives.attached import Attached
+from ttt_adapt.objectives.base import Attached
 from ttt_adapt.objectives.decoders import Decoder, HeadCopy, build_decoder
 from ttt_adapt.objectives.masking import (
     hidden_patches,

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ttt_adapt.errors import ConfigError
+from ttt_adapt.objectives.base import OutputObjective
 from ttt_adapt.objectives.masking import random_mask, upsample_mask
-from ttt_adapt.objectives.outputs import OutputObjective
 
 
 class PseudoLabel(OutputObjective):

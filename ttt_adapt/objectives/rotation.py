@@ -11,7 +11,7 @@ from ttt_adapt.model.encoder import EncoderInfo, inspect_encoder
 from ttt_adapt.model.features import to_maps
 from ttt_adapt.model.hooks import run_encoder, without_checkpointing
 from ttt_adapt.model.norms import frozen_norms
-from ttt_adapt.objectives.attached import Attached
+from ttt_adapt.objectives.base import Attached
 
 
 class Rotation(Attached):

@@ -8,7 +8,7 @@ from typing import Any
 
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError
-from ttt_adapt.objectives.base import Drawn, Objective
+from ttt_adapt.objectives.base import SplitLoss, Objective
 from ttt_adapt.objectives.mae import SETTINGS, MAEBranch
 from ttt_adapt.stream.frames import Normalize, Preprocess
 
@@ -61,14 +61,14 @@ def setting_of(objective: Objective, preprocess: Preprocess | None) -> dict[str,
     """What a stream depends on beside its configuration and its tensors, in plain values.
 
     Args:
-        objective: what is learned from. Of those that are neither an `MAEBranch` nor `Drawn`, the kind alone is known.
+        objective: what is learned from. Of those that are neither an `MAEBranch` nor `SplitLoss`, the kind alone is known.
         preprocess: of the frames; two functions of the user's own cannot be told apart.
     """
     setting: dict[str, Any] = {"objective": type(objective).__name__}
     if isinstance(objective, MAEBranch):
         setting |= {"masking": objective.masking, "patch_size": objective.patch_size}
         setting |= dict(zip(SETTINGS, objective.settings(), strict=True))
-    elif isinstance(objective, Drawn):
+    elif isinstance(objective, SplitLoss):
         setting["settings"] = objective.settings()
     if type(preprocess) is Normalize:
         numbers = {name: tuple(map(float, getattr(preprocess, name))) for name in ("mean", "std")}

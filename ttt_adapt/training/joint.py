@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from ttt_adapt.errors import CheckpointError, ConfigError, StateError
 from ttt_adapt.model.hooks import run_encoder
 from ttt_adapt.model.norms import frozen_norms
-from ttt_adapt.objectives.attached import Attached
+from ttt_adapt.objectives.base import Attached
 from ttt_adapt.objectives.mae import check_state
 from ttt_adapt.stream.optimizer import decays, embedding_tables
 
