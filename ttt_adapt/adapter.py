@@ -7,40 +7,33 @@ step on the reconstruction of a batch drawn from the window, then predict the fr
 from __future__ import annotations
 
 import time
-import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.engine import Beside, Problem, StepReport, choose_engine, explained_memory_errors
-from ttt_adapt.errors import ConfigError, FrameError, StateError
-from ttt_adapt.model.dropout import drop_layers, dropping
+from ttt_adapt.engine.choose import choose_engine
+from ttt_adapt.engine.eager import explained_memory_errors
+from ttt_adapt.engine.gradient_step import GradientStep
+from ttt_adapt.errors import ConfigError, StateError
 from ttt_adapt.model.norms import frame_statistics, norm_layers, updating_norms
-from ttt_adapt.model.ownership import adapted_tensors, check_arguments, check_free, give_back, lend, memory_of
-from ttt_adapt.objectives.base import Objective, SplitLoss
+from ttt_adapt.model.ownership import Ownership, check_unowned, check_unshared
+from ttt_adapt.objectives.base import Objective
+from ttt_adapt.objectives.choose import check_objective
 from ttt_adapt.objectives.mae import MAEBranch
-from ttt_adapt.stream.auto_window import AutoWindow, gradient_sketch
-from ttt_adapt.stream.frames import Preprocess, default_preprocess, pixels_of, scaling, to_model_input
-from ttt_adapt.stream.optimizer import (
-    ParamGroups,
-    Restart,
-    adamw,
-    decides_on_device,
-    parameter_groups,
-    step_if,
-    total_norm,
-)
-from ttt_adapt.stream.schedule import SurpriseGate
-from ttt_adapt.stream.source import Snapshot, copied
-from ttt_adapt.stream.state import check_saved, check_window, loaded_optimizer, setting_of
-from ttt_adapt.stream.window import FrameWindow
-
-__all__ = ["StepReport", "StreamAdapter"]
+from ttt_adapt.stream.auto_window import gradient_sketch
+from ttt_adapt.stream.compatibility import FORMAT, check_compatible, current_format, setting_of
+from ttt_adapt.stream.frames import FrameIntake, Preprocess, TakenFrame, default_preprocess
+from ttt_adapt.stream.optimizer import ParamGroups, adamw, parameter_groups, total_norm
+from ttt_adapt.stream.report import StepReport
+from ttt_adapt.stream.schedule import is_due
+from ttt_adapt.stream.source import SourceWeights
+from ttt_adapt.stream.state import StreamState, adapted_tensors, swap
 
 
 class StreamAdapter:
@@ -54,7 +47,8 @@ class StreamAdapter:
         branch: an `MAEBranch` or any other `Objective` on this model. Without it, `encoder` and the other keywords of
             `MAEBranch.attach` make one.
         config: the choices of the algorithm.
-        preprocess: uint8 RGB [H, W, 3] -> float [1, 3, H, W] as the model takes it; for timm models the model's own.
+        preprocess: uint8 RGB [H, W, 3] -> float [1, 3, H, W] as the model takes it; for timm models the model's own. It
+            may return a tuple (that, context): then `predict(x, context)` is called for this frame.
         predict: how the model is called on one preprocessed frame [1, 3, H, W]; `model(x)` by default.
         optimizer: parameter groups -> optimizer; AdamW by default. The groups carry `lr`, `weight_decay` and `name`.
 
@@ -72,61 +66,34 @@ class StreamAdapter:
         *,
         config: StreamConfig | None = None,
         preprocess: Preprocess | None = None,
-        predict: Callable[[Tensor], Any] | None = None,
+        predict: Callable[..., Any] | None = None,
         optimizer: Callable[[ParamGroups], torch.optim.Optimizer] | None = None,
         **attach: Any,
     ) -> None:
-        config = StreamConfig() if config is None else config
-        check_arguments(model, branch, config, attach)
+        self.config = config = StreamConfig() if config is None else config
+        check_objective(model, branch, attach)
+        if not isinstance(config, StreamConfig):
+            raise ConfigError(f"config is a {type(config).__name__}; expected a StreamConfig")
+        check_unowned(model)
         self._owns_branch = branch is None
         self._branch: Objective = MAEBranch.attach(model, **attach) if branch is None else branch
-        self._model, self.config = model, config
-        encoder = dict(self._branch.encoder_parameters())
-        if not encoder:
-            raise ConfigError("the branch names no encoder parameters: there is nothing to adapt")
-        inside = {id(p) for p in encoder.values()}  # a weight that the decoder shares is the encoder's
-        own = {n: p for n, p in self._branch.named_parameters() if p.requires_grad and id(p) not in inside}
-        first = next(iter(encoder.values()))
-        self._device, self._dtype = first.device, first.dtype
-        self._parameters = [*encoder.values(), *own.values()]
-        self._frozen = [p for p in encoder.values() if not p.requires_grad]
+        self._model, self._predict = model, model if predict is None else predict
         self._norms = norm_layers(model)
-        self._drops = drop_layers(model) if config.drop_path else []
-        self._preprocess = default_preprocess(model, self._device) if preprocess is None else preprocess
-        self._predict = model if predict is None else predict
+        self._step = step = GradientStep(self._branch, config)
+        first = step.parameters[0]
+        preprocess = default_preprocess(model, first.device) if preprocess is None else preprocess
+        self._intake = FrameIntake(preprocess, first.device, first.dtype, config.crop_size)  # type: ignore[arg-type]
+        moving = self._norms if config.norm_stats == "ema" else []
+        tensors = adapted_tensors(self._branch, step.encoder, step.own, moving)
+        check_unshared(tensors)
         modules = [m for m in (model, self._branch) if isinstance(m, nn.Module)]
-        groups = parameter_groups(encoder, own, modules, config)
-        make = optimizer or adamw
-        self._make_optimizer = torch.inference_mode(False)(lambda: make([dict(group) for group in groups]))
-        self._set_optimizer(self._make_optimizer())
-        self._generator = torch.Generator(self._device).manual_seed(config.seed)
-        self._engine = choose_engine(config, self._branch, self._optimizer, self._generator)
-        self._problem = Problem(self._branch, self._parameters, len(encoder), self._generator, config, self._device)
-        self._beside = Beside(self._device, config.deferred)
-        memory, self._after_step = memory_of(self._branch)
-        self._tensors = adapted_tensors(encoder, own, self._norms if config.norm_stats == "ema" else [])
-        self._pull = config.source_pull if config.carry_weights else 1.0
-        statistics = [name for name in self._tensors if name.startswith("norm.")]
-        self._statistics = [self._tensors[name] for name in statistics]
-        self._tensors |= memory
-        self._remembers = bool(memory)
-        check_free(self._tensors)
-        self._source = Snapshot(self._tensors, whole=[*statistics, *memory])
-        self._window = FrameWindow(config.capacity, scaling(self._preprocess, self._dtype))
-        self._auto = AutoWindow(config.capacity, draws=config.batch_size) if config.window == "auto" else None
-        self._flags = {module: module.training for module in model.modules()}
-        self._attached = True
-        self._gate = SurpriseGate()
-        self._frame_index = 0
-        self.last: StepReport | None = None
-        lend(model, self._tensors)
-        # an adapter that is lost without detach() gives the model back too
-        self._finalizer = weakref.finalize(
-            self, give_back, model, self._source, self._flags, self._parameters, self._beside.settle
-        )
-        self._finalizer.atexit = False
-        model.eval()
+        make = partial(_fresh, optimizer or adamw, parameter_groups(step.encoder, step.own, modules, config))
+        source = SourceWeights(tensors, whole=[name for name in tensors if name.startswith(("norm.", "memory."))])
+        self._begin = partial(StreamState.begin, config, tensors, source, make, self._intake)
+        self._state = self._begin()
+        self._engine = choose_engine(self._step, self._state.optimizer.optimizer)
         self._branch_training = bool(getattr(self._branch, "training", False))
+        self._ownership = Ownership(self, model, tensors, self._step.parameters, source.restore)
         self._branch.train(False)
 
     @property
@@ -135,17 +102,24 @@ class StreamAdapter:
         return self._branch
 
     @property
+    def last(self) -> StepReport | None:
+        """The report of the last step; None at the beginning of a video."""
+        return self._state.progress.last
+
+    @property
     def window(self) -> int:
         """How many frames the next step draws from, the frame that comes included, once as many were seen."""
-        return self.config.capacity if self._auto is None else self._auto.length
+        return self._state.newest
 
     @property
     def engine(self) -> tuple[str, str]:
         """How a step runs, and why so."""
         return self._engine.name, self._engine.reason
 
+    # ---- what a user calls
+
     def step(self, frame: Any) -> Any:
-        """Adapt to a frame, then predict it; the other way round with `deferred`.
+        """Adapt to a frame, then predict it.
 
         Args:
             frame: uint8 RGB [H, W, 3] (NumPy or tensor), or float [3, H, W] or [1, 3, H, W] as the model takes it.
@@ -160,40 +134,32 @@ class StreamAdapter:
                 error in the gradient step, window, random state and counters are as before, and the weights are those
                 of the last finished iteration (pulled toward the source, if `source_pull` asks for it).
         """
-        x, pixels = self._taken(frame)
-        if self.config.deferred:
-            prediction = self._predict_input(x)
-            self._beside.run(self._adapt, x, pixels)
-            return prediction
-        self._adapt(x, pixels)
-        return self._predict_input(x)
+        taken = self._take(frame)
+        self._adapt(taken)
+        return self._predict_frame(taken)
 
     def adapt(self, frame: Any) -> StepReport:
         """Take the frame into the window and the gradient steps on it; arguments and errors as in `step`."""
-        return self._adapt(*self._taken(frame))
+        return self._adapt(self._take(frame))
 
     def predict(self, frame: Any) -> Any:
         """Predict a frame with the weights as they are; it does not enter the stream."""
-        return self._predict_input(self._take(frame))
+        return self._predict_frame(self._take(frame))
+
+    def forward(self, x: Tensor) -> Any:
+        """What the model (or `predict`) returns for x [1, 3, H, W], as it takes it, of any size; nothing is checked."""
+        return self._predict_frame(TakenFrame(x))
 
     def stream(self, frames: Iterable[Any]) -> Iterator[Any]:
-        """Predictions for `frames`, one by one as they come: lazy, nothing is kept but the window."""
+        """Predictions for `frames`, one by one as they come: lazy, only the window is kept."""
         for frame in frames:
             yield self.step(frame)
 
     def reset(self) -> None:
         """Begin a new video: source weights, empty window, fresh optimizer, the seed again, counters at 0."""
         self._check_attached()
-        self._source.restore()
-        torch.clear_autocast_cache()
-        self._set_optimizer(self._make_optimizer())
-        self._window.clear()
-        self._generator.manual_seed(self.config.seed)
-        self._gate = SurpriseGate()
-        if self._auto is not None:
-            self._auto.reset()
-        self._frame_index = 0
-        self.last = None
+        self._engine.forget()
+        self._state.reset()
 
     def detach(self, keep_adapted: bool = False) -> nn.Module:
         """Give the model back as it was, with its source weights; may be called twice.
@@ -201,15 +167,12 @@ class StreamAdapter:
         Args:
             keep_adapted: keep the adapted weights instead, in the model and in the branch.
         """
-        if self._attached:
+        if not self._ownership.ended:
             self._engine.forget()
-            self._finalizer.detach()
             self._branch.train(self._branch_training)  # first: a decoder may hold layers of the model's own
-            source = None if keep_adapted else self._source
-            give_back(self._model, source, self._flags, self._parameters, self._beside.settle)
+            self._ownership.give_back(keep_adapted)
             if self._owns_branch:
                 self._branch.detach()
-            self._attached = False
         return self._model
 
     def __enter__(self) -> StreamAdapter:
@@ -220,214 +183,149 @@ class StreamAdapter:
 
     # ---- one frame, in the paper's order
 
-    def _adapt(self, x: Tensor, pixels: Tensor | None = None) -> StepReport:
+    def _take(self, frame: Any) -> TakenFrame:
+        """A frame as the model takes it, checked against the stream so far."""
+        self._check_attached()
+        return self._intake.take(frame, self._state.window.frame_shape)
+
+    def _adapt(self, taken: TakenFrame) -> StepReport:
         started = time.perf_counter()
-        sketch, numbers = None, None
+        state, update = self._state, None
         with self._undone_if_it_fails():
-            self._problem.check_parameters()
-            if self._engine.strict:
-                self._problem.check_steady(self._engine.name)
-            self._window.stage(x[0], pixels)
-            state = (self._window.tick(self.window), self._settings(), self._weights()) if self._engine.records else ()
-            skipped = "" if self._frame_index % self.config.every == 0 else "every"
-            if skipped or self.config.gate != "none":  # an update begins with it
-                self._forget_weights()
-            surprise = self._surprise() if self.config.gate == "surprise" and not skipped else None
-            if surprise is not None and not self._gate.is_open(surprise):
-                skipped = "gate"
+            self._engine.check()
+            state.window.stage(taken.x[0], taken.pixels)
+            skipped, surprise = self._skipped()
             if not skipped:
-                numbers, sketch = self._engine.run("update", self._update, x, key=state)
-        self._window.commit()
+                update = self._engine.update(self._update, state, taken.x)
+        numbers, sketch = (None, None) if update is None else update
+        state.window.commit()
         if surprise is not None:
-            self._gate.record(surprise)
-        if self._auto is not None and sketch is not None and numbers is not None and bool(numbers[0, 1].isfinite()):
-            self._auto.update(sketch.tolist())
+            state.gate.record(surprise)
+        if state.auto is not None and sketch is not None and numbers is not None and bool(numbers[0, 1].isfinite()):
+            state.auto.update(sketch.tolist())
         ms = (time.perf_counter() - started) * 1e3
-        self.last = StepReport(self._frame_index, skipped, ms, numbers, surprise if skipped == "gate" else None)
-        self._frame_index += 1
-        return self.last
+        report = StepReport(state.progress.frame_index, skipped, ms, numbers, surprise if skipped == "gate" else None)
+        state.progress.count(report)
+        return report
 
-    def _settings(self) -> Hashable:
-        """What a recorded update depends on of the objective, beside its tensors."""
-        return self._branch.settings() if isinstance(self._branch, SplitLoss) else ()
-
-    def _weights(self) -> int:
-        """Another number where others were put in the place of tensors that a recording reads."""
-        return self._problem.watch.version()
-
-    def _surprise(self) -> float:
-        """The loss of a batch with the weights as they are, without a gradient: what the gate looks at."""
-        return float(self._engine.loss(self._problem, self._draw()))
+    def _skipped(self) -> tuple[str, float | None]:
+        """Why this frame is not adapted to, "" if it is; and the loss that the surprise gate looked at."""
+        due = is_due(self._state.progress.frame_index, self.config.every)
+        if due and self.config.gate == "none":
+            return "", None
+        if (
+            self.config.pull_fraction == 1.0
+        ):  # every frame starts from the source weights, also one that is not adapted to
+            self._state.weights.pull(1.0)
+        if not due:
+            return "every", None
+        batch = self._state.draw(self.config)
+        surprise = float(self._engine.loss(batch, self._state.random.generator))
+        return "" if self._state.gate.is_open(surprise) else "gate", surprise
 
     def _update(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What a frame does to the weights; nothing here waits for the device, so that an engine may record it.
+        """What a frame does to the weights; nothing here waits for the device.
 
         Returns:
             [iterations, 2], the loss and gradient norm of each step; and what the automatic window wants to know of the
             frame's first gradient.
         """
-        self._recall_source()
-        self._renew_norm_stats(x)
-        if self.config.restart_optimizer or self._pull == 1.0:
-            self._restart_optimizer(in_place=self._engine.records)
-        steps = [self._iterate(i) for i in range(self.config.iterations)]
+        self._state.weights.pull(self.config.pull_fraction)
+        self._move_statistics(x)
+        if self.config.restart_optimizer or self.config.pull_fraction == 1.0:
+            self._engine.restart(self._state.optimizer)
+        steps = [self._gradient_step(i) for i in range(self.config.iterations)]
         return torch.stack([numbers for numbers, _ in steps]), steps[0][1]
 
-    def _draw(self) -> Tensor:
-        """A batch from the window."""
-        crop: Any = self.config.crop_size
-        return self._window.draw(self.config.batch_size, self._generator, crop, self.window)
-
-    def _forget_weights(self) -> None:
-        """Without carried weights every frame starts from the source, whatever becomes of it."""
-        if self._pull == 1.0:
-            self._recall_source()
-
-    def _recall_source(self) -> None:
-        """Implicit memory: carry the weights on, pull them toward the source, or start from it."""
-        self._source.pull(self._pull)
-
-    def _iterate(self, iteration: int) -> tuple[Tensor, Tensor | None]:
-        """One gradient step, taken if the gradient is finite: its loss and gradient norm, and a sketch of the first."""
-        batch = self._draw()
-        with self._learning(iteration):
-            loss = self._engine.gradients(self._problem, batch)
-            norm = total_norm([p.grad for p in self._parameters if p.grad is not None])
-            sketch = gradient_sketch(self._parameters) if iteration == 0 and self._auto is not None else None
-            if self.config.grad_clip is not None:
-                nn.utils.clip_grads_with_norm_(self._parameters, self.config.grad_clip, norm)
-            if self._engine.records or (self._device.type == "cuda" and self._may_decide_later()):
-                step_if(self._optimizer, norm.isfinite())
-                self._after_step()
-            elif bool(norm.isfinite()):
-                self._optimizer.step()
-                self._after_step()
-        return torch.stack([loss.float(), norm.float()]), sketch
-
-    def _may_decide_later(self) -> bool:
-        """Whether a gradient that is not finite can be left out without asking for it on the host."""
-        return decides_on_device(self._optimizer) and not self._remembers
-
-    def _predict_input(self, x: Tensor) -> Any:
-        weights = self._weights() if self._engine.records else ()  # those that the model has, outside of what follows
-        own = frame_statistics(self.config.norm_stats, self._norms, self.config.frame_share)
-        with torch.no_grad(), explained_memory_errors(self.config), own:
-            return self._engine.predict(self._predict, x, key=weights)
-
     @torch.no_grad()
-    def _renew_norm_stats(self, x: Tensor) -> None:
-        """Let clean frames into the running statistics of BatchNorm, if asked for."""
+    def _move_statistics(self, x: Tensor) -> None:
+        """Let the clean frame into the running statistics of BatchNorm, if the configuration says so."""
         if self.config.norm_stats == "ema" and self._norms:
             with updating_norms(self._norms, self.config.frame_share):
                 self._predict(x)
 
-    # ---- what surrounds it
+    def _gradient_step(self, iteration: int) -> tuple[Tensor, Tensor | None]:
+        """Draw a batch and step if the gradient is finite: the loss and gradient norm, and a sketch of the gradient."""
+        state, parameters = self._state, self._step.parameters
+        batch = state.draw(self.config)
+        with self._step.learning(state.progress.frame_index * self.config.iterations + iteration):
+            loss = self._engine.gradients(batch, state.random.generator)
+            norm = total_norm([p.grad for p in parameters if p.grad is not None])
+            sketch = gradient_sketch(parameters) if iteration == 0 and state.auto is not None else None
+            if self.config.grad_clip is not None:
+                nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
+            self._engine.take_step(state.optimizer, norm.isfinite())
+        return torch.stack([loss.float(), norm.float()]), sketch
 
-    def _taken(self, frame: Any) -> tuple[Tensor, Tensor | None]:
-        """A frame as the model takes it, [1, 3, H, W]; and as it came, [H, W, 3], where the window may hold that."""
-        with torch.inference_mode(False):
-            pixels = pixels_of(frame, self._preprocess, self._device)
-        x = self._take(frame if pixels is None else pixels)
-        same = pixels is not None and pixels.shape[:2] == x.shape[2:]  # not resized
-        return x, pixels if same else None
-
-    def _take(self, frame: Any) -> Tensor:
-        self._check_attached()
-        with torch.inference_mode(False), torch.no_grad():
-            x = to_model_input(frame, self._preprocess, self._device, self._dtype)
-            if x.is_inference():
-                x = x.clone()
-        known = self._window.frame_shape
-        if known is not None and known != tuple(x.shape[1:]):
-            raise FrameError(
-                f"the frame became {tuple(x.shape[2:])} (H, W) as the model takes it, and the stream so far is "
-                f"{known[1:]}: call reset() where a new video begins, or resize the frames"
-            )
-        crop: Any = self.config.crop_size
-        if crop is not None and (crop[0] > x.shape[2] or crop[1] > x.shape[3]):
-            raise FrameError(f"crop_size {crop} does not fit into a frame of {tuple(x.shape[2:])} (H, W): lower it")
-        return x
+    def _predict_frame(self, taken: TakenFrame) -> Any:
+        own = frame_statistics(self.config.norm_stats, self._norms, self.config.frame_share)
+        with torch.no_grad(), explained_memory_errors(self.config):
+            if not taken.context:
+                return self._engine.predict(self._predict, taken.x, own)
+            with own:
+                return self._predict(taken.x, *taken.context)
 
     @contextmanager
     def _undone_if_it_fails(self) -> Iterator[None]:
-        """Outside of inference mode; if the block raises, random state and running statistics are as before."""
-        random_state = self._generator.get_state()
-        statistics = copied(self._statistics)
+        """Outside of inference mode; if the block raises, the stream is as it was before."""
         with torch.inference_mode(False), torch.no_grad():
             try:
-                with explained_memory_errors(self.config):
+                with self._state.undone_if_it_fails(), explained_memory_errors(self.config):
                     yield
-            except BaseException:
-                self._generator.set_state(random_state)
-                for live, before in zip(self._statistics, statistics, strict=True):
-                    live.copy_(before)
-                raise
             finally:
-                for parameter in self._parameters:
-                    parameter.grad = None
+                self._step.forget_gradients()
                 torch.clear_autocast_cache()  # an outer autocast would predict with casts of the old weights
 
-    @contextmanager
-    def _learning(self, iteration: int) -> Iterator[None]:
-        """requires_grad on, and stochastic depth if asked for, during a gradient step."""
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
-        step = self._frame_index * self.config.iterations + iteration
-        try:
-            with dropping(self._drops, (self.config.seed + step * 0x9E3779B97F4A7C15) % 2**64, self._device):
-                yield
-        finally:
-            for parameter in self._frozen:
-                parameter.requires_grad_(False)
-
-    def _set_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        self._optimizer, self._restart_optimizer = optimizer, Restart(optimizer)
-        if hasattr(self, "_engine"):
-            self._engine.forget()
-
     def _check_attached(self) -> None:
-        if not self._attached:
+        if self._ownership.ended:
             raise StateError("this adapter is detached and its model is free: make a new StreamAdapter")
-        self._beside.settle()
 
-    # ---- saving mid-stream
+    # ---- saving mid-stream, and several videos
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of all of the stream's state: weights, optimizer, window, random state, counters."""
         self._check_attached()
-        return {
-            "config": asdict(self.config),
-            "setting": setting_of(self._branch, self._preprocess),
-            "weights": {name: tensor.detach().clone() for name, tensor in self._tensors.items()},
-            "optimizer": {"kind": type(self._optimizer).__name__, "state": copied(self._optimizer.state_dict())},
-            "window": self._window.state_dict(),
-            "random": self._generator.get_state(),
-            "gate": self._gate.losses(),
-            "auto": None if self._auto is None else self._auto.state_dict(),
-            "frame_index": self._frame_index,
-        }
+        setting = setting_of(self._branch, self._intake.preprocess)
+        return {"format": FORMAT, "config": asdict(self.config), "setting": setting, **self._state.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken; a state that does not fit changes nothing.
 
         Raises:
-            CheckpointError: the state is of another model, configuration, objective or preprocessing.
+            CheckpointError: the state is of another model, configuration, objective, preprocessing or later version.
         """
         self._check_attached()
-        check_saved(state, self.config, setting_of(self._branch, self._preprocess), self._tensors)
-        check_window(state["window"], self.config, self._preprocess, self._dtype)
-        auto = None if self._auto is None else AutoWindow(self.config.capacity, draws=self.config.batch_size)
-        if auto is not None:
-            auto.load_state_dict(state["auto"])
-        saved = state["optimizer"], state["random"]
-        with torch.inference_mode(False):
-            self._set_optimizer(loaded_optimizer(*saved, self._make_optimizer, self._device))
-        with torch.inference_mode(False), torch.no_grad():
-            for name, tensor in self._tensors.items():
-                tensor.copy_(state["weights"][name])
-            self._window.load_state_dict(state["window"], self._device)
-        torch.clear_autocast_cache()
-        self._generator.set_state(state["random"].cpu())
-        self._gate, self._auto = SurpriseGate(state["gate"]), auto
-        self._frame_index = state["frame_index"]
-        self.last = None
+        saved = current_format(state)
+        check_compatible(saved, self.config, setting_of(self._branch, self._intake.preprocess))
+        self._state.load_state_dict(saved)
+        self._engine.forget()
+
+    def new_state(self) -> StreamState:
+        """The state of another video over the same model, at its beginning; `swap` puts it in."""
+        self._check_attached()
+        state = self._begin()
+        state.weights.leave()
+        state.reset()
+        return state
+
+    def swap(self, state: StreamState) -> StreamState:
+        """Go on with another video: its weights are copied into the model, in place.
+
+        Args:
+            state: from `new_state`, or returned by an earlier `swap` of this adapter.
+
+        Returns:
+            The state of the video so far.
+
+        Raises:
+            StateError: the state is of another adapter; nothing has changed.
+        """
+        self._check_attached()
+        swap(self._state, state)
+        before, self._state = self._state, state
+        return before
+
+
+def _fresh(make: Callable[[ParamGroups], torch.optim.Optimizer], groups: ParamGroups) -> torch.optim.Optimizer:
+    """A new optimizer of parameter groups that it may change."""
+    return make([dict(group) for group in groups])

@@ -48,9 +48,6 @@ class StreamConfig:
         drop_path: stochastic depth and dropout active in the gradient step.
         engine: how a step runs: "eager", "compile" (`torch.compile`), "cudagraph" (recorded once, then replayed), or
             "auto", which picks for the device and the model (`StreamAdapter.engine` says what and why).
-        deferred: predict each frame with the weights as the frame before left them, and adapt after it. Off, a frame
-            is adapted to before it is predicted, as in the paper. On a CUDA device the update runs beside the caller's
-            work, and the prediction does not wait for it.
         every: adapt on every n-th frame only.
         gate: "none", or "surprise": update only where the loss of a batch, taken first and without a gradient, exceeds
             the mean plus one standard deviation of those of the last 50 frames. While the gate is shut the weights
@@ -76,7 +73,6 @@ class StreamConfig:
     norm_momentum: float | None = None
     drop_path: bool = False
     engine: str = "auto"
-    deferred: bool = False
     every: int = 1
     gate: str = "none"
     seed: int = 0
@@ -100,7 +96,7 @@ class StreamConfig:
             self._settle("norm_momentum", _number("norm_momentum", self.norm_momentum, 0.0, 1.0))
         for name in ("lr", "encoder_lr_scale", "weight_decay"):
             self._settle(name, _number(name, getattr(self, name), 0.0, float("inf")))
-        for name in ("carry_weights", "restart_optimizer", "grad_checkpointing", "drop_path", "deferred"):
+        for name in ("carry_weights", "restart_optimizer", "grad_checkpointing", "drop_path"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected True or False")
         if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
@@ -130,6 +126,11 @@ class StreamConfig:
     def capacity(self) -> int:
         """Frames that the window holds."""
         return 32 if isinstance(self.window, str) else self.window
+
+    @property
+    def pull_fraction(self) -> float:
+        """How far the weights go back to the source before each frame: `source_pull`, or 1 without carried weights."""
+        return self.source_pull if self.carry_weights else 1.0
 
     @property
     def frame_share(self) -> float:

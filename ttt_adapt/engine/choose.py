@@ -10,66 +10,51 @@ import torch
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.engine.compiled import CompileEngine
 from ttt_adapt.engine.eager import EagerEngine
-from ttt_adapt.engine.graphs import CudaRecorder, GraphEngine, cached_tensors
+from ttt_adapt.engine.gradient_step import GradientStep
+from ttt_adapt.engine.graphs import CudaRecorder, GraphEngine
 from ttt_adapt.engine.precision import check_precision
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.objectives.base import Objective, SplitLoss, StatefulObjective
 from ttt_adapt.stream.optimizer import FusedAdamW
 
-GRAPHS_BY_DEFAULT = False  # until `pytest -m gpu tests/test_engines.py` has been seen to pass
 
-
-def choose_engine(
-    config: StreamConfig, objective: Objective, optimizer: torch.optim.Optimizer, generator: torch.Generator
-) -> EagerEngine:
-    """The engine that `config.engine` names, or for "auto" the one that suits.
+def choose_engine(step: GradientStep, optimizer: torch.optim.Optimizer) -> EagerEngine:
+    """The engine that `engine` of the configuration names, or for "auto" the one that suits.
 
     Args:
-        config: the stream's settings.
-        objective: what the stream is adapted with.
+        step: what is differentiated, with the configuration.
         optimizer: what takes the steps.
-        generator: the stream's random source, on its device.
 
     Raises:
         ConfigError: the engine or the precision is not available here; the message says why.
     """
-    device = generator.device
+    config, objective, device = step.config, step.objective, step.device
     check_precision(config.precision, device)
-    if config.engine == "eager":
-        return EagerEngine()
     if config.engine == "compile":
         _refuse("compile", no_compile(config, objective, device))
-        return CompileEngine()
-    hindrance = no_graphs(config, objective, type(optimizer), device)
+        return CompileEngine(step)
     if config.engine == "cudagraph":
-        _refuse("cudagraph", hindrance)
-        return GraphEngine(CudaRecorder(generator), cached=lambda: cached_tensors(objective))
-    name, reason = suggestion(device, hindrance)
-    if name == "cudagraph":
-        return GraphEngine(CudaRecorder(generator), reason, falls_back=True, cached=lambda: cached_tensors(objective))
-    return EagerEngine(reason)
+        _refuse("cudagraph", no_graphs(config, objective, type(optimizer), device))
+        return GraphEngine(step, CudaRecorder(device))
+    return EagerEngine(step) if config.engine == "eager" else EagerEngine(step, why_eager(device))
 
 
-def suggestion(device: torch.device, hindrance: str) -> tuple[str, str]:
-    """What "auto" picks, and why; `hindrance` is what `no_graphs` said."""
-    if device.type != "cuda":
-        return "eager", f"on the {device.type.upper()} compiling takes minutes: ask for it on long streams"
-    if hindrance:
-        return "eager", f"no CUDA graph: {hindrance}"
-    if not GRAPHS_BY_DEFAULT:
-        return "eager", 'CUDA graphs are not chosen by themselves yet; engine="cudagraph" asks for them'
-    return "cudagraph", "on a GPU a step of many small kernels is bound by their launches, which a recording saves"
+def why_eager(device: torch.device) -> str:
+    """Why "auto" is the eager engine on this device."""
+    if device.type == "cuda":
+        return 'it runs every model; engine="cudagraph" saves the time that launching many small kernels takes'
+    return f"on the {device.type.upper()} compiling takes minutes: ask for it on long streams"
 
 
 def describe_engines(config: StreamConfig, objective: Objective) -> dict[str, str]:
-    """Name -> for people: what "auto" picks with the default optimizer and why, and whether the others can run."""
+    """Name -> for people: what "auto" is with the default optimizer and why, and whether the others can run."""
     device = next(iter(objective.encoder_parameters().values())).device
     hindrances = {
         "compile": no_compile(config, objective, device),
         "cudagraph": no_graphs(config, objective, FusedAdamW, device),
     }
-    picked = "{} ({})".format(*suggestion(device, hindrances["cudagraph"]))
-    return {"auto": picked, **{name: hindrance or "available" for name, hindrance in hindrances.items()}}
+    others = {name: hindrance or "available" for name, hindrance in hindrances.items()}
+    return {"auto": f"eager ({why_eager(device)})", **others}
 
 
 def no_compile(config: StreamConfig, objective: Objective, device: torch.device) -> str:

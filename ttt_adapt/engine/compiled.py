@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ttt_adapt.engine.eager import EagerEngine, Gradients, Problem, apart
+from ttt_adapt.engine.eager import EagerEngine, Gradients, apart
+from ttt_adapt.engine.gradient_step import GradientStep
 from ttt_adapt.engine.precision import forward_pass
 from ttt_adapt.errors import ConfigError, TTTAdaptError
 
@@ -28,59 +29,70 @@ class CompileEngine(EagerEngine):
     """Compiles the pass of each image shape once.
 
     Args:
+        step: what is differentiated.
         reason: why this engine was picked.
         backend: of `torch.compile`.
     """
 
     name = "compile"
-    strict = True
 
-    def __init__(self, reason: str = "asked for", backend: str = "inductor") -> None:
-        super().__init__(reason)
+    def __init__(self, step: GradientStep, reason: str = "asked for", backend: str = "inductor") -> None:
+        super().__init__(step, reason)
         self._backend = backend
         self._passes: OrderedDict[Hashable, tuple[Callable[..., list[Tensor]], list[int]]] = OrderedDict()
         self._predictions: OrderedDict[Hashable, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] = (
             OrderedDict()
         )
 
-    def one_pass(self, problem: Problem, images: Tensor, drawn: Tensor | None = None) -> tuple[Tensor, Gradients]:
+    def check(self) -> None:
+        """As in `EagerEngine`.
+
+        Raises:
+            ConfigError: the model replaces tensors of its own again and again.
+        """
+        super().check()
+        self.gradient_step.check_steady(self.name)
+
+    def one_pass(
+        self, images: Tensor, generator: torch.Generator, drawn: Tensor | None = None
+    ) -> tuple[Tensor, Gradients]:
         """As in `EagerEngine`."""
-        objective: Any = problem.objective
-        drawn = objective.draw(images, problem.generator) if drawn is None else drawn
+        step = self.gradient_step
+        objective: Any = step.objective
+        drawn = objective.draw(images, generator) if drawn is None else drawn
         # a list reads the very tensors that the model had when it was written down
-        key = (tuple(images.shape), images.dtype, images.stride(), objective.settings(), problem.version)
+        key = (tuple(images.shape), images.dtype, images.stride(), objective.settings(), step.version)
         known = self._passes.pop(key, None)
         # the gradients are in the list, and so are the casts: a caller's autocast adds none
-        with torch.no_grad(), forward_pass("fp32", problem.device), nullcontext() if known else _explained():
-            compiled, reached = known or self._compiled(problem, images, drawn)
+        with torch.no_grad(), forward_pass("fp32", step.device), nullcontext() if known else _explained():
+            compiled, reached = known or self._compiled(images, drawn)
             value, *gradients = compiled(images, drawn)  # the first time, the compiler runs
         self._passes[key] = compiled, reached
         while len(self._passes) > KEPT:
             self._passes.popitem(last=False)
-        found: list[Tensor | None] = [None] * len(problem.parameters)
+        found: list[Tensor | None] = [None] * len(step.parameters)
         for index, gradient in zip(reached, gradients, strict=True):
             found[index] = gradient
-        return value, apart(found, problem.parameters)
+        return value, apart(found, step.parameters)
 
-    def _compiled(
-        self, problem: Problem, images: Tensor, drawn: Tensor
-    ) -> tuple[Callable[..., list[Tensor]], list[int]]:
+    def _compiled(self, images: Tensor, drawn: Tensor) -> tuple[Callable[..., list[Tensor]], list[int]]:
         """The compiled pass, and which of the parameters it has gradients for."""
         from torch.fx.experimental.proxy_tensor import make_fx
 
-        objective: Any = problem.objective
+        step = self.gradient_step
+        objective: Any = step.objective
         reached: list[int] = []
 
         def both(images: Tensor, drawn: Tensor) -> list[Tensor]:
             with torch.enable_grad():
-                with forward_pass(problem.config.precision, problem.device):
+                with forward_pass(step.config.precision, step.device):
                     value = objective.loss_of(images, drawn)
-                found = torch.autograd.grad(value, problem.parameters, allow_unused=True)
+                found = torch.autograd.grad(value, step.parameters, allow_unused=True)
             reached[:] = [i for i, gradient in enumerate(found) if gradient is not None]
             return [value.detach(), *(gradient for gradient in found if gradient is not None)]
 
         # writing it down runs it once, and what it draws beside `drawn` has to be there for the first real run
-        with torch.no_grad(), torch.random.fork_rng(_devices(problem.device)):
+        with torch.no_grad(), torch.random.fork_rng(_devices(step.device)):
             operations = make_fx(both)(images, drawn)
         return self._compile(operations, fullgraph=True), reached
 
@@ -89,15 +101,16 @@ class CompileEngine(EagerEngine):
         options: Any = {"fallback_random": True} if self._backend == "inductor" else None
         return torch.compile(call, fullgraph=fullgraph, dynamic=False, backend=self._backend, options=options)
 
-    def predict(self, predict: Callable[[Tensor], Any], x: Tensor, key: Hashable = ()) -> Any:
-        """`predict(x)`, compiled; the compiler watches what else it depends on."""
+    def predict(self, predict: Callable[[Tensor], Any], x: Tensor, around: AbstractContextManager[None]) -> Any:
+        """As in `EagerEngine`, with `predict` compiled; the compiler watches what else it depends on."""
         shape = (tuple(x.shape), x.dtype, x.stride())
         if shape not in self._predictions or self._predictions[shape][0] is not predict:
             self._predictions[shape] = (predict, self._compile(_afresh(lambda x: predict(x))))
             while len(self._predictions) > KEPT:
                 self._predictions.popitem(last=False)
         self._predictions.move_to_end(shape)
-        return self._predictions[shape][1](x)
+        with around:
+            return self._predictions[shape][1](x)
 
     def forget(self) -> None:
         """Nothing: what is compiled reads the weights where they are."""

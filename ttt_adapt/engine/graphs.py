@@ -1,16 +1,16 @@
 """The CUDA graph engine: a step is recorded once and then replayed, without Python and without waiting.
 
-What is recorded reads and writes the same memory at every replay, so whatever changes from frame to frame lies in
-tensors: the frame is copied into a fixed place, the window's position is a number on the device, and the random source
-is registered with the graph, which moves it on at every replay. What Python decides (shapes, how many frames the window
-holds while it fills) is part of the key under which a recording is kept.
+A recording reads and writes the same memory at every replay, so whatever changes from frame to frame is in tensors: the
+frame is copied into a fixed place, the window's position is a number on the device, and the random source is registered
+with the graph, which moves it on at every replay. What Python decides (shapes, which video it is, how many frames the
+window holds while it fills) is part of the key under which a recording is kept.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,7 +19,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ttt_adapt.engine.eager import EagerEngine
+from ttt_adapt.engine.gradient_step import GradientStep
 from ttt_adapt.errors import ConfigError
+from ttt_adapt.objectives.base import SplitLoss
+from ttt_adapt.stream.optimizer import StreamOptimizer
+from ttt_adapt.stream.state import StreamState
 
 KEPT = 4  # recordings, each with the memory of its own intermediate results
 WARM_UP = 2  # ordinary runs before a recording: libraries choose their kernels, the optimizer makes its state
@@ -28,10 +32,17 @@ WARM_UP = 2  # ordinary runs before a recording: libraries choose their kernels,
 class Recorder(Protocol):
     """Records what a call launches."""
 
-    def record(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """A function that repeats the call's work, and the call's result, which every repetition overwrites.
+    def record(
+        self, call: Callable[[], Any], generator: torch.Generator | None = None
+    ) -> tuple[Callable[[], None], Any]:
+        """Record a call; the work itself is not done.
 
-        The work itself is not done while it is recorded.
+        Args:
+            call: what to record.
+            generator: the random source that the call draws from; None: it draws nothing.
+
+        Returns:
+            A function that repeats the call's work, and the call's result, which every repetition overwrites.
         """
         ...
 
@@ -46,22 +57,25 @@ class CudaRecorder:
     `torch.cuda.graph` is not used: it has one stream for all devices, and leaves it in place where a recording fails.
 
     Args:
-        generator: the random source that recorded calls draw from.
+        device: where the calls run.
     """
 
-    def __init__(self, generator: torch.Generator) -> None:
-        self._generator, self._device = generator, generator.device
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
 
-    def record(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    def record(
+        self, call: Callable[[], Any], generator: torch.Generator | None = None
+    ) -> tuple[Callable[[], None], Any]:
         """See `Recorder`. After a call that cannot be recorded, everything is as before."""
         with torch.cuda.device(self._device):
             self._stream = self._stream or torch.cuda.Stream(self._device)
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # while it records, memory that is kept for later is not given back
-            graph, before = torch.cuda.CUDAGraph(), self._generator.clone_state()
-            graph.register_generator_state(self._generator)
+            graph, before = torch.cuda.CUDAGraph(), None if generator is None else generator.clone_state()
+            if generator is not None:
+                graph.register_generator_state(generator)
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 try:
@@ -69,17 +83,18 @@ class CudaRecorder:
                     result = call()
                     graph.capture_end()
                 except BaseException:
-                    self._give_up(graph, before)
+                    self._give_up(graph)
+                    if generator is not None and before is not None:
+                        generator.graphsafe_set_state(before)
                     raise
             torch.cuda.current_stream().wait_stream(self._stream)
         self._pool = graph.pool()
         return graph.replay, result
 
-    def _give_up(self, graph: torch.cuda.CUDAGraph, before: torch.Generator) -> None:
-        """End a recording that failed: a stream and a random source that are still recording are of no use."""
+    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a recording that failed: a stream that is still recording cannot be used."""
         with suppress(RuntimeError):  # it may have ended, or be invalid
             graph.capture_end()
-        self._generator.graphsafe_set_state(before)
         self._stream = self._pool = None
 
     def forget(self) -> None:
@@ -104,44 +119,87 @@ class _Recording:
 class GraphEngine(EagerEngine):
     """Runs a call as it is a few times, then records it and replays the recording.
 
+    An update that cannot be recorded is refused. A prediction that cannot be recorded runs as it is: what a model does
+    to its outputs is its own business.
+
     Args:
+        step: what is differentiated.
         recorder: how to record.
         reason: why this engine was picked.
-        falls_back: run updates as they are where they cannot be recorded, instead of raising. Predictions always do so:
-            what a model does to its outputs is its own business.
-        cached: the tensors, beside weights and inputs, that modules keep from call to call: tables of positions, say.
     """
 
     name = "cudagraph"
-    records = True
+    recorded = True
 
-    def __init__(
-        self,
-        recorder: Recorder,
-        reason: str = "asked for",
-        falls_back: bool = False,
-        cached: Callable[[], Sequence[Tensor]] = tuple,
-    ) -> None:
-        super().__init__(reason)
-        self._recorder, self.strict, self._cached = recorder, not falls_back, cached
+    def __init__(self, step: GradientStep, recorder: Recorder, reason: str = "asked for") -> None:
+        super().__init__(step, reason)
+        self._recorder, self._predicts_eagerly = recorder, False
         self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
-        self._eager: set[str] = set()
 
-    def run(self, what: str, call: Callable[..., Any], *inputs: Tensor, key: Hashable = ()) -> Any:
-        """As in `EagerEngine`; the result is a copy that the next replay leaves alone.
+    def check(self) -> None:
+        """As in `EagerEngine`.
+
+        Raises:
+            ConfigError: the model replaces tensors of its own again and again.
+        """
+        super().check()
+        self.gradient_step.check_steady(self.name)
+
+    def update(self, call: Callable[..., Any], state: StreamState, *inputs: Tensor) -> Any:
+        """As in `EagerEngine`, replayed.
 
         Raises:
             ConfigError: the call cannot be recorded; nothing of it was done.
         """
-        if what in self._eager:
-            return call(*inputs)
+        objective, buffer = self.gradient_step.objective, state.window.buffer
+        settings = objective.settings() if isinstance(objective, SplitLoss) else ()
+        place = None if buffer is None else buffer.data_ptr()
+        key = (state.serial, state.window.known(state.newest), place, settings, self.gradient_step.look())
+        return self._run("update", call, inputs, key, state.random.generator)
+
+    def restart(self, optimizer: StreamOptimizer) -> None:
+        """Zero the optimizer's state where it is: recordings read and write that memory."""
+        for values in optimizer.optimizer.state.values():
+            torch._foreach_zero_([value for value in values.values() if isinstance(value, Tensor)])
+        optimizer.restore_settings()
+
+    def take_step(self, optimizer: StreamOptimizer, finite: Tensor) -> None:
+        """As in `EagerEngine`, without looking at `finite` on the host."""
+        optimizer.step_if(finite)
+        self.gradient_step.after_step()
+
+    def predict(self, predict: Callable[[Tensor], Any], x: Tensor, around: AbstractContextManager[None]) -> Any:
+        """As in `EagerEngine`, replayed."""
+        key = self.gradient_step.look()  # before `around` puts statistics of the frame in the place of the model's
+        with around:
+            if self._predicts_eagerly:
+                return predict(x)
+            return self._run("predict", predict, (x,), key)
+
+    def _run(
+        self,
+        what: str,
+        call: Callable[..., Any],
+        inputs: tuple[Tensor, ...],
+        key: Hashable,
+        generator: torch.Generator | None = None,
+    ) -> Any:
+        """`call(*inputs)`; a replayed result is a copy that the next replay leaves alone.
+
+        Args:
+            what: a name for the call.
+            call: returns tensors, nested in lists, tuples and dicts.
+            inputs: tensors that differ from call to call.
+            key: all else that the result depends on and that Python decides.
+            generator: the random source that it draws from.
+        """
         kinds = {x.device.type for x in inputs}
         casts = [torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)]  # the caller's
         entry = self._entry((what, key, *casts, *((tuple(x.shape), x.dtype) for x in inputs)))
         if entry.runs < WARM_UP:
             entry.runs += 1
             return call(*inputs)
-        if entry.replay is None and not self._record(what, entry, call, inputs):
+        if entry.replay is None and not self._record(what, entry, call, inputs, generator):
             return call(*inputs)
         assert entry.replay is not None
         for place, value in zip(entry.inputs, inputs, strict=True):
@@ -158,32 +216,35 @@ class GraphEngine(EagerEngine):
                 self._recorder.forget()
         return entry
 
-    def _record(self, what: str, entry: _Recording, call: Callable[..., Any], inputs: tuple[Tensor, ...]) -> bool:
+    def _record(
+        self,
+        what: str,
+        entry: _Recording,
+        call: Callable[..., Any],
+        inputs: tuple[Tensor, ...],
+        generator: torch.Generator | None,
+    ) -> bool:
         """Whether there is a recording now."""
         try:
             with torch.inference_mode(False), torch.no_grad(), _no_kept_casts():  # which a recording would outlive
                 entry.inputs = tuple(x.clone() for x in inputs)
-                entry.replay, entry.result = self._recorder.record(lambda: call(*entry.inputs))
-            entry.holds = self._cached()
+                entry.replay, entry.result = self._recorder.record(lambda: call(*entry.inputs), generator)
+            entry.holds = cached_tensors(self.gradient_step.objective)
             if strange := {type(x).__name__ for x in tree_leaves(entry.result) if not _repeats(x)}:
                 raise TypeError(f"it returns {', '.join(sorted(strange))}, not tensors in lists, tuples and dicts")
             return True
         except Exception as error:
             self.forget()  # a recording that failed may have cost the others their random source
-            if what != "predict" and self.strict:
-                if isinstance(error, MemoryError | torch.OutOfMemoryError):
-                    raise
-                raise ConfigError(
-                    f"the {what} pass of this model cannot be recorded into a CUDA graph ({type(error).__name__}: "
-                    f'{error}): use engine="eager" or "compile"'
-                ) from error
-            self._eager.add(what)
-            self.reason += f"; the {what} pass runs eagerly, it cannot be recorded ({type(error).__name__}: {error})"
-            return False
-
-    def predict(self, predict: Callable[[Tensor], Any], x: Tensor, key: Hashable = ()) -> Any:
-        """`predict(x)`, replayed."""
-        return self.run("predict", predict, x, key=key)
+            if what == "predict":
+                self._predicts_eagerly = True
+                self.reason += f"; predictions run eagerly, they cannot be recorded ({type(error).__name__}: {error})"
+                return False
+            if isinstance(error, MemoryError | torch.OutOfMemoryError):
+                raise
+            raise ConfigError(
+                f"the {what} pass of this model cannot be recorded into a CUDA graph ({type(error).__name__}: "
+                f'{error}): use engine="eager" or "compile"'
+            ) from error
 
     def forget(self) -> None:
         """Drop all recordings: they hold the addresses of the weights, the optimizer's state and the window."""

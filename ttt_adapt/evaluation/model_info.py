@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.engine import describe_engines
+from ttt_adapt.engine.choose import describe_engines
 from ttt_adapt.engine.recompute import repeated_blocks
 from ttt_adapt.errors import ConfigError, missing, nearest
 from ttt_adapt.model.hooks import run_encoder

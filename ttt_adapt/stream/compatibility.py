@@ -8,7 +8,7 @@ from typing import Any
 
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError
-from ttt_adapt.objectives.base import SplitLoss, Objective
+from ttt_adapt.objectives.base import Objective, SplitLoss
 from ttt_adapt.objectives.mae import SETTINGS, MAEBranch
 from ttt_adapt.stream.frames import Normalize, Preprocess
 
@@ -33,7 +33,8 @@ def current_format(state: Any) -> dict[str, Any]:
     version = state.get("format", 0)
     if version not in range(FORMAT + 1):
         raise CheckpointError(
-            f"the state has format {version!r}, and this version of ttt_adapt reads formats up to {FORMAT}: update ttt_adapt"
+            f"the state has format {version!r}, and this version of ttt_adapt reads formats up to {FORMAT}: update "
+            "ttt_adapt"
         )
     state = dict(state)
     if version == 0:
@@ -51,8 +52,8 @@ def _upgrade_from_0(state: dict[str, Any]) -> None:
     if isinstance(config, Mapping) and "deferred" in config:
         if config["deferred"]:
             raise CheckpointError(
-                "the state has format 0 and was saved with deferred=True, an option that is gone: it cannot go on. Begin "
-                "the stream anew, and call predict(frame) before adapt(frame) to predict first"
+                "the state has format 0 and was saved with deferred=True, an option that is gone: it cannot go on. "
+                "Begin the stream anew, and call predict(frame) before adapt(frame) to predict first"
             )
         state["config"] = {name: value for name, value in config.items() if name != "deferred"}
 
@@ -61,7 +62,7 @@ def setting_of(objective: Objective, preprocess: Preprocess | None) -> dict[str,
     """What a stream depends on beside its configuration and its tensors, in plain values.
 
     Args:
-        objective: what is learned from. Of those that are neither an `MAEBranch` nor `SplitLoss`, the kind alone is known.
+        objective: what is learned from. Of one that is no `MAEBranch` and no `SplitLoss`, only the kind is known.
         preprocess: of the frames; two functions of the user's own cannot be told apart.
     """
     setting: dict[str, Any] = {"objective": type(objective).__name__}

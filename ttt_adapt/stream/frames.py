@@ -1,9 +1,9 @@
-"""Frames in: what a user may pass, checked, and turned into what the model takes."""
+"""Frames: what a user may pass, the checks that refuse the rest, and the way to what the model takes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError
 from ttt_adapt.model.encoder import data_config
 
-Preprocess = Callable[[Any], Tensor]
+Preprocess = Callable[[Any], Any]
+"""A uint8 RGB frame [H, W, 3] -> float [1, 3, H, W] as the model takes it; or a tuple of that and a context.
+
+The context is handed to `predict(x, context)` when this frame is predicted: what a prediction needs beside x.
+"""
 
 ACCEPTED = (
     "a uint8 RGB frame [H, W, 3] (NumPy array or tensor), or a float tensor [3, H, W] or [1, 3, H, W] already "
@@ -115,6 +119,68 @@ def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+class TakenFrame(NamedTuple):
+    """A frame on its way through the stream.
+
+    Attributes:
+        x: float [1, 3, H, W], as the model takes it.
+        pixels: uint8 [H, W, 3], as it came, where the window may keep that instead; else None.
+        context: (what `preprocess` returned beside x,), or () where it returned x alone.
+    """
+
+    x: Tensor
+    pixels: Tensor | None = None
+    context: tuple[Any, ...] = ()
+
+
+class FrameIntake:
+    """Takes frames into a stream: checked, as the model takes them, on its device.
+
+    Args:
+        preprocess: for uint8 frames; None: they are refused.
+        device: of the model.
+        dtype: of the model's images.
+        crop_size: (H, W) of the crops that are drawn from a frame; None: whole frames.
+    """
+
+    def __init__(
+        self,
+        preprocess: Preprocess | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        crop_size: tuple[int, int] | None = None,
+    ) -> None:
+        self.preprocess, self.device, self.dtype, self._crop = preprocess, device, dtype, crop_size
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def take(self, frame: Any, stream_shape: tuple[int, ...] | None = None) -> TakenFrame:
+        """Check a frame and turn it into what the model takes.
+
+        Args:
+            frame: uint8 RGB [H, W, 3], or float [3, H, W] or [1, 3, H, W] as the model takes it.
+            stream_shape: (3, H, W) of the frames of the stream so far; None at its beginning.
+
+        Raises:
+            FrameTypeError, FrameError: the frame cannot be used, has another size than the stream so far, or is
+                smaller than a crop.
+        """
+        pixels = pixels_of(frame, self.preprocess, self.device)
+        x, context = _model_input(frame if pixels is None else pixels, self.preprocess, self.device, self.dtype)
+        x = x.clone() if x.is_inference() else x
+        if stream_shape is not None and stream_shape != tuple(x.shape[1:]):
+            raise FrameError(
+                f"the frame became {tuple(x.shape[2:])} (H, W) as the model takes it, and the stream so far is "
+                f"{stream_shape[1:]}: call reset() where a new video begins, or resize the frames"
+            )
+        if self._crop is not None and (self._crop[0] > x.shape[2] or self._crop[1] > x.shape[3]):
+            raise FrameError(
+                f"crop_size {self._crop} does not fit into a frame of {tuple(x.shape[2:])} (H, W): lower it"
+            )
+        resized = pixels is not None and pixels.shape[:2] != x.shape[2:]
+        return TakenFrame(x, None if resized else pixels, context)
+
+
 def to_model_input(
     frame: Any, preprocess: Preprocess | None, device: torch.device, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -124,20 +190,30 @@ def to_model_input(
         FrameTypeError: not an array or tensor, or a dtype that is neither uint8 nor floating point.
         FrameError: wrong shape or layout, NaN or infinite values, or no known normalisation for uint8.
     """
+    return _model_input(frame, preprocess, device, dtype)[0]
+
+
+def _model_input(
+    frame: Any, preprocess: Preprocess | None, device: torch.device, dtype: torch.dtype | None
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """`to_model_input`, and the context that came with it."""
     if not isinstance(frame, np.ndarray | Tensor):
         raise FrameTypeError(f"the frame is a {type(frame).__name__}; expected {ACCEPTED}")
     take = _from_uint8 if frame.dtype in (np.uint8, torch.uint8) else _from_float
+    context: tuple[Any, ...] = ()
     x = take(frame, preprocess)
+    if isinstance(x, tuple) and len(x) == 2:
+        x, context = x[0], (x[1],)
     if not isinstance(x, Tensor):
         raise FrameTypeError(f"preprocess returned a {type(x).__name__}; expected a float tensor [1, 3, H, W]")
     x = to_device(x.detach(), device)
     x = x.to(dtype) if dtype is not None and x.is_floating_point() else x
     if x.ndim != 4 or x.shape[0] != 1 or x.shape[1] != 3 or not x.is_floating_point():
         raise FrameError(f"preprocess returned {tuple(x.shape)} {x.dtype}; expected float [1, 3, H, W]")
-    return x
+    return x, context
 
 
-def _from_uint8(frame: Any, preprocess: Preprocess | None) -> Tensor:
+def _from_uint8(frame: Any, preprocess: Preprocess | None) -> Any:
     shape = tuple(frame.shape)
     if len(shape) != 3 or shape[2] != 3:
         hint = ": transpose it to channels last" if len(shape) == 3 and shape[0] == 3 else ""

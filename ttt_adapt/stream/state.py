@@ -1,7 +1,7 @@
 """StreamState: everything that belongs to one video, so that it can be reset, saved, loaded and undone in one place.
 
-To add to the state, write a `Part` and a field for it. Nothing else changes: the methods of `StreamState` go through the
-fields.
+To add to the state, write a `Part` and a field for it. Nothing else changes: the methods of `StreamState` go through
+the fields.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.errors import CheckpointError
+from ttt_adapt.errors import CheckpointError, StateError
+from ttt_adapt.objectives.base import Objective, StatefulObjective
 from ttt_adapt.objectives.mae import check_state
 from ttt_adapt.stream.auto_window import AutoWindow
+from ttt_adapt.stream.frames import FrameIntake, scaling
 from ttt_adapt.stream.optimizer import StreamOptimizer
 from ttt_adapt.stream.part import Part
 from ttt_adapt.stream.report import StepReport
@@ -26,13 +28,15 @@ from ttt_adapt.stream.schedule import SurpriseGate
 from ttt_adapt.stream.source import SourceWeights
 from ttt_adapt.stream.window import FrameWindow
 
+Self = TypeVar("Self", bound="StreamState")
+
 _serial = itertools.count()
 
 
 class AdaptedWeights(Part):
     """The tensors that adaptation changes: weights, running statistics, and what an objective remembers.
 
-    Of several videos over one model, the values of one are in the model, and those of the others in copies of their own.
+    Of several videos over one model, the values of one are in the model. Those of the others are in copies.
 
     Args:
         live: name -> tensor of the model or of its branch. They are written in place: their addresses stay.
@@ -45,6 +49,11 @@ class AdaptedWeights(Part):
         self._undone = [live[name] for name in undone]
         self._here = self._live
         self._parked: list[Tensor] = []
+
+    def shares_model_with(self, other: AdaptedWeights) -> bool:
+        """Whether both are of the same model and branch."""
+        mine, theirs = self._live, other._live
+        return len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))
 
     def pull(self, fraction: float) -> None:
         """Move the weights `fraction` of the way back to the source weights; 1 restores everything."""
@@ -207,6 +216,36 @@ class StreamState:
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         self._parts: dict[str, Part] = {name: value for name, value in values.items() if isinstance(value, Part)}
 
+    @classmethod
+    def begin(
+        cls: type[Self],
+        config: StreamConfig,
+        live: Mapping[str, Tensor],
+        source: SourceWeights,
+        make_optimizer: Callable[[], torch.optim.Optimizer],
+        intake: FrameIntake,
+    ) -> Self:
+        """A new video, whose weights are those in the model.
+
+        Args:
+            config: the choices of the algorithm.
+            live: name -> tensor, from `adapted_tensors`.
+            source: their source values.
+            make_optimizer: makes a fresh optimizer.
+            intake: how frames come in.
+        """
+        statistics = [name for name in live if name.startswith("norm.")]
+        normalize = scaling(intake.preprocess, intake.dtype)
+        return cls(
+            weights=AdaptedWeights(live, source, undone=statistics),
+            optimizer=StreamOptimizer(make_optimizer),
+            window=FrameWindow(config.capacity, normalize, intake.dtype, intake.device),
+            random=RandomState(config.seed, intake.device),
+            gate=SurpriseGate(),
+            auto=AutoWindow(config.capacity, draws=config.batch_size) if config.window == "auto" else None,
+            progress=Progress(),
+        )
+
     @property
     def newest(self) -> int:
         """How many frames a draw may reach back, the current one included."""
@@ -224,7 +263,7 @@ class StreamState:
 
     @contextmanager
     def undone_if_it_fails(self) -> Iterator[None]:
-        """If the block raises, every part is as its `mark` promises; the window, the counters and the random state as before."""
+        """If the block raises, every part goes back to its `mark`: window, counters and random state are as before."""
         undo = [part.mark() for part in self._parts.values()]
         try:
             yield
@@ -252,10 +291,36 @@ class StreamState:
                 take()
 
 
+def adapted_tensors(
+    objective: Objective, encoder: Mapping[str, Tensor], own: Mapping[str, Tensor], norms: Sequence[nn.Module]
+) -> dict[str, Tensor]:
+    """Everything that adaptation changes.
+
+    Args:
+        objective: with what it remembers, if it is a `StatefulObjective`.
+        encoder: name -> parameter of the user's model.
+        own: name -> parameter of the objective's own.
+        norms: layers whose running statistics move.
+
+    Returns:
+        Name -> tensor; names begin with "model.", "branch.", "norm." or "memory.".
+    """
+    tensors = {f"model.{name}": p for name, p in encoder.items()}
+    tensors |= {f"branch.{name}": p for name, p in own.items()}
+    for i, norm in enumerate(norms):
+        tensors |= {f"norm.{i}.{name}": buffer for name, buffer in norm.named_buffers()}
+    memory = objective.memory() if isinstance(objective, StatefulObjective) else {}
+    return tensors | {f"memory.{name}": tensor for name, tensor in memory.items()}
+
+
 def swap(old: StreamState, new: StreamState) -> None:
-    """Put the weights of another video into the model, in place of those that are there."""
+    """Put the weights of another video into the model, in place of those that are there.
+
+    Raises:
+        StateError: the videos are not of the same model.
+    """
+    if not isinstance(new, StreamState) or not new.weights.shares_model_with(old.weights):
+        raise StateError("this is no state of this adapter: expected one from new_state() or swap() of this adapter")
     if old is not new:
         old.weights.leave()
         new.weights.enter()
-
-

@@ -108,7 +108,8 @@ class FrameWindow(Part):
         Returns:
             [B, 3, H, W], a contiguous copy.
         """
-        assert self._buffer is not None and self._position is not None, "stage a frame first"
+        assert self._buffer is not None, "stage a frame first"
+        assert self._position is not None
         device = self._buffer.device
         age = torch.randint(self.known(newest), (count,), generator=generator, device=device)  # [B]
         rows = (self._position - age) % (self.capacity + 1)  # [B]

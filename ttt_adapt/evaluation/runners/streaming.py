@@ -15,7 +15,7 @@ from ttt_adapt.model.hooks import hooks
 from ttt_adapt.model.norms import blended_statistics, norm_layers, updating_norms
 from ttt_adapt.objectives import Objective
 from ttt_adapt.stream.frames import Preprocess, to_model_input
-from ttt_adapt.stream.source import Snapshot
+from ttt_adapt.stream.source import SourceWeights
 
 
 class Fixed:
@@ -58,7 +58,7 @@ class NormAverage(Fixed):
     def __init__(self, model: nn.Module, preprocess: Preprocess, momentum: float) -> None:
         super().__init__(model, preprocess)
         self._norms, self._momentum = _batch_norms(model), momentum
-        self._source = Snapshot({f"{i}.{n}": b for i, m in enumerate(self._norms) for n, b in m.named_buffers()})
+        self._source = SourceWeights({f"{i}.{n}": b for i, m in enumerate(self._norms) for n, b in m.named_buffers()})
 
     def step(self, frame: Any) -> Tensor:
         """Let the frame into the statistics, then predict with them."""
@@ -202,7 +202,7 @@ class Adapting:
 
     def predict(self, x: Tensor) -> Tensor:
         """Class scores with the weights as they are."""
-        return self.adapter._predict_input(x)
+        return self.adapter.forward(x)
 
     def close(self) -> None:
         """Detach the adapter; the source weights are back."""

@@ -1,0 +1,125 @@
+"""GradientStep: what a step differentiates, by which weights, and how the model is prepared for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from ttt_adapt.config import StreamConfig
+from ttt_adapt.engine.recompute import repeated_blocks
+from ttt_adapt.errors import ConfigError, EncoderError
+from ttt_adapt.model.dropout import drop_layers, dropping
+from ttt_adapt.model.replaced import Watch
+from ttt_adapt.objectives.base import Objective, StatefulObjective
+
+PATIENCE = 8
+"""Steps in a row before which a model may put other tensors in the place of its own."""
+
+REPLACED = (
+    "they were replaced after the branch was attached (by load_state_dict(assign=True), for example); attach again"
+)
+
+
+class GradientStep:
+    """The loss of an objective, and the parameters that a step changes.
+
+    Attributes:
+        objective: whose loss.
+        encoder: name -> parameter inside of the user's model that the loss adapts.
+        own: name -> parameter of the objective's own that learns. A weight that both share is the encoder's.
+        parameters: all of them, those of the encoder first. A parameter that the loss does not reach gets no gradient.
+        config: the stream's settings.
+        device: where it runs.
+        blocks: modules that run again in the backward pass -> the modules in each; none without `grad_checkpointing`.
+        remembers: whether the objective changes something of its own after a step that was taken.
+        version: changes when tensors of the model or of the objective were replaced by others.
+
+    Args:
+        objective: whose loss.
+        config: the stream's settings.
+
+    Raises:
+        ConfigError: an objective that adapts nothing, or `grad_checkpointing` without blocks to run again.
+    """
+
+    def __init__(self, objective: Objective, config: StreamConfig) -> None:
+        self.objective, self.config = objective, config
+        self.encoder = encoder = dict(objective.encoder_parameters())
+        if not encoder:
+            raise ConfigError("the branch names no encoder parameters: there is nothing to adapt")
+        inside = {id(p) for p in encoder.values()}
+        own = {n: p for n, p in objective.named_parameters() if p.requires_grad and id(p) not in inside}
+        self.own, self.parameters = own, [*encoder.values(), *own.values()]
+        self.device = self.parameters[0].device
+        self._frozen = [p for p in encoder.values() if not p.requires_grad]
+        self._drops = drop_layers(objective.model) if config.drop_path else []
+        self.blocks = repeated_blocks(objective.model, self.parameters) if config.grad_checkpointing else {}
+        stateful = isinstance(objective, StatefulObjective)
+        self.remembers = stateful and bool(objective.memory())  # type: ignore[attr-defined]
+        self.after_step: Callable[[], None] = objective.after_step if stateful else _nothing  # type: ignore[attr-defined]
+        self._watch = Watch(objective.model, *([objective] if isinstance(objective, nn.Module) else []))
+        self.version, self._changes = -1, 0
+
+    def check_parameters(self) -> None:
+        """Refuse a model whose weights are no longer those that a step changes.
+
+        The objective is asked for its parameters only after something was replaced.
+
+        Raises:
+            EncoderError: other parameters stand in their place.
+        """
+        version = self.look()
+        if version == self.version:
+            self._changes = 0
+            return
+        self._changes += 1
+        now, count = self.objective.encoder_parameters().values(), len(self.encoder)
+        if len(now) != count or any(p is not q for p, q in zip(now, self.parameters, strict=False)):
+            raise EncoderError(f"the encoder's parameters are not those that are adapted: {REPLACED}")
+        own = self.parameters[count:]
+        if own and not {id(p) for p in own} <= {id(p) for _, p in self.objective.named_parameters()}:
+            raise EncoderError(f"the branch's parameters are not those that are adapted: {REPLACED}")
+        self.version = version
+
+    def look(self) -> int:
+        """Another number than before if tensors or modules were replaced since the last call."""
+        return self._watch.version()
+
+    def check_steady(self, engine: str) -> None:
+        """Refuse a model that an engine cannot follow which writes a pass down once.
+
+        Raises:
+            ConfigError: the model replaces tensors of its own again and again.
+        """
+        if self._changes > PATIENCE:
+            raise ConfigError(
+                f"the model puts another tensor in the place of its {self._watch.last!r} at every frame, which "
+                f'engine={engine!r} cannot follow: use engine="eager"'
+            )
+
+    @contextmanager
+    def learning(self, number: int) -> Iterator[None]:
+        """Inside the block the encoder's parameters learn, and layers of dropout drop, if the configuration says so.
+
+        Args:
+            number: of the gradient step, from the beginning of the video; with the seed it decides what is dropped.
+        """
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        try:
+            with dropping(self._drops, (self.config.seed + number * 0x9E3779B97F4A7C15) % 2**64, self.device):
+                yield
+        finally:
+            for parameter in self._frozen:
+                parameter.requires_grad_(False)
+
+    def forget_gradients(self) -> None:
+        """Free the memory of the gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+def _nothing() -> None:
+    """For objectives that change nothing after a step."""
