@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import pickle
 import resource
@@ -17,10 +18,11 @@ from torch import nn
 
 import models as zoo
 from conftest import left_as_it_was, live_tensors, photograph, same_bits, settle_norms
-from ttt_adapt import MAEBranch, Normalize, Objective, StepReport, StreamAdapter, StreamConfig, TTTAdaptError, loan
+from ttt_adapt import MAEBranch, Normalize, Objective, StepReport, StreamAdapter, StreamConfig, TTTAdaptError
 from ttt_adapt.errors import CheckpointError, ConfigError, EncoderError, FrameError, FrameTypeError, StateError
 from ttt_adapt.model.dropout import drop_layers
 from ttt_adapt.model.features import Features
+from ttt_adapt.model.ownership import number_of_owned_models
 
 SIZE = (32, 48)
 CONFIG = StreamConfig(window=3, batch_size=2, lr=1e-2, encoder_lr_scale=0.5, seed=11)
@@ -106,11 +108,11 @@ def test_the_stream_equals_a_loop_written_by_hand(restart, grad_clip):
     frames = [frame.double() for frame in clip(6)]
     config = CONFIG.replace(lr=1e-3, restart_optimizer=restart, grad_clip=grad_clip, weight_decay=0.3)
     adapter = attached(lambda: zoo.PlainSeg().double(), config=config)
-    model, branch = copy.deepcopy(adapter._model), copy.deepcopy(adapter.branch)
+    model, branch = copy.deepcopy(adapter.branch.model), copy.deepcopy(adapter.branch)
     mine = [adapter.adapt(frame).losses[0] for frame in frames]
     theirs = by_hand(model, branch, frames, config, restart)
     assert mine == pytest.approx(theirs, rel=1e-6)
-    for mine, theirs in ((adapter._model, model), (adapter.branch, branch)):
+    for mine, theirs in ((adapter.branch.model, model), (adapter.branch, branch)):
         for a, b in zip(mine.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
@@ -162,7 +164,7 @@ def test_without_memory_a_prediction_does_not_depend_on_earlier_frames():
     for before in (clip(0), clip(2), clip(4, seed=3)):
         adapter = attached(config=StreamConfig.no_memory(batch_size=2, lr=1e-2, seed=11))
         run(adapter, before)
-        adapter._generator.manual_seed(123)
+        adapter.state.random.generator.manual_seed(123)
         outs.append(adapter.step(last))
     assert same_bits(outs[0], outs[1])
     assert same_bits(outs[0], outs[2])
@@ -174,7 +176,7 @@ def test_with_either_memory_earlier_frames_have_a_say(preset):
     for before in (clip(4), clip(4, seed=3)):
         adapter = attached(config=preset(batch_size=8, lr=1e-2))
         run(adapter, before)
-        adapter._generator.manual_seed(123)
+        adapter.state.random.generator.manual_seed(123)
         outs.append(adapter.step(last))
     assert not same_bits(outs[0], outs[1])
 
@@ -196,7 +198,7 @@ def test_embedding_tables_of_the_decoder_are_not_decayed():
             return image[:, :, None, None].expand(-1, -1, *features.image_size)
 
     adapter = StreamAdapter(zoo.TinySeg(), encoder="backbone", decoder=Decoder(), config=StreamConfig.paper())
-    decay = {id(p): group["weight_decay"] for group in adapter._optimizer.param_groups for p in group["params"]}
+    decay = {id(p): group["weight_decay"] for group in adapter.state.optimizer.optimizer.param_groups for p in group["params"]}
     decoder = adapter.branch.decoder
     assert decay[id(decoder.queries.weight)] == 0.0
     assert decay[id(decoder.out.weight)] == 0.05
@@ -208,7 +210,7 @@ def test_a_source_pull_leaves_running_statistics_to_their_own_momentum():
         adapter = attached(zoo.TinySeg, config=CONFIG.replace(source_pull=pull, norm_stats="ema", lr=0.0))
         for frame in clip():
             adapter.adapt(frame)
-        means.append(adapter._model.backbone[1].running_mean.clone())
+        means.append(adapter.branch.model.backbone[1].running_mean.clone())
     assert torch.equal(*means)
 
 
@@ -218,7 +220,7 @@ def test_a_source_pull_moves_that_fraction_back_before_the_step():
     source = weights(adapter)
     run(adapter, frames[:2])
     adapted = weights(adapter)
-    for group in adapter._optimizer.param_groups:
+    for group in adapter.state.optimizer.optimizer.param_groups:
         group["lr"] = 0.0
     adapter.step(frames[2])
     for name, now in weights(adapter).items():
@@ -304,9 +306,8 @@ def test_the_patch_embeddings_convolution_is_decayed():
 
 
 def test_weight_decay_acts_on_what_it_is_given_alone():
-    adapter = attached(config=CONFIG.replace(weight_decay=0.5, lr=1e-2, grad_clip=1e-30), optimizer=None)
+    adapter = attached(config=CONFIG.replace(weight_decay=0.5, lr=1e-2, grad_clip=1e-30), optimizer=torch.optim.SGD)
     before = weights(adapter)
-    adapter._optimizer = torch.optim.SGD([dict(g) for g in adapter._optimizer.param_groups])
     adapter.step(clip(1)[0])
     now = weights(adapter)
     for name, lr in (("model.backbone.0.weight", 0.5e-2), ("branch.decoder.pyramid.out.weight", 1e-2)):
@@ -342,7 +343,7 @@ def test_every_nth_frame_is_adapted_to_and_every_frame_is_predicted():
     assert changed == [True, False, False, True, False, False, True]
     assert reasons[0] == (True, "", 1)
     assert reasons[1] == (False, "every", 0)
-    assert len(adapter._window) == 3  # the others are in the window all the same
+    assert len(adapter.state.window) == 3  # the others are in the window all the same
 
 
 def test_crops_have_the_asked_size_and_come_from_everywhere():
@@ -373,7 +374,7 @@ def training_flags_during(adapter, frame) -> dict[str, set[bool]]:
     seen = {}
     handles = [
         m.register_forward_hook(lambda m, _a, _o: seen.setdefault(type(m).__name__, set()).add(m.training))
-        for m in adapter._model.modules()
+        for m in adapter.branch.model.modules()
     ]
     adapter.adapt(frame)
     for handle in handles:
@@ -384,10 +385,10 @@ def training_flags_during(adapter, frame) -> dict[str, set[bool]]:
 @pytest.mark.parametrize("asked", [False, True])
 def test_dropout_and_stochastic_depth_are_active_only_if_asked_for(asked):
     adapter = attached(lambda: zoo.vit(drop_path_rate=0.5), "norm", CONFIG.replace(drop_path=asked))
-    adapter._model.train(False)
+    adapter.branch.model.train(False)
     seen = training_flags_during(adapter, clip(1)[0])
     assert seen["DropPath"] == {asked}
-    assert not any(m.training for m in adapter._model.modules())
+    assert not any(m.training for m in adapter.branch.model.modules())
 
 
 class StochasticDepth(nn.Module):
@@ -432,9 +433,9 @@ def test_a_model_left_in_training_mode_is_in_evaluation_mode_while_it_adapts():
 
 def test_stochastic_depth_never_lets_masked_frames_into_running_statistics():
     adapter = attached(zoo.TinySeg, config=CONFIG.replace(drop_path=True))
-    before = photograph(adapter._model)["bytes"]
+    before = photograph(adapter.branch.model)["bytes"]
     assert training_flags_during(adapter, clip(1)[0])["BatchNorm2d"] == {False}
-    after = photograph(adapter._model)["bytes"]
+    after = photograph(adapter.branch.model)["bytes"]
     assert {n for n in after if after[n] != before[n]} <= set(adapter.branch.encoder_parameters())
 
 
@@ -447,11 +448,11 @@ def clean_statistics(model, frame):
 @pytest.mark.parametrize("kind", ["frozen", "ema", "blend", "batch"])
 def test_running_statistics_are_frozen_or_those_of_clean_frames(kind):
     adapter = attached(zoo.TinySeg, config=CONFIG.replace(norm_stats=kind, norm_momentum=0.2, lr=0.0))
-    norm = adapter._model.backbone[1]
+    norm = adapter.branch.model.backbone[1]
     mean, var = norm.running_mean.clone(), norm.running_var.clone()
-    source, momentum = photograph(adapter._model), norm.momentum
+    source, momentum = photograph(adapter.branch.model), norm.momentum
     for frame in clip(3):
-        new_mean, new_var = clean_statistics(adapter._model, frame)
+        new_mean, new_var = clean_statistics(adapter.branch.model, frame)
         share = 0.2 if kind == "ema" else 0.0
         mean, var = mean + share * (new_mean - mean), var + share * (new_var - var)
         adapter.step(frame)
@@ -459,15 +460,15 @@ def test_running_statistics_are_frozen_or_those_of_clean_frames(kind):
         torch.testing.assert_close(norm.running_var, var, rtol=1e-5, atol=1e-6)
     assert norm.momentum == momentum
     assert not norm.training
-    assert (photograph(adapter._model)["bytes"] == source["bytes"]) == (kind != "ema")
+    assert (photograph(adapter.branch.model)["bytes"] == source["bytes"]) == (kind != "ema")
     adapter.reset()
-    assert photograph(adapter._model) == source
+    assert photograph(adapter.branch.model) == source
 
 
 @pytest.mark.parametrize("kind", ["ema", "batch"])
 def test_norms_behind_global_pooling_keep_to_their_running_statistics(kind):
     adapter = attached(zoo.PooledSeg, config=CONFIG.replace(norm_stats=kind, norm_momentum=0.2, lr=0.0))
-    model = adapter._model
+    model = adapter.branch.model
     pooled, before = model.pool[2], {name: b.clone() for name, b in model.named_buffers()}
     source = photograph(model)
     frame = clip(1)[0]
@@ -498,7 +499,7 @@ def test_a_frame_is_predicted_with_a_blend_of_its_own_statistics_and_the_running
     found = {}
     for momentum, share in ((None, 0.5), (0.2, 0.2)):
         adapter = attached(zoo.TinySeg, config=CONFIG.replace(norm_stats="blend", norm_momentum=momentum, lr=0.0))
-        model, frame = adapter._model, clip(1)[0]
+        model, frame = adapter.branch.model, clip(1)[0]
         norm = model.backbone[1]
         mean, var = clean_statistics(model, frame)
         found[share] = adapter.step(frame)
@@ -514,7 +515,7 @@ def test_each_frame_is_predicted_with_its_own_statistics_and_the_weights_after_t
     for frame in clip(4):
         found = adapter.step(frame)
         plain = zoo.TinySeg()
-        plain.load_state_dict(adapter._model.state_dict())
+        plain.load_state_dict(adapter.branch.model.state_dict())
         for norm in (m for m in plain.modules() if isinstance(m, nn.BatchNorm2d)):
             norm.forward = lambda x, m=norm: (
                 (x - x.mean((0, 2, 3), keepdim=True))
@@ -523,7 +524,7 @@ def test_each_frame_is_predicted_with_its_own_statistics_and_the_weights_after_t
                 + m.bias[:, None, None]
             )
         with torch.no_grad():
-            expected = plain.eval()(adapter._take(frame))
+            expected = plain.eval()(frame[None])
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -534,17 +535,17 @@ def test_moving_statistics_survive_saving_in_mid_stream(tmp_path):
     torch.save(first.state_dict(), tmp_path / "state.pt")
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert same_bits(run(second, frames[3:]), run(first, frames[3:]))
-    assert photograph(first._model)["bytes"] == photograph(second._model)["bytes"]
+    assert photograph(first.branch.model)["bytes"] == photograph(second.branch.model)["bytes"]
 
 
 def test_half_precision_is_for_the_gradient_step_alone():
     seen = []
     adapter = attached(config=CONFIG.replace(precision="bf16"))
-    adapter._model.backbone[0].register_forward_hook(lambda _m, _a, out: seen.append(out.dtype))
+    adapter.branch.model.backbone[0].register_forward_hook(lambda _m, _a, out: seen.append(out.dtype))
     out = adapter.step(clip(1)[0])
     assert seen == [torch.bfloat16, torch.float32]
     assert out.dtype == torch.float32
-    assert all(p.dtype == torch.float32 for p in adapter._model.parameters())
+    assert all(p.dtype == torch.float32 for p in adapter.branch.model.parameters())
 
 
 def test_an_optimizer_of_the_users_own_gets_groups_with_rates_and_names():
@@ -696,7 +697,7 @@ def test_the_frame_of_a_failed_step_is_not_in_the_window():
     with pytest.raises(KeyError):
         adapter.step(frames[1])
     adapter.branch.loss = plain
-    assert len(adapter._window) == 1
+    assert len(adapter.state.window) == 1
     adapter.step(frames[2])
     assert same_bits(adapter.state_dict()["window"]["frames"], torch.stack([frames[0], frames[2]]))
     assert adapter.last.frame_index == 1
@@ -792,7 +793,7 @@ def test_a_weight_that_the_decoder_shares_with_the_encoder_is_adapted_once_as_th
     model = zoo.PlainSeg().eval()
     stem, frames = model.backbone[0], clip()
     with left_as_it_was(model), StreamAdapter(model, encoder="backbone", decoder=Tied(stem), config=CONFIG) as adapter:
-        groups = {g["name"] for g in adapter._optimizer.param_groups if any(p is stem.weight for p in g["params"])}
+        groups = {g["name"] for g in adapter.state.optimizer.optimizer.param_groups if any(p is stem.weight for p in g["params"])}
         assert groups == {"encoder"}
         before = weights(adapter)
         assert [name for name, w in before.items() if torch.equal(w, stem.weight)] == ["model.backbone.0.weight"]
@@ -845,15 +846,15 @@ def test_two_branches_that_share_a_decoder_are_not_adapted_at_once():
 
 def test_nothing_is_remembered_of_adapters_that_are_gone():
     live_tensors()  # collects
-    before = len(loan._lent)
+    before = number_of_owned_models()
     kept = attached()
     lost = attached()
-    models = kept._model, lost._model  # which live on
-    assert len(loan._lent) == before + len(models)
+    models = kept.branch.model, lost.branch.model  # which live on
+    assert number_of_owned_models() == before + len(models)
     kept.detach()
     del lost
     live_tensors()
-    assert len(loan._lent) == before
+    assert number_of_owned_models() == before
 
 
 def test_a_model_that_is_none_is_refused():
@@ -1099,7 +1100,7 @@ def test_step_returns_exactly_what_the_model_returns():
     out = adapter.step(frame)
     assert set(out) == {"pred_logits", "pred_masks"}
     with torch.no_grad():
-        assert same_bits(out, adapter._model(frame[None]))
+        assert same_bits(out, adapter.branch.model(frame[None]))
 
 
 def test_predict_says_how_the_model_is_called():
@@ -1160,9 +1161,14 @@ def test_the_model_is_never_deep_copied(monkeypatch):
 
 
 def test_exactly_one_copy_of_the_adapted_weights_is_kept():
-    adapter = attached(zoo.TinySeg)
+    gc.collect()
+    model = zoo.TinySeg()
+    branch = MAEBranch.attach(model, "backbone")
+    before = {id(item) for item in gc.get_objects()}
+    adapter = StreamAdapter(model, branch, config=CONFIG)
+    made = [item for item in gc.get_objects() if isinstance(item, torch.Tensor) and id(item) not in before]
     adapted = sum(t.numel() for t in weights(adapter).values())
-    assert sum(t.numel() for t in adapter._source._copies) == adapted
+    assert sum(t.numel() for t in made) == adapted
     own = sum(p.numel() for p in adapter.branch.parameters())
     inside = sum(p.numel() for p in adapter.branch.encoder_parameters().values())
     assert adapted == own + inside

@@ -77,7 +77,7 @@ def test_counts_are_whole_numbers_from_one(name, value):
         ("encoder_lr_scale", -1), ("weight_decay", "0.1"), ("lr", None), ("source_pull", True), ("grad_clip", 0.0),
         ("grad_clip", -1.0), ("precision", "fp16"), ("norm_stats", "moving"), ("engine", "magic"), ("crop_size", 0),
         ("crop_size", (1, 2, 3)), ("crop_size", (0, 4)), ("crop_size", 1.5), ("crop_size", "64"),
-        ("micro_batch", 0), ("micro_batch", 1.5), ("deferred", "yes"), ("grad_checkpointing", 1),
+        ("micro_batch", 0), ("micro_batch", 1.5), ("grad_checkpointing", 1),
     ],
 )  # fmt: skip
 def test_a_setting_out_of_range_is_refused_with_its_name_and_value(name, value):

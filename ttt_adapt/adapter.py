@@ -102,6 +102,11 @@ class StreamAdapter:
         return self._branch
 
     @property
+    def state(self) -> StreamState:
+        """All that belongs to the video that is being watched."""
+        return self._state
+
+    @property
     def last(self) -> StepReport | None:
         """The report of the last step; None at the beginning of a video."""
         return self._state.progress.last

@@ -184,7 +184,7 @@ def test_at_lr_zero_no_prediction_changes_by_a_bit(make, kind):
     assert all(same_bits(adapter.step(frame), p) for frame, p in zip(frames, plain, strict=True))
     if kind != "compile":  # compiled kernels round in their own way
         with torch.no_grad():
-            assert same_bits(plain, [adapter._model(frame[None]) for frame in frames])
+            assert same_bits(plain, [adapter.branch.model(frame[None]) for frame in frames])
 
 
 @pytest.mark.parametrize("kind", ENGINES)
@@ -508,7 +508,7 @@ def test_after_its_recording_a_step_runs_no_python_of_the_model(make):
     for frame in frames[:5]:
         adapter.step(frame)
     assert (recorder.recorded, recorder.replayed) == (2, 2 * 5 - 2 * WARM_UP - 1)  # one frame while the window filled
-    adapter.branch.loss = adapter._model.forward = lambda *_, **__: pytest.fail("Python ran")
+    adapter.branch.loss = adapter.branch.model.forward = lambda *_, **__: pytest.fail("Python ran")
     for frame in frames[5:]:
         adapter.step(frame)
     assert recorder.recorded == 2

@@ -46,7 +46,7 @@ def test_frames_from_the_host_adapt_a_model_on_the_device_and_reset_repeats_them
 def test_a_learning_rate_of_zero_changes_no_prediction(make, encoder) -> None:
     with adapter(make, encoder, lr=0.0, weight_decay=0.0) as a, torch.no_grad():
         for frame in clip(2):
-            assert torch.equal(a.step(frame), a._model(frame[None].cuda()))
+            assert torch.equal(a.step(frame), a.branch.model(frame[None].cuda()))
 
 
 def test_a_saved_stream_goes_on_and_bf16_steps_run() -> None:

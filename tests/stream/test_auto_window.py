@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_gate import attached, clip
+from test_schedule import attached, clip
 
 import ttt_adapt.adapter as module
 from conftest import same_bits
@@ -57,7 +57,7 @@ def test_no_draw_reaches_behind_the_window(monkeypatch):
     frames = clip()[:6]
     for frame in frames:
         adapter.adapt(frame)
-    recent = [adapter._take(frame)[0] for frame in frames[-2:]]
+    recent = frames[-2:]
     hits = [[bool(torch.equal(x, old)) for old in recent] for x in batches[-1]]
     assert all(any(hit) for hit in hits)
     assert {hit.index(True) for hit in hits} == {0, 1}
@@ -90,7 +90,7 @@ def test_a_step_that_fails_or_whose_gradient_is_not_finite_is_not_measured(monke
     followed(adapter, clip()[:4])
     before = adapter.state_dict()["auto"]
     with monkeypatch.context() as patch:
-        patch.setattr(adapter._optimizer, "step", lambda: (_ for _ in ()).throw(RuntimeError("broken")))
+        patch.setattr(adapter.state.optimizer.optimizer, "step", lambda: (_ for _ in ()).throw(RuntimeError("broken")))
         with pytest.raises(RuntimeError, match="broken"):
             adapter.adapt(clip()[4])
     assert same_bits(adapter.state_dict()["auto"], before)

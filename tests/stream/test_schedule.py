@@ -110,7 +110,7 @@ def test_reset_forgets_the_losses_and_resume_is_exact():
 def test_a_step_that_fails_is_no_entry_in_the_gate(monkeypatch):
     adapter = attached()
     adapter.adapt(clip()[0])
-    monkeypatch.setattr(adapter._optimizer, "step", lambda: (_ for _ in ()).throw(RuntimeError("broken")))
+    monkeypatch.setattr(adapter.state.optimizer.optimizer, "step", lambda: (_ for _ in ()).throw(RuntimeError("broken")))
     with pytest.raises(RuntimeError, match="broken"):
         adapter.adapt(clip()[1])
     assert len(adapter.state_dict()["gate"]) == 1
@@ -135,9 +135,9 @@ def test_without_carried_weights_the_gate_looks_at_the_source_model_on_every_fra
 def test_the_gate_takes_a_batch_in_the_same_parts_as_the_gradient_step(micro_batch):
     whole, parted = (attached(CONFIG.replace(batch_size=4, micro_batch=size)) for size in (None, micro_batch))
     sizes = []
-    parted._model.register_forward_pre_hook(lambda _m, args: sizes.append(len(args[0])))
+    parted.branch.model.register_forward_pre_hook(lambda _m, args: sizes.append(len(args[0])))
     for frame in clip(3):
         assert parted.adapt(frame).losses == pytest.approx(whole.adapt(frame).losses, rel=1e-4)
-        surprises = parted._gate.losses()
-        assert surprises == pytest.approx(whole._gate.losses(), rel=1e-4)
+        surprises = parted.state.gate.losses()
+        assert surprises == pytest.approx(whole.state.gate.losses(), rel=1e-4)
     assert max(sizes) == micro_batch

@@ -283,7 +283,7 @@ class StreamState:
         Raises:
             CheckpointError: a part is missing or does not fit; nothing has changed.
         """
-        if missing := [name for name in self._parts if saved.get(name) is None]:
+        if missing := [name for name in self._parts if name not in saved]:
             raise CheckpointError(f"this is no state of a StreamAdapter: {', '.join(missing)} missing")
         with torch.inference_mode(False), torch.no_grad():
             takers = [part.prepare_load(saved[name]) for name, part in self._parts.items()]
