@@ -60,20 +60,21 @@ class Tape(TorchDispatchMode):
 class TapeRecorder:
     """What `CudaRecorder` is on a GPU; counts what is asked of it."""
 
-    def __init__(self, generator):
-        self.generator, self.recorded, self.replayed = generator, 0, 0
+    def __init__(self):
+        self.recorded, self.replayed = 0, 0
         self._pool: list[weakref.ref] | None = None
 
-    def record(self, call):
+    def record(self, call, generator=None):
         if self._pool is not None and not any(replay() for replay in self._pool):
             raise RuntimeError("recorded into the memory of graphs that are gone")
         self.recorded += 1
-        tape, random = Tape(), self.generator.get_state()
+        tape, random = Tape(), None if generator is None else generator.get_state()
         try:
             with tape:
                 result = call()
         finally:
-            self.generator.set_state(random)
+            if generator is not None:
+                generator.set_state(random)
             tape.undo()
 
         def replay():

@@ -198,7 +198,11 @@ def test_embedding_tables_of_the_decoder_are_not_decayed():
             return image[:, :, None, None].expand(-1, -1, *features.image_size)
 
     adapter = StreamAdapter(zoo.TinySeg(), encoder="backbone", decoder=Decoder(), config=StreamConfig.paper())
-    decay = {id(p): group["weight_decay"] for group in adapter.state.optimizer.optimizer.param_groups for p in group["params"]}
+    decay = {
+        id(p): group["weight_decay"]
+        for group in adapter.state.optimizer.optimizer.param_groups
+        for p in group["params"]
+    }
     decoder = adapter.branch.decoder
     assert decay[id(decoder.queries.weight)] == 0.0
     assert decay[id(decoder.out.weight)] == 0.05
@@ -793,7 +797,11 @@ def test_a_weight_that_the_decoder_shares_with_the_encoder_is_adapted_once_as_th
     model = zoo.PlainSeg().eval()
     stem, frames = model.backbone[0], clip()
     with left_as_it_was(model), StreamAdapter(model, encoder="backbone", decoder=Tied(stem), config=CONFIG) as adapter:
-        groups = {g["name"] for g in adapter.state.optimizer.optimizer.param_groups if any(p is stem.weight for p in g["params"])}
+        groups = {
+            g["name"]
+            for g in adapter.state.optimizer.optimizer.param_groups
+            if any(p is stem.weight for p in g["params"])
+        }
         assert groups == {"encoder"}
         before = weights(adapter)
         assert [name for name, w in before.items() if torch.equal(w, stem.weight)] == ["model.backbone.0.weight"]

@@ -332,7 +332,7 @@ def test_an_objective_that_changes_the_model_only_while_it_is_taken_is_refused(s
 @pytest.mark.parametrize(
     "changes",
     [
-        {"precision": "bf16"}, {"gate": "surprise"}, {"window": "auto"}, {"deferred": True}, {"iterations": 2},
+        {"precision": "bf16"}, {"gate": "surprise"}, {"window": "auto"}, {"iterations": 2},
         {"every": 2}, {"drop_path": True, "micro_batch": 1}, {"crop_size": (16, 32)},
     ],
     ids=str,

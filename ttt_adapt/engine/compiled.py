@@ -44,6 +44,11 @@ class CompileEngine(EagerEngine):
             OrderedDict()
         )
 
+    @property
+    def kept(self) -> tuple[int, int]:
+        """How many compiled passes and compiled predictions are kept."""
+        return len(self._passes), len(self._predictions)
+
     def check(self) -> None:
         """As in `EagerEngine`.
 

@@ -133,8 +133,13 @@ class GraphEngine(EagerEngine):
 
     def __init__(self, step: GradientStep, recorder: Recorder, reason: str = "asked for") -> None:
         super().__init__(step, reason)
-        self._recorder, self._predicts_eagerly = recorder, False
+        self.recorder, self._predicts_eagerly = recorder, False
         self._recordings: OrderedDict[Hashable, _Recording] = OrderedDict()
+
+    @property
+    def kept(self) -> int:
+        """How many recordings are kept, those included that wait for their first run."""
+        return len(self._recordings)
 
     def check(self) -> None:
         """As in `EagerEngine`.
@@ -213,7 +218,7 @@ class GraphEngine(EagerEngine):
         while len(self._recordings) > KEPT:
             self._recordings.popitem(last=False)
             if not any(kept.replay for kept in self._recordings.values()):
-                self._recorder.forget()
+                self.recorder.forget()
         return entry
 
     def _record(
@@ -228,7 +233,7 @@ class GraphEngine(EagerEngine):
         try:
             with torch.inference_mode(False), torch.no_grad(), _no_kept_casts():  # which a recording would outlive
                 entry.inputs = tuple(x.clone() for x in inputs)
-                entry.replay, entry.result = self._recorder.record(lambda: call(*entry.inputs), generator)
+                entry.replay, entry.result = self.recorder.record(lambda: call(*entry.inputs), generator)
             entry.holds = cached_tensors(self.gradient_step.objective)
             if strange := {type(x).__name__ for x in tree_leaves(entry.result) if not _repeats(x)}:
                 raise TypeError(f"it returns {', '.join(sorted(strange))}, not tensors in lists, tuples and dicts")
@@ -237,7 +242,9 @@ class GraphEngine(EagerEngine):
             self.forget()  # a recording that failed may have cost the others their random source
             if what == "predict":
                 self._predicts_eagerly = True
-                self.reason += f"; predictions run eagerly, they cannot be recorded ({type(error).__name__}: {error})"
+                self.reason += (
+                    f"; the predict pass runs eagerly, it cannot be recorded ({type(error).__name__}: {error})"
+                )
                 return False
             if isinstance(error, MemoryError | torch.OutOfMemoryError):
                 raise
@@ -249,7 +256,7 @@ class GraphEngine(EagerEngine):
     def forget(self) -> None:
         """Drop all recordings: they hold the addresses of the weights, the optimizer's state and the window."""
         self._recordings.clear()
-        self._recorder.forget()
+        self.recorder.forget()
 
 
 def cached_tensors(objective: Any) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -72,21 +73,23 @@ def to_device(frame: Any, device: torch.device | None) -> Tensor:
     if device is None or device.type != "cuda" or x.device.type != "cpu":
         return x.to(x.device if device is None else device)
     if x.is_pinned():  # the caller's own, who may fill it again before the copy is through
-        return _copied(torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x), device)
-    return _copied(x.contiguous().pin_memory(), device)
+        return copied_beside(torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x), device)
+    return copied_beside(x.contiguous().pin_memory(), device)
 
 
-_copy_streams: dict[int, torch.cuda.Stream] = {}
+@functools.cache
+def copy_stream(index: int) -> torch.cuda.Stream:
+    """The stream of a CUDA device on which frames are copied to it."""
+    return torch.cuda.Stream(index)
 
 
-def _copied(pinned: Tensor, device: torch.device) -> Tensor:
+def copied_beside(pinned: Tensor, device: torch.device) -> Tensor:
     """A pinned tensor on a CUDA device, copied beside the work that waits there, such as the step before."""
     caller = torch.cuda.current_stream(device)
     index = caller.device_index  # "cuda" alone is whichever device is the current one
-    stream = _copy_streams[index] = _copy_streams.get(index) or torch.cuda.Stream(index)
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(copy_stream(index)):
         x = pinned.to(f"cuda:{index}", non_blocking=True)
-    caller.wait_stream(stream)
+    caller.wait_stream(copy_stream(index))
     x.record_stream(caller)
     return x
 
