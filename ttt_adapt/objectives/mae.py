@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ttt_adapt.errors import CheckpointError, ConfigError, EncoderError, FrameError
+from ttt_adapt.errors import ConfigError, EncoderError, FrameError
 from ttt_adapt.model.encoder import EncoderInfo, evaluating, inspect_encoder
 from ttt_adapt.model.features import Features, to_maps
 from ttt_adapt.model.hooks import hidden_channel, run_encoder, visible_tokens, without_checkpointing
 from ttt_adapt.model.norms import frozen_norms
+from ttt_adapt.model.parameters import check_state
 from ttt_adapt.objectives.base import Attached
 from ttt_adapt.objectives.decoders import Decoder, HeadCopy, build_decoder
 from ttt_adapt.objectives.masking import (
@@ -354,24 +355,6 @@ class MaskChannel(nn.Module):
             total = max((-(-size // stride) - 1) * stride + (kernel - 1) * self.dilation[axis] + 1 - size, 0)
             pads += [total // 2, total - total // 2]
         return F.pad(hidden, pads)
-
-
-def check_state(own: Mapping[str, Any], other: Mapping[str, Any], what: str) -> None:
-    """Raise a CheckpointError that names the keys or shapes in which `other` differs from `own`."""
-    missing = [key for key in own if key not in other]
-    unknown = [key for key in other if key not in own]
-    shapes = [
-        f"{key}: {tuple(other[key].shape)}, expected {tuple(own[key].shape)}"
-        for key in own
-        if key in other and isinstance(own[key], Tensor) and own[key].shape != other[key].shape
-    ]
-    problems = [
-        f"{title} ({len(names)}): {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
-        for title, names in (("missing", missing), ("unknown", unknown), ("other shapes", shapes))
-        if names
-    ]
-    if problems:
-        raise CheckpointError(f"the weights do not belong to {what}: " + "; ".join(problems))
 
 
 def _padding(info: EncoderInfo, decoder: nn.Module, patch_size: int) -> int:

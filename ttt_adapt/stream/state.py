@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError
+from ttt_adapt.model.parameters import check_state
 from ttt_adapt.objectives.base import Objective, SplitLoss
-from ttt_adapt.objectives.mae import SETTINGS, MAEBranch, check_state
+from ttt_adapt.objectives.mae import SETTINGS, MAEBranch
 from ttt_adapt.stream.frames import Normalize, Preprocess, scaling
 from ttt_adapt.stream.optimizer import FusedAdamW
 from ttt_adapt.stream.source import copied
