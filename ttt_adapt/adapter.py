@@ -253,7 +253,7 @@ class StreamAdapter:
 
     def _weights(self) -> int:
         """Another number where others were put in the place of tensors that a recording reads."""
-        return self._problem.watch.version()
+        return self._problem.watch.count()
 
     def _surprise(self) -> float:
         """The loss of a batch with the weights as they are, without a gradient: what the gate looks at."""

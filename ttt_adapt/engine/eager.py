@@ -14,7 +14,7 @@ from ttt_adapt.config import StreamConfig
 from ttt_adapt.engine.precision import both_passes, forward_pass
 from ttt_adapt.engine.recompute import recomputing, repeated_blocks
 from ttt_adapt.errors import ConfigError, EncoderError, MemoryLimitError
-from ttt_adapt.model.replaced import Watch
+from ttt_adapt.model.replaced import ReplacementCounter
 from ttt_adapt.objectives.base import Objective, SplitLoss
 from ttt_adapt.stream.optimizer import laid_out_alike
 
@@ -47,14 +47,14 @@ class Problem:
     generator: torch.Generator
     config: StreamConfig
     device: torch.device
-    watch: Watch = field(init=False)
+    watch: ReplacementCounter = field(init=False)
     version: int = field(init=False, default=-1)
     blocks: dict[nn.Module, list[nn.Module]] = field(init=False, default_factory=dict)
     _changes: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         own = [self.objective] if isinstance(self.objective, nn.Module) else []
-        self.watch = Watch(self.objective.model, *own)
+        self.watch = ReplacementCounter(self.objective.model, *own)
         if self.config.grad_checkpointing:
             self.blocks = repeated_blocks(self.objective.model, self.parameters)
 
@@ -66,7 +66,7 @@ class Problem:
         Raises:
             EncoderError: other parameters stand in their place.
         """
-        version = self.watch.version()
+        version = self.watch.count()
         if version == self.version:
             self._changes = 0
             return
@@ -87,7 +87,7 @@ class Problem:
         """
         if self._changes > PATIENCE:
             raise ConfigError(
-                f"the model puts another tensor in the place of its {self.watch.last!r} at every frame, which "
+                f"the model puts another tensor in the place of its {self.watch.last_replaced!r} at every frame, which "
                 f'engine={engine!r} cannot follow: use engine="eager"'
             )
 
