@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ttt_adapt.errors import ConfigError, EncoderError, FrameError
-from ttt_adapt.model.encoder import EncoderInfo, evaluating, inspect_encoder
+from ttt_adapt.model.encoder import EncoderInfo, inspect_encoder
 from ttt_adapt.model.features import Features, to_maps
 from ttt_adapt.model.hooks import hidden_channel, run_encoder, visible_tokens, without_checkpointing
 from ttt_adapt.model.norms import frozen_norms
 from ttt_adapt.model.parameters import check_state
+from ttt_adapt.model.probe import evaluating
 from ttt_adapt.objectives.base import Attached
 from ttt_adapt.objectives.decoders import Decoder, build_decoder, padding_multiple
 from ttt_adapt.objectives.mae_settings import check_settings, masks_tokens

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError
-from ttt_adapt.model.encoder import data_config
+from ttt_adapt.model.probe import data_config
 
 Preprocess = Callable[[Any], Tensor]
 
