@@ -1,8 +1,8 @@
 """Turn what an encoder returns into feature maps.
 
 Encoders return a tensor, or lists, tuples and dicts of tensors: maps [B, C, h, w], channels-last maps [B, h, w, C], or
-tokens [B, N, C] with or without prefix tokens. `describe` finds the layout once, on a random image; `to_maps` applies it
-to every later pass.
+tokens [B, N, C] with or without prefix tokens. `describe` finds the layout once, on a random image; `to_maps` applies
+it to every later pass.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from ttt_adapt.errors import EncoderError
 
 MAX_PREFIX = 16
-"""The largest number of prefix tokens that is believed; known models have fewer class, distillation and registers."""
+"""More leading tokens than this are not taken for prefix tokens; known models have fewer."""
 
 
 @dataclass(frozen=True)
