@@ -132,11 +132,11 @@ class BranchContract:
         branch = MAEBranch.attach(model, self.encoder, loss_on=loss_on, norm_pix_loss=norm_pix_loss)
         images = torch.randn(2, 3, *self.odd_size)
         mask = branch.draw_mask(images, torch.Generator().manual_seed(2))
-        with torch.no_grad():
-            prediction = branch._predict(images, mask, int(mask[0].sum()))
+        prediction = decoded(branch)
+        loss = branch.reconstruct(images, mask=mask).loss
         h, w = self.odd_size
-        expected = _loss_by_hand(prediction[..., :h, :w], images, mask, self.patch, loss_on, norm_pix_loss)
-        assert branch.reconstruct(images, mask=mask).loss.item() == pytest.approx(expected, rel=1e-5)
+        expected = _loss_by_hand(prediction[0][..., :h, :w], images, mask, self.patch, loss_on, norm_pix_loss)
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
 
     def test_running_statistics_stay_and_no_flag_moves_in_training_mode(self, model, branch, images):
         model.train()
@@ -248,6 +248,13 @@ class BranchContract:
         with pytest.raises(CheckpointError, match=r"missing \(1\).*unknown \(1\): stranger"):
             branch.load_state_dict(state)
         assert same_bits(dict(branch.state_dict()), before)
+
+
+def decoded(branch: MAEBranch) -> list[torch.Tensor]:
+    """Where every prediction of the decoder goes from now on: as the loss sees it, in its units."""
+    seen: list[torch.Tensor] = []
+    branch.decoder.register_forward_hook(lambda _m, _a, prediction: seen.append(prediction.detach()))
+    return seen
 
 
 def _leaves(output):
@@ -417,8 +424,9 @@ def test_a_plain_vit_takes_pixel_masking_too(make, patch):
     out = branch.reconstruct(images)
     assert out.prediction.shape == images.shape
     assert branch.draw_mask(images).shape == (2, 4, 5)
-    with torch.no_grad():
-        assert branch._encode(torch.randn(1, 3, 4 * patch, 5 * patch), branch.draw_mask(images)[:1], 4) is not None
+    whole = torch.randn(1, 3, 4 * patch, 5 * patch)  # whole tokens, which are no whole patches where they are 14 wide
+    assert branch.draw_mask(whole).shape == (1, 4, 5)
+    assert branch.reconstruct(whole).prediction.shape == whole.shape
 
 
 def test_pixel_masks_that_do_not_meet_the_tokens_still_hide_exactly_their_patches():
@@ -429,12 +437,10 @@ def test_pixel_masks_that_do_not_meet_the_tokens_still_hide_exactly_their_patche
     mask = branch.draw_mask(images)
     visible = upsample_mask(mask, 16)[..., :50, :71]
     other = torch.where(visible, images, torch.randn_like(images))
-    # the prediction that the loss sees; `reconstruct` would scale it by the statistics of the hidden patches
-    with torch.no_grad():
-        assert torch.equal(
-            branch._predict(images, mask, int(mask[0].sum())), branch._predict(other, mask, int(mask[0].sum()))
-        )
+    seen = decoded(branch)  # `reconstruct` returns it scaled by the statistics of the hidden patches
     assert branch.reconstruct(images, mask=mask).prediction.shape == images.shape
+    branch.reconstruct(other, mask=mask)
+    assert torch.equal(*seen)
 
 
 @pytest.mark.parametrize(
@@ -470,13 +476,18 @@ def test_patches_of_several_tokens_hide_them_together():
     images = torch.randn(2, 3, 70, 100)
     mask = branch.draw_mask(images)
     assert mask.shape == (2, 3, 4)
-    order, patches = branch._token_order(mask, int(mask[0].sum()), 16)
-    assert patches == 6 * 8
-    assert order.shape == (2, 3 * 4)
-    for i in range(2):
-        cells = {(int(n) // 8 // 2, int(n) % 8 // 2) for n in order[i]}
-        assert cells == {tuple(cell) for cell in mask[i].nonzero().tolist()}
+    every, kept = [], []  # tokens in front of the blocks, and those that the first block sees
+    model.norm_pre.register_forward_hook(lambda _m, _a, tokens: every.append(tokens[:, 1:]))
+    model.blocks[0].norm1.register_forward_pre_hook(lambda _m, args: kept.append(args[0][:, 1:]))
     assert branch.reconstruct(images, mask=mask).prediction.shape == images.shape
+    assert every[0].shape[:2] == (2, 6 * 8)
+    assert kept[0].shape[:2] == (2, 3 * 4)
+    for i in range(2):
+        order = (every[0][i] == kept[0][i][:, None]).all(-1).nonzero()[:, 1].tolist()
+        assert len(order) == 3 * 4
+        assert order == sorted(order)
+        cells = {(n // 8 // 2, n % 8 // 2) for n in order}
+        assert cells == {tuple(cell) for cell in mask[i].nonzero().tolist()}
 
 
 # ---- encoders that cannot be used

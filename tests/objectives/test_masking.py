@@ -7,12 +7,18 @@ from hypothesis import strategies as st
 
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.objectives.masking import (
+    count_visible,
+    denormalise_patches,
     hidden_patches,
+    normalise_patches,
     pad_to_multiple,
+    patch_grid,
     patchify,
     random_mask,
     unpatchify,
     upsample_mask,
+    visible_pixels,
+    visible_tokens_first,
 )
 
 GRIDS = st.tuples(st.integers(1, 12), st.integers(1, 12)).filter(lambda grid: grid[0] * grid[1] >= 2)
@@ -122,3 +128,56 @@ def test_padding_adds_zeros_at_the_bottom_and_right_only_where_needed(h, w, mult
     assert padded.shape[-2] - h < multiple
     assert padded.shape[-1] - w < multiple
     assert (padded is images) == (h % multiple == 0 and w % multiple == 0)
+
+
+@pytest.mark.parametrize("size", [(32, 48), (30, 41), (33, 49), (40, 60)])
+def test_pixels_are_visible_with_their_patch_or_outside_of_all_patches(size):
+    mask = random_mask(3, (2, 3), 0.5, generator=torch.Generator().manual_seed(1))
+    pixels = visible_pixels(mask, 16, size)
+    assert pixels.shape == (3, 1, *size)
+    assert pixels.dtype == torch.bool
+    for y in range(size[0]):
+        for x in range(size[1]):
+            outside = y >= 32 or x >= 48
+            for i in range(3):
+                assert pixels[i, 0, y, x] == (outside or mask[i, y // 16, x // 16])
+
+
+@pytest.mark.parametrize("side", [1, 2, 3])
+def test_tokens_of_visible_patches_come_first_each_part_in_ascending_order(side):
+    mask = random_mask(2, (3, 4), 0.75, generator=torch.Generator().manual_seed(2))
+    order = visible_tokens_first(mask, side)
+    for i in range(2):
+        numbers = [(y, x) for y in range(3 * side) for x in range(4 * side)]
+        visible = [n for n, (y, x) in enumerate(numbers) if mask[i, y // side, x // side]]
+        assert order[i].tolist() == visible + [n for n in range(len(numbers)) if n not in visible]
+
+
+def test_a_patch_that_the_image_fills_in_part_counts():
+    assert patch_grid((32, 48), 16) == (2, 3)
+    assert patch_grid((33, 47), 16) == (3, 3)
+
+
+def test_normalised_patches_have_mean_zero_and_variance_one_and_go_back():
+    images = 3 * torch.randn(2, 3, 20, 30, dtype=torch.float64) + 5
+    normalised = normalise_patches(images, 8)
+    assert normalised.shape == (2, 3, 24, 32)
+    for y in range(0, 24, 8):
+        for x in range(0, 32, 8):
+            patch = normalised[0, :, y : y + 8, x : x + 8]
+            assert patch.mean().item() == pytest.approx(0, abs=1e-9)
+            assert patch.var().item() == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(denormalise_patches(normalised[..., :20, :30], images, 8)[..., :20, :30], images)
+
+
+def test_a_given_mask_has_the_right_shape_and_hides_the_same_number_everywhere():
+    mask = random_mask(2, (2, 3), 0.5)
+    assert count_visible(mask, (2, 2, 3)) == 3
+    for wrong, message in (
+        (mask[:1], r"mask is \(1, 2, 3\).*expected bool \(2, 2, 3\)"),
+        (mask.float(), r"torch.float32; expected bool"),
+        (torch.ones_like(mask), r"show \[6\] of 6 patches.*at least one hidden"),
+        (torch.stack([mask[0], torch.zeros_like(mask[0])]), r"show \[0, 3\] of 6.*the same number in every image"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            count_visible(wrong, (2, 2, 3))

@@ -11,7 +11,7 @@ from ttt_adapt.config import StreamConfig
 from ttt_adapt.engine.recompute import repeated_blocks
 from ttt_adapt.errors import ConfigError, EncoderError
 from ttt_adapt.model.dropout import drop_layers, dropping
-from ttt_adapt.model.replaced import Watch
+from ttt_adapt.model.replaced import ReplacementCounter
 from ttt_adapt.objectives.base import Objective, StatefulObjective
 
 PATIENCE = 8
@@ -59,7 +59,7 @@ class GradientStep:
         stateful = isinstance(objective, StatefulObjective)
         self.remembers = stateful and bool(objective.memory())  # type: ignore[attr-defined]
         self.after_step: Callable[[], None] = objective.after_step if stateful else _nothing  # type: ignore[attr-defined]
-        self._watch = Watch(objective.model, *([objective] if isinstance(objective, nn.Module) else []))
+        self._replaced = ReplacementCounter(objective.model, *([objective] if isinstance(objective, nn.Module) else []))
         self.version, self._changes = -1, 0
 
     def check_parameters(self) -> None:
@@ -85,7 +85,7 @@ class GradientStep:
 
     def look(self) -> int:
         """Another number than before if tensors or modules were replaced since the last call."""
-        return self._watch.version()
+        return self._replaced.count()
 
     def check_steady(self, engine: str) -> None:
         """Refuse a model that an engine cannot follow which writes a pass down once.
@@ -95,7 +95,7 @@ class GradientStep:
         """
         if self._changes > PATIENCE:
             raise ConfigError(
-                f"the model puts another tensor in the place of its {self._watch.last!r} at every frame, which "
+                f"the model puts another tensor in the place of its {self._replaced.last_replaced!r} at every frame, which "
                 f'engine={engine!r} cannot follow: use engine="eager"'
             )
 

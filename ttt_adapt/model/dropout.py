@@ -1,4 +1,4 @@
-"""Dropout and stochastic depth in the gradient step: which layers they are, and what they draw from."""
+"""Dropout and stochastic depth in the gradient step: find these layers, and let them drop as a seed decides."""
 
 from __future__ import annotations
 
@@ -9,25 +9,29 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+_PATHS = ("DropPath", "StochasticDepth")
+"""Endings of the names of stochastic depth: in timm, OpenMMLab and Hugging Face, and in torchvision."""
+
 
 def drop_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that drop activations or whole paths while training: `nn.Dropout` and its kin, and stochastic depth.
+    """The layers that drop activations (`nn.Dropout` and its relatives) or whole paths (stochastic depth) in training.
 
-    timm, OpenMMLab and Hugging Face call the latter DropPath, with or without a prefix, torchvision StochasticDepth.
-    Layers that drop tokens (timm's PatchDropout) are none of them, and neither is dropout inside of a function, which
-    looks at the flag of the module that calls it.
+    Not among them are layers that drop tokens (timm's PatchDropout), and dropout that a module calls as a function:
+    that one follows the training flag of the module.
     """
     return [m for m in model.modules() if isinstance(m, _DropoutNd) or type(m).__name__.endswith(_PATHS)]
 
 
-_PATHS = ("DropPath", "StochasticDepth")
-
-
 @contextmanager
 def dropping(layers: Sequence[nn.Module], seed: int, device: torch.device) -> Iterator[None]:
-    """Have these layers drop inside the block, as `seed` decides.
+    """Inside the block, these layers drop, and `seed` decides what.
 
-    They draw from PyTorch's global random source, which afterwards is as it was before.
+    The layers draw from PyTorch's global random source. Its state is restored after the block.
+
+    Args:
+        layers: layers in evaluation mode, from `drop_layers`.
+        seed: of the random source, in [0, 2**64).
+        device: where the layers run.
     """
     if not layers:
         yield

@@ -1,7 +1,8 @@
-"""What an encoder returns, told as feature maps.
+"""Turn what an encoder returns into feature maps.
 
-Encoders return a tensor, or lists, tuples and dicts of them: [B, C, h, w] maps, channels-last maps, or tokens with or
-without prefix tokens. `describe` finds the layout once, on a probe; `to_maps` applies it to every later pass.
+Encoders return a tensor, or lists, tuples and dicts of tensors: maps [B, C, h, w], channels-last maps [B, h, w, C], or
+tokens [B, N, C] with or without prefix tokens. `describe` finds the layout once, on a random image; `to_maps` applies
+it to every later pass.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from ttt_adapt.errors import EncoderError
 
-MAX_PREFIX = 16  # class, distillation and register tokens of known models are fewer
+MAX_PREFIX = 16
+"""More leading tokens than this are not taken for prefix tokens; known models have fewer."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class Features(NamedTuple):
 
     Attributes:
         maps: [B, C_i, h_i, w_i] each, finest first.
-        raw: the encoder's own output.
-        image_size: (H, W) of the images behind them.
+        raw: what the encoder returned.
+        image_size: (H, W) of the images that the encoder saw.
     """
 
     maps: list[Tensor]
@@ -63,12 +65,12 @@ def tensors(output: Any) -> Iterator[Tensor]:
 
 
 def describe(output: Any, image_size: tuple[int, int], token_stride: int | None) -> list[MapSpec]:
-    """The feature maps in an encoder's output, finest first, one per stride.
+    """Find the feature maps in an encoder's output: finest first, one per stride.
 
     Args:
-        output: what the encoder returned for images of `image_size` (H, W).
-        image_size: (H, W) of the probe images.
-        token_stride: the stem's stride, used to tell patch tokens from prefix tokens.
+        output: what the encoder returned for images of `image_size`.
+        image_size: (H, W) of the images.
+        token_stride: stride of the first convolution, which says how many tokens are patches; None without one.
 
     Raises:
         EncoderError: nothing in the output has the layout of a feature map.
@@ -90,6 +92,7 @@ def describe(output: Any, image_size: tuple[int, int], token_stride: int | None)
 
 
 def _describe_one(index: int, tensor: Tensor, image_size: tuple[int, int], stride: int | None) -> MapSpec | None:
+    """The layout of one output tensor; None if it is not a feature map."""
     shape = tuple(tensor.shape)
     if tensor.ndim == 4:
         if step := _stride(image_size, shape[2:]):
@@ -104,7 +107,10 @@ def _describe_one(index: int, tensor: Tensor, image_size: tuple[int, int], strid
 
 
 def _stride(image: tuple[int, int], grid: tuple[int, ...]) -> int | None:
-    """The common stride of `grid` in `image`, None where there is none; a single cell is a pooled vector, no map."""
+    """How many pixels of an image (H, W) one cell of a grid (h, w) covers in both directions; None if they differ.
+
+    A grid of one cell is a pooled vector and has no stride.
+    """
     if tuple(grid) == (1, 1):
         return None
     step = round(image[0] / grid[0])
@@ -119,9 +125,9 @@ def to_maps(output: Any, specs: list[MapSpec], image_size: tuple[int, int]) -> l
     for spec in specs:
         tensor = leaves[spec.index]
         if spec.layout == "nhwc":
-            tensor = tensor.permute(0, 3, 1, 2)
+            tensor = tensor.permute(0, 3, 1, 2)  # [B, h, w, C] -> [B, C, h, w]
         elif spec.layout == "tokens":
             grid = (image_size[0] // spec.stride, image_size[1] // spec.stride)
-            tensor = tensor[:, spec.prefix :].transpose(1, 2).unflatten(2, grid)
+            tensor = tensor[:, spec.prefix :].transpose(1, 2).unflatten(2, grid)  # [B, prefix + h * w, C] -> as above
         maps.append(tensor)
     return maps

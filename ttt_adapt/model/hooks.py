@@ -1,8 +1,9 @@
-"""Context-managed hooks on the user's model. Nothing stays on the model outside of a `with` block.
+"""Hooks on the user's model, set and removed by context managers. After the `with` block none is left.
 
 - `run_encoder` runs the model from its input and stops where the encoder ends.
-- `hidden_channel` adds the mask channel's convolution to the stem.
-- `visible_tokens` lets a transformer's blocks see the visible tokens only.
+- `hidden_channel` tells the model's first convolution which pixels are hidden.
+- `visible_tokens` shows a transformer's blocks the visible tokens only.
+- `uncompiled` and `without_checkpointing` switch off, for the block, what does not work together with hooks.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ttt_adapt.errors import EncoderError
 
 
 class _EncoderDone(BaseException):
-    """Carries the features out of the model; a BaseException so that no `except Exception` in a model eats it."""
+    """Carries the features out of the model. It is no `Exception`, so that a model which catches those lets it pass."""
 
     def __init__(self, output: Any) -> None:
         super().__init__()
@@ -54,8 +55,8 @@ def run_encoder(model: nn.Module, encoder: nn.Module, images: Tensor) -> Any:
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Run compiled modules eagerly inside the block: a graph compiled earlier knows nothing of hooks."""
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and importing it takes seconds
+    """Inside the block, compiled modules run eagerly: what was compiled without hooks would not call them."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled; do not import it, that takes seconds
         yield
         return
     with torch.compiler.set_stance("force_eager"):
@@ -64,7 +65,10 @@ def uncompiled() -> Iterator[None]:
 
 @contextmanager
 def without_checkpointing(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Switch activation checkpointing off inside the block: it would run blocks again after the hooks are gone."""
+    """Inside the block, these modules do not recompute their activations.
+
+    They would do so in the backward pass, when the hooks are gone.
+    """
     found = [(m, name, vars(m)[name]) for m in modules for name in CHECKPOINT_FLAGS if name in vars(m)]
     active = [(m, name, value, off) for m, name, value in found if (off := _without(value)) is not value]
     for module, name, _, off in active:
@@ -77,41 +81,45 @@ def without_checkpointing(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 CHECKPOINT_FLAGS = ("grad_checkpointing", "gradient_checkpointing", "with_cp", "forward")
-"""Where a module says that it recomputes: flags of timm, Hugging Face and OpenMMLab; MMEngine wraps its `forward`."""
+"""Attributes that switch it on: flags of timm, Hugging Face and OpenMMLab, and `forward` where MMEngine wraps it."""
 
 
 def _without(value: Any) -> Any:
-    """A flag that is off, or a forward that keeps its activations; anything else as it is."""
+    """False for a flag that is on; for a `forward` that recomputes, the one inside of it; any other value itself."""
     if value is True:
         return False
     code = getattr(value, "__code__", None)
-    recomputes = code is not None and "checkpoint" in code.co_names  # other wrappers move tensors or compile
+    recomputes = code is not None and "checkpoint" in code.co_names  # other wrappers do other things: keep them
     return _without(value.__wrapped__) if recomputes and hasattr(value, "__wrapped__") else value
 
 
 @contextmanager
 def hooks(handles: Iterable[Any]) -> Iterator[None]:
-    """Remove the hook `handles` at the end of the block, whatever happens in it."""
+    """Remove the hooks of these `handles` at the end of the block, also after an error."""
     with ExitStack() as owned:
         for handle in handles:
             owned.callback(handle.remove)
         yield
 
 
-MAX_PADDING = 64  # a model may pad to a multiple of its coarsest stride; more than that is a resize
+MAX_PADDING = 64
+"""Pixels below which a larger input of the first convolution is padding of the model's own; from here on, a resize."""
 
 
 @contextmanager
 def hidden_channel(stem: nn.Module, conv: Callable[[Tensor], Tensor], hidden: Tensor) -> Iterator[None]:
-    """Add `conv(hidden)` to the stem's output inside the block.
+    """Inside the block, add `conv(hidden)` to the output of the model's first convolution.
 
-    A 4-channel stem convolution is the 3-channel one plus a 1-channel convolution of the mask. The channel here is
-    1 = hidden, so a pass with nothing hidden adds nothing and the main task runs on the plain model.
+    Together they are one convolution over 4 channels: the image and the mask. Where nothing is hidden, nothing is
+    added.
 
     Args:
-        stem: the model's first convolution.
+        stem: the model's first convolution, images [B, 3, H, W] -> [B, C, h, w].
         conv: the mask channel's convolution, [B, 1, H, W] -> [B, C, h, w].
         hidden: [B, 1, H, W], 1 where a pixel is hidden.
+
+    Raises:
+        EncoderError: in the pass, if the first convolution does not see the image in its own size.
     """
 
     def add(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -121,7 +129,7 @@ def hidden_channel(stem: nn.Module, conv: Callable[[Tensor], Tensor], hidden: Te
                 f"the stem sees {tuple(args[0].shape[-2:])} of an image of {tuple(hidden.shape[-2:])} (H, W): a model "
                 "that resizes its images inside cannot be masked by pixels; let it take images as the stem sees them"
             )
-        return output + conv(F.pad(hidden, (0, right, 0, bottom)))  # where the model itself pads, nothing is hidden
+        return output + conv(F.pad(hidden, (0, right, 0, bottom)))  # nothing is hidden in the model's own padding
 
     with hooks([stem.register_forward_hook(add)]):
         yield
@@ -129,15 +137,15 @@ def hidden_channel(stem: nn.Module, conv: Callable[[Tensor], Tensor], hidden: Te
 
 @dataclass(frozen=True)
 class TokenPath:
-    """Where a plain transformer's tokens run.
+    """The blocks of a plain transformer, and what their tokens look like.
 
     Attributes:
-        blocks: the blocks in the order in which they run.
-        patch_size: pixels per token, in both directions.
-        prefix: leading tokens (class, registers); they are always kept.
-        width: channels of a token inside the blocks.
-        every_block: put the tokens back in place after each block, for encoders that return intermediate features;
-            otherwise after the last block only.
+        blocks: the blocks in the order in which they run; each takes tokens [B, prefix + N, C].
+        patch_size: side of a token in pixels.
+        prefix: number of leading tokens that are no patches (class, registers); they are always visible.
+        width: channels C of a token.
+        every_block: put the tokens back in their places after each block, for encoders that return the features of
+            several blocks; otherwise after the last block only.
     """
 
     blocks: tuple[nn.Module, ...]
@@ -149,60 +157,63 @@ class TokenPath:
 
 @contextmanager
 def visible_tokens(path: TokenPath, order: Tensor, patches: int, fill: Tensor | None) -> Iterator[None]:
-    """Inside the block, the transformer's blocks see only the tokens named by `order`.
+    """Inside this `with` block, the blocks of a transformer see only the tokens that `order` names.
 
-    The tokens are gathered before the first block, with the rotary position embeddings that belong to them, and put
-    back in place after the last one; every other place gets `fill`.
+    The visible tokens are gathered before the first block, together with their rotary position embeddings. After the
+    last block they are put back in their places, and `fill` stands in every other place.
 
     Args:
-        path: the blocks.
-        order: int64 [B, n], the patch tokens to keep, in row-major numbering without prefix tokens.
-        patches: number of patch tokens N of the whole image.
-        fill: [C], what stands in the place of a hidden token; None: leave the gathered tokens as they are.
+        path: the transformer's blocks.
+        order: int64 [B, n], the visible patch tokens, numbered row by row, without prefix tokens.
+        patches: number N of patch tokens of the whole image.
+        fill: [C], stands in the place of each hidden token; None: the tokens are not put back.
     """
-    drop = _TokenDrop(path, order, patches, fill)
+    tokens = _VisibleTokens(path, order, patches, fill)
     last = len(path.blocks) - 1
     handles = []
     for i, block in enumerate(path.blocks):
-        gather = drop.gather if path.every_block or i == 0 else drop.gather_rotary_only
+        gather = tokens.gather if path.every_block or i == 0 else tokens.gather_rotary_only
         handles.append(block.register_forward_pre_hook(gather, with_kwargs=True))
         if fill is not None and (path.every_block or i == last):
-            handles.append(block.register_forward_hook(drop.scatter))
+            handles.append(block.register_forward_hook(tokens.put_back))
     with hooks(handles):
         yield
 
 
-class _TokenDrop:
-    """The gather and scatter of one pass."""
+class _VisibleTokens:
+    """The hooks of one pass: gather the visible tokens, and put them back. Arguments as in `visible_tokens`."""
 
     def __init__(self, path: TokenPath, order: Tensor, patches: int, fill: Tensor | None) -> None:
         self.batch, kept = order.shape
         prefix, self.width = path.prefix, path.width
-        self.order, self.patches, self.total, self.fill = order, patches, prefix + patches, fill
-        self.kept = prefix + kept
-        first = torch.arange(prefix, device=order.device).expand(self.batch, prefix)
-        tokens = torch.cat([first, order + prefix], dim=1)
-        starts = torch.arange(self.batch, device=order.device)[:, None] * self.total
-        self.flat = (tokens + starts).reshape(-1)
+        self.order, self.patches, self.fill = order, patches, fill
+        self.total, self.kept = prefix + patches, prefix + kept  # tokens of an image, all and visible
+        first = torch.arange(prefix, device=order.device).expand(self.batch, prefix)  # [B, prefix]
+        tokens = torch.cat([first, order + prefix], dim=1)  # [B, kept]
+        starts = torch.arange(self.batch, device=order.device)[:, None] * self.total  # [B, 1]
+        self.flat = (tokens + starts).reshape(-1)  # [B * kept], of the tokens of all images in a row
         self.rotary: dict[int, tuple[Tensor, Tensor]] = {}
 
     def gather(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Before a block that is called with all tokens."""
         return self._gather(args, True), {key: self._gather(v, True) for key, v in kwargs.items()}
 
     def gather_rotary_only(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """Before a block that is called with the visible tokens, but with the rotary embeddings of all."""
         return self._gather(args, False), {key: self._gather(v, False) for key, v in kwargs.items()}
 
     def _gather(self, value: Any, tokens: bool) -> Any:
+        """One argument of a block, or a tuple of them, for the visible tokens only; other values as they are."""
         if isinstance(value, tuple):
             return tuple(self._gather(v, tokens) for v in value)
         if not isinstance(value, Tensor) or value.ndim < 2:
             return value
         if value.shape == (self.batch, self.total if tokens else self.kept, self.width):
-            if not tokens:  # gathered already, before the first block
+            if not tokens:  # gathered before the first block
                 return value
             return value.flatten(0, 1).index_select(0, self.flat).view(self.batch, self.kept, -1)
         if value.shape[-2] == self.patches:
-            if id(value) not in self.rotary:  # the same embedding goes to every block: gather it once
+            if id(value) not in self.rotary:  # all blocks get the same embedding: gather it once
                 self.rotary[id(value)] = (value, self._gather_rotary(value))
             return self.rotary[id(value)][1]
         return value
@@ -215,9 +226,10 @@ class _TokenDrop:
         index = self.order[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[3])
         return value.gather(2, index)
 
-    def scatter(self, _block: nn.Module, _args: Any, output: Any) -> Any:
+    def put_back(self, _block: nn.Module, _args: Any, output: Any) -> Any:
+        """After a block: [B, kept, C] -> [B, total, C], also as the first of a tuple."""
         if isinstance(output, tuple):
-            return (self.scatter(_block, _args, output[0]), *output[1:])
+            return (self.put_back(_block, _args, output[0]), *output[1:])
         assert self.fill is not None
         full = self.fill.to(output.dtype).expand(self.batch * self.total, -1)
         return full.index_copy(0, self.flat, output.flatten(0, 1)).view(self.batch, self.total, -1)

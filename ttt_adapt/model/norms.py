@@ -1,8 +1,13 @@
-"""BatchNorm and its kin on a stream: which statistics a pass is normalised by, and which of them it changes.
+"""Freeze, update, replace or blend the running statistics of BatchNorm and similar layers, for one `with` block.
 
-`frozen_norms` keeps a pass out of the running statistics, `updating_norms` lets it into them, with `batch_statistics`
-it has its own, and with `blended_statistics` something in between. One value per channel has no statistics: those
-inputs meet the running ones. Nothing stays on the model outside of a `with` block.
+| inside the block of | a pass is normalised by | and running statistics |
+|---|---|---|
+| `frozen_norms` | the running statistics | stay |
+| `updating_norms` | the statistics of its own batch | move toward these |
+| `batch_statistics` | the statistics of its own batch | stay |
+| `blended_statistics` | a weighted mean of both | stay |
+
+An input with one value per channel has no variance. It is normalised by the running statistics and never changes them.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from ttt_adapt.model.hooks import hooks
 
 
 def norm_layers(module: nn.Module) -> list[nn.Module]:
-    """The layers of `module` that keep running statistics (BatchNorm and its kin)."""
+    """The layers of `module` that keep running statistics: BatchNorm, and InstanceNorm where it tracks them."""
     return [m for m in module.modules() if isinstance(m, _NormBase) and m.track_running_stats]
 
 
@@ -29,7 +34,8 @@ def norm_layers(module: nn.Module) -> list[nn.Module]:
 def frozen_norms(norms: list[nn.Module]) -> Iterator[None]:
     """Inside the block, the layers use their running statistics and do not change them.
 
-    Layers in training mode use copies: a main-task pass before the backward pass would change the originals under it.
+    Layers in training mode use a copy of them. A backward pass needs the values of the forward pass, and a pass of the
+    main task between the two may change the original.
     """
     training = [(norm, norm.running_mean, norm.running_var) for norm in norms if norm.training]
     for norm, mean, var in training:
@@ -44,9 +50,9 @@ def frozen_norms(norms: list[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def updating_norms(norms: list[nn.Module], momentum: float) -> Iterator[None]:
-    """Inside the block, passes blend their statistics into the running ones with weight `momentum`.
+    """Inside the block, passes move the running statistics toward their own by the share `momentum`, in [0, 1].
 
-    A layer that sees one value per channel, as behind global pooling, uses its running statistics and leaves them.
+    A layer that sees one value per channel, for example after global pooling, uses its running statistics.
     """
     with _training(norms, momentum=momentum):
         yield
@@ -56,25 +62,21 @@ def updating_norms(norms: list[nn.Module], momentum: float) -> Iterator[None]:
 def batch_statistics(norms: list[nn.Module]) -> Iterator[None]:
     """Inside the block, passes are normalised by the statistics of their own batch; the running ones do not change.
 
-    A layer that sees one value per channel, as behind global pooling, uses its running statistics.
+    A layer that sees one value per channel, for example after global pooling, uses its running statistics.
     """
-    own = {
-        "track_running_stats": False,
-        "running_mean": None,
-        "running_var": None,
-    }  # InstanceNorm writes into any it has
-    with _training(norms, **own):
+    # without buffers: InstanceNorm changes those that it has, whatever the flag says
+    with _training(norms, track_running_stats=False, running_mean=None, running_var=None):
         yield
 
 
 @contextmanager
 def blended_statistics(norms: list[nn.Module], share: float) -> Iterator[None]:
-    """Inside the block, passes are normalised by a blend of running statistics and those of their own batch.
+    """Inside the block, passes are normalised by `(1 - share) * running + share * own`, for mean and variance.
 
-    Schneider et al., "Improving robustness against common corruptions by covariate shift adaptation", NeurIPS 2020:
-    `(1 - share) * running + share * own` for mean and variance, in every layer; their `share` is n / (n + N). The own
-    variance is the unbiased one, as in running statistics, which do not change, also those of layers in training
-    mode. A layer that sees one value per channel uses its running statistics.
+    "own" are the statistics of the pass' own batch, with the unbiased variance, as running statistics have it. Source:
+    Schneider et al., "Improving robustness against common corruptions by covariate shift adaptation", NeurIPS 2020,
+    where `share` is n / (n + N). The running statistics do not change, also in layers in training mode. A layer that
+    sees one value per channel uses its running statistics.
     """
     before: dict[nn.Module, dict[str, Any]] = {}
 
@@ -82,8 +84,9 @@ def blended_statistics(norms: list[nn.Module], share: float) -> Iterator[None]:
         before[norm] = {name: getattr(norm, name) for name in ("training", "running_mean", "running_var")}
         _set(norm, {"training": False})
         if _values_per_channel(norm, x) > 1:
-            wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))  # squares of half precision overflow
-            variance, mean = torch.var_mean(wide, [d for d in range(x.ndim) if d != _channel_axis(norm, x)])
+            wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))  # squares overflow in half precision
+            axes = [axis for axis in range(x.ndim) if axis != _channel_axis(norm, x)]
+            variance, mean = torch.var_mean(wide, axes)  # [C] each
             for name, own in (("running_mean", mean), ("running_var", variance)):
                 running = before[norm][name]
                 setattr(norm, name, running.lerp(own.to(running), share))
@@ -100,12 +103,12 @@ def blended_statistics(norms: list[nn.Module], share: float) -> Iterator[None]:
 
 
 def frame_statistics(kind: str, norms: list[nn.Module], share: float) -> AbstractContextManager[None]:
-    """Inside the block, a frame is predicted as `StreamConfig.norm_stats` says.
+    """Inside the block, the model predicts a frame with the statistics that `StreamConfig.norm_stats` names.
 
     Args:
         kind: "frozen", "ema", "blend" or "batch".
         norms: the model's `norm_layers`.
-        share: of the frame in "blend".
+        share: weight of the frame's own statistics in "blend", in [0, 1].
     """
     if kind == "blend":
         return blended_statistics(norms, share)
@@ -114,9 +117,10 @@ def frame_statistics(kind: str, norms: list[nn.Module], share: float) -> Abstrac
 
 @contextmanager
 def _training(norms: list[nn.Module], **settings: Any) -> Iterator[None]:
-    """Inside the block, layers with running statistics train, with these settings, wherever there is more than a value.
+    """Inside the block, these layers are in training mode and have these settings as attributes.
 
-    Whether there is depends on the images, so it is decided at each call of a layer.
+    An input with one value per channel is the exception: for it, a layer is as it was, in evaluation mode. The number
+    of values depends on the images, so it is looked at in each call of a layer.
     """
     inside = {"training": True, "track_running_stats": True, **settings}
     before = {norm: {name: getattr(norm, name) for name in inside} for norm in norms}
@@ -139,7 +143,7 @@ def _training(norms: list[nn.Module], **settings: Any) -> Iterator[None]:
 def _around_calls(
     norms: list[nn.Module], begins: Callable[[nn.Module, Tensor], None], ends: Callable[[nn.Module], None]
 ) -> Iterator[None]:
-    """Inside the block, `begins(layer, x)` comes before every call of these layers with x, and `ends(layer)` after."""
+    """Inside the block, each call `layer(x)` of these layers comes between `begins(layer, x)` and `ends(layer)`."""
 
     def call_begins(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         begins(norm, args[0] if args else kwargs["input"])
@@ -159,16 +163,17 @@ def _around_calls(
 
 
 def _set(module: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Set attributes, by name."""
     for name, value in settings.items():
         setattr(module, name, value)
 
 
 def _values_per_channel(norm: nn.Module, x: Tensor) -> int:
-    """How many values the layer's statistics of `x` are taken over."""
-    inside = math.prod(x.shape[_channel_axis(norm, x) + 1 :])
-    return inside if isinstance(norm, _InstanceNorm) else x.shape[0] * inside  # each image on its own, or all together
+    """How many values of `x` the layer takes the statistics of a channel over."""
+    inside = math.prod(x.shape[_channel_axis(norm, x) + 1 :])  # of one image
+    return inside if isinstance(norm, _InstanceNorm) else x.shape[0] * inside
 
 
 def _channel_axis(norm: nn.Module, x: Tensor) -> int:
-    """1 of [B, C, ...]; InstanceNorm also takes one image, [C, ...]."""
+    """Which axis of `x` is C: 1 of [B, C, ...], and 0 of one image [C, ...], which InstanceNorm takes too."""
     return 0 if isinstance(norm, _InstanceNorm) and x.ndim == norm._get_no_batch_dim() else 1

@@ -1,48 +1,49 @@
-"""`Watch`: whether a model still has the modules and tensors that it had, without a walk through it."""
+"""Notice when a model's modules, parameters or buffers were replaced by others, without a walk over the model."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 
-class Watch:
-    """Counts how often modules, parameters or buffers below some modules were replaced by others.
+class ReplacementCounter:
+    """Counts how often modules, parameters or buffers of some modules were replaced by other objects.
 
-    Values that change in place are not its concern, and what is added beside the known is noticed with the next change.
+    In-place changes of values are ignored. Objects that are added are noticed at the next replacement.
 
     Attributes:
-        last: the name of what was replaced last.
+        last_replaced: name of the last object that was replaced; "weights" if only its memory is another.
 
     Args:
-        roots: what is watched.
+        roots: the modules, with all modules inside of them.
     """
 
     def __init__(self, *roots: nn.Module) -> None:
         self._roots = roots
-        self._version = 0
-        self.last = ""
-        self._look()
+        self._count = 0
+        self.last_replaced = ""
+        self._remember()
 
-    def version(self) -> int:
-        """Another number than before if something was replaced since the last call."""
-        other = next((name for names, name, held in self._held if names.get(name) is not held), None)
-        if other is None and [tensor.data_ptr() for tensor in self._tensors] == self._places:
-            return self._version
-        self.last = other or "weights"
-        self._look()
-        self._version += 1
-        return self._version
+    def count(self) -> int:
+        """The number of calls of `count` that found something replaced; this call is included."""
+        replaced = next((name for names, name, held in self._held if names.get(name) is not held), None)
+        if replaced is None and [tensor.data_ptr() for tensor in self._tensors] == self._addresses:
+            return self._count
+        self.last_replaced = replaced or "weights"
+        self._remember()
+        self._count += 1
+        return self._count
 
-    def _look(self) -> None:
+    def _remember(self) -> None:
+        """Note every object that the modules hold now, and the address of every tensor."""
         modules = [module for root in self._roots for module in root.modules()]
-        own = [names for m in modules for names in (m._modules, m._parameters, m._buffers)]
-        self._held = [(names, name, held) for names in own for name, held in names.items()]
+        tables = [names for m in modules for names in (m._modules, m._parameters, m._buffers)]
+        self._held = [(names, name, held) for names in tables for name, held in names.items()]
         tensors = (held for m in modules for names in (m._parameters, m._buffers) for held in names.values())
-        self._tensors = [tensor for tensor in tensors if tensor is not None and _has_place(tensor)]
-        self._places = [tensor.data_ptr() for tensor in self._tensors]
+        self._tensors = [tensor for tensor in tensors if tensor is not None and _has_address(tensor)]
+        self._addresses = [tensor.data_ptr() for tensor in self._tensors]
 
 
-def _has_place(tensor: Tensor) -> bool:
+def _has_address(tensor: Tensor) -> bool:
     """Whether a tensor lies in one piece of memory; sparse ones do not."""
     try:
         tensor.data_ptr()

@@ -60,7 +60,7 @@ class ConvDecoder(nn.Module):
 
     def __init__(self, specs: Sequence[MapSpec], width: int = 64) -> None:
         super().__init__()
-        self.first = next((i for i, spec in enumerate(specs) if spec.stride >= 4), len(specs) - 1)
+        self.first = finest_decoded(specs)
         self.stride = specs[self.first].stride
         self.pyramid = Pyramid([spec.channels for spec in specs[self.first :]], 3 * self.stride**2, width)
 
@@ -245,6 +245,30 @@ def _set_outputs(head: nn.Module, name: str, channels: int) -> None:
     new = nn.Conv2d(old.in_channels, channels, kernel, stride, padding, dilation).to(old.weight)  # type: ignore[arg-type]
     parent, _, leaf = name.rpartition(".")
     setattr(head.get_submodule(parent), leaf, new)
+
+
+def finest_decoded(specs: Sequence[MapSpec]) -> int:
+    """Which map is the finest that `ConvDecoder` reads: the first with a stride of at least 4, or the last one."""
+    return next((i for i, spec in enumerate(specs) if spec.stride >= 4), len(specs) - 1)
+
+
+def padding_multiple(specs: Sequence[MapSpec], decoder: nn.Module, patch_size: int) -> int:
+    """The number of pixels that H and W are padded to multiples of, so that the decoder covers the whole image.
+
+    An encoder drops the border of an image that does not fill a whole cell of its features, and no decoder can predict
+    what was dropped. The result is one cell or one patch, whichever is larger, if one is a multiple of the other; else
+    one cell.
+
+    Args:
+        specs: the encoder's maps, finest first.
+        decoder: the decoder.
+        patch_size: side of a mask patch in pixels.
+    """
+    cell = specs[finest_decoded(specs)].stride
+    if isinstance(decoder, HeadCopy):
+        cell = max(cell, decoder.stride)
+    nested = cell % patch_size == 0 or patch_size % cell == 0
+    return max(cell, patch_size) if nested else cell
 
 
 Decoder = str | nn.Module | Callable[[Sequence[MapSpec]], nn.Module]

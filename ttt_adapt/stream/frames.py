@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError
-from ttt_adapt.model.encoder import data_config
+from ttt_adapt.model.probe import data_config
 
 Preprocess = Callable[[Any], Any]
 """A uint8 RGB frame [H, W, 3] -> float [1, 3, H, W] as the model takes it; or a tuple of that and a context.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError
+from ttt_adapt.model.parameters import split_by_decay
 from ttt_adapt.stream.part import Part, nothing
 from ttt_adapt.stream.source import copied
 
@@ -33,29 +34,16 @@ def parameter_groups(
     Returns:
         Groups with `name`, `params`, `lr` and `weight_decay`; empty ones are left out.
     """
-    tables = embedding_tables(*modules)
-    groups = []
+    modules, groups = list(modules), ParamGroups()
     for part, named, lr in (("encoder", encoder, config.lr * config.encoder_lr_scale), ("decoder", own, config.lr)):
-        bare = {n for n, p in named.items() if not decays(n, p) or id(p) in tables}
+        with_decay, without = split_by_decay(named.items(), modules)
         for name, members, decay in (
-            (part, [p for n, p in named.items() if n not in bare], config.weight_decay),
-            (f"{part}_no_decay", [p for n, p in named.items() if n in bare], 0.0),
+            (part, with_decay, config.weight_decay),
+            (f"{part}_no_decay", without, 0.0),
         ):
             if members:
                 groups.append({"name": name, "params": members, "lr": lr, "weight_decay": decay})
     return groups
-
-
-def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: not to norms, biases, tokens, position embeddings and relative position tables."""
-    words = ("token", "pos_embed", "position")
-    return parameter.ndim > 1 and not any(word in name.rpartition(".")[2] for word in words)
-
-
-def embedding_tables(*modules: nn.Module) -> set[int]:
-    """The ids of the parameters of `nn.Embedding` layers, which are not decayed either."""
-    layers = (layer for module in modules for layer in module.modules())
-    return {id(p) for layer in layers if isinstance(layer, nn.Embedding) for p in layer.parameters()}
 
 
 class FusedAdamW(torch.optim.AdamW):

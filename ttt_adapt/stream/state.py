@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError, StateError
+from ttt_adapt.model.parameters import check_state
 from ttt_adapt.objectives.base import Objective, StatefulObjective
-from ttt_adapt.objectives.mae import check_state
 from ttt_adapt.stream.auto_window import AutoWindow
 from ttt_adapt.stream.frames import FrameIntake, scaling
 from ttt_adapt.stream.optimizer import StreamOptimizer

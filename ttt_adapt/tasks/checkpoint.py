@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ttt_adapt.errors import CheckpointError, ConfigError, missing
+from ttt_adapt.model.parameters import check_state
 from ttt_adapt.objectives import Rotation
 from ttt_adapt.objectives.base import Attached
-from ttt_adapt.objectives.mae import MAEBranch, check_state
+from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.stream.frames import Normalize
 from ttt_adapt.tasks import Task, task_of
 from ttt_adapt.tasks.dense_model import SegmentationModel

@@ -35,9 +35,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from ttt_adapt.errors import CheckpointError, ConfigError, StateError
 from ttt_adapt.model.hooks import run_encoder
 from ttt_adapt.model.norms import frozen_norms
+from ttt_adapt.model.parameters import check_state, split_by_decay
 from ttt_adapt.objectives.base import Attached
-from ttt_adapt.objectives.mae import check_state
-from ttt_adapt.stream.optimizer import decays, embedding_tables
 
 STAGES = ("main", "joint", "mae", "probe")
 
@@ -342,9 +341,9 @@ def _parameters_to_freeze(model: nn.Module, branch: Attached | None, stage: str)
 
 
 def _decay_groups(module: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    tables = embedding_tables(module)
-    trained = [(decays(n, p) and id(p) not in tables, p) for n, p in module.named_parameters() if p.requires_grad]
+    trained = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+    with_decay, without = split_by_decay(trained, [module])
     return [
-        {"params": [p for decayed, p in trained if decayed], "weight_decay": config.weight_decay},
-        {"params": [p for decayed, p in trained if not decayed], "weight_decay": 0.0},
+        {"params": with_decay, "weight_decay": config.weight_decay},
+        {"params": without, "weight_decay": 0.0},
     ]

@@ -1,0 +1,62 @@
+"""Random images to run a model on, to find out how it is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def probe_images(model: nn.Module, size: tuple[int, int]) -> Tensor:
+    """Fixed random images [1, 3, H, W] of `size` (H, W), with the dtype and on the device of the model."""
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(1, 3, *size, generator=generator).to(like)
+
+
+def probe_sizes(model: nn.Module, image_size: int | tuple[int, int] | None) -> list[tuple[int, int]]:
+    """The sizes (H, W) to try, in this order.
+
+    `image_size` alone if it is given. Otherwise a small size that is not square, the sizes that the model names, and
+    two that are common.
+    """
+    if image_size is not None:
+        return [(image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])]
+    sizes = [(128, 160)]
+    if "input_size" in (config := data_config(model)):
+        sizes.append(tuple(config["input_size"][-2:]))
+    for module in model.modules():
+        side = getattr(module, "img_size", None) or getattr(getattr(module, "config", None), "image_size", None)
+        if side:
+            sizes.append((along(side), along(side, 1)))
+    return list(dict.fromkeys([*sizes, (224, 224), (256, 256)]))
+
+
+def along(value: Any, axis: int = 0) -> int:
+    """A number that may be given once or for each axis (H, W), as sizes and strides are."""
+    return int(value if isinstance(value, int) else value[axis])
+
+
+def data_config(model: nn.Module) -> dict[str, Any]:
+    """The data configuration (mean, std, input_size) that timm keeps on its models; empty for other models."""
+    for module in model.modules():
+        config = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None)
+        if config and "mean" in config:
+            return dict(config)
+    return {}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the block, every module is in evaluation mode; afterwards each is as it was."""
+    training = [m for m in model.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
