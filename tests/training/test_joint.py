@@ -305,8 +305,8 @@ torch.save(everything(model, branch), sys.argv[1] + "/weights" + os.environ["RAN
 @pytest.mark.parametrize(("batch", "accumulate"), [(2, 1), (1, 2)])
 def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path, batch, accumulate):
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
-    tests = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "OMP_NUM_THREADS": "1"}
+    folders = [*Path(__file__).parents][:3]  # of this module, of the shared helpers, of the library
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*launch, str(tmp_path / "script.py"), str(tmp_path), str(batch), str(accumulate)],

@@ -11,11 +11,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from ttt_adapt.data.images import (
-    FRAME_SUFFIXES,
     UNLABELLED,
     check_ids,
     image_size,
-    images_in,
     match,
     no_folder,
     open_image,
@@ -24,6 +22,7 @@ from ttt_adapt.data.images import (
     read_mask,
 )
 from ttt_adapt.errors import ConfigError, DataError
+from ttt_adapt.files import FRAME_SUFFIXES, files_in
 
 Sample: TypeAlias = tuple[np.ndarray, np.ndarray]
 """A frame, `uint8 [H, W, 3]` RGB, and its labels, `uint8 [H, W]` class ids."""
@@ -216,13 +215,13 @@ def pair_files(folder: Path) -> list[tuple[Path, Path]]:
     if not label_folder.is_dir():
         raise DataError(f"{frame_folder} has no labels beside it; expected {label_folder} {UNLABELLED}")
     suffixes = FRAME_SUFFIXES - {".png"} if label_folder == frame_folder else FRAME_SUFFIXES
-    frames = images_in(frame_folder, suffixes)
+    frames = files_in(frame_folder, suffixes)
     if not frames:
         raise DataError(
             f"no frames in {frame_folder}; expected images/ (or frames/) beside labels/, or NAME.jpg beside NAME.png "
             f"{UNLABELLED}"
         )
-    labels = images_in(label_folder, {".png"})
+    labels = files_in(label_folder, {".png"})
     return match(frames, labels, lambda frame: label_folder / f"{frame.stem}.png")
 
 

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from ttt_adapt.data.clips import Clip
-from ttt_adapt.data.images import natural, read_rgb
+from ttt_adapt.data.images import read_rgb
 from ttt_adapt.errors import DataError, missing
+from ttt_adapt.files import natural_key
 
 VOID = 255
 _FRAMES = ("raw_images", "images")
@@ -55,14 +56,14 @@ def find(
 
 def _annotations(root: Path) -> list[Path]:
     single = [root / name for name in ("panoptic.json", "instances.json") if (root / name).is_file()]
-    videos = sorted((root / "annotations").rglob("*.json"), key=natural) if (root / "annotations").is_dir() else []
-    return single[:1] or videos
+    below = (root / "annotations").rglob("*.json") if (root / "annotations").is_dir() else ()
+    return single[:1] or sorted(below, key=lambda file: natural_key(file.stem))
 
 
 def _open(name: str, root: Path, file: Path, size: tuple[int, int] | None, classes: Sequence[str] | None) -> Clip:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-        images = sorted(data["images"], key=lambda image: natural(Path(image["file_name"])))
+        images = sorted(data["images"], key=lambda image: natural_key(Path(image["file_name"]).stem))
         categories = [category for category in data["categories"] if category["id"] != VOID]
         ids = {category["id"]: place for place, category in enumerate(categories)}
         names = [category["name"] for category in categories]

@@ -18,8 +18,9 @@ import numpy as np
 
 from ttt_adapt.data import coco
 from ttt_adapt.data.clips import BINARY_CLASSES, FRAME_FOLDERS, Clip, LabelledClip, pair_files, read_index
-from ttt_adapt.data.images import check_ids, folders_in, images_in, match, no_folder, read_ids, read_objects, read_rgb
+from ttt_adapt.data.images import check_ids, match, no_folder, read_ids, read_objects, read_rgb
 from ttt_adapt.errors import ConfigError, DataError, nearest
+from ttt_adapt.files import files_in, folders_in
 
 CITYSCAPES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
@@ -191,7 +192,7 @@ def _paired(frames: Path, labels: Path, label_name: Callable[[Path], str], suffi
             raise DataError(f"{folder} is missing; expected frames and labels side by side in {frames.parent}")
 
     def walk(folder: Path) -> Pairs:
-        if images_in(folder, suffixes):
+        if files_in(folder, suffixes):
             beside = labels / folder.relative_to(frames)
             yield folder.name, folder, beside, lambda frame: beside / label_name(frame), suffixes
         for inner in folders_in(folder):
@@ -213,9 +214,9 @@ def _clips(
         def make() -> Clip:
             if not beside.is_dir():
                 raise DataError(f"clip {name} has no labels: {beside} is missing; name labelled clips with --clips")
-            ours = {expected(frame) for frame in images_in(folder, suffixes)}
-            present = [path for path in images_in(beside, {".png"}) if path in ours]
-            files = match(images_in(folder, suffixes), present, expected)
+            ours = {expected(frame) for frame in files_in(folder, suffixes)}
+            present = [path for path in files_in(beside, {".png"}) if path in ours]
+            files = match(files_in(folder, suffixes), present, expected)
             return Clip(name, files, read, classes=classes, size=size, fps=fps)
 
         return make

@@ -20,16 +20,11 @@ from typing import Any
 import numpy as np
 
 from ttt_adapt.data.clips import FRAME_FOLDERS, Clip, Sample
-from ttt_adapt.data.images import FRAME_SUFFIXES, folders_in, images_in, open_image, pillow
+from ttt_adapt.data.images import open_image, pillow
 from ttt_adapt.errors import DataError, nearest
+from ttt_adapt.files import LABEL_FOLDERS, PHOTO_SUFFIXES, PICTURE_SUFFIXES, VIDEO_SUFFIXES, files_in, folders_in
 from ttt_adapt.video import open_video
 from ttt_adapt.video.pictures import GREY_MODES, rgb8
-
-PICTURE_SUFFIXES = FRAME_SUFFIXES | {".tif", ".tiff", ".ppm", ".pgm"}
-VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ogv"}
-LABEL_FOLDERS = {
-    "labels", "annotations", "masks", "panoptic", "panoptic_maps", "panoptic_images", "semantic_images", "gtfine",
-}  # fmt: skip
 
 
 class PictureClip(Clip):
@@ -197,12 +192,12 @@ def open_frames(
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
     """(folder, its pictures) and (video file, nothing), in natural order to the end; what holds labels is left out."""
-    files = images_in(folder, PICTURE_SUFFIXES)
-    photographs = {file.stem for file in files if file.suffix.lower() in (".jpg", ".jpeg")}
+    files = files_in(folder, PICTURE_SUFFIXES)
+    photographs = {file.stem for file in files if file.suffix.lower() in PHOTO_SUFFIXES}
     files = [file for file in files if file.suffix.lower() != ".png" or file.stem not in photographs]
     if files:
         yield folder, files
-    for video in images_in(folder, VIDEO_SUFFIXES):
+    for video in files_in(folder, VIDEO_SUFFIXES):
         yield video, []
     for inner in folders_in(folder):
         if inner.name.lower() not in LABEL_FOLDERS:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ttt_adapt.errors import CheckpointError, ConfigError, missing
+from ttt_adapt.files import atomic_write
 from ttt_adapt.objectives import Rotation
 from ttt_adapt.objectives.attached import Attached
 from ttt_adapt.objectives.mae import MAEBranch, check_state
@@ -121,17 +121,13 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, half: bool = False
     if half:
         weights = {name: v.half() if v.is_floating_point() else v for name, v in weights.items()}
     metadata = {"spec": json.dumps(asdict(checkpoint.spec))}
-    part = Path(f"{path}.part")
     library = _safetensors()
     try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(library.save({name: v.contiguous() for name, v in weights.items()}, metadata))
-        part.replace(path)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as part:
+            part.write_bytes(library.save({name: v.contiguous() for name, v in weights.items()}, metadata))
     except (OSError, library.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
