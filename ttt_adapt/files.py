@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import tempfile
@@ -53,6 +54,15 @@ def files_in(folder: Path, suffixes: Container[str]) -> list[Path]:
     visible = (path for path in folder.iterdir() if path.is_file() and path.name[0] != ".")
     wanted = (path for path in visible if path.suffix.lower() in suffixes)
     return sorted(wanted, key=lambda path: natural_key(path.stem))
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's bytes, which are read piece by piece."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def part_file(path: Path) -> Path:

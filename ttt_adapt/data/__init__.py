@@ -7,7 +7,8 @@ say otherwise) marks void pixels.
 """
 
 from ttt_adapt.data.augment import Augment
-from ttt_adapt.data.clips import Clip, LabelledClip, Sample
+from ttt_adapt.data.clip import Clip, Sample
+from ttt_adapt.data.labelled import ImageClip, LabelledClip
 from ttt_adapt.data.layouts import FORMATS, is_unnamed, open_clips
 from ttt_adapt.data.stills import StillsDataset
 from ttt_adapt.data.street.clip import StreetClip
@@ -17,6 +18,7 @@ __all__ = [
     "FORMATS",
     "Augment",
     "Clip",
+    "ImageClip",
     "LabelledClip",
     "PictureClip",
     "Sample",

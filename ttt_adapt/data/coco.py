@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from ttt_adapt.data.clips import Clip
+from ttt_adapt.data.clip import Clip
 from ttt_adapt.data.images import read_rgb
+from ttt_adapt.data.labelled import ImageClip
 from ttt_adapt.errors import DataError, missing
 from ttt_adapt.files import natural_key
 
@@ -82,7 +83,8 @@ def _open(name: str, root: Path, file: Path, size: tuple[int, int] | None, class
         ) from error
     if not images:
         raise DataError(f"{file} lists no images; expected the frames of a clip")
-    return Clip(name, list(zip(frames, labels, strict=True)), read, classes=classes or names, size=size, sources=[file])
+    pairs = list(zip(frames, labels, strict=True))
+    return ImageClip(name, pairs, read, classes=classes or names, size=size, sources=[file])
 
 
 def _locate(root: Path, kinds: Sequence[str], video: str, name: str) -> Path:

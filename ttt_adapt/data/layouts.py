@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from ttt_adapt.data import coco
-from ttt_adapt.data.clips import BINARY_CLASSES, FRAME_FOLDERS, Clip, LabelledClip, pair_files, read_index
+from ttt_adapt.data.clip import Clip
 from ttt_adapt.data.images import check_ids, match, no_folder, read_ids, read_objects, read_rgb
+from ttt_adapt.data.labelled import BINARY_CLASSES, FRAME_FOLDERS, ImageClip, LabelledClip, pair_files, read_index
 from ttt_adapt.errors import ConfigError, DataError, nearest
 from ttt_adapt.files import files_in, folders_in
 
@@ -57,7 +58,7 @@ def open_clips(
     Raises:
         ConfigError: an unknown format.
         DataError: a folder is missing or holds no clip, a clip has no labels, a name is unknown or comes twice, or as
-            `Clip` and `LabelledClip`.
+            `ImageClip` and `LabelledClip`.
     """
     if format not in ("auto", *FORMATS):
         raise ConfigError(f"format is {format!r}; expected auto or one of {', '.join(FORMATS)}")
@@ -217,7 +218,7 @@ def _clips(
             ours = {expected(frame) for frame in files_in(folder, suffixes)}
             present = [path for path in files_in(beside, {".png"}) if path in ours]
             files = match(files_in(folder, suffixes), present, expected)
-            return Clip(name, files, read, classes=classes, size=size, fps=fps)
+            return ImageClip(name, files, read, classes=classes, size=size, fps=fps)
 
         return make
 

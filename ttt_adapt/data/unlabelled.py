@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from ttt_adapt.data.clips import FRAME_FOLDERS, Clip, Sample
+from ttt_adapt.data.clip import Clip, Sample
 from ttt_adapt.data.images import open_image, pillow
+from ttt_adapt.data.labelled import FRAME_FOLDERS
 from ttt_adapt.errors import DataError, nearest
 from ttt_adapt.files import LABEL_FOLDERS, PHOTO_SUFFIXES, PICTURE_SUFFIXES, VIDEO_SUFFIXES, files_in, folders_in
 from ttt_adapt.video import open_video
@@ -34,19 +35,20 @@ class PictureClip(Clip):
     """
 
     def __init__(self, name: str, files: Sequence[Path], size: tuple[int, int] | None = None) -> None:
-        super().__init__(name, [(file, file) for file in files], _no_labels, classes=(), size=size)
+        super().__init__(name, size=size)
+        self._files = list(files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
     def __getitem__(self, index: int) -> Sample:
-        file = self._files[index][0]
+        file = self._files[index]
         return _sample(_fit(pillow().fromarray(rgb8(open_image(file), file)), self.size))
-
-    def check_labels(self) -> None:
-        """There are none."""
 
     @property
     def files(self) -> list[Path]:
         """The pictures."""
-        return [file for file, _ in self._files]
+        return list(self._files)
 
     def but_grey(self) -> PictureClip:
         """Without the pictures that are stored in grey, as their headers say."""
@@ -67,7 +69,7 @@ class VideoClip(Clip):
     def __init__(self, name: str, file: Path, size: tuple[int, int] | None = None, frames: int | None = None) -> None:
         with open_video(file) as video:
             fps = video.fps
-        super().__init__(name, [(file, file)], _no_labels, classes=(), size=size, fps=fps)
+        super().__init__(name, size=size, fps=fps)
         self._file, self._limit = file, frames
         self._kept: _Kept | None = None
 
@@ -109,12 +111,10 @@ class VideoClip(Clip):
                     break
                 yield _sample(_fit(pillow().fromarray(frame), self.size))
 
-    def check_labels(self) -> None:
-        """There are none."""
-
-    def describe(self) -> dict[str, Any]:
-        """Of the file, name and contents; and how many of its frames."""
-        return {**super().describe(), "frames": len(self)}
+    @property
+    def files(self) -> list[Path]:
+        """The video file."""
+        return [self._file]
 
 
 _FORKED: list[_Kept] = []
@@ -244,7 +244,3 @@ def _header(file: Path) -> tuple[str, tuple[int, int]]:
         return image.mode, (image.width, image.height) if turned else (image.height, image.width)
     open_image(file)  # says what is wrong with it
     raise DataError(f"{file} cannot be read as an image")
-
-
-def _no_labels(file: Path) -> np.ndarray:
-    raise DataError(f"{file} has no labels")

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from ttt_adapt.data.clips import Clip, Sample
-from ttt_adapt.data.images import read_ids
+from ttt_adapt.data.clip import Clip, Sample
 from ttt_adapt.data.street.scene import CLASSES, IGNORE, street_stream
 from ttt_adapt.errors import ConfigError
 
@@ -30,9 +27,7 @@ class StreetClip(Clip):
         if not isinstance(seed, int) or seed < 0:
             raise ConfigError(f"the street's seed is {seed!r}; expected a whole number from 0 on")
         times = tuple(i / FPS for i in range(max(frames, 0)))
-        super().__init__(
-            f"street-{seed}", [], read_ids, classes=CLASSES, ignore=IGNORE, size=size, fps=FPS, times=times
-        )
+        super().__init__(f"street-{seed}", classes=CLASSES, ignore=IGNORE, size=size, fps=FPS, times=times)
         self._stream = street_stream(frames, size or (128, 192), seed + _FIRST, FPS)
         self._count = frames
         self._drawn: list[Sample] = []
@@ -46,6 +41,3 @@ class StreetClip(Clip):
             self._drawn.append(next(self._stream))
         frame, labels = self._drawn[index]
         return frame.copy(), labels.copy()
-
-    def __iter__(self) -> Iterator[Sample]:
-        return (self[index] for index in range(len(self)))

@@ -21,7 +21,7 @@ class GreyedClip(Clip):
     """
 
     def __init__(self, clip: Clip) -> None:
-        super().__init__(clip.name, [], _no_labels, classes=(), size=clip.size, fps=clip.fps, times=clip.times)
+        super().__init__(clip.name, size=clip.size, fps=clip.fps, times=clip.times)
         self._clip = clip
 
     def __len__(self) -> int:
@@ -101,7 +101,3 @@ def common_size(clips: Sequence[Clip]) -> tuple[int, int]:
         raise ConfigError(f"the pictures have {len(sizes)} sizes ({some}, ...): choose one with --size HEIGHTxWIDTH")
     height, width = sizes.pop()
     return height, width
-
-
-def _no_labels(_file: Any) -> Any:
-    raise AssertionError("a clip that labels itself has no label files")
