@@ -10,7 +10,7 @@ from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ttt_adapt.errors import ConfigError
+from ttt_adapt.errors import CheckpointError, ConfigError
 
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg"})
 """Photographs. A PNG file of the same stem beside one is its label, not a picture."""
@@ -84,6 +84,24 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # it is gone where all went well
             part.unlink()
+
+
+def check_format(number: int, newest: int, file: str | Path) -> None:
+    """Refuse a saved file whose format is newer than this version of the library.
+
+    Args:
+        number: the format that the file names.
+        newest: the newest format that this version reads.
+        file: where it was read from, for the message.
+
+    Raises:
+        CheckpointError: `number` is above `newest`, or below 1.
+    """
+    if not 1 <= number <= newest:
+        raise CheckpointError(
+            f"{file} has format {number}, and this version of ttt_adapt reads formats up to {newest}: update ttt_adapt "
+            "(pip install --upgrade ttt-adapt)"
+        )
 
 
 def output_folder(folder: Path) -> None:

@@ -26,7 +26,7 @@ from ttt_adapt.evaluation.runner import run_arm
 from ttt_adapt.evaluation.runners import ARMS, Arm, find_arm
 from ttt_adapt.evaluation.session import check_failures, evaluate
 from ttt_adapt.evaluation.statistics import paired_bootstrap
-from ttt_adapt.tasks.segmentation import SegmentationScore
+from ttt_adapt.tasks.segmentation.score import SegmentationScore
 
 pytestmark = pytest.mark.usefixtures("committed")
 

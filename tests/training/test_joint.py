@@ -326,6 +326,61 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path, batch, accu
     assert torch.load(tmp_path / "run.state", weights_only=True)["epoch"] == 3
 
 
+class StoppedError(Exception):
+    """Raised in the middle of a training."""
+
+
+def stop_at(step: int):
+    def on_step(progress: Progress) -> None:
+        if progress.step == step:
+            raise StoppedError
+
+    return on_step
+
+
+def interrupted(file: Path):
+    """A training of 3 epochs that stops in the second one; its state is of the end of the first."""
+    model, branch = attached()
+    with pytest.raises(StoppedError):
+        fit(model, branch, Blocks(), criterion, config(epochs=3), state_file=file, on_step=stop_at(3))
+
+
+def test_a_state_from_before_formats_had_numbers_goes_on_to_the_same_bits(tmp_path):
+    file = tmp_path / "run.state"
+    interrupted(file)
+    state = torch.load(file, weights_only=True)
+    assert state["format"] == 1
+    old = {
+        name: state[name]
+        for name in ("config", "origin", "epoch", "model", "branch", "optimizer", "schedule", "scaler")
+    }
+    torch.save(old, file)
+    model, branch = attached()
+    fit(model, branch, Blocks(), criterion, config(epochs=3), state_file=file)
+    whole, its_branch = attached()
+    fit(whole, its_branch, Blocks(), criterion, config(epochs=3))
+    assert same_bits(everything(model, branch), everything(whole, its_branch))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"format": 2, "of": "tomorrow"}, r"run\.state has format 2, .* up to 1: update ttt_adapt"),
+        ({"format": "new"}, "no training state"),
+        ({"of": "another program"}, "no training state"),
+    ],
+)
+def test_a_state_of_a_newer_or_unknown_format_is_refused_and_changes_nothing(tmp_path, change, match):
+    file = tmp_path / "run.state"
+    interrupted(file)
+    torch.save(torch.load(file, weights_only=True) | change, file)
+    model, branch = attached()
+    before = everything(model, branch)
+    with pytest.raises(CheckpointError, match=match):
+        fit(model, branch, Blocks(), criterion, config(epochs=3), state_file=file)
+    assert same_bits(everything(model, branch), before)
+
+
 def test_a_state_of_other_data_is_refused_and_changes_nothing(tmp_path):
     file = tmp_path / "run.state"
     model, branch = attached()

@@ -32,7 +32,7 @@ def is_coco(root: Path) -> bool:
     return any((root / name).is_dir() for name in _FRAMES) and bool(_annotations(root))
 
 
-def find(
+def find_coco(
     root: Path, size: tuple[int, int] | None, classes: Sequence[str] | None, binary: bool
 ) -> dict[str, Callable[[], Clip]]:
     """How to open every clip of the data set, by name.

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ttt_adapt.data import coco
 from ttt_adapt.data.clip import Clip
+from ttt_adapt.data.coco import find_coco, is_coco
 from ttt_adapt.data.images import check_ids, match, no_folder, read_ids, read_objects, read_rgb
 from ttt_adapt.data.labelled import BINARY_CLASSES, FRAME_FOLDERS, ImageClip, LabelledClip, pair_files, read_index
 from ttt_adapt.errors import ConfigError, DataError, nearest
@@ -100,7 +100,7 @@ def _recognise(root: Path) -> str:
     for name, folders in marks.items():
         if all((root / folder).is_dir() for folder in folders):
             return name
-    return "coco" if coco.is_coco(root) else "folder"
+    return "coco" if is_coco(root) else "folder"
 
 
 def _folders(
@@ -249,6 +249,6 @@ FORMATS: dict[str, Callable[..., dict[str, Opener]]] = {
     "davis": _davis,
     "kitti-step": _kitti_step,
     "cityscapes": _cityscapes,
-    "coco": coco.find,
+    "coco": find_coco,
 }
 """How each format's clips are found: (root, size, classes, binary) -> clip name -> how to open it."""

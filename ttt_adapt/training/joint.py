@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ttt_adapt.errors import CheckpointError, ConfigError, StateError
-from ttt_adapt.files import atomic_write
+from ttt_adapt.files import atomic_write, check_format
 from ttt_adapt.model.hooks import run_encoder
 from ttt_adapt.model.norms import frozen_norms
 from ttt_adapt.objectives.attached import Attached
@@ -39,6 +39,8 @@ from ttt_adapt.objectives.mae import check_state
 from ttt_adapt.stream.optimizer import decays, embedding_tables
 from ttt_adapt.training.distributed import process_group, rank, world_size
 
+FORMAT = 1
+"""Number of the layout of training states, under "format". States without a number have the same layout."""
 STAGES = ("main", "joint", "mae", "probe")
 
 Criterion = Callable[[Any, Any], Tensor]
@@ -279,6 +281,7 @@ class _Run:
         if self.rank:
             return
         state = {
+            "format": FORMAT,
             "config": dataclasses.asdict(self.config),
             "origin": origin,
             "epoch": epoch,
@@ -315,7 +318,7 @@ class _Run:
         return int(state["epoch"])
 
 
-_STATE = {"config", "origin", "epoch", "model", "branch", "optimizer", "schedule", "scaler"}
+_PARTS = {"config", "origin", "epoch", "model", "branch", "optimizer", "schedule", "scaler"}
 
 
 def _read_state(file: str | Path, device: torch.device) -> dict[str, Any]:
@@ -323,7 +326,10 @@ def _read_state(file: str | Path, device: torch.device) -> dict[str, Any]:
         state = torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # a broken file raises whatever its broken part makes of it
         raise CheckpointError(f"{file} cannot be read ({type(error).__name__}): remove it to start anew") from error
-    if not isinstance(state, dict) or set(state) != _STATE:
+    if not isinstance(state, dict) or not isinstance(state.get("format", FORMAT), int):
+        raise CheckpointError(f"{file} is no training state: remove it to start anew")
+    check_format(state.get("format", FORMAT), FORMAT, file)
+    if state.keys() - {"format"} != _PARTS:
         raise CheckpointError(f"{file} is no training state: remove it to start anew")
     return state
 

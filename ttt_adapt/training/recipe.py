@@ -19,7 +19,8 @@ from ttt_adapt.data import Clip, StillsDataset
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.files import output_folder
 from ttt_adapt.tasks import Stills, Task, find_task, task_of
-from ttt_adapt.tasks.checkpoint import OBJECTIVES, Checkpoint, ModelSpec, load_initial, save_checkpoint
+from ttt_adapt.tasks.checkpoint import OBJECTIVES, Checkpoint, build_model, load_initial, save_checkpoint
+from ttt_adapt.tasks.spec import ModelSpec
 from ttt_adapt.training.distributed import process_group, rank
 from ttt_adapt.training.joint import Progress, TrainConfig, fit
 from ttt_adapt.view.terminal import notice, progress_bar
@@ -87,7 +88,7 @@ def train(options: TrainOptions) -> Checkpoint:
     device = _device(options.device)
     data, spec = _open_data(options)
     torch.manual_seed(options.config.seed)
-    model, branch = spec.build(options.pretrained)
+    model, branch = build_model(spec, options.pretrained)
     checkpoint = Checkpoint(model.to(device), branch.to(device) if branch is not None else None, spec)
     if options.init is not None:
         load_initial(options.init, checkpoint)

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ttt_adapt.colour import to_grey
-from ttt_adapt.data import Clip, PictureClip, Sample, VideoClip
+from ttt_adapt.data.clip import Clip, Sample
+from ttt_adapt.data.unlabelled import PictureClip, VideoClip
 from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt.tasks.colorization.score import SMALLEST, in_colour
 
