@@ -24,8 +24,8 @@ from ttt_adapt.data.images import open_image, pillow
 from ttt_adapt.data.labelled import FRAME_FOLDERS
 from ttt_adapt.errors import DataError, nearest
 from ttt_adapt.files import LABEL_FOLDERS, PHOTO_SUFFIXES, PICTURE_SUFFIXES, VIDEO_SUFFIXES, files_in, folders_in
-from ttt_adapt.video import open_video
 from ttt_adapt.video.pictures import GREY_MODES, rgb8
+from ttt_adapt.video.reader import open_video
 
 
 class PictureClip(Clip):

@@ -1,4 +1,4 @@
-"""The demo's rendered street as a labelled clip."""
+"""The rendered street as a labelled clip: `StreetClip`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from ttt_adapt.data.street.scene import CLASSES, IGNORE, street_stream
 from ttt_adapt.errors import ConfigError
 
 FPS = 10.0
+"""Frames per second."""
 _FIRST = 1000
-"""The demo's streets begin here, so that no stream is a street that a model was trained on."""
+"""Number of the street with seed 0: no clip shows a street that a model was trained on."""
 
 
 class StreetClip(Clip):
-    """A drive from clear day to dusk, fog and rain: the stream of `ttt-adapt demo` with the same seed.
+    """A drive from a clear day through dusk, fog and rain; `ttt-adapt demo` shows it for the same seed.
 
     Args:
         seed: which street, 0 or more.
