@@ -31,7 +31,7 @@ from ttt_adapt.evaluation.runners import find_arm
 from ttt_adapt.evaluation.session import Contender, evaluate
 from ttt_adapt.tasks import Colorization
 from ttt_adapt.tasks.checkpoint import load_checkpoint
-from ttt_adapt.video import panels
+from ttt_adapt.view.overlay import panels
 
 TRAIN = ("coco100", "bmx-trees", "car-roundabout", "cows", "drift-straight", "horsejump-high", "kite-surf")
 TUNE = "dog"

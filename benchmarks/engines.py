@@ -28,7 +28,7 @@ from torch import nn
 from timing import Step, device_name, flops, interleaved, peak_flops, table, write
 from ttt_adapt import MAEBranch, Normalize, StreamAdapter, StreamConfig, TTTAdaptError
 from ttt_adapt.engine.precision import both_passes, forward_pass
-from ttt_adapt.tasks.dense_model import SegmentationModel
+from ttt_adapt.tasks.dense_model import DenseModel
 
 GPU = torch.cuda.is_available()
 MODELS = (
@@ -50,7 +50,7 @@ WARM = StreamConfig.online().capacity + 4
 def build(name: str) -> nn.Module:
     torch.manual_seed(0)
     sized = {} if name.startswith("resnet") else {"img_size": SIZE}
-    return SegmentationModel(name, 19, encoder_options=sized).eval().to(DEVICE)
+    return DenseModel(name, 19, encoder_options=sized).eval().to(DEVICE)
 
 
 def fixed(name: str, precision: str, best: bool) -> Step:

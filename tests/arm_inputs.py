@@ -7,7 +7,8 @@ import torch
 
 from conftest import settle_norms
 from ttt_adapt import StreamConfig
-from ttt_adapt.tasks.checkpoint import Checkpoint, ModelSpec
+from ttt_adapt.tasks.checkpoint import Checkpoint, build_model
+from ttt_adapt.tasks.spec import ModelSpec
 
 SIZE = (48, 64)
 CLASSES = ("road", "car", "sky")
@@ -19,7 +20,7 @@ def checkpoint(seed: int = 0, **changes) -> Checkpoint:
     torch.manual_seed(seed)
     cnn = {"encoder": "resnet18", "encoder_options": {"channels": [8, 16, 24, 32]}}
     spec = ModelSpec(**{**cnn, "classes": CLASSES, "size": SIZE, "branch": {}, "width": 16, **changes})
-    model, branch = spec.build()
+    model, branch = build_model(spec)
     settle_norms(model)
     return Checkpoint(model.eval(), branch, spec)
 

@@ -12,7 +12,7 @@ import models as zoo
 from conftest import left_as_it_was, mix_flags, photograph, same_bits, settle_norms
 from ttt_adapt import MAEBranch, StreamAdapter, StreamConfig, TTTAdaptError
 from ttt_adapt.errors import ConfigError, FrameError, MemoryLimitError, StateError
-from ttt_adapt.tasks.dense_model import SegmentationModel
+from ttt_adapt.tasks.dense_model import DenseModel
 
 CONFIG = StreamConfig(window=3, batch_size=2, lr=1e-2, encoder_lr_scale=0.5, seed=11)
 
@@ -327,11 +327,11 @@ class TestMaskQueryNet(NothingRepeated, AdapterContract):
         return zoo.MaskQueryNet()
 
 
-class TestSegmentationModel(AdapterContract):
+class TestDenseModel(AdapterContract):
     encoder, decoder = "backbone", "copy_head"
 
     def make(self):
-        return SegmentationModel("resnet18", 5, width=16, encoder_options={"channels": (8, 16, 24, 32)})
+        return DenseModel("resnet18", 5, width=16, encoder_options={"channels": (8, 16, 24, 32)})
 
 
 class TestTinyCarefully(NothingRepeated, AdapterContract):

@@ -5,6 +5,29 @@ may change without breaking one.
 """
 
 from ttt_adapt.colour import colour_frame, rgb_to_lab, to_grey
+from ttt_adapt.data.order import shuffled_epochs
+from ttt_adapt.files import (
+    FRAME_SUFFIXES,
+    LABEL_FOLDERS,
+    PHOTO_SUFFIXES,
+    PICTURE_SUFFIXES,
+    files_in,
+    folders_in,
+    natural_key,
+)
 from ttt_adapt.model.features import Features
 
-__all__ = ["Features", "colour_frame", "rgb_to_lab", "to_grey"]
+__all__ = [
+    "FRAME_SUFFIXES",
+    "LABEL_FOLDERS",
+    "PHOTO_SUFFIXES",
+    "PICTURE_SUFFIXES",
+    "Features",
+    "colour_frame",
+    "files_in",
+    "folders_in",
+    "natural_key",
+    "rgb_to_lab",
+    "shuffled_epochs",
+    "to_grey",
+]

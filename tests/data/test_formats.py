@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ttt_adapt.data import FORMATS, StreetClip, open_clips
+from ttt_adapt.data import StreetClip, open_clips
 from ttt_adapt.data.coco import draw_mask
-from ttt_adapt.data.layouts import CITYSCAPES
+from ttt_adapt.data.layouts import CITYSCAPES, FORMATS
 from ttt_adapt.data.street.scene import CLASSES as STREET_CLASSES
 from ttt_adapt.data.street.scene import street_stream
 from ttt_adapt.errors import ConfigError, DataError

@@ -10,7 +10,7 @@ import pytest
 
 from ttt_adapt.errors import ConfigError, DataError, StateError
 from ttt_adapt.evaluation.report import Report, Run, markdown_table, rich_table, write_json
-from ttt_adapt.tasks.segmentation import SegmentationScore
+from ttt_adapt.tasks.segmentation.score import SegmentationScore
 
 
 def make_run(arm: str = "online", clip: str = "dusk", seed: int = 0, miou: float = 0.5, **changes) -> Run:

@@ -16,7 +16,7 @@ import ttt_adapt.evaluation.session as command
 from arm_inputs import CONFIG, checkpoint, frames
 from ttt_adapt import StreamConfig, cli
 from ttt_adapt.cli.options import parse_settings, per_arm
-from ttt_adapt.data import Clip, open_clips
+from ttt_adapt.data import LabelledClip, open_clips
 from ttt_adapt.errors import ConfigError, DataError, FrameError, FrameTypeError, MissingPackageError, StateError
 from ttt_adapt.evaluation.differences import average_difference, paired_difference
 from ttt_adapt.evaluation.memory import PeakMemory
@@ -26,7 +26,7 @@ from ttt_adapt.evaluation.runner import run_arm
 from ttt_adapt.evaluation.runners import ARMS, Arm, find_arm
 from ttt_adapt.evaluation.session import check_failures, evaluate
 from ttt_adapt.evaluation.statistics import paired_bootstrap
-from ttt_adapt.tasks.segmentation import SegmentationScore
+from ttt_adapt.tasks.segmentation.score import SegmentationScore
 
 pytestmark = pytest.mark.usefixtures("committed")
 
@@ -292,8 +292,10 @@ def test_labels_are_read_once_before_a_clips_first_run_and_not_where_nothing_is_
     tmp_path, clips, files, monkeypatch, counted  # noqa: F811
 ):  # fmt: skip
     checked = []
-    real = Clip.check_labels
-    monkeypatch.setattr(Clip, "check_labels", lambda clip: checked.append((clip.name, len(counted))) or real(clip))
+    real = LabelledClip.check_labels
+    monkeypatch.setattr(
+        LabelledClip, "check_labels", lambda clip: checked.append((clip.name, len(counted))) or real(clip)
+    )
     evaluate(contenders(files[:1]), clips, CONFIG, [0, 1], tmp_path / "out")
     assert checked == [("dusk", 0), ("noon", 1)]
     evaluate(contenders(files[:1]), clips, CONFIG, [0, 1], tmp_path / "out")

@@ -11,15 +11,15 @@ from ttt_adapt.errors import EncoderError
 from ttt_adapt.model.features import Features, MapSpec
 from ttt_adapt.model.hooks import run_encoder
 from ttt_adapt.objectives.decoders import ConvDecoder, HeadCopy, Pyramid, TokenDecoder, sincos_positions
-from ttt_adapt.tasks.dense_model import SegmentationModel
+from ttt_adapt.tasks.dense_model import DenseModel
 
 
 def segmentation() -> nn.Module:
-    return SegmentationModel("resnet18", 5, width=16, encoder_options={"channels": (8, 16, 24, 32)})
+    return DenseModel("resnet18", 5, width=16, encoder_options={"channels": (8, 16, 24, 32)})
 
 
 def segmentation_vit() -> nn.Module:
-    return SegmentationModel("vit_tiny_patch16_224", 5, width=16, encoder_options=dict(zoo.TINY_VIT))
+    return DenseModel("vit_tiny_patch16_224", 5, width=16, encoder_options=dict(zoo.TINY_VIT))
 
 
 CASES = {

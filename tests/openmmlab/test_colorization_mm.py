@@ -12,7 +12,7 @@ from mmengine.structures import PixelData
 import tiny
 from ttt_adapt.data import unlabelled
 from ttt_adapt.errors import DataError
-from ttt_adapt.integration import rgb_to_lab, to_grey
+from ttt_adapt.integration import LABEL_FOLDERS, rgb_to_lab, to_grey
 from ttt_adapt.tasks.colorization import score, task
 from ttt_adapt_openmmlab import Colorizer, ColourPictures, JointMAE, PackColours, StreamColourMetric, colorization
 from ttt_adapt_openmmlab.colorization import AB_SCALE
@@ -107,6 +107,6 @@ def test_label_images_are_no_pictures_as_in_the_core(tmp_path):
 
 def test_what_is_stated_twice_is_the_same_as_in_the_core():
     assert colorization.AB_SCALE == task.AB_SCALE
-    assert colorization.LABEL_FOLDERS == unlabelled.LABEL_FOLDERS
+    assert colorization.LABEL_FOLDERS == LABEL_FOLDERS
     for square in (0.0, 1e-9, 0.5, 1.0, 300.0, 65025.0):
         assert colorization._psnr(square) == score.psnr(square)

@@ -10,7 +10,8 @@ import torch
 
 from conftest import photograph, same_bits, settle_norms
 from ttt_adapt.errors import CheckpointError, ConfigError
-from ttt_adapt.tasks.checkpoint import Checkpoint, ModelSpec, load_checkpoint, load_initial, save_checkpoint
+from ttt_adapt.tasks.checkpoint import Checkpoint, build_model, load_checkpoint, load_initial, save_checkpoint
+from ttt_adapt.tasks.spec import ModelSpec
 
 CNN = {"encoder": "resnet18", "encoder_options": {"channels": (8, 16, 24, 32)}, "width": 16}
 VIT = {
@@ -25,7 +26,7 @@ def make(kind=CNN, **changes) -> Checkpoint:
     spec = ModelSpec(
         **{"classes": ("road", "car", "sky"), "size": (48, 64), "branch": {"mask_ratio": 0.7}, **kind, **changes}
     )
-    model, branch = spec.build()
+    model, branch = build_model(spec)
     settle_norms(model)
     for parameter in branch.parameters() if branch is not None else ():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
@@ -99,6 +100,70 @@ def test_saving_changes_neither_model_nor_branch(tmp_path):
     save_checkpoint(tmp_path / "deep" / "er" / "a.safetensors", saved, half=True)
     assert photograph(saved.model) == before
     assert same_bits(weights, dict(saved.branch.state_dict()))
+
+
+# ---- formats
+
+
+def write_without_format(path: Path, checkpoint: Checkpoint) -> None:
+    """A file as it was written before checkpoints had a format number: byte for byte the same layout."""
+    from safetensors.torch import save_file
+
+    weights = {f"model.{name}": value for name, value in checkpoint.model.state_dict().items()}
+    if checkpoint.branch is not None:
+        weights |= {f"branch.{name}": value for name, value in checkpoint.branch.state_dict().items()}
+    fields = {
+        "encoder": checkpoint.spec.encoder,
+        "classes": checkpoint.spec.classes,
+        "size": checkpoint.spec.size,
+        "encoder_options": checkpoint.spec.encoder_options,
+        "branch": checkpoint.spec.branch,
+        "objective": checkpoint.spec.objective,
+        "palette": [[1, 2, 3], [4, 5, 6], [7, 8, 9]],
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.4, 0.5, 0.6],
+        "width": checkpoint.spec.width,
+        "training": [{"stage": "joint", "epochs": 3}],
+        "task": "segmentation",
+        "task_options": {},
+    }
+    save_file({name: value.contiguous() for name, value in weights.items()}, path, {"spec": json.dumps(fields)})
+
+
+@pytest.mark.parametrize("kind", [CNN, VIT, {**CNN, "branch": None}], ids=["cnn", "vit", "main only"])
+def test_a_file_from_before_formats_had_numbers_loads_to_the_same_bits(tmp_path, kind):
+    saved = make(kind)
+    write_without_format(tmp_path / "old.safetensors", saved)
+    loaded = load_checkpoint(tmp_path / "old.safetensors")
+    assert same_bits(outputs(loaded), outputs(saved))
+    assert same_bits(dict(loaded.model.state_dict()), dict(saved.model.state_dict()))
+    assert loaded.spec.palette == ((1, 2, 3), (4, 5, 6), (7, 8, 9))
+    assert (loaded.spec.mean, loaded.spec.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert loaded.spec.training == [{"stage": "joint", "epochs": 3}]
+
+
+def rewritten(path: Path, **metadata: str) -> Path:
+    """The checkpoint at `path` again under another name, with other metadata."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(path, "pt") as file:
+        known, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    save_file(weights, path.with_name("rewritten.safetensors"), {**known, **metadata})
+    return path.with_name("rewritten.safetensors")
+
+
+def test_a_checkpoint_carries_its_format_and_a_newer_one_is_refused_before_anything_else_is_read(tmp_path):
+    from safetensors import safe_open
+
+    save_checkpoint(tmp_path / "a.safetensors", make())
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata()["format"] == "1"
+    newer = rewritten(tmp_path / "a.safetensors", format="2", spec='{"of": "tomorrow"}')
+    with pytest.raises(CheckpointError, match=r"rewritten\.safetensors has format 2, .* up to 1: update ttt_adapt"):
+        load_checkpoint(newer)
+    with pytest.raises(CheckpointError, match="no checkpoint written by ttt_adapt"):
+        load_checkpoint(rewritten(tmp_path / "a.safetensors", format="pt"))
 
 
 def bad_files(folder: Path) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""SegmentationModel: timm encoders of every family, any image size, and clear errors."""
+"""DenseModel: timm encoders of every family, any image size, and clear errors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from conftest import photograph
 from ttt_adapt import MAEBranch
 from ttt_adapt.errors import ConfigError
-from ttt_adapt.tasks.dense_model import SegmentationModel
+from ttt_adapt.tasks.dense_model import DenseModel
 
 TRANSFORMER = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 SWIN = {"depths": (1, 1, 2, 1), "embed_dim": 24, "num_heads": (2, 2, 4, 4)}
@@ -25,8 +25,8 @@ ENCODERS = {
 MASKING = {name: "tokens" if "patch" in name and "swin" not in name else "pixels" for name in ENCODERS}
 
 
-def build(name: str, classes: int = 5) -> SegmentationModel:
-    return SegmentationModel(name, classes, width=16, encoder_options=ENCODERS[name])
+def build(name: str, classes: int = 5) -> DenseModel:
+    return DenseModel(name, classes, width=16, encoder_options=ENCODERS[name])
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -70,13 +70,13 @@ def test_gradients_reach_every_part_of_the_head():
 
 def test_an_unknown_encoder_comes_with_the_nearest_names():
     with pytest.raises(ConfigError, match=r"no model 'resnet_18'.*nearest: .*'resnet18'"):
-        SegmentationModel("resnet_18", 5)
+        DenseModel("resnet_18", 5)
 
 
 @pytest.mark.parametrize(("name", "options"), [("resnet18", {"depht": 3}), ("vit_tiny_patch16_224", {"foo": 1})])
 def test_an_unknown_option_of_the_encoder_is_named(name, options):
     with pytest.raises(ConfigError, match=f"cannot make '{name}'.*{next(iter(options))}"):
-        SegmentationModel(name, 5, encoder_options=options)
+        DenseModel(name, 5, encoder_options=options)
 
 
 def test_weights_that_cannot_be_downloaded_are_not_called_a_fault_of_the_options(monkeypatch):
@@ -91,6 +91,6 @@ def test_weights_that_cannot_be_downloaded_are_not_called_a_fault_of_the_options
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(ConfigError, match="cannot load the pretrained weights of 'resnet18'.*no route to the hub"):
-        SegmentationModel("resnet18", 3, pretrained=True)
+        DenseModel("resnet18", 3, pretrained=True)
     with pytest.raises(ConfigError, match="cannot make 'resnet18' .*depths"):
-        SegmentationModel("resnet18", 3, pretrained=True, encoder_options={"depths": (1,)})
+        DenseModel("resnet18", 3, pretrained=True, encoder_options={"depths": (1,)})

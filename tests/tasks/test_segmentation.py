@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ttt_adapt.errors import ConfigError, DataError, FrameError, FrameTypeError, StateError
-from ttt_adapt.tasks.segmentation import SegmentationScore
+from ttt_adapt.tasks.segmentation.score import SegmentationScore
 
 pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
 

@@ -305,8 +305,8 @@ torch.save(everything(model, branch), sys.argv[1] + "/weights" + os.environ["RAN
 @pytest.mark.parametrize(("batch", "accumulate"), [(2, 1), (1, 2)])
 def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path, batch, accumulate):
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
-    tests = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "OMP_NUM_THREADS": "1"}
+    folders = [*Path(__file__).parents][:3]  # of this module, of the shared helpers, of the library
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders)), "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
         [*launch, str(tmp_path / "script.py"), str(tmp_path), str(batch), str(accumulate)],
@@ -324,6 +324,61 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path, batch, accu
     for name in alone:
         torch.testing.assert_close(first[name], alone[name], atol=1e-9, rtol=1e-7, msg=name)
     assert torch.load(tmp_path / "run.state", weights_only=True)["epoch"] == 3
+
+
+class StoppedError(Exception):
+    """Raised in the middle of a training."""
+
+
+def stop_at(step: int):
+    def on_step(progress: Progress) -> None:
+        if progress.step == step:
+            raise StoppedError
+
+    return on_step
+
+
+def interrupted(file: Path):
+    """A training of 3 epochs that stops in the second one; its state is of the end of the first."""
+    model, branch = attached()
+    with pytest.raises(StoppedError):
+        fit(model, branch, Blocks(), criterion, config(epochs=3), state_file=file, on_step=stop_at(3))
+
+
+def test_a_state_from_before_formats_had_numbers_goes_on_to_the_same_bits(tmp_path):
+    file = tmp_path / "run.state"
+    interrupted(file)
+    state = torch.load(file, weights_only=True)
+    assert state["format"] == 1
+    old = {
+        name: state[name]
+        for name in ("config", "origin", "epoch", "model", "branch", "optimizer", "schedule", "scaler")
+    }
+    torch.save(old, file)
+    model, branch = attached()
+    fit(model, branch, Blocks(), criterion, config(epochs=3), state_file=file)
+    whole, its_branch = attached()
+    fit(whole, its_branch, Blocks(), criterion, config(epochs=3))
+    assert same_bits(everything(model, branch), everything(whole, its_branch))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"format": 2, "of": "tomorrow"}, r"run\.state has format 2, .* up to 1: update ttt_adapt"),
+        ({"format": "new"}, "no training state"),
+        ({"of": "another program"}, "no training state"),
+    ],
+)
+def test_a_state_of_a_newer_or_unknown_format_is_refused_and_changes_nothing(tmp_path, change, match):
+    file = tmp_path / "run.state"
+    interrupted(file)
+    torch.save(torch.load(file, weights_only=True) | change, file)
+    model, branch = attached()
+    before = everything(model, branch)
+    with pytest.raises(CheckpointError, match=match):
+        fit(model, branch, Blocks(), criterion, config(epochs=3), state_file=file)
+    assert same_bits(everything(model, branch), before)
 
 
 def test_a_state_of_other_data_is_refused_and_changes_nothing(tmp_path):

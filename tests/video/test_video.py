@@ -16,7 +16,6 @@ import pytest
 
 from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError, MissingPackageError, StateError, VideoError
 from ttt_adapt.video import VideoWriter, open_video
-from ttt_adapt.video.folder import natural_key
 from ttt_adapt.video.read_ahead import ReadAhead
 from ttt_adapt.video.reader import VideoReader
 
@@ -362,10 +361,11 @@ class TestFolders:
             assert (video.length, video.fps, video.size) == (5, None, (24, 32))
             assert [int(frame[0, 0, 0]) for frame in video] == [0, 10, 20, 30, 40]
 
-    def test_natural_order_compares_every_number_in_a_name(self):
-        names = ["a2b10", "a10b1", "2", "a2b9", "b", "10", "a"]
-        ordered = sorted((Path(name) for name in names), key=natural_key)
-        assert [path.name for path in ordered] == ["2", "10", "a", "a2b9", "a2b10", "a10b1", "b"]
+    def test_images_come_in_natural_order_of_their_whole_names_in_lower_case(self, tmp_path):
+        names = ["2.png", "10.png", "A2.png", "a2b9.png", "a2b10.png", "a10b1.png", "b.png"]
+        self.save(tmp_path, *names)
+        with open_video(tmp_path) as video:
+            assert [int(frame[0, 0, 0]) for frame in video] == [0, 10, 20, 30, 40, 50, 60]
 
     @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16"])
     def test_every_kind_of_image_becomes_rgb(self, tmp_path, mode):

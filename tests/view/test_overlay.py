@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError, MissingPackageError
-from ttt_adapt.video import blend, colorize, default_palette, panels, to_uint8
+from ttt_adapt.view.overlay import blend, colorize, default_palette, panels, to_uint8
 
 PALETTE = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
 LABELS = np.array([[0, 1], [2, 255]], np.uint8)

@@ -7,19 +7,18 @@ say otherwise) marks void pixels.
 """
 
 from ttt_adapt.data.augment import Augment
-from ttt_adapt.data.clips import Clip, LabelledClip, Sample
-from ttt_adapt.data.layouts import FORMATS, is_unnamed, open_clips
+from ttt_adapt.data.clip import Clip
+from ttt_adapt.data.labelled import LabelledClip
+from ttt_adapt.data.layouts import is_unnamed, open_clips
 from ttt_adapt.data.stills import StillsDataset
 from ttt_adapt.data.street.clip import StreetClip
 from ttt_adapt.data.unlabelled import PictureClip, VideoClip, open_frames
 
 __all__ = [
-    "FORMATS",
     "Augment",
     "Clip",
     "LabelledClip",
     "PictureClip",
-    "Sample",
     "StillsDataset",
     "StreetClip",
     "VideoClip",

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from ttt_adapt.data.clips import Clip
-from ttt_adapt.data.images import natural, read_rgb
+from ttt_adapt.data.clip import Clip
+from ttt_adapt.data.images import read_rgb
+from ttt_adapt.data.labelled import ImageClip
 from ttt_adapt.errors import DataError, missing
+from ttt_adapt.files import natural_key
 
 VOID = 255
 _FRAMES = ("raw_images", "images")
@@ -30,7 +32,7 @@ def is_coco(root: Path) -> bool:
     return any((root / name).is_dir() for name in _FRAMES) and bool(_annotations(root))
 
 
-def find(
+def find_coco(
     root: Path, size: tuple[int, int] | None, classes: Sequence[str] | None, binary: bool
 ) -> dict[str, Callable[[], Clip]]:
     """How to open every clip of the data set, by name.
@@ -55,14 +57,14 @@ def find(
 
 def _annotations(root: Path) -> list[Path]:
     single = [root / name for name in ("panoptic.json", "instances.json") if (root / name).is_file()]
-    videos = sorted((root / "annotations").rglob("*.json"), key=natural) if (root / "annotations").is_dir() else []
-    return single[:1] or videos
+    below = (root / "annotations").rglob("*.json") if (root / "annotations").is_dir() else ()
+    return single[:1] or sorted(below, key=lambda file: natural_key(file.stem))
 
 
 def _open(name: str, root: Path, file: Path, size: tuple[int, int] | None, classes: Sequence[str] | None) -> Clip:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-        images = sorted(data["images"], key=lambda image: natural(Path(image["file_name"])))
+        images = sorted(data["images"], key=lambda image: natural_key(Path(image["file_name"]).stem))
         categories = [category for category in data["categories"] if category["id"] != VOID]
         ids = {category["id"]: place for place, category in enumerate(categories)}
         names = [category["name"] for category in categories]
@@ -81,7 +83,8 @@ def _open(name: str, root: Path, file: Path, size: tuple[int, int] | None, class
         ) from error
     if not images:
         raise DataError(f"{file} lists no images; expected the frames of a clip")
-    return Clip(name, list(zip(frames, labels, strict=True)), read, classes=classes or names, size=size, sources=[file])
+    pairs = list(zip(frames, labels, strict=True))
+    return ImageClip(name, pairs, read, classes=classes or names, size=size, sources=[file])
 
 
 def _locate(root: Path, kinds: Sequence[str], video: str, name: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import numpy as np
 
 from ttt_adapt.errors import DataError, missing
-
-FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 
 
 def pillow() -> Any:
@@ -101,24 +98,6 @@ def check_ids(ids: np.ndarray, allowed: set[int], expected: str, file: Path) -> 
     wrong = sorted(set(np.bincount(ids.ravel()).nonzero()[0].tolist()) - allowed)
     if wrong:
         raise DataError(f"{file} holds label id {', '.join(map(str, wrong))}; expected {expected}")
-
-
-def natural(path: Path) -> list[tuple[int, int, str]]:
-    """A sort key under which numbers in names count by value."""
-    parts = re.findall(r"\d+|\D+", path.stem)
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
-
-
-def folders_in(root: Path) -> list[Path]:
-    """The visible folders in `root`, in natural order."""
-    return sorted((path for path in root.iterdir() if path.is_dir() and path.name[0] != "."), key=natural)
-
-
-def images_in(folder: Path, suffixes: Iterable[str] = FRAME_SUFFIXES) -> list[Path]:
-    """The visible image files in `folder`, in natural order."""
-    known = set(suffixes)
-    visible = [path for path in folder.iterdir() if path.is_file() and path.name[0] != "."]
-    return sorted((path for path in visible if path.suffix.lower() in known), key=natural)
 
 
 UNLABELLED = "(pictures without labels do for --task colorization)"

@@ -16,10 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ttt_adapt.data import coco
-from ttt_adapt.data.clips import BINARY_CLASSES, FRAME_FOLDERS, Clip, LabelledClip, pair_files, read_index
-from ttt_adapt.data.images import check_ids, folders_in, images_in, match, no_folder, read_ids, read_objects, read_rgb
+from ttt_adapt.data.clip import Clip
+from ttt_adapt.data.coco import find_coco, is_coco
+from ttt_adapt.data.images import check_ids, match, no_folder, read_ids, read_objects, read_rgb
+from ttt_adapt.data.labelled import BINARY_CLASSES, FRAME_FOLDERS, ImageClip, LabelledClip, pair_files, read_index
 from ttt_adapt.errors import ConfigError, DataError, nearest
+from ttt_adapt.files import files_in, folders_in
 
 CITYSCAPES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
@@ -56,7 +58,7 @@ def open_clips(
     Raises:
         ConfigError: an unknown format.
         DataError: a folder is missing or holds no clip, a clip has no labels, a name is unknown or comes twice, or as
-            `Clip` and `LabelledClip`.
+            `ImageClip` and `LabelledClip`.
     """
     if format not in ("auto", *FORMATS):
         raise ConfigError(f"format is {format!r}; expected auto or one of {', '.join(FORMATS)}")
@@ -98,7 +100,7 @@ def _recognise(root: Path) -> str:
     for name, folders in marks.items():
         if all((root / folder).is_dir() for folder in folders):
             return name
-    return "coco" if coco.is_coco(root) else "folder"
+    return "coco" if is_coco(root) else "folder"
 
 
 def _folders(
@@ -191,7 +193,7 @@ def _paired(frames: Path, labels: Path, label_name: Callable[[Path], str], suffi
             raise DataError(f"{folder} is missing; expected frames and labels side by side in {frames.parent}")
 
     def walk(folder: Path) -> Pairs:
-        if images_in(folder, suffixes):
+        if files_in(folder, suffixes):
             beside = labels / folder.relative_to(frames)
             yield folder.name, folder, beside, lambda frame: beside / label_name(frame), suffixes
         for inner in folders_in(folder):
@@ -213,10 +215,10 @@ def _clips(
         def make() -> Clip:
             if not beside.is_dir():
                 raise DataError(f"clip {name} has no labels: {beside} is missing; name labelled clips with --clips")
-            ours = {expected(frame) for frame in images_in(folder, suffixes)}
-            present = [path for path in images_in(beside, {".png"}) if path in ours]
-            files = match(images_in(folder, suffixes), present, expected)
-            return Clip(name, files, read, classes=classes, size=size, fps=fps)
+            ours = {expected(frame) for frame in files_in(folder, suffixes)}
+            present = [path for path in files_in(beside, {".png"}) if path in ours]
+            files = match(files_in(folder, suffixes), present, expected)
+            return ImageClip(name, files, read, classes=classes, size=size, fps=fps)
 
         return make
 
@@ -247,6 +249,6 @@ FORMATS: dict[str, Callable[..., dict[str, Opener]]] = {
     "davis": _davis,
     "kitti-step": _kitti_step,
     "cityscapes": _cityscapes,
-    "coco": coco.find,
+    "coco": find_coco,
 }
 """How each format's clips are found: (root, size, classes, binary) -> clip name -> how to open it."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ttt_adapt.data.augment import Augment
-from ttt_adapt.data.clips import Clip, Sample
+from ttt_adapt.data.clip import Clip, Sample
 from ttt_adapt.errors import DataError
 
 

@@ -19,17 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from ttt_adapt.data.clips import FRAME_FOLDERS, Clip, Sample
-from ttt_adapt.data.images import FRAME_SUFFIXES, folders_in, images_in, open_image, pillow
+from ttt_adapt.data.clip import Clip, Sample
+from ttt_adapt.data.images import open_image, pillow
+from ttt_adapt.data.labelled import FRAME_FOLDERS
 from ttt_adapt.errors import DataError, nearest
-from ttt_adapt.video import open_video
+from ttt_adapt.files import LABEL_FOLDERS, PHOTO_SUFFIXES, PICTURE_SUFFIXES, VIDEO_SUFFIXES, files_in, folders_in
 from ttt_adapt.video.pictures import GREY_MODES, rgb8
-
-PICTURE_SUFFIXES = FRAME_SUFFIXES | {".tif", ".tiff", ".ppm", ".pgm"}
-VIDEO_SUFFIXES = {".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ogv"}
-LABEL_FOLDERS = {
-    "labels", "annotations", "masks", "panoptic", "panoptic_maps", "panoptic_images", "semantic_images", "gtfine",
-}  # fmt: skip
+from ttt_adapt.video.reader import open_video
 
 
 class PictureClip(Clip):
@@ -39,19 +35,20 @@ class PictureClip(Clip):
     """
 
     def __init__(self, name: str, files: Sequence[Path], size: tuple[int, int] | None = None) -> None:
-        super().__init__(name, [(file, file) for file in files], _no_labels, classes=(), size=size)
+        super().__init__(name, size=size)
+        self._files = list(files)
+
+    def __len__(self) -> int:
+        return len(self._files)
 
     def __getitem__(self, index: int) -> Sample:
-        file = self._files[index][0]
+        file = self._files[index]
         return _sample(_fit(pillow().fromarray(rgb8(open_image(file), file)), self.size))
-
-    def check_labels(self) -> None:
-        """There are none."""
 
     @property
     def files(self) -> list[Path]:
         """The pictures."""
-        return [file for file, _ in self._files]
+        return list(self._files)
 
     def but_grey(self) -> PictureClip:
         """Without the pictures that are stored in grey, as their headers say."""
@@ -72,7 +69,7 @@ class VideoClip(Clip):
     def __init__(self, name: str, file: Path, size: tuple[int, int] | None = None, frames: int | None = None) -> None:
         with open_video(file) as video:
             fps = video.fps
-        super().__init__(name, [(file, file)], _no_labels, classes=(), size=size, fps=fps)
+        super().__init__(name, size=size, fps=fps)
         self._file, self._limit = file, frames
         self._kept: _Kept | None = None
 
@@ -114,12 +111,10 @@ class VideoClip(Clip):
                     break
                 yield _sample(_fit(pillow().fromarray(frame), self.size))
 
-    def check_labels(self) -> None:
-        """There are none."""
-
-    def describe(self) -> dict[str, Any]:
-        """Of the file, name and contents; and how many of its frames."""
-        return {**super().describe(), "frames": len(self)}
+    @property
+    def files(self) -> list[Path]:
+        """The video file."""
+        return [self._file]
 
 
 _FORKED: list[_Kept] = []
@@ -197,12 +192,12 @@ def open_frames(
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
     """(folder, its pictures) and (video file, nothing), in natural order to the end; what holds labels is left out."""
-    files = images_in(folder, PICTURE_SUFFIXES)
-    photographs = {file.stem for file in files if file.suffix.lower() in (".jpg", ".jpeg")}
+    files = files_in(folder, PICTURE_SUFFIXES)
+    photographs = {file.stem for file in files if file.suffix.lower() in PHOTO_SUFFIXES}
     files = [file for file in files if file.suffix.lower() != ".png" or file.stem not in photographs]
     if files:
         yield folder, files
-    for video in images_in(folder, VIDEO_SUFFIXES):
+    for video in files_in(folder, VIDEO_SUFFIXES):
         yield video, []
     for inner in folders_in(folder):
         if inner.name.lower() not in LABEL_FOLDERS:
@@ -249,7 +244,3 @@ def _header(file: Path) -> tuple[str, tuple[int, int]]:
         return image.mode, (image.width, image.height) if turned else (image.height, image.width)
     open_image(file)  # says what is wrong with it
     raise DataError(f"{file} cannot be read as an image")
-
-
-def _no_labels(file: Path) -> np.ndarray:
-    raise DataError(f"{file} has no labels")

@@ -95,7 +95,7 @@ class GradientStep:
         """
         if self._changes > PATIENCE:
             raise ConfigError(
-                f"the model puts another tensor in the place of its {self._replaced.last_replaced!r} at every frame, which "
+                f"the model replaces its {self._replaced.last_replaced!r} by another tensor at every frame, which "
                 f'engine={engine!r} cannot follow: use engine="eager"'
             )
 

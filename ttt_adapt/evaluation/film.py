@@ -19,7 +19,9 @@ from ttt_adapt.files import output_folder
 from ttt_adapt.stream.frames import Normalize
 from ttt_adapt.tasks import find_task
 from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint
-from ttt_adapt.video import DEFAULT_FPS, VideoReader, VideoWriter, check_format, open_video, panels, to_uint8
+from ttt_adapt.video import DEFAULT_FPS, VideoReader, VideoWriter, check_format, open_video
+from ttt_adapt.view.overlay import panels
+from ttt_adapt.view.reconstruction import reconstruction_image
 from ttt_adapt.view.terminal import counted, notice, progress_bar
 
 COLOUR_NOISE = 8
@@ -203,8 +205,3 @@ class _View:
     def _picture(self, frame: np.ndarray, output: torch.Tensor) -> np.ndarray:
         task = self._checkpoint.task
         return task.draw(frame, task.predict(output, frame))
-
-
-def reconstruction_image(seen: Any, x: torch.Tensor, normalize: Normalize) -> np.ndarray:
-    """uint8 [H, W, 3]: the visible patches as they are, the hidden ones as they were reconstructed."""
-    return to_uint8(torch.where(seen.mask, x, seen.prediction)[0], normalize.mean, normalize.std)

@@ -19,6 +19,7 @@ import numpy as np
 from ttt_adapt.errors import ConfigError, DataError, StateError
 from ttt_adapt.evaluation.environment import environment
 from ttt_adapt.evaluation.tables import markdown_table, rich_table
+from ttt_adapt.files import atomic_write
 from ttt_adapt.tasks import Metric, Score, Task, find_task
 
 __all__ = ["Report", "Run", "environment", "markdown_table", "marked", "rich_table", "write_json"]
@@ -239,13 +240,8 @@ def write_json(path: str | Path, report: Report) -> None:
     except (TypeError, ValueError) as error:
         raise DataError(f"the report cannot be written as JSON: {error}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    try:
+    with atomic_write(path) as part:
         part.write_text(text + "\n", encoding="utf-8")
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _mean_time(ms: Sequence[float]) -> float:

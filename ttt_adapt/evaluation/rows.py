@@ -13,10 +13,10 @@ import torch
 from ttt_adapt.cli.options import parse_settings
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.data import Clip, StreetClip, is_unnamed
-from ttt_adapt.data.clips import file_digest
 from ttt_adapt.errors import CheckpointError, ConfigError, missing
 from ttt_adapt.evaluation.realtime import stride
 from ttt_adapt.evaluation.runners import find_arm, find_arms
+from ttt_adapt.files import file_digest
 from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.tasks import find_task
 from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint, read_spec

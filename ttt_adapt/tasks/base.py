@@ -6,17 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from ttt_adapt.data import Clip, Sample
 from ttt_adapt.data.augment import Augment
+from ttt_adapt.data.clip import Clip, Sample
 from ttt_adapt.errors import FrameError, FrameTypeError
-
-if TYPE_CHECKING:
-    from ttt_adapt.tasks.checkpoint import ModelSpec
+from ttt_adapt.tasks.spec import ModelSpec
 
 Criterion = Callable[[Any, Any], Tensor]
 

@@ -1,10 +1,8 @@
-"""Models with their branch in one safetensors file, described well enough to build them again."""
+"""Checkpoints: a model, its branch and their description in one safetensors file; how to build, save and load them."""
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,75 +11,45 @@ import torch
 from torch import Tensor
 
 from ttt_adapt.errors import CheckpointError, ConfigError, missing
+from ttt_adapt.files import atomic_write, check_format
 from ttt_adapt.model.parameters import check_state
-from ttt_adapt.objectives import Rotation
 from ttt_adapt.objectives.base import Attached
 from ttt_adapt.objectives.mae import MAEBranch
-from ttt_adapt.stream.frames import Normalize
-from ttt_adapt.tasks import Task, task_of
-from ttt_adapt.tasks.dense_model import SegmentationModel
+from ttt_adapt.objectives.rotation import Rotation
+from ttt_adapt.tasks.base import Task
+from ttt_adapt.tasks.dense_model import DenseModel
+from ttt_adapt.tasks.lookup import task_of
+from ttt_adapt.tasks.spec import ModelSpec
 
 OBJECTIVES: dict[str, Any] = {"mae": MAEBranch, "rotation": Rotation}
 """What a model can be trained with jointly."""
+FORMAT = 1
+"""Number of the layout of checkpoints, in their metadata. Files without a number have the same layout."""
 
 
-@dataclass(frozen=True)
-class ModelSpec:
-    """What a checkpoint's model is.
+def build_model(spec: ModelSpec, pretrained: bool = False) -> tuple[DenseModel, Attached | None]:
+    """A model of this description with its branch (None without one).
 
-    Attributes:
-        encoder: timm model name.
-        classes: class names in the order of their ids; () for a task without classes.
-        size: (H, W) of the training images.
-        encoder_options: keywords of `timm.create_model`.
-        branch: keywords of `MAEBranch.attach` (or of `Rotation.attach`); None for a model trained for the main task
-            alone.
-        objective: what it was trained with jointly, "mae" or "rotation".
-        palette: one RGB colour per class; () for the default palette.
-        mean: per channel, of images in 0..1.
-        std: per channel.
-        width: inner channels of the head.
-        training: how the weights were made, for the record.
-        task: what it was trained for, see `ttt_adapt.tasks`.
-        task_options: of the task.
+    Args:
+        spec: what to build.
+        pretrained: start from timm's pretrained encoder; otherwise all weights are random.
     """
-
-    encoder: str
-    classes: tuple[str, ...]
-    size: tuple[int, int]
-    encoder_options: dict[str, Any] = field(default_factory=dict)
-    branch: dict[str, Any] | None = None
-    objective: str = "mae"
-    palette: tuple[tuple[int, int, int], ...] = ()
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    width: int = 64
-    training: list[dict[str, Any]] = field(default_factory=list)
-    task: str = "segmentation"
-    task_options: dict[str, Any] = field(default_factory=dict)
-
-    def build(self, pretrained: bool = False) -> tuple[SegmentationModel, Attached | None]:
-        """The model with fresh (or timm's pretrained) weights, and its branch."""
-        model = SegmentationModel(
-            self.encoder,
-            task_of(self).channels,
-            width=self.width,
-            pretrained=pretrained,
-            encoder_options=self.encoder_options,
-        )
-        attach = OBJECTIVES[self.objective].attach
-        return model, None if self.branch is None else attach(model, "backbone", **self.branch)
-
-    def preprocess(self, device: torch.device | str | None = None) -> Normalize:
-        """The normalisation that the model was trained with."""
-        return Normalize(self.mean, self.std, device=device)
+    model = DenseModel(
+        spec.encoder,
+        task_of(spec).channels,
+        width=spec.width,
+        pretrained=pretrained,
+        encoder_options=spec.encoder_options,
+    )
+    attach = OBJECTIVES[spec.objective].attach
+    return model, None if spec.branch is None else attach(model, "backbone", **spec.branch)
 
 
 @dataclass
 class Checkpoint:
     """A model in eval mode, its branch (None if it was trained for the main task alone) and what they are."""
 
-    model: SegmentationModel
+    model: DenseModel
     branch: Attached | None
     spec: ModelSpec
 
@@ -121,18 +89,14 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, half: bool = False
         weights |= {f"branch.{name}": value for name, value in checkpoint.branch.state_dict().items()}
     if half:
         weights = {name: v.half() if v.is_floating_point() else v for name, v in weights.items()}
-    metadata = {"spec": json.dumps(asdict(checkpoint.spec))}
-    part = Path(f"{path}.part")
+    metadata = {"format": str(FORMAT), "spec": checkpoint.spec.to_json()}
     library = _safetensors()
     try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(library.save({name: v.contiguous() for name, v in weights.items()}, metadata))
-        part.replace(path)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as part:
+            part.write_bytes(library.save({name: v.contiguous() for name, v in weights.items()}, metadata))
     except (OSError, library.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
@@ -142,7 +106,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         CheckpointError: no such file, not a checkpoint of this library, or weights that do not fit its description.
     """
     weights, spec = _read(path, device)
-    model, branch = spec.build()
+    model, branch = build_model(spec)
     load_weights(model, weights, "model.", str(path))
     if branch is not None:
         load_weights(branch, weights, "branch.", str(path))
@@ -196,19 +160,14 @@ def _read(path: str | Path, device: torch.device | str) -> tuple[dict[str, Tenso
         with library.safe_open(str(path), framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        fields = json.loads(metadata["spec"])
-        spec = ModelSpec(**{name: _tuples(name, value) for name, value in fields.items()})
+        check_format(int(metadata.get("format", FORMAT)), FORMAT, path)
+        spec = ModelSpec.of_json(metadata["spec"])
+    except CheckpointError:
+        raise
     except (KeyError, TypeError, ValueError, OSError, library.SafetensorError) as error:
         raise CheckpointError(f"{path} is no checkpoint written by ttt_adapt: {error}") from error
     floats = {n: v.float() if v.dtype is torch.float16 else v for n, v in weights.items()}
     return floats, spec
-
-
-def _tuples(name: str, value: Any) -> Any:
-    """JSON has lists only: give the spec its tuples back."""
-    if name == "palette":
-        return tuple(tuple(colour) for colour in value)
-    return tuple(value) if name in ("classes", "size", "mean", "std") else value
 
 
 def _safetensors() -> Any:

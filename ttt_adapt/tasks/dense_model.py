@@ -19,8 +19,8 @@ _PLAIN_TRANSFORMERS = ("vision_transformer", "eva", "deit")
 """Modules of timm whose models keep one grid of tokens, of any size: the last features are all that the head needs."""
 
 
-class SegmentationModel(nn.Module):
-    """A timm encoder (`backbone`) and a pyramid head (`head`) for segmentation, or another dense task.
+class DenseModel(nn.Module):
+    """A timm encoder (`backbone`) and a pyramid head (`head`) for a dense task: some channels for every pixel.
 
     Args:
         encoder: name of a timm model with `features_only` support.

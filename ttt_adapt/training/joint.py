@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,17 +26,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ttt_adapt.errors import CheckpointError, ConfigError, StateError
+from ttt_adapt.files import atomic_write, check_format
 from ttt_adapt.model.hooks import run_encoder
 from ttt_adapt.model.norms import frozen_norms
 from ttt_adapt.model.parameters import check_state, split_by_decay
 from ttt_adapt.objectives.base import Attached
+from ttt_adapt.training.distributed import process_group, rank, world_size
 
+FORMAT = 1
+"""Number of the layout of training states, under "format". States without a number have the same layout."""
 STAGES = ("main", "joint", "mae", "probe")
 
 Criterion = Callable[[Any, Any], Tensor]
@@ -161,7 +163,8 @@ def fit(
         raise ConfigError(f'stage {config.stage!r} needs a branch; only "main" trains without one')
     if branch is not None and branch.model is not model:
         raise StateError("the branch is attached to another model: attach one to this model")
-    with _Run(model, branch, data, criterion, config) as run:
+    device = next(model.parameters()).device
+    with process_group(device), _Run(model, branch, data, criterion, config) as run:
         first = run.resume(state_file, origin) if state_file is not None and Path(state_file).exists() else 0
         for epoch in range(first, config.epochs):
             run.epoch(epoch, on_step)
@@ -170,22 +173,19 @@ def fit(
 
 
 class _Run:
-    """One call of `fit`: optimizer, schedule, loader and process group."""
+    """One call of `fit`: optimizer, schedule and loader."""
 
     def __init__(
         self, model: nn.Module, branch: Attached | None, data: Any, criterion: Criterion, config: TrainConfig
     ) -> None:
         self.config, self.data, self.model, self.branch = config, data, model, branch
-        self.world, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        self.world, self.rank = world_size(), rank()
         self.device = next(model.parameters()).device
         self._criterion = criterion
         self._frozen = _parameters_to_freeze(model, branch, config.stage)
         self._frozen_norms = branch.info.norms if branch is not None and config.stage == "probe" else []
 
     def __enter__(self) -> _Run:
-        self._owns_group = self.world > 1 and not dist.is_initialized()
-        if self._owns_group:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self._thawed = [p for p in self._frozen if p.requires_grad]
         for p in self._thawed:
             p.requires_grad_(False)
@@ -223,8 +223,6 @@ class _Run:
             if module is not None:
                 module.zero_grad(set_to_none=True)
                 module.eval()
-        if self._owns_group:
-            dist.destroy_process_group()
 
     def _factor(self, step: int) -> float:
         total = self.updates * self.config.epochs
@@ -282,6 +280,7 @@ class _Run:
         if self.rank:
             return
         state = {
+            "format": FORMAT,
             "config": dataclasses.asdict(self.config),
             "origin": origin,
             "epoch": epoch,
@@ -291,9 +290,8 @@ class _Run:
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        part = Path(f"{file}.part")
-        torch.save(state, part)
-        part.replace(file)
+        with atomic_write(file) as part:
+            torch.save(state, part)
 
     def resume(self, file: str | Path, origin: str) -> int:
         """Load a state, all or nothing, and return the epoch to go on with."""
@@ -319,7 +317,7 @@ class _Run:
         return int(state["epoch"])
 
 
-_STATE = {"config", "origin", "epoch", "model", "branch", "optimizer", "schedule", "scaler"}
+_PARTS = {"config", "origin", "epoch", "model", "branch", "optimizer", "schedule", "scaler"}
 
 
 def _read_state(file: str | Path, device: torch.device) -> dict[str, Any]:
@@ -327,7 +325,10 @@ def _read_state(file: str | Path, device: torch.device) -> dict[str, Any]:
         state = torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # a broken file raises whatever its broken part makes of it
         raise CheckpointError(f"{file} cannot be read ({type(error).__name__}): remove it to start anew") from error
-    if not isinstance(state, dict) or set(state) != _STATE:
+    if not isinstance(state, dict) or not isinstance(state.get("format", FORMAT), int):
+        raise CheckpointError(f"{file} is no training state: remove it to start anew")
+    check_format(state.get("format", FORMAT), FORMAT, file)
+    if state.keys() - {"format"} != _PARTS:
         raise CheckpointError(f"{file} is no training state: remove it to start anew")
     return state
 

@@ -12,15 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ttt_adapt.cli.options import pick_device
 from ttt_adapt.data import Clip, StillsDataset
-from ttt_adapt.errors import ConfigError, StateError
+from ttt_adapt.errors import ConfigError
 from ttt_adapt.files import output_folder
 from ttt_adapt.tasks import Stills, Task, find_task, task_of
-from ttt_adapt.tasks.checkpoint import OBJECTIVES, Checkpoint, ModelSpec, load_initial, save_checkpoint
+from ttt_adapt.tasks.checkpoint import OBJECTIVES, Checkpoint, build_model, load_initial, save_checkpoint
+from ttt_adapt.tasks.spec import ModelSpec
+from ttt_adapt.training.distributed import process_group, rank
 from ttt_adapt.training.joint import Progress, TrainConfig, fit
 from ttt_adapt.view.terminal import notice, progress_bar
 
@@ -87,7 +88,7 @@ def train(options: TrainOptions) -> Checkpoint:
     device = _device(options.device)
     data, spec = _open_data(options)
     torch.manual_seed(options.config.seed)
-    model, branch = spec.build(options.pretrained)
+    model, branch = build_model(spec, options.pretrained)
     checkpoint = Checkpoint(model.to(device), branch.to(device) if branch is not None else None, spec)
     if options.init is not None:
         load_initial(options.init, checkpoint)
@@ -98,11 +99,11 @@ def train(options: TrainOptions) -> Checkpoint:
         s for s in zip(RECIPES[options.recipe], (options.first_epochs, options.config.epochs), strict=True) if s[1]
     ]
     files = [options.out.with_suffix(f".{i}-{stage}.state") for i, (stage, _) in enumerate(stages)]
-    if not options.resume and _rank() == 0:
+    if not options.resume and rank() == 0:
         for file in files:
             file.unlink(missing_ok=True)
     try:
-        with _process_group(device):
+        with process_group(device):
             for (stage, epochs), file in zip(stages, files, strict=True):
                 config = dataclasses.replace(options.config, stage=stage, epochs=epochs)
                 with _watch(stage, config) as on_step:
@@ -117,7 +118,7 @@ def train(options: TrainOptions) -> Checkpoint:
                         on_step=on_step,
                     )
                 spec.training.append({**dataclasses.asdict(config), "data": options.data, "clips": list(options.clips)})
-        if _rank() == 0:
+        if rank() == 0:
             save_checkpoint(options.out, checkpoint, options.half)
             for file in files:
                 file.unlink(missing_ok=True)
@@ -235,7 +236,7 @@ def _open_stills(options: TrainOptions) -> Stills:
 
 def _watch(stage: str, config: TrainConfig) -> Any:
     """A progress bar on the first process; its advance takes `Progress`."""
-    if _rank() != 0:
+    if rank() != 0:
         return nullcontext(None)
     return _Bar(stage, config)
 
@@ -264,31 +265,9 @@ class _Bar:
             self._bar.__exit__(None, None, None)
 
 
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 def _device(name: str) -> torch.device:
     device = pick_device(name)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     return device
-
-
-class _process_group:
-    """The process group of a `torchrun` launch, for all stages; nothing without one."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._active = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        self._backend = "nccl" if device.type == "cuda" else "gloo"
-
-    def __enter__(self) -> None:
-        if self._active:
-            if dist.is_initialized():
-                raise StateError("a process group exists already: call train() outside of it")
-            dist.init_process_group(self._backend)
-
-    def __exit__(self, *exc: object) -> None:
-        if self._active:
-            dist.destroy_process_group()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
 
 from ttt_adapt.errors import VideoError, missing
+from ttt_adapt.files import PICTURE_SUFFIXES, natural_key
 from ttt_adapt.video.pictures import rgb8
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"})
+SUFFIXES = PICTURE_SUFFIXES | {".gif"}
 
 
 class ImageFolder:
@@ -33,7 +33,7 @@ class ImageFolder:
             inner = sorted({f.parent for f in folder.glob("*/*") if f.suffix.lower() in SUFFIXES})
             hint = f" There are some in {' and '.join(map(str, inner[:3]))}." if inner else ""
             raise VideoError(f"{folder} holds no images.{hint} Known suffixes: {' '.join(sorted(SUFFIXES))}.")
-        self._files = sorted(files, key=natural_key)
+        self._files = sorted(files, key=lambda file: (natural_key(file.name.lower()), file.name))
         self.length: int | None = len(files)
         self.size: tuple[int, int] = _read(self._files[0], 0).shape[:2]
 
@@ -51,12 +51,6 @@ class ImageFolder:
 
     def close(self) -> None:
         """Nothing stays open between frames."""
-
-
-def natural_key(file: Path) -> tuple[list[str | int], str]:
-    """Sort key that compares runs of digits as numbers: `frame_2` before `frame_10`."""
-    parts = re.split(r"([0-9]+)", file.name.lower())
-    return [int(part) if part.isdecimal() and k % 2 else part for k, part in enumerate(parts)], file.name
 
 
 def _read(file: Path, index: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError, StateError, VideoError
+from ttt_adapt.files import part_file
 from ttt_adapt.video.sources import import_av
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class VideoWriter:
         check_format(self.path)
         _check_folder(self.path.parent)
         _check_encoder()
-        self._part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
+        self._part = part_file(self.path)
         self._container: OutputContainer | None = None
         self._stream: VideoStream | None = None
         self._closed = False

@@ -1,21 +1,19 @@
-"""The demo's rendered street as a labelled clip."""
+"""The rendered street as a labelled clip: `StreetClip`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from ttt_adapt.data.clips import Clip, Sample
-from ttt_adapt.data.images import read_ids
+from ttt_adapt.data.clip import Clip, Sample
 from ttt_adapt.data.street.scene import CLASSES, IGNORE, street_stream
 from ttt_adapt.errors import ConfigError
 
 FPS = 10.0
+"""Frames per second."""
 _FIRST = 1000
-"""The demo's streets begin here, so that no stream is a street that a model was trained on."""
+"""Number of the street with seed 0: no clip shows a street that a model was trained on."""
 
 
 class StreetClip(Clip):
-    """A drive from clear day to dusk, fog and rain: the stream of `ttt-adapt demo` with the same seed.
+    """A drive from a clear day through dusk, fog and rain; `ttt-adapt demo` shows it for the same seed.
 
     Args:
         seed: which street, 0 or more.
@@ -30,9 +28,7 @@ class StreetClip(Clip):
         if not isinstance(seed, int) or seed < 0:
             raise ConfigError(f"the street's seed is {seed!r}; expected a whole number from 0 on")
         times = tuple(i / FPS for i in range(max(frames, 0)))
-        super().__init__(
-            f"street-{seed}", [], read_ids, classes=CLASSES, ignore=IGNORE, size=size, fps=FPS, times=times
-        )
+        super().__init__(f"street-{seed}", classes=CLASSES, ignore=IGNORE, size=size, fps=FPS, times=times)
         self._stream = street_stream(frames, size or (128, 192), seed + _FIRST, FPS)
         self._count = frames
         self._drawn: list[Sample] = []
@@ -46,6 +42,3 @@ class StreetClip(Clip):
             self._drawn.append(next(self._stream))
         frame, labels = self._drawn[index]
         return frame.copy(), labels.copy()
-
-    def __iter__(self) -> Iterator[Sample]:
-        return (self[index] for index in range(len(self)))

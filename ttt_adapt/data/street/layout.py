@@ -1,4 +1,4 @@
-"""What stands and moves on a demo street: a closed loop of buildings, trees, cars and people drawn from a seed.
+"""Decides what stands and moves on the rendered street: buildings, trees, cars and people on a loop, from a seed.
 
 Metres: x to the right of the road's middle, y up, z along the drive. The street repeats every `PERIOD` metres.
 """

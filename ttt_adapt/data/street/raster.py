@@ -1,4 +1,4 @@
-"""Camera and canvas of the demo street: where each pixel looks, and drawing with a depth test.
+"""Camera and canvas of the rendered street: computes where each pixel looks, and draws with a depth test.
 
 Every pixel of the picture is the mean of `SAMPLES` x `SAMPLES` samples; arrays here are in samples.
 """

@@ -1,7 +1,7 @@
-"""A labelled street scene that needs no download: a drive past houses, trees, cars and people in changing weather.
+"""Renders the street with its labels: a drive past houses, trees, cars and people in changing weather.
 
-The demo adapts a segmentation model to `street_stream`; `street_stills` are its clear-day training pictures.
-Pictures depend on the seed, size, time and weather only.
+`street_stream` is a drive to adapt a model to, `street_stills` are pictures of clear days to train it on. Pictures
+depend on seed, size, time and weather only.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from ttt_adapt.data.street.layout import PERIOD, WALL, Layout, Thing
-from ttt_adapt.data.street.paint import BUILDING, CAR, LABELS, PERSON, TREE, Painter
 from ttt_adapt.data.street.raster import SAMPLES, Camera, Canvas
 from ttt_adapt.data.street.sprites import BELT, HEADLIGHT, PARTS, TAIL_LIGHT, car_shapes, person_sprites, tree_sprites
+from ttt_adapt.data.street.surfaces import BUILDING, CAR, LABELS, PERSON, TREE, Painter
 from ttt_adapt.data.street.weather import Light, Weather, drift, light_of
 from ttt_adapt.errors import ConfigError
 

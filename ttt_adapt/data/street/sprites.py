@@ -1,4 +1,4 @@
-"""Trees, people and cars of the demo street, drawn with NumPy.
+"""Draws the trees, people and cars of the rendered street, with NumPy.
 
 Sprites are maps of part numbers with a shade, so that one drawing serves every colour. Part 0 is transparent.
 """

@@ -1,4 +1,4 @@
-"""Textures of the demo street, all drawn with NumPy: noise, clouds, facade cells and the ground."""
+"""Draws the textures of the rendered street, with NumPy: noise, clouds, facades, and the ground."""
 
 from __future__ import annotations
 

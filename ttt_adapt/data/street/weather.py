@@ -1,4 +1,8 @@
-"""Light and weather of the demo street: the schedule of a stream and the colours that follow from it."""
+"""Weather of the rendered street: when it changes, the light that follows from it, and how fog and rain are painted.
+
+`drift` says when dusk, fog and rain come, `light_of` which colours and strengths follow. `add_fog`, `add_reflections`
+and `add_rain` paint them into a picture.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from ttt_adapt.data.street.raster import FAR
 from ttt_adapt.errors import ConfigError
 
 
@@ -149,3 +154,67 @@ def light_of(weather: Weather) -> Light:
         wet=weather.rain,
         noise=0.008 + 0.022 * weather.darkness + 0.018 * weather.rain,
     )
+
+
+def add_fog(colour: np.ndarray, depth: np.ndarray, light: Light) -> None:
+    """Let things fade to the colour of the air with their distance; the sky stays.
+
+    Args:
+        colour: float32 [rows, columns, 3], changed in place.
+        depth: float32 [rows, columns], metres.
+        light: the light of the frame.
+    """
+    clear = np.exp(depth[..., None] * np.float32(-light.extinction))
+    clear[depth >= FAR] = 1.0
+    colour -= light.air
+    colour *= clear
+    colour += light.air
+
+
+def add_reflections(colour: np.ndarray, puddles: np.ndarray, bare: np.ndarray, light: Light) -> None:
+    """Let wet ground show what is above it, most at a flat angle and in puddles.
+
+    Args:
+        colour: float32 [rows, columns, 3], changed in place; its last rows are the ground.
+        puddles: float32 [rows of ground, columns], how deep they are.
+        bare: bool [rows of ground, columns], True where nothing stands on the ground.
+        light: the light of the frame.
+    """
+    rows, below = len(colour), len(bare)
+    top = rows - below
+    steps = np.arange(below)
+    image = sum(colour[np.clip(top - 1 - (steps * k).astype(np.int64), 0, top - 1)] for k in (0.8, 1.0, 1.25)) / 3
+    flat_angle = 1 / (1 + (steps / (0.22 * rows)) ** 2)
+    strength = (0.22 + 0.42 * flat_angle[:, None]) * np.clip(0.35 + puddles, 0, 1.25) * light.wet
+    strength = (strength * bare).astype(np.float32)
+    colour[top:] += (image - colour[top:]) * strength[..., None]
+
+
+def add_rain(
+    picture: np.ndarray, streaks: np.ndarray, weather: Weather, light: Light, rng: np.random.Generator
+) -> None:
+    """Draw falling rain: a grey veil, and streaks at two places that `rng` chooses.
+
+    Args:
+        picture: float32 [H, W, 3], changed in place.
+        streaks: of `rain_streaks`.
+        weather: the weather of the frame.
+        light: the light of the frame.
+        rng: source of the places.
+    """
+    height, width = picture.shape[:2]
+    veil = np.float32(0.2 * weather.rain)
+    picture += (light.air - picture) * veil * np.float32(0.8)
+    for strength in (0.30, 0.18):
+        dy, dx = rng.integers(0, streaks.shape[0]), rng.integers(0, streaks.shape[1])
+        moved = np.roll(streaks, (dy, dx), (0, 1))[:height, :width, None]
+        picture += moved * np.float32(strength * weather.rain) * (light.air * 0.6 + 0.4)
+
+
+def rain_streaks(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+    """Streaks of falling drops for a picture of `size`, float32 [H + 16, W + 16] in [0, 1]."""
+    height, width = size
+    drops = np.where(rng.random((height + 16, width + 16)) < 0.006, rng.uniform(0.4, 1.0, (height + 16, width + 16)), 0)
+    length = max(5, height // 9)
+    trail = sum(np.roll(drops, (k, k // 5), (0, 1)) * (1 - abs(2 * k / length - 1)) for k in range(length))
+    return np.clip(np.asarray(trail), 0, 1).astype(np.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ttt_adapt.data.order import shuffled_epochs
 from ttt_adapt.errors import StateError
 from ttt_adapt.evaluation.runners.base import Runner, Score, log_scores
 from ttt_adapt.evaluation.runners.streaming import Adapting
@@ -36,7 +37,7 @@ class Shuffled:
 
     def prepare(self, frames: Sequence[Any], score: Score | None = None) -> None:
         """Run the whole stream; of classes one byte per pixel is kept of each prediction."""
-        order = next(_epochs(len(frames), self._seed))
+        order = next(shuffled_epochs(len(frames), self._seed))
         labels: dict[int, Tensor] = {}
         losses: dict[int, float | None] = {}
         for index in order:
@@ -92,7 +93,7 @@ class Offline:
         best, kept, done = -np.inf, None, 0
         if score is not None:
             best, kept = score(self._predict_frame), adapter.state_dict()
-        for order in _epochs(len(frames), self._seed):
+        for order in shuffled_epochs(len(frames), self._seed):
             for index in order[: self._steps - done]:
                 adapter.adapt(frames[index])
                 done += 1
@@ -119,13 +120,6 @@ class Offline:
 
     def _predict_frame(self, frame: Any) -> Tensor:
         return self._runner.adapter.predict(frame)
-
-
-def _epochs(count: int, seed: int) -> Iterator[list[int]]:
-    """Endlessly: the numbers below `count` in random order."""
-    random = np.random.default_rng(seed)
-    while True:
-        yield random.permutation(count).tolist()
 
 
 def _looked_at(step: int) -> bool:

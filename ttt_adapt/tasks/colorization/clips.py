@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ttt_adapt.colour import to_grey
-from ttt_adapt.data import Clip, PictureClip, Sample, VideoClip
+from ttt_adapt.data.clip import Clip, Sample
+from ttt_adapt.data.unlabelled import PictureClip, VideoClip
 from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt.tasks.colorization.score import SMALLEST, in_colour
 
@@ -21,7 +22,7 @@ class GreyedClip(Clip):
     """
 
     def __init__(self, clip: Clip) -> None:
-        super().__init__(clip.name, [], _no_labels, classes=(), size=clip.size, fps=clip.fps, times=clip.times)
+        super().__init__(clip.name, size=clip.size, fps=clip.fps, times=clip.times)
         self._clip = clip
 
     def __len__(self) -> int:
@@ -101,7 +102,3 @@ def common_size(clips: Sequence[Clip]) -> tuple[int, int]:
         raise ConfigError(f"the pictures have {len(sizes)} sizes ({some}, ...): choose one with --size HEIGHTxWIDTH")
     height, width = sizes.pop()
     return height, width
-
-
-def _no_labels(_file: Any) -> Any:
-    raise AssertionError("a clip that labels itself has no label files")

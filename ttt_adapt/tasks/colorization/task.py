@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,17 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttt_adapt.colour import colour_frame, gamma, rgb_to_lab, to_grey
-from ttt_adapt.data import Clip, open_frames
 from ttt_adapt.data.augment import Augment
+from ttt_adapt.data.clip import Clip
+from ttt_adapt.data.unlabelled import open_frames
 from ttt_adapt.errors import ConfigError, DataError, FrameError, nearest
 from ttt_adapt.tasks.base import Criterion, Metric, Stills, Task
 from ttt_adapt.tasks.colorization import cells
 from ttt_adapt.tasks.colorization.clips import GreyedClip, check_scorable, common_size, without_grey
 from ttt_adapt.tasks.colorization.networks import SOURCES
 from ttt_adapt.tasks.colorization.score import ColourScore
-
-if TYPE_CHECKING:
-    from ttt_adapt.tasks.checkpoint import ModelSpec
+from ttt_adapt.tasks.spec import ModelSpec
 
 MODES = ("regression", "classification")
 AB_SCALE = 20.0

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttt_adapt.data import Clip, open_clips
 from ttt_adapt.data.augment import Augment
+from ttt_adapt.data.clip import Clip
+from ttt_adapt.data.layouts import open_clips
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.tasks.base import Criterion, Metric, Stills, Task
 from ttt_adapt.tasks.segmentation.score import SegmentationScore
-from ttt_adapt.video import blend, default_palette
-
-if TYPE_CHECKING:
-    from ttt_adapt.tasks.checkpoint import ModelSpec
+from ttt_adapt.tasks.spec import ModelSpec
+from ttt_adapt.view.overlay import blend, default_palette
 
 
 class Segmentation(Task):

@@ -1,6 +1,7 @@
-"""Colours of the demo street: what each sample of a filled canvas looks like in a given light, and the sensor.
+"""Paints the surfaces of the rendered street: ground, sky, houses and things in their light, as a camera records them.
 
-Arrays are in samples as in `raster`, colours RGB float32 in [0, 1] until the sensor rounds them.
+Fog, rain and reflections are added by `weather`. Arrays are in samples as in `raster`; colours are RGB float32 in
+[0, 1] until the camera rounds them.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from functools import cached_property
 import numpy as np
 
 from ttt_adapt.data.street.layout import KERB, PERIOD, SHOP_HEIGHT, WALL, ZEBRAS, Layout
-from ttt_adapt.data.street.raster import FAR, Camera, Canvas
+from ttt_adapt.data.street.raster import Camera, Canvas
 from ttt_adapt.data.street.texture import CELL, box_blur, clouds, facade_cells, ground_cells
-from ttt_adapt.data.street.weather import Light, Weather
+from ttt_adapt.data.street.weather import Light, Weather, add_fog, add_rain, add_reflections, rain_streaks
 
 LABELS = ("sky", "building", "road", "pavement", "tree", "car", "person")
 SKY, BUILDING, ROAD, PAVEMENT, TREE, CAR, PERSON = range(len(LABELS))
@@ -105,13 +106,9 @@ class Painter:
         lit = light.ambient * np.float32(0.92) + beams[sprites]
         flat[sprites] = paint[:, :3] * canvas.shade.reshape(-1, 1)[sprites] * lit + paint[:, 3:]
 
-        clear = np.exp(canvas.depth[..., None] * np.float32(-light.extinction))
-        clear[canvas.depth >= FAR] = 1.0
-        colour -= light.air
-        colour *= clear
-        colour += light.air
+        add_fog(colour, canvas.depth, light)
         if light.wet > 0:
-            self._mirror(colour, puddles, canvas, light)
+            add_reflections(colour, puddles, canvas.label[top:] == self.ground_label, light)
         return colour
 
     @cached_property
@@ -192,17 +189,6 @@ class Painter:
         on = (chance < np.where(row == 0, 200, 120)) * cells[:, 1] * np.float32(min(1.0, 1.2 * light.lamps) * 0.85)
         return colour + on[:, None] * (np.array([0.95, 0.74, 0.42], np.float32) - 0.08 * (chance % 4)[:, None])
 
-    def _mirror(self, colour: np.ndarray, puddles: np.ndarray, canvas: Canvas, light: Light) -> None:
-        """Let wet ground show what is above it, most at a flat angle and in puddles."""
-        camera = self._camera
-        top, below = camera.horizon, camera.rows - camera.horizon
-        steps = np.arange(below)
-        image = sum(colour[np.clip(top - 1 - (steps * k).astype(np.int64), 0, top - 1)] for k in (0.8, 1.0, 1.25)) / 3
-        flat_angle = 1 / (1 + (steps / (0.22 * camera.rows)) ** 2)
-        strength = (0.22 + 0.42 * flat_angle[:, None]) * np.clip(0.35 + puddles, 0, 1.25) * light.wet
-        strength = (strength * (canvas.label[top:] == self.ground_label)).astype(np.float32)
-        colour[top:] += (image - colour[top:]) * strength[..., None]
-
     def expose(self, colour: np.ndarray, time: float, weather: Weather, light: Light) -> np.ndarray:
         """Average the samples, add rain and sensor noise; uint8 [H, W, 3]."""
         height, width = self._size
@@ -211,23 +197,11 @@ class Painter:
         bits = np.frombuffer(np.float64(time).tobytes(), np.uint32)
         rng = np.random.default_rng([self._seed, 2, *map(int, bits)])
         if weather.rain > 0:
-            veil = np.float32(0.2 * weather.rain)
-            picture += (light.air - picture) * veil * np.float32(0.8)
-            for strength in (0.30, 0.18):
-                dy, dx = rng.integers(0, self._streaks.shape[0]), rng.integers(0, self._streaks.shape[1])
-                streaks = np.roll(self._streaks, (dy, dx), (0, 1))[:height, :width, None]
-                picture += streaks * np.float32(strength * weather.rain) * (light.air * 0.6 + 0.4)
+            add_rain(picture, self._streaks, weather, light, rng)
         grain = rng.standard_normal((height, width, 3), dtype=np.float32)
         picture += grain * np.float32(light.noise) * (0.5 + np.sqrt(np.clip(picture, 0, 1)))
         return (np.clip(picture, 0.0, 1.0) * np.float32(255) + np.float32(0.5)).astype(np.uint8)
 
     @cached_property
     def _streaks(self) -> np.ndarray:
-        rng = np.random.default_rng([self._seed, 3])
-        height, width = self._size
-        drops = np.where(
-            rng.random((height + 16, width + 16)) < 0.006, rng.uniform(0.4, 1.0, (height + 16, width + 16)), 0
-        )
-        length = max(5, height // 9)
-        trail = sum(np.roll(drops, (k, k // 5), (0, 1)) * (1 - abs(2 * k / length - 1)) for k in range(length))
-        return np.clip(np.asarray(trail), 0, 1).astype(np.float32)
+        return rain_streaks(np.random.default_rng([self._seed, 3]), self._size)

@@ -1,21 +1,19 @@
-"""Labelled clips: frames with their class ids, read from disk when asked for."""
+"""Labelled clips: frames and class ids in image files, read from disk when asked for."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
+from ttt_adapt.data.clip import Clip, Sample
 from ttt_adapt.data.images import (
-    FRAME_SUFFIXES,
     UNLABELLED,
     check_ids,
     image_size,
-    images_in,
     match,
     no_folder,
     open_image,
@@ -23,25 +21,15 @@ from ttt_adapt.data.images import (
     read_ids,
     read_mask,
 )
-from ttt_adapt.errors import ConfigError, DataError
-
-Sample: TypeAlias = tuple[np.ndarray, np.ndarray]
-"""A frame, `uint8 [H, W, 3]` RGB, and its labels, `uint8 [H, W]` class ids."""
+from ttt_adapt.errors import DataError
+from ttt_adapt.files import FRAME_SUFFIXES, files_in
 
 BINARY_CLASSES = ("background", "foreground")
 FRAME_FOLDERS = ("images", "frames")
 
 
-class Clip:
-    """The frames of one clip with their labels, in order; a sequence of `Sample`.
-
-    Attributes:
-        name: the clip's name.
-        classes: class names; the position is the class id.
-        ignore: the id of void pixels.
-        size: (height, width) that samples are resized to, or None for the size on disk.
-        fps: labelled frames per second, or None where unknown.
-        times: seconds of every frame from the start, or None where unknown.
+class ImageClip(Clip):
+    """A clip whose frames and labels are image files, read from disk when they are asked for.
 
     Args:
         name: the clip's name.
@@ -72,9 +60,7 @@ class Clip:
         times: tuple[float, ...] | None = None,
         sources: Sequence[Path] = (),
     ) -> None:
-        check_size(size)
-        self.name, self.classes, self.ignore, self.size = name, tuple(classes), ignore, size
-        self.fps, self.times = fps, times
+        super().__init__(name, classes=classes, ignore=ignore, size=size, fps=fps, times=times)
         self._files, self._read, self._sources = list(files), read, tuple(sources)
 
     def __len__(self) -> int:
@@ -91,15 +77,17 @@ class Clip:
             ids = np.asarray(pillow().fromarray(ids).resize(self.size[::-1], resampling.NEAREST))
         return np.array(frame), np.array(ids)
 
-    def __iter__(self) -> Iterator[Sample]:
-        return (self[index] for index in range(len(self)))
+    @property
+    def files(self) -> list[Path]:
+        """Every frame, each with its label behind it, and what else the labels are made from."""
+        return [*(file for pair in self._files for file in pair), *self._sources]
 
     def check_labels(self) -> None:
-        """Read the labels of all frames once, and of the frames the sizes alone, from their headers.
+        """Read the labels of all frames once; of the frames it reads the sizes alone, from their headers.
 
         Raises:
-            DataError: a label cannot be read, has another size than its frame, or an id outside the class list; it
-                names the file.
+            DataError: a label cannot be read, has another size than its frame, or an id outside the class list; the
+                message names the file.
         """
         for frame_file, label_file in self._files:
             self._labels(frame_file, label_file, image_size(frame_file))
@@ -116,23 +104,8 @@ class Clip:
         check_ids(ids, allowed, f"0..{len(self.classes) - 1} or {self.ignore}", label_file)
         return ids
 
-    def describe(self) -> dict[str, Any]:
-        """What a score of this clip depends on, for the record: names and contents of all its files.
 
-        Contents, since a label that is painted anew often keeps its size. That reads every file once; decoding the same
-        files, which every arm does, takes several times as long.
-        """
-        digest = hashlib.sha256(repr((self.classes, self.ignore, self.fps)).encode())
-        for file in dict.fromkeys([*(file for pair in self._files for file in pair), *self._sources]):
-            digest.update(f"{file.name} {file_digest(file)}\n".encode())
-        return {"frames": len(self), "size": list(self.size or ()), "content": f"sha256:{digest.hexdigest()[:16]}"}
-
-    def __repr__(self) -> str:
-        kind = type(self).__name__
-        return f"{kind}({self.name!r}, frames={len(self)}, classes={len(self.classes)}, size={self.size})"
-
-
-class LabelledClip(Clip):
+class LabelledClip(ImageClip):
     """One folder of frames and labels.
 
     The folder holds either `images/` (or `frames/`) beside `labels/`, or `NAME.jpg` beside `NAME.png` in one place.
@@ -167,7 +140,6 @@ class LabelledClip(Clip):
         binary: bool = False,
         size: tuple[int, int] | None = None,
     ) -> None:
-        check_size(size)
         folder = Path(folder)
         index = read_index(folder.parent)
         files = pair_files(folder)
@@ -188,21 +160,6 @@ class LabelledClip(Clip):
         self.binary = binary
 
 
-def file_digest(file: Path) -> str:
-    """SHA-256 of a file's bytes, read piece by piece."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def check_size(size: tuple[int, int] | None) -> None:
-    """Raises ConfigError unless `size` is None or (height, width)."""
-    if size is not None and (len(size) != 2 or min(size) < 1):
-        raise ConfigError(f"size is {size}; expected (height, width), both at least 1")
-
-
 def pair_files(folder: Path) -> list[tuple[Path, Path]]:
     """The (frame, label) files of a clip folder in natural order.
 
@@ -216,13 +173,13 @@ def pair_files(folder: Path) -> list[tuple[Path, Path]]:
     if not label_folder.is_dir():
         raise DataError(f"{frame_folder} has no labels beside it; expected {label_folder} {UNLABELLED}")
     suffixes = FRAME_SUFFIXES - {".png"} if label_folder == frame_folder else FRAME_SUFFIXES
-    frames = images_in(frame_folder, suffixes)
+    frames = files_in(frame_folder, suffixes)
     if not frames:
         raise DataError(
             f"no frames in {frame_folder}; expected images/ (or frames/) beside labels/, or NAME.jpg beside NAME.png "
             f"{UNLABELLED}"
         )
-    labels = images_in(label_folder, {".png"})
+    labels = files_in(label_folder, {".png"})
     return match(frames, labels, lambda frame: label_folder / f"{frame.stem}.png")
 
 
