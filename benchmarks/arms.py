@@ -30,11 +30,12 @@ import numpy as np
 from camvid import SIZE, STREAMS, Training, checkpoints
 from timing import interleaved, table, write
 from ttt_adapt import StreamConfig
+from ttt_adapt.arms import find_arm
 from ttt_adapt.data import Clip, StreetClip, open_clips
 from ttt_adapt.evaluation.demo import WEIGHTS
 from ttt_adapt.evaluation.report import Report
 from ttt_adapt.evaluation.rows import Contender, contenders_of
-from ttt_adapt.evaluation.runners import find_arm
+from ttt_adapt.evaluation.runners import start
 from ttt_adapt.evaluation.session import evaluate
 from ttt_adapt.evaluation.studies import find_study
 from ttt_adapt.evaluation.study_session import run_study
@@ -130,7 +131,7 @@ def write_costs(contenders: Sequence[Contender], clip: Clip, config: StreamConfi
     """What a frame costs each streaming arm, in forward passes of the fixed model: means over frames in turns."""
     streaming = {row.arm: row for row in contenders if find_arm(row.arm).streaming}
     runners = {
-        name: find_arm(name).start(load_checkpoint(row.checkpoints[0]), config, row.changes)
+        name: start(find_arm(name), load_checkpoint(row.checkpoints[0]), config, row.changes)
         for name, row in streaming.items()
     }
     frames = [clip[index][0] for index in range(min(FRAMES, len(clip)))]

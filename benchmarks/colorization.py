@@ -25,9 +25,9 @@ from PIL import Image
 
 from camvid import ARMS, Training, checkpoints
 from ttt_adapt import StreamConfig
+from ttt_adapt.arms import find_arm
 from ttt_adapt.data import Clip, open_frames
 from ttt_adapt.evaluation.runner import run_arm
-from ttt_adapt.evaluation.runners import find_arm
 from ttt_adapt.evaluation.session import Contender, evaluate
 from ttt_adapt.tasks import Colorization
 from ttt_adapt.tasks.checkpoint import load_checkpoint

@@ -4,7 +4,8 @@ An integration (one package per ecosystem, in `integrations/`) imports nothing e
 may change without breaking one.
 """
 
+from ttt_adapt.arms import ARMS, Arm, contradictions, find_arm
 from ttt_adapt.colour import colour_frame, rgb_to_lab, to_grey
 from ttt_adapt.model.features import Features
 
-__all__ = ["Features", "colour_frame", "rgb_to_lab", "to_grey"]
+__all__ = ["ARMS", "Arm", "Features", "colour_frame", "contradictions", "find_arm", "rgb_to_lab", "to_grey"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ttt_adapt.arms import PRESETS, normalized
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import ConfigError, nearest
 from ttt_adapt.objectives.mae import MAEBranch
@@ -92,16 +93,9 @@ def stream_config(preset: str, pairs: list[str], seed: int) -> StreamConfig:
     Raises:
         ConfigError: unknown preset or field, or a value out of range.
     """
-    presets = {
-        "online": StreamConfig.online,
-        "paper": StreamConfig.paper,
-        "no-memory": StreamConfig.no_memory,
-        "implicit": StreamConfig.implicit_only,
-        "explicit": StreamConfig.explicit_only,
-    }
-    if preset not in presets:
-        raise ConfigError(f"there is no preset {preset!r}; expected one of {', '.join(presets)}")
-    return presets[preset](**{"seed": seed, **parse_settings(pairs)})
+    if normalized(preset) not in PRESETS:
+        raise ConfigError(f"there is no preset {preset!r}; expected one of {', '.join(PRESETS)}")
+    return StreamConfig.for_arm(preset, **{"seed": seed, **parse_settings(pairs)})
 
 
 def pick_device(name: str) -> torch.device:

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ttt_adapt.arms import ARMS
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.data.street.scene import PALETTE, street_stream
 from ttt_adapt.evaluation.film import reconstruction_image
 from ttt_adapt.evaluation.plots import plot_stream
 from ttt_adapt.evaluation.report import Report, environment, markdown_table
 from ttt_adapt.evaluation.runner import run_arm
-from ttt_adapt.evaluation.runners import ARMS
 from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint
 from ttt_adapt.video import VideoWriter, blend, panels
 from ttt_adapt.view.terminal import progress_bar

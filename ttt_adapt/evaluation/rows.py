@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
+from ttt_adapt.arms import find_arm
 from ttt_adapt.cli.options import parse_settings
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.data import Clip, StreetClip, is_unnamed
 from ttt_adapt.data.clips import file_digest
 from ttt_adapt.errors import CheckpointError, ConfigError, missing
 from ttt_adapt.evaluation.realtime import stride
-from ttt_adapt.evaluation.runners import find_arm, find_arms
+from ttt_adapt.evaluation.runners import start
 from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.tasks import find_task
 from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint, read_spec
@@ -79,7 +80,7 @@ def contenders_of(
             raise ConfigError(f"--set {name}.{next(iter(own[name]))}: {name} is none of --arms {', '.join(arms)}")
     rows = [
         Contender(arm.name, arm.title, tuple(checkpoints), own.get(arm.name, {}), branch or {})
-        for arm in find_arms(list(arms))
+        for arm in map(find_arm, arms)
     ]
     return [Contender("fixed", "Main Task Only", tuple(baselines)), *rows] if baselines else rows
 
@@ -152,7 +153,8 @@ def check(
     metric_weights: Path | None = None,
 ) -> None:
     """Fail before the first run, not hours later: packages are there, checkpoints load and suit arms and classes."""
-    find_arms([contender.arm for contender in contenders])
+    for contender in contenders:
+        find_arm(contender.arm)
     if not config.carry_weights or config.window == 1:
         raise ConfigError(
             f"the configuration, that of the online arm, has carry_weights={config.carry_weights} and "
@@ -162,7 +164,7 @@ def check(
         if importlib.util.find_spec(package) is None:
             raise missing(spelled, "eval")
     for arm, forwards in (real_time.forwards if real_time else {}).items():
-        find_arms([arm])
+        find_arm(arm)
         stride(forwards)
     for label in (labels := [contender.label for contender in contenders]):
         if labels.count(label) > 1:
@@ -177,7 +179,7 @@ def check(
         for contender in contenders:
             if path in contender.checkpoints:
                 try:
-                    find_arm(contender.arm).start(checkpoint, config, contender.changes).close()
+                    start(find_arm(contender.arm), checkpoint, config, contender.changes).close()
                 except ConfigError as error:
                     raise ConfigError(f"{contender.label} on {path.name}: {error}") from error
                 if contender.branch and isinstance(checkpoint.branch, MAEBranch):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ttt_adapt.arms import find_arm
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.data import Clip
 from ttt_adapt.errors import ConfigError, DataError, StateError
@@ -20,7 +21,6 @@ from ttt_adapt.evaluation.realtime import measure_forwards
 from ttt_adapt.evaluation.report import Report, environment, markdown_table
 from ttt_adapt.evaluation.rows import Contender, RealTime, check, check_seeds, describe, fingerprints
 from ttt_adapt.evaluation.runner import run_arm
-from ttt_adapt.evaluation.runners import find_arm
 from ttt_adapt.evaluation.tables import describe_failure
 from ttt_adapt.files import output_folder
 from ttt_adapt.objectives.mae import MAEBranch
