@@ -84,7 +84,7 @@ def score(checkpoints: Sequence[Checkpoint], clips: dict[str, list[Sample]], var
         config = StreamConfig.online(seed=i)
         with checkpoint.mae_branch.using(**hidden) if hidden else nullcontext():
             for j, (name, clip) in enumerate(clips.items()):
-                found[i, j] = run_arm(ARMS[arm], checkpoint, clip, config, name=name, changes=own).miou
+                found[i, j] = run_arm(ARMS[arm], checkpoint, clip, config, name=name, changes=own).scores["miou"]
     return found
 
 
