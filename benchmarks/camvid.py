@@ -91,17 +91,17 @@ def _trained(training: Training) -> tuple[Path, Path]:
 def _keywords(training: Training) -> dict[str, Any]:
     """What all three trainings share."""
     model = MODELS[training.model]
-    return dict(
-        encoder=model["encoder"],
-        encoder_options=model["options"] | ({"img_size": training.size} if training.model == "vit" else {}),
-        clips=training.clips,
-        size=training.size,
-        first_epochs=0,
-        resume=True,
-        device="cpu",
-        config=TrainConfig(epochs=training.epochs or model["epochs"], seed=training.seed),
-        task=training.task,
-    )
+    return {
+        "encoder": model["encoder"],
+        "encoder_options": model["options"] | ({"img_size": training.size} if training.model == "vit" else {}),
+        "clips": training.clips,
+        "size": training.size,
+        "first_epochs": 0,
+        "resume": True,
+        "device": "cpu",
+        "config": TrainConfig(epochs=training.epochs or model["epochs"], seed=training.seed),
+        "task": training.task,
+    }
 
 
 def main() -> None:
