@@ -30,14 +30,14 @@ import numpy as np
 from camvid import SIZE, STREAMS, Training, checkpoints
 from timing import interleaved, table, write
 from ttt_adapt import StreamConfig
+from ttt_adapt.arms import find_arm
 from ttt_adapt.data import Clip, StreetClip, open_clips
 from ttt_adapt.evaluation.demo import WEIGHTS
 from ttt_adapt.evaluation.report import Report
-from ttt_adapt.evaluation.rows import Contender, contenders_of
-from ttt_adapt.evaluation.runners import find_arm
+from ttt_adapt.evaluation.rows import Row, rows_of
+from ttt_adapt.evaluation.runners import start
 from ttt_adapt.evaluation.session import evaluate
-from ttt_adapt.evaluation.studies import find_study
-from ttt_adapt.evaluation.study_session import run_study
+from ttt_adapt.evaluation.studies import find_study, rows_of_study
 from ttt_adapt.tasks.checkpoint import load_checkpoint
 
 ARMS = (
@@ -118,19 +118,19 @@ DENSE: dict[str, dict[str, Sequence[str]]] = {
 STREAMS_OF = {"camvid": camvid, "davis": davis, "street": street}
 
 
-def rows(name: str, joint: Sequence[Path], main: Sequence[Path]) -> list[Contender]:
+def rows(name: str, joint: Sequence[Path], main: Sequence[Path]) -> list[Row]:
     """The jointly trained fixed model first: all others are compared with it."""
     arms = [arm for arm in ARMS if arm != "ln-adapt"] + [*NORMS] if name.endswith("regnet") else ARMS
     changes = {arm: {"lr": RATES[base]} for arm in arms if (base := arm.partition("+")[0]) in RATES}
-    found = contenders_of(arms, joint, main, changes)
+    found = rows_of(arms, joint, main, changes)
     return sorted(found, key=lambda row: row.label != "Fixed")
 
 
-def write_costs(contenders: Sequence[Contender], clip: Clip, config: StreamConfig, out: Path) -> None:
+def write_costs(rows: Sequence[Row], clip: Clip, config: StreamConfig, out: Path) -> None:
     """What a frame costs each streaming arm, in forward passes of the fixed model: means over frames in turns."""
-    streaming = {row.arm: row for row in contenders if find_arm(row.arm).streaming}
+    streaming = {row.arm: row for row in rows if find_arm(row.arm).streaming}
     runners = {
-        name: find_arm(name).start(load_checkpoint(row.checkpoints[0]), config, row.changes)
+        name: start(find_arm(name), load_checkpoint(row.checkpoints[0]), config, row.changes)
         for name, row in streaming.items()
     }
     frames = [clip[index][0] for index in range(min(FRAMES, len(clip)))]
@@ -162,7 +162,7 @@ def gains(results: Path, streams: Mapping[str, Sequence[str]]) -> dict[str, np.n
         report = Report.load(results / f"{name}-arms" / "report.json")
         for arm in report.arms:
             for clip in clips or report.clips:
-                ours, fixed = ({r.seed: r.miou for r in report.select(a, clip)} for a in (arm, "Fixed"))
+                ours, fixed = ({r.seed: r.scores["miou"] for r in report.select(a, clip)} for a in (arm, "Fixed"))
                 found.setdefault(report.marked(arm), []).append(
                     [100 * (ours[seed] - fixed[seed]) for seed in sorted(fixed)]
                 )
@@ -191,7 +191,9 @@ def main() -> None:
             if "cost" in options.parts:
                 write_costs(rows(name, joint, main_task), clips[0], config, options.out / f"{name}-arms" / "cost.json")
             if "window" in options.parts:
-                run_study(find_study("window"), joint, clips, config, seeds, options.out / f"{name}-window")
+                study = find_study("window")
+                sweep = rows_of_study(study, clips, joint)
+                evaluate(sweep, clips, config, seeds, options.out / f"{name}-window", study=study)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,11 @@ import torch
 
 from ttt_adapt import StreamConfig
 from ttt_adapt.data import open_clips
-from ttt_adapt.evaluation.report import markdown_table
-from ttt_adapt.evaluation.session import Contender, evaluate
+from ttt_adapt.evaluation.rows import Row
+from ttt_adapt.evaluation.session import evaluate
+from ttt_adapt.evaluation.tables import markdown_table
 from ttt_adapt.training.joint import TrainConfig
-from ttt_adapt.training.recipe import TrainOptions, train
+from ttt_adapt.training.recipe import train
 
 TRAIN = ("0006R0_train_a", "0016E5_train_a", "0016E5_train_b", "0016E5_train_d")
 STREAMS = ("0016E5_val_c", "0001TP_train_a")
@@ -83,27 +84,24 @@ def _trained(training: Training) -> tuple[Path, Path]:
     ):
         for out, recipe, init in ((first, "main", None), (main, "main", first), (joint, "joint", first)):
             if not out.exists():
-                train(_options(training, out, recipe, init))
+                train(str(training.data), out, recipe=recipe, init=init, **_keywords(training))
     return main, joint
 
 
-def _options(training: Training, out: Path, recipe: str, init: Path | None) -> TrainOptions:
+def _keywords(training: Training) -> dict[str, Any]:
+    """What all three trainings share."""
     model = MODELS[training.model]
-    return TrainOptions(
-        data=str(training.data),
-        out=out,
-        encoder=model["encoder"],
-        encoder_options=model["options"] | ({"img_size": training.size} if training.model == "vit" else {}),
-        clips=training.clips,
-        size=training.size,
-        recipe=recipe,
-        first_epochs=0,
-        init=init,
-        resume=True,
-        device="cpu",
-        config=TrainConfig(epochs=training.epochs or model["epochs"], seed=training.seed),
-        task=training.task,
-    )
+    return {
+        "encoder": model["encoder"],
+        "encoder_options": model["options"] | ({"img_size": training.size} if training.model == "vit" else {}),
+        "clips": training.clips,
+        "size": training.size,
+        "first_epochs": 0,
+        "resume": True,
+        "device": "cpu",
+        "config": TrainConfig(epochs=training.epochs or model["epochs"], seed=training.seed),
+        "task": training.task,
+    }
 
 
 def main() -> None:
@@ -128,9 +126,9 @@ def _evaluated(options: argparse.Namespace, name: str, pairs: list[tuple[Path, P
     """Stream the clips through a model's arms and write the report; returns the table."""
     joint = tuple(pair[1] for pair in pairs)
     rows = [
-        Contender("fixed", "MAE Joint Training (fixed)", joint),
-        Contender("fixed", "Main Task Only (fixed)", tuple(pair[0] for pair in pairs)),
-        *(Contender(arm, title, joint) for arm, title in MODELS[name]["arms"].items()),
+        Row("fixed", "MAE Joint Training (fixed)", joint),
+        Row("fixed", "Main Task Only (fixed)", tuple(pair[0] for pair in pairs)),
+        *(Row(arm, title, joint) for arm, title in MODELS[name]["arms"].items()),
     ]
     out = options.out / f"camvid-{name}"
     clips = open_clips(options.data, STREAMS, SIZE)

@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from ttt_adapt import StreamConfig
+from ttt_adapt.arms import ARMS
 from ttt_adapt.data import open_clips
 from ttt_adapt.evaluation.runner import run_arm
-from ttt_adapt.evaluation.runners import ARMS
 from ttt_adapt.model.norms import norm_layers
 from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint
 
@@ -84,7 +84,7 @@ def score(checkpoints: Sequence[Checkpoint], clips: dict[str, list[Sample]], var
         config = StreamConfig.online(seed=i)
         with checkpoint.mae_branch.using(**hidden) if hidden else nullcontext():
             for j, (name, clip) in enumerate(clips.items()):
-                found[i, j] = run_arm(ARMS[arm], checkpoint, clip, config, name=name, changes=own).miou
+                found[i, j] = run_arm(ARMS[arm], checkpoint, clip, config, name=name, changes=own).scores["miou"]
     return found
 
 

@@ -25,10 +25,11 @@ from PIL import Image
 
 from camvid import ARMS, Training, checkpoints
 from ttt_adapt import StreamConfig
+from ttt_adapt.arms import find_arm
 from ttt_adapt.data import Clip, open_frames
+from ttt_adapt.evaluation.rows import Row
 from ttt_adapt.evaluation.runner import run_arm
-from ttt_adapt.evaluation.runners import find_arm
-from ttt_adapt.evaluation.session import Contender, evaluate
+from ttt_adapt.evaluation.session import evaluate
 from ttt_adapt.tasks import Colorization
 from ttt_adapt.tasks.checkpoint import load_checkpoint
 from ttt_adapt.view.overlay import panels
@@ -66,12 +67,12 @@ def clips(data: Path, names: Sequence[str]) -> list[Clip]:
 
 def tune(joint: Path, data: Path, out: Path) -> StreamConfig:
     """Every variant on the tuning clip with seed 0, and the one that the rule chooses."""
-    fixed = Contender("fixed", "fixed", (joint,))
-    rows = [Contender("online", f"lr {v.lr:g}, pull {v.source_pull:g}", (joint,), v._asdict()) for v in VARIANTS]
+    fixed = Row("fixed", "fixed", (joint,))
+    rows = [Row("online", f"lr {v.lr:g}, pull {v.source_pull:g}", (joint,), v._asdict()) for v in VARIANTS]
     report = evaluate([fixed, *rows], clips(data, [TUNE]), StreamConfig.online(), [0], out)
-    level = report.select("fixed")[0].flicker
-    steady = [run for run in report.runs if run.arm != "fixed" and run.flicker <= level]
-    best = max(steady, key=lambda run: run.psnr, default=None)
+    level = report.select("fixed")[0].scores["flicker"]
+    steady = [run for run in report.runs if run.arm != "fixed" and run.scores["flicker"] <= level]
+    best = max(steady, key=lambda run: run.scores["psnr"], default=None)
     if best is None:
         return StreamConfig.online()
     return StreamConfig.online(**VARIANTS[[row.label for row in rows].index(best.arm)]._asdict())
@@ -116,9 +117,9 @@ def main() -> None:
     config = tune(pairs[0][1], options.data, options.out / "colorization-tuning")
     joint = tuple(pair[1] for pair in pairs)
     rows = [
-        Contender("fixed", FIXED, joint),
-        Contender("fixed", "Main Task Only (fixed)", tuple(pair[0] for pair in pairs)),
-        *(Contender(arm, title, joint) for arm, title in ARMS.items()),
+        Row("fixed", FIXED, joint),
+        Row("fixed", "Main Task Only (fixed)", tuple(pair[0] for pair in pairs)),
+        *(Row(arm, title, joint) for arm, title in ARMS.items()),
     ]
     out = options.out / "colorization-vit"
     evaluate(rows, streams, config, options.seeds, out)

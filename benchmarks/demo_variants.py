@@ -12,10 +12,10 @@ import argparse
 from pathlib import Path
 
 from ttt_adapt import StreamConfig
+from ttt_adapt.arms import ARMS
 from ttt_adapt.data.street.scene import street_stream
 from ttt_adapt.evaluation.demo import FPS, WEIGHTS
 from ttt_adapt.evaluation.runner import run_arm
-from ttt_adapt.evaluation.runners import ARMS
 from ttt_adapt.tasks.checkpoint import load_checkpoint
 
 FRAMES = 240
@@ -35,7 +35,7 @@ def main() -> None:
     variants = {f"lr {lr:g}, pull {pull:g}": StreamConfig.online(lr=lr, source_pull=pull) for lr, pull in SETTINGS}
     for title, config in {"fixed": StreamConfig.online(), **variants}.items():
         arm = ARMS["fixed" if title == "fixed" else "online"]
-        found = [run_arm(arm, checkpoint, street, config, name="street").miou for street in streets]
+        found = [run_arm(arm, checkpoint, street, config, name="street").scores["miou"] for street in streets]
         means[title] = sum(found) / len(found)
         rows.append(f"| {title} | " + " | ".join(f"{100 * value:.2f}" for value in [*found, means[title]]) + " |")
         print(rows[-1], flush=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ttt_adapt.evaluation.report import environment
+from ttt_adapt.evaluation.environment import environment
 
 Step = Callable[[Tensor], Any]
 

@@ -7,6 +7,8 @@ import torch
 
 from conftest import settle_norms
 from ttt_adapt import StreamConfig
+from ttt_adapt.arms import Arm
+from ttt_adapt.evaluation.runners import RUNNERS
 from ttt_adapt.tasks.checkpoint import Checkpoint, build_model
 from ttt_adapt.tasks.spec import ModelSpec
 
@@ -30,3 +32,9 @@ def frames(count: int = 4, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]
     labels = (np.arange(SIZE[0])[:, None] // 16 + np.zeros(SIZE, int)).astype(np.uint8)
     labels[:4] = 255
     return [(random.integers(0, 256, (*SIZE, 3), dtype=np.uint8), labels) for _ in range(count)]
+
+
+def arm_run_by(monkeypatch, make, name: str = "own", **attributes) -> Arm:
+    """An arm with a runner of the test's own: `make(checkpoint, config)`."""
+    monkeypatch.setitem(RUNNERS, name, make)
+    return Arm(name, name.capitalize(), name, **attributes)

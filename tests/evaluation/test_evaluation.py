@@ -10,11 +10,11 @@ from PIL import Image
 
 import ttt_adapt.evaluation.session as command
 from arm_inputs import CLASSES, CONFIG, VIT, checkpoint, frames
+from ttt_adapt.arms import ARMS
 from ttt_adapt.data import open_clips
 from ttt_adapt.errors import CheckpointError, ConfigError, DataError
 from ttt_adapt.evaluation.report import Report
 from ttt_adapt.evaluation.runner import run_arm
-from ttt_adapt.evaluation.runners import ARMS
 from ttt_adapt.evaluation.session import Contender, evaluate
 from ttt_adapt.tasks.checkpoint import save_checkpoint
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import ttt_adapt.evaluation.realtime as realtime
-from arm_inputs import CONFIG, checkpoint, frames
+from arm_inputs import CONFIG, arm_run_by, checkpoint, frames
+from ttt_adapt.arms import ARMS
 from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt.evaluation.realtime import measure_forwards, stride
 from ttt_adapt.evaluation.runner import run_arm
-from ttt_adapt.evaluation.runners import ARMS, Arm
 
 
 @pytest.mark.parametrize("forwards", [0, -1.0, float("nan"), float("inf")])
@@ -61,9 +61,9 @@ def numbered(count: int) -> list[tuple[np.ndarray, np.ndarray]]:
         (100, [0] * 7),
     ],
 )
-def test_an_arm_of_r_passes_misses_ceil_r_minus_1_frames_after_each_it_sees(forwards, expected):
+def test_an_arm_of_r_passes_misses_ceil_r_minus_1_frames_after_each_it_sees(forwards, expected, monkeypatch):
     runner, shown = Counting(), []
-    arm = Arm("counting", "Counting", lambda *_: runner)
+    arm = arm_run_by(monkeypatch, lambda *_: runner, "counting")
     run_arm(
         arm, checkpoint(), numbered(7), CONFIG, name="clip", forwards=forwards,
         on_frame=lambda _i, _f, prediction, _m, _l: shown.append(runner.seen[-1]),
@@ -73,9 +73,9 @@ def test_an_arm_of_r_passes_misses_ceil_r_minus_1_frames_after_each_it_sees(forw
     assert set(missed) <= {math.ceil(forwards) - 1}
 
 
-def test_missed_frames_are_never_seen_and_scored_with_the_last_prediction():
+def test_missed_frames_are_never_seen_and_scored_with_the_last_prediction(monkeypatch):
     runner, shown = Counting(), []
-    arm = Arm("counting", "Counting", lambda *_: runner)
+    arm = arm_run_by(monkeypatch, lambda *_: runner, "counting")
     run = run_arm(
         arm, checkpoint(), numbered(6), CONFIG, name="clip", forwards=1.5,
         on_frame=lambda i, _f, prediction, miou, loss: shown.append((int(prediction[0, 0]), miou, loss)),
@@ -116,10 +116,9 @@ def test_the_measured_cost_is_the_ratio_of_mean_times_after_the_first_frame(monk
             pass
 
     monkeypatch.setattr(realtime.time, "perf_counter", lambda: Clock.now)
-    monkeypatch.setitem(realtime.ARMS, "fixed", Arm("fixed", "Fixed", lambda *_: Slow("fixed")))
-    slow = Arm("slow", "Slow", lambda *_: Slow("slow"))
+    fixed, slow = (arm_run_by(monkeypatch, lambda *_, n=name: Slow(n), name) for name in ("fixed", "slow"))
     assert measure_forwards(slow, None, frames(4), CONFIG) == 2.7  # 12.25 / 4.5 = 2.72, to one decimal
-    assert measure_forwards(realtime.ARMS["fixed"], None, frames(4), CONFIG) == 1.0
+    assert measure_forwards(fixed, None, frames(4), CONFIG) == 1.0
 
 
 def test_measuring_gives_the_model_back_and_looks_at_the_first_frames_only():
@@ -151,12 +150,10 @@ def test_an_arm_that_is_busy_on_some_frames_is_measured_over_whole_periods(monke
         def close(self) -> None:
             pass
 
-    for name, period in (("fixed", 1), ("lazy", 12)):
-        seen.clear()
-        monkeypatch.setitem(realtime.ARMS, name, Arm(name, name, lambda *_: Quick(), fixes={"every": period}))
-        if name == "lazy":
-            measure_forwards(realtime.ARMS["lazy"], None, frames(40), CONFIG)
-            assert len(seen) == 2 * (1 + 2 * 12)
+    arm_run_by(monkeypatch, lambda *_: Quick(), "fixed")
+    lazy = arm_run_by(monkeypatch, lambda *_: Quick(), "lazy", fixes={"every": 12})
+    measure_forwards(lazy, None, frames(40), CONFIG)
+    assert len(seen) == 2 * (1 + 2 * 12)
 
 
 def test_an_arm_that_sees_the_whole_clip_is_not_scored_in_real_time():

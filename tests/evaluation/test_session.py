@@ -13,8 +13,9 @@ from test_report import make_report, make_run
 
 import ttt_adapt.evaluation.rows as contenders_module
 import ttt_adapt.evaluation.session as command
-from arm_inputs import CONFIG, checkpoint, frames
+from arm_inputs import CONFIG, arm_run_by, checkpoint, frames
 from ttt_adapt import StreamConfig, cli
+from ttt_adapt.arms import ARMS, Arm, find_arm
 from ttt_adapt.cli.options import parse_settings, per_arm
 from ttt_adapt.data import LabelledClip, open_clips
 from ttt_adapt.errors import ConfigError, DataError, FrameError, FrameTypeError, MissingPackageError, StateError
@@ -23,7 +24,7 @@ from ttt_adapt.evaluation.memory import PeakMemory
 from ttt_adapt.evaluation.report import Report, markdown_table
 from ttt_adapt.evaluation.rows import Contender, RealTime, contenders_of, real_time_of
 from ttt_adapt.evaluation.runner import run_arm
-from ttt_adapt.evaluation.runners import ARMS, Arm, find_arm
+from ttt_adapt.evaluation.runners import start
 from ttt_adapt.evaluation.session import check_failures, evaluate
 from ttt_adapt.evaluation.statistics import paired_bootstrap
 from ttt_adapt.tasks.segmentation.score import SegmentationScore
@@ -170,7 +171,7 @@ def test_a_run_holds_memory_and_rate():
 # Bad input ---------------------------------------------------------------------------------------------------------
 
 
-def answering(output) -> Arm:
+def answering(monkeypatch, output) -> Arm:
     class Runner:
         loss = None
 
@@ -180,7 +181,7 @@ def answering(output) -> Arm:
         def close(self) -> None:
             pass
 
-    return Arm("answering", "Answering", lambda *_: Runner())
+    return arm_run_by(monkeypatch, lambda *_: Runner(), "answering")
 
 
 @pytest.mark.parametrize(
@@ -192,9 +193,9 @@ def answering(output) -> Arm:
         ([1, 2], FrameTypeError, "returned a list"),
     ],
 )
-def test_predictions_of_wrong_shape_are_refused_with_what_was_expected(output, error, message):
+def test_predictions_of_wrong_shape_are_refused_with_what_was_expected(output, error, message, monkeypatch):
     with pytest.raises(error, match=message):
-        run_arm(answering(output), checkpoint(), frames(1), CONFIG, name="dusk")
+        run_arm(answering(monkeypatch, output), checkpoint(), frames(1), CONFIG, name="dusk")
 
 
 def test_a_clip_without_frames_or_without_labelled_pixels_is_named():
@@ -369,10 +370,10 @@ def test_methods_of_others_have_no_pull_unless_they_are_given_one():
     config = StreamConfig.online()
     for name in ("tent", "self-train", "self-train-plain", "ema-teacher"):
         for changes, pull in (({}, 0.0), ({"source_pull": 0.25}, 0.25)):
-            runner = find_arm(name).start(checkpoint(), config, changes)
+            runner = start(find_arm(name), checkpoint(), config, changes)
             assert runner.adapter.config.source_pull == pull
             runner.close()
-    runner = find_arm("online").start(checkpoint(), config)
+    runner = start(find_arm("online"), checkpoint(), config)
     assert runner.adapter.config == config
     runner.close()
 

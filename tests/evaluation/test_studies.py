@@ -9,18 +9,18 @@ import pytest
 from PIL import Image
 from test_evaluation import counted, files  # noqa: F401
 from test_report import make_run
+from ttt_adapt.evaluation.study_session import run_study
 
 import ttt_adapt.evaluation.session as command
 from arm_inputs import CLASSES, CONFIG, checkpoint, frames
 from ttt_adapt import StreamConfig, cli
+from ttt_adapt.arms import find_arm
 from ttt_adapt.data import open_clips
 from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt.evaluation.plots import plot_losses, plot_sweep
 from ttt_adapt.evaluation.report import Report
 from ttt_adapt.evaluation.runner import run_arm
-from ttt_adapt.evaluation.runners import find_arm
 from ttt_adapt.evaluation.studies import STUDIES, Setting, Study, find_study
-from ttt_adapt.evaluation.study_session import run_study
 from ttt_adapt.evaluation.tables import study_table
 
 pytestmark = pytest.mark.usefixtures("committed")

@@ -16,19 +16,20 @@ from PIL import Image
 from test_cli import DATA, TINY, fail, invoke, needs_clip
 from torch.utils.data import DataLoader
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from ttt_adapt.evaluation.film import RunOptions
+from ttt_adapt.evaluation.film import run as run_video
 
 import readme
 from arm_inputs import CONFIG, VIT, checkpoint
+from ttt_adapt.arms import ARMS, find_arm
 from ttt_adapt.colour import to_grey
 from ttt_adapt.data import PictureClip, VideoClip, open_frames
 from ttt_adapt.data.street.scene import street_stream
 from ttt_adapt.errors import ConfigError, DataError, FrameError, VideoError
-from ttt_adapt.evaluation.film import RunOptions
-from ttt_adapt.evaluation.film import run as run_video
 from ttt_adapt.evaluation.report import Report, Run, markdown_table
 from ttt_adapt.evaluation.rows import contenders_of, fingerprints
 from ttt_adapt.evaluation.runner import run_arm
-from ttt_adapt.evaluation.runners import ARMS, find_arm
+from ttt_adapt.evaluation.runners import start
 from ttt_adapt.evaluation.session import _weights
 from ttt_adapt.tasks import Colorization, find_task
 from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -159,7 +160,7 @@ def check_scores(run: Run, expected: dict[str, Any]) -> None:
 
 def stepped(arm: str, made: Checkpoint, truth: list[np.ndarray]) -> list[torch.Tensor]:
     """What an arm returns for the grey of the frames."""
-    runner = find_arm(arm).start(made, CONFIG)
+    runner = start(find_arm(arm), made, CONFIG)
     outputs = [runner.step(to_grey(frame)).detach().clone() for frame in truth]
     runner.close()
     return outputs
@@ -557,7 +558,7 @@ def test_a_model_that_diverged_is_said_to_have_instead_of_painting_black(mode, v
 def test_step_returns_what_the_model_returns():
     made = checkpoint(task="colorization", classes=())
     frame = to_grey(colour_frames(1)[0])
-    runner = ARMS["fixed"].start(made, CONFIG)
+    runner = start(ARMS["fixed"], made, CONFIG)
     expected = made.model(made.spec.preprocess()(frame))
     assert torch.equal(runner.step(frame), expected)
     assert expected.shape == (1, 2, *SIZE)
@@ -658,7 +659,7 @@ def test_a_perfect_frame_has_a_finite_psnr_and_a_grey_clip_none():
 def test_arms_made_of_distributions_say_that_they_do_not_apply_to_a_regression(arm):
     made = checkpoint(task="colorization", classes=())
     with pytest.raises(ConfigError, match=r"class distributions.*colorization.* predicts a and b: it does not apply"):
-        find_arm(arm).start(made, CONFIG)
+        start(find_arm(arm), made, CONFIG)
 
 
 def test_arms_made_of_distributions_run_on_scores_of_cells_and_one_class_per_pixel_is_not_enough():
@@ -669,7 +670,7 @@ def test_arms_made_of_distributions_run_on_scores_of_cells_and_one_class_per_pix
         expected = by_hand(made, stepped(arm, made, truth), truth)
         check_scores(run_arm(find_arm(arm), made, clip, CONFIG, name="clip"), expected)
     with pytest.raises(ConfigError, match="online-shuffled keeps one class per pixel"):
-        find_arm("online-shuffled").start(made, CONFIG)
+        start(find_arm("online-shuffled"), made, CONFIG)
 
 
 def test_a_shuffled_stream_gives_a_regressions_colours_back_in_order():

@@ -1,16 +1,44 @@
-"""Parsing and progress that several commands share."""
+"""Options that several commands share, and what their text means."""
 
 from __future__ import annotations
 
 import ast
 import inspect
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
+import typer
 
+from ttt_adapt.arms import PRESETS, normalized
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import ConfigError, nearest
-from ttt_adapt.objectives.mae import MAEBranch
+
+if TYPE_CHECKING:
+    import torch
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Seed = Annotated[int, typer.Option(help="Seed of masks and draws.")]
+Preset = Annotated[str, typer.Option(help="online, paper, no-memory, implicit or explicit.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a field of StreamConfig; repeatable.")
+]
+Size = Annotated[str | None, typer.Option(metavar="HxW", help="Resize frames for the model, such as 144x192.")]
+TestBranch = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--branch",
+        metavar="NAME=VALUE",
+        help="mask_ratio, loss_on or norm_pix_loss at test time.",
+    ),
+]
+BranchSettings = Annotated[
+    list[str] | None,
+    typer.Option("--branch", metavar="NAME=VALUE", help="A keyword of MAEBranch.attach, such as mask_ratio=0.75."),
+]
+
+
+# ---- text to values
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
@@ -32,17 +60,48 @@ def whole_number(text: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
 
 
-def parse_settings(pairs: list[str], example: str = "lr=1e-4") -> dict[str, Any]:
-    """["lr=1e-4", "crop_size=(96, 128)"] -> {"lr": 1e-4, "crop_size": (96, 128)}; a value that is no literal is text.
+def parse_names(text: str) -> tuple[str, ...]:
+    """ "dusk, noon" -> ("dusk", "noon")."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
-    Of text, true and false are what they say, as shells and configuration files write them. `example` is what the
-    error shows.
+
+def parse_seeds(text: str, *checkpoints: Sequence[Path]) -> list[int]:
+    """ "0,1,2" -> [0, 1, 2].
+
+    Args:
+        text: what was given.
+        checkpoints: lists of files, each with one file for all seeds or one per seed.
+
+    Raises:
+        ConfigError: a seed is no whole number, or the files are not as many as the seeds.
+    """
+    seeds = []
+    for part in parse_names(text):
+        number = whole_number(part)
+        if number is None:
+            raise ConfigError(f"seed {part!r} is no whole number; expected seeds such as 0,1,2")
+        seeds.append(number)
+    for files in checkpoints:
+        if len(files) > 1 and len(files) != len(seeds):
+            raise ConfigError(f"{len(files)} checkpoints for {len(seeds)} seeds; expected one, or one per seed")
+    return seeds
+
+
+def parse_settings(pairs: Sequence[str] | None, example: str = "lr=1e-4") -> dict[str, Any]:
+    """["lr=1e-4", "crop_size=(96, 128)"] -> {"lr": 1e-4, "crop_size": (96, 128)}.
+
+    A value that is no Python literal is text; "true" and "false" are True and False, as shells and configuration files
+    write them.
+
+    Args:
+        pairs: NAME=VALUE each.
+        example: what the error shows.
 
     Raises:
         ConfigError: an entry without "=".
     """
     settings = {}
-    for pair in pairs:
+    for pair in pairs or ():
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise ConfigError(f"got {pair!r}; expected NAME=VALUE, such as {example}")
@@ -53,31 +112,53 @@ def parse_settings(pairs: list[str], example: str = "lr=1e-4") -> dict[str, Any]
     return settings
 
 
-def per_arm(pairs: list[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
-    """["lr=1e-4", "tent.lr=1e-3"] -> (["lr=1e-4"], {"tent": {"lr": 1e-3}}).
+def parse_arm_settings(pairs: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """["lr=1e-4", "tent.lr=1e-3"] -> ({"lr": 1e-4}, {"tent": {"lr": 1e-3}}): for all arms, and for one of them.
 
     Raises:
         ConfigError: an entry without "=", or the seed, which has an option of its own.
     """
-    common: list[str] = []
+    common: dict[str, Any] = {}
     own: dict[str, dict[str, Any]] = {}
-    for pair, (name, value) in zip(pairs, (next(iter(parse_settings([p]).items())) for p in pairs), strict=True):
+    for name, value in parse_settings(pairs).items():
         arm, dot, field = name.rpartition(".")
         if field == "seed":
-            raise ConfigError(f"--set {pair}: the seeds of an evaluation are --seeds 0,1,2")
-        if dot:
-            own.setdefault(arm, {})[field] = value
-        else:
-            common.append(pair)
+            raise ConfigError(f"--set {name}={value}: the seeds of an evaluation are --seeds 0,1,2")
+        (own.setdefault(normalized(arm), {}) if dot else common)[field] = value
     return common, own
 
 
-def branch_settings(pairs: list[str]) -> dict[str, Any]:
-    """NAME=VALUE for `MAEBranch.attach`.
+def parse_forwards(real_time: bool, pairs: Sequence[str] | None, arms: Sequence[str]) -> dict[str, float] | None:
+    """["online=4.1"] -> {"online": 4.1}, the costs of real-time scoring; None without real-time scoring.
+
+    Raises:
+        ConfigError: costs without real-time scoring, a cost that is no number, or the cost of an arm that does not run.
+    """
+    if not real_time:
+        if pairs:
+            raise ConfigError("--forwards is what --real-time charges; give both or neither")
+        return None
+    costs = {normalized(arm): cost for arm, cost in parse_settings(pairs).items()}
+    known = [normalized(arm) for arm in arms]
+    for arm, cost in costs.items():
+        if arm not in known:
+            raise ConfigError(f"--forwards {arm}={cost}: {arm} is none of the arms {', '.join(known)}")
+        if not isinstance(cost, int | float) or isinstance(cost, bool):
+            raise ConfigError(f"--forwards {arm}={cost}: expected a number of forward passes, such as {arm}=4")
+    return costs
+
+
+# ---- what the library takes
+
+
+def branch_keywords(pairs: Sequence[str] | None) -> dict[str, Any]:
+    """Keywords of `MAEBranch.attach` from NAME=VALUE.
 
     Raises:
         ConfigError: a name that `attach` does not know.
     """
+    from ttt_adapt.objectives.mae import MAEBranch
+
     settings = parse_settings(pairs, "mask_ratio=0.75")
     known = [name for name in inspect.signature(MAEBranch.attach).parameters if name not in ("model", "encoder")]
     for name in settings:
@@ -86,26 +167,25 @@ def branch_settings(pairs: list[str]) -> dict[str, Any]:
     return settings
 
 
-def stream_config(preset: str, pairs: list[str], seed: int) -> StreamConfig:
-    """The preset of that name with NAME=VALUE changes and a seed.
+def preset_config(preset: str, **changes: Any) -> StreamConfig:
+    """The preset of that name with some fields changed.
 
     Raises:
         ConfigError: unknown preset or field, or a value out of range.
     """
-    presets = {
-        "online": StreamConfig.online,
-        "paper": StreamConfig.paper,
-        "no-memory": StreamConfig.no_memory,
-        "implicit": StreamConfig.implicit_only,
-        "explicit": StreamConfig.explicit_only,
-    }
-    if preset not in presets:
-        raise ConfigError(f"there is no preset {preset!r}; expected one of {', '.join(presets)}")
-    return presets[preset](**{"seed": seed, **parse_settings(pairs)})
+    if normalized(preset) not in PRESETS:
+        raise ConfigError(f"there is no preset {preset!r}; expected one of {', '.join(PRESETS)}")
+    return StreamConfig.for_arm(preset, **changes)
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device `name`; "auto" is CUDA where there is one, and the CPU elsewhere."""
+    """The torch device `name`; "auto" is CUDA where there is one, and the CPU elsewhere.
+
+    Raises:
+        ConfigError: the device cannot be used here.
+    """
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

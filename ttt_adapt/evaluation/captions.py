@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from ttt_adapt.evaluation.differences import Difference, is_uneven, shared_seeds
-
-if TYPE_CHECKING:
-    from ttt_adapt.evaluation.report import Report
+from ttt_adapt.evaluation.report import Report
 
 UNEVEN = "§"
 """Marks a change on fewer seeds than stand beside it."""
@@ -31,8 +28,11 @@ def score_note(report: Report, reference: str) -> str:
     if uneven:
         sentences.append(f"{UNEVEN} on the seeds that both arms ran: {'; '.join(uneven)}.")
     sentences += [mark_note(report)]
-    if any(run.j is not None for run in report.runs):
-        sentences.append("J is DAVIS' region similarity of the foreground, over the clip and per frame.")
+    sentences += [
+        metric.note
+        for metric in report.task.metrics
+        if metric.note and any(run.value(metric) is not None for run in report.runs)
+    ]
     return " ".join(filter(None, [*sentences, _real_time_note(report)]))
 
 

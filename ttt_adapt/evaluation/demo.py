@@ -1,4 +1,4 @@
-"""`ttt-adapt demo`: watch a small model adapt to a street scene that drifts from clear day to dusk, fog and rain."""
+"""The demo: a small model adapts to a street scene that drifts from clear day to dusk, fog and rain."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ttt_adapt.arms import ARMS
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.data.street.scene import PALETTE, street_stream
+from ttt_adapt.evaluation.environment import environment
 from ttt_adapt.evaluation.plots import plot_stream
-from ttt_adapt.evaluation.report import Report, environment, markdown_table
+from ttt_adapt.evaluation.report import Report
 from ttt_adapt.evaluation.runner import run_arm
-from ttt_adapt.evaluation.runners import ARMS
+from ttt_adapt.evaluation.tables import markdown_table
 from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint
 from ttt_adapt.video import VideoWriter
 from ttt_adapt.view.overlay import blend, panels
@@ -26,7 +28,7 @@ CONFIG = StreamConfig.online(source_pull=0.02)
 """Chosen by `benchmarks/demo_variants.py` on streets that the demo does not show: strong drift wants a weak pull."""
 
 
-def demo(
+def run_demo(
     out: Path, frames: int, seed: int, config: StreamConfig = CONFIG, device: torch.device | str = "cpu"
 ) -> Report:
     """Stream the rendered scene through the fixed and the adapting model; write the table, the video and the plot.

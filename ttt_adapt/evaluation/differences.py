@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ttt_adapt.evaluation.report import Report, Run
 from ttt_adapt.evaluation.statistics import block_length, paired_bootstrap
-
-if TYPE_CHECKING:
-    from ttt_adapt.evaluation.report import Report, Run
 
 
 @dataclass(frozen=True)

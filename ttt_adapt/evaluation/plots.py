@@ -106,7 +106,7 @@ def plot_bars(path: str | Path, report: Report) -> None:
         for place, clip in enumerate(clips):
             runs = report.select(arm, clip)
             if scores := _shown(runs):
-                floors = [value for run in runs if floor and (value := getattr(run, floor)) is not None]
+                floors = [value for run in runs if floor and (value := run.scores.get(floor)) is not None]
                 begin = float(np.mean(floors)) if floors else 0.0
                 centre = place + (position - (len(arms) - 1) / 2) * width
                 hatch = _HATCHES[position // len(_COLOURS) % len(_HATCHES)]

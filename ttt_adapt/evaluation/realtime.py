@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ttt_adapt.arms import ARMS, Arm
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import ConfigError, DataError
-from ttt_adapt.evaluation.runners import ARMS, Arm
+from ttt_adapt.evaluation.runners import configured, runner_of
 from ttt_adapt.stream.schedule import LENGTH
 from ttt_adapt.tasks.checkpoint import Checkpoint
 
@@ -56,25 +57,25 @@ def measure_forwards(
         checkpoint: the model.
         clip: (frame, labels) pairs; the labels are not looked at.
         config: of the online arm.
-        changes: as for `Arm.start`.
+        changes: as for `ttt_adapt.evaluation.runners.start`.
 
     Raises:
         DataError: the clip has no frames.
     """
     if arm.name == "fixed":
         return 1.0
-    own = arm.configured(config, changes)
+    own = configured(arm, config, changes)
     count = own.every * max(2, -(-PROBE // own.every)) + (LENGTH if own.gate == "surprise" else 0)
     frames = [frame for frame, _ in islice(clip, 1 + count)]
     if not frames:
         raise DataError("the clip has no frames: nothing to measure an arm's cost on")
-    fixed, seconds = (_seconds(some.make, checkpoint, frames, own) for some in (ARMS["fixed"], arm))
+    fixed, seconds = (_seconds(some, checkpoint, frames, own) for some in (ARMS["fixed"], arm))
     return max(1.0, round(seconds / fixed, 1))
 
 
-def _seconds(make: Any, checkpoint: Checkpoint, frames: list[Any], config: StreamConfig) -> float:
+def _seconds(arm: Arm, checkpoint: Checkpoint, frames: list[Any], config: StreamConfig) -> float:
     """Mean time of a step after the first."""
-    runner = make(checkpoint, config)
+    runner = runner_of(arm, checkpoint, config)
     try:
         times = [timed(runner.step, frame)[1] for frame in frames]
     finally:

@@ -17,15 +17,11 @@ from typing import Any
 import numpy as np
 
 from ttt_adapt.errors import ConfigError, DataError, StateError
-from ttt_adapt.evaluation.environment import environment
-from ttt_adapt.evaluation.tables import markdown_table, rich_table
 from ttt_adapt.files import atomic_write
 from ttt_adapt.tasks import Metric, Score, Task, find_task
 
-__all__ = ["Report", "Run", "environment", "markdown_table", "marked", "rich_table", "write_json"]
-
-FORMAT = 1
-"""Version of the JSON layout."""
+FORMAT = 2
+"""Version of the JSON layout. Format 1 had the scores of every task as fields of a run; it is still read."""
 
 
 @dataclass
@@ -39,26 +35,16 @@ class Run:
         per_frame: the task's headline metric of every frame; None where a frame has none, such as one that is all void.
         losses: label-free loss at every frame; None where the arm did not adapt, or the loss was not finite.
         ms_per_frame: mean time of a step, in milliseconds, without the first one, which warms up.
-        task: which task's scores it has; those of others are None.
-        miou: dataset-level mIoU in [0, 1].
-        miou_frames: mean over frames of the per-frame mIoU, in [0, 1].
-        pixel_accuracy: share of labelled pixels that are right.
-        per_class: IoU by class name; None for classes that the clip never shows.
-        j: region similarity of the foreground over the clip; None unless the classes are background and foreground.
-        j_frames: its mean over frames.
-        psnr: of the whole clip in dB; for this and what follows see `ttt_adapt.tasks.colorization.score`.
-        psnr_frames: mean over frames of the PSNR of a frame, in dB.
-        psnr_grey: PSNR of the grey frames that the arm is shown, in dB.
-        ssim: mean over frames, at most 1.
-        flicker: how much the colours change otherwise than the truth's from frame to frame, in units of a and b.
-        lpips: mean over frames; None where its network is not given, as for the two that follow.
-        fid: of the clip's frames.
-        inception_score: of the clip's frames.
+        task: whose scores it has.
+        scores: over the clip, by the names that the task's metrics have as `Metric.field`; None, or no entry, where a
+            score was not measured. What each is: the score of the task (`ttt_adapt.tasks`).
+        per_class: a score of every class by its name; None for classes that the clip never shows; empty for tasks
+            without classes.
         fps: labelled frames per second of the clip; None where unknown.
         peak_memory_mib: peak memory above what was held at the start (`ttt_adapt.evaluation.memory`); None if unknown.
+        forwards: under real-time scoring, the forward passes per frame that the arm was charged; None without.
         streaming: whether the arm saw no frame before its time.
         oracle: whether it chose by the labels.
-        forwards: under real-time scoring, the forward passes per frame that the arm was charged; None without.
     """
 
     arm: str
@@ -68,20 +54,8 @@ class Run:
     losses: list[float | None]
     ms_per_frame: float
     task: str = "segmentation"
-    miou: float | None = None
-    miou_frames: float | None = None
-    pixel_accuracy: float | None = None
+    scores: dict[str, float | None] = field(default_factory=dict)
     per_class: dict[str, float | None] = field(default_factory=dict)
-    j: float | None = None
-    j_frames: float | None = None
-    psnr: float | None = None
-    psnr_frames: float | None = None
-    psnr_grey: float | None = None
-    ssim: float | None = None
-    flicker: float | None = None
-    lpips: float | None = None
-    fid: float | None = None
-    inception_score: float | None = None
     fps: float | None = None
     peak_memory_mib: float | None = None
     forwards: float | None = None
@@ -104,8 +78,8 @@ class Run:
         Raises:
             DataError: `losses` or `ms` has not one value per frame, or there is nothing to score.
         """
-        result = dict(score.result())
-        frames = result.pop("frames")
+        scores = dict(score.result())
+        frames, per_class = scores.pop("frames"), scores.pop("per_class", {})
         for name, values in (("losses", losses), ("ms", ms)):
             if len(values) != frames:
                 raise DataError(f"{name} has {len(values)} values for {frames} frames; expected one a frame")
@@ -117,12 +91,13 @@ class Run:
             losses=[_finite(value) for value in losses],
             ms_per_frame=_mean_time(ms),
             task=task,
-            **result,
+            scores=scores,
+            per_class=per_class,
         )
 
     def value(self, metric: Metric) -> float | None:
         """A score of this run; None where it has none of that name."""
-        return getattr(self, metric.field)
+        return self.scores.get(metric.field)
 
 
 @dataclass
@@ -131,7 +106,7 @@ class Report:
 
     Attributes:
         config: the settings it ran with; anything JSON can hold.
-        environment: where it ran; see `environment`.
+        environment: where it ran; see `ttt_adapt.evaluation.environment.environment`.
         runs: in the order they were made.
         failures: runs that broke off, with arm, clip, seed and error, and clips that cannot be scored, with clip and
             error; they are tried again by the next call.
@@ -189,7 +164,7 @@ class Report:
     @property
     def reference(self) -> str | None:
         """The arm that others are compared with: the first that was asked for, of those that ran; None without runs."""
-        return next((label for label in [*self.config.get("contenders", ()), *self.arms] if label in self.arms), None)
+        return next((label for label in [*self.config.get("rows", ()), *self.arms] if label in self.arms), None)
 
     @property
     def clips(self) -> list[str]:
@@ -209,8 +184,10 @@ class Report:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-            if data["format"] != FORMAT:
-                raise DataError(f"{path} has format {data['format']}; this version reads format {FORMAT}")
+            if data["format"] not in (1, FORMAT):
+                raise DataError(f"{path} has format {data['format']}; this version reads formats 1 and {FORMAT}")
+            if data["format"] == 1:
+                _upgrade(data)
             names = {entry.name for entry in fields(Run)}
             runs = [Run(**{key: value for key, value in run.items() if key in names}) for run in data["runs"]]
             return cls(data["config"], data["environment"], runs, list(data.get("failures", [])))
@@ -220,6 +197,20 @@ class Report:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is not an evaluation report: {error!r}") from error
+
+
+def _upgrade(data: dict[str, Any]) -> None:
+    """Turn the JSON of format 1 into that of format 2, in place.
+
+    In format 1 the scores of all tasks are fields of a run, those of other tasks None, and the rows of an evaluation
+    are called "contenders".
+    """
+    if "contenders" in data["config"]:
+        data["config"]["rows"] = data["config"].pop("contenders")
+    known = {entry.name for entry in fields(Run)}
+    for run in data["runs"]:
+        former = {name: run.pop(name) for name in [*run] if name not in known}
+        run["scores"] = {name: score for name, score in former.items() if score is not None}
 
 
 def marked(arm: str, runs: Iterable[Run]) -> str:

@@ -1,4 +1,4 @@
-"""The rows, clips and costs that an evaluation is asked for, and whether they go together."""
+"""The rows and clips of an evaluation, and whether they go together."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from ttt_adapt.cli.options import parse_settings
+from ttt_adapt.arms import find_arm, normalized
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.data import Clip, StreetClip, is_unnamed
 from ttt_adapt.errors import CheckpointError, ConfigError, missing
 from ttt_adapt.evaluation.realtime import stride
-from ttt_adapt.evaluation.runners import find_arm, find_arms
+from ttt_adapt.evaluation.runners import start
 from ttt_adapt.files import file_digest
 from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.tasks import find_task
@@ -23,7 +23,7 @@ from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint, read_spec
 
 
 @dataclass(frozen=True)
-class Contender:
+class Row:
     """One row of the table.
 
     Attributes:
@@ -32,40 +32,34 @@ class Contender:
         checkpoints: the files it runs, one for all seeds or one per seed.
         changes: fields of the online configuration that differ in this row.
         branch: what the branch hides and scores in this row, see `MAEBranch.using`.
+        value: the row's place on the axis of a study; None where it has none.
     """
 
     arm: str
     label: str
-    checkpoints: tuple[Path, ...]
+    checkpoints: tuple[Path, ...] = ()
     changes: Mapping[str, Any] = field(default_factory=dict)
     branch: Mapping[str, Any] = field(default_factory=dict)
+    value: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arm", normalized(self.arm))
 
 
-@dataclass(frozen=True)
-class RealTime:
-    """Score as if frames did not wait; see `ttt_adapt.evaluation.realtime`.
-
-    Attributes:
-        forwards: forward passes per frame by arm; those of other arms are measured.
-    """
-
-    forwards: Mapping[str, float] = field(default_factory=dict)
-
-
-def contenders_of(
+def rows_of(
     arms: Sequence[str],
     checkpoints: Sequence[Path],
-    baselines: Sequence[Path],
+    baselines: Sequence[Path] = (),
     changes: Mapping[str, Mapping[str, Any]] | None = None,
     branch: Mapping[str, Any] | None = None,
-) -> list[Contender]:
+) -> list[Row]:
     """A row for every arm, under its title, after one for the model trained for the main task alone, if there is one.
 
     Args:
         arms: names.
         checkpoints: jointly trained, one for all seeds or one per seed.
         baselines: the same, trained for the main task alone.
-        changes: arm -> fields of the configuration that it has of its own.
+        changes: arm -> fields of the configuration that differ for it alone.
         branch: of all rows, see `MAEBranch.using`.
 
     Raises:
@@ -73,34 +67,14 @@ def contenders_of(
     """
     if not arms:
         raise ConfigError("--arms is comma-separated; expected at least one arm")
-    own = changes or {}
+    own = {normalized(name): fields for name, fields in (changes or {}).items()}
+    found = [find_arm(name) for name in arms]
+    names = [arm.name for arm in found]
     for name in own:
-        if name not in arms:
-            raise ConfigError(f"--set {name}.{next(iter(own[name]))}: {name} is none of --arms {', '.join(arms)}")
-    rows = [
-        Contender(arm.name, arm.title, tuple(checkpoints), own.get(arm.name, {}), branch or {})
-        for arm in find_arms(list(arms))
-    ]
-    return [Contender("fixed", "Main Task Only", tuple(baselines)), *rows] if baselines else rows
-
-
-def real_time_of(wanted: bool, pairs: Sequence[str], arms: Sequence[str]) -> RealTime | None:
-    """["online=4.1"] as the costs of real-time scoring.
-
-    Raises:
-        ConfigError: costs without real-time scoring, one that is no number, or of none of the arms.
-    """
-    if not wanted:
-        if pairs:
-            raise ConfigError("--forwards is what --real-time charges; give both or neither")
-        return None
-    costs = parse_settings(list(pairs))
-    for arm, cost in costs.items():
-        if arm not in arms:
-            raise ConfigError(f"--forwards {arm}={cost}: {arm} is none of the arms {', '.join(arms)}")
-        if not isinstance(cost, int | float) or isinstance(cost, bool):
-            raise ConfigError(f"--forwards {arm}={cost}: expected a number of forward passes, such as {arm}=4")
-    return RealTime(costs)
+        if name not in names:
+            raise ConfigError(f"--set {name}.{next(iter(own[name]))}: {name} is none of --arms {', '.join(names)}")
+    rows = [Row(arm.name, arm.title, tuple(checkpoints), own.get(arm.name, {}), branch or {}) for arm in found]
+    return [Row("fixed", "Main Task Only", tuple(baselines)), *rows] if baselines else rows
 
 
 def clips_from(
@@ -144,47 +118,62 @@ def _unnamed(data: str, classes: Sequence[str]) -> list[str] | None:
 
 
 def check(
-    contenders: Sequence[Contender],
+    rows: Sequence[Row],
     clips: Sequence[Clip],
     config: StreamConfig,
     device: torch.device | str,
-    real_time: RealTime | None,
+    real_time: Mapping[str, float] | None = None,
     metric_weights: Path | None = None,
 ) -> None:
-    """Fail before the first run, not hours later: packages are there, checkpoints load and suit arms and classes."""
-    find_arms([contender.arm for contender in contenders])
-    if not config.carry_weights or config.window == 1:
-        raise ConfigError(
-            f"the configuration, that of the online arm, has carry_weights={config.carry_weights} and "
-            f"window={config.window}; expected both memories. With less there are arms: no-memory, implicit, explicit"
-        )
+    """Fail before the first run, not hours later: packages are there, checkpoints load and fit arms and classes.
+
+    Arguments and errors as in `ttt_adapt.evaluation.session.evaluate`.
+    """
+    _check_arms(rows, config, real_time or {})
     for package, spelled in (("torchmetrics", "torchmetrics"), ("matplotlib", "matplotlib"), ("PIL", "pillow")):
         if importlib.util.find_spec(package) is None:
             raise missing(spelled, "eval")
-    for arm, forwards in (real_time.forwards if real_time else {}).items():
-        find_arms([arm])
-        stride(forwards)
-    for label in (labels := [contender.label for contender in contenders]):
-        if labels.count(label) > 1:
-            raise ConfigError(f"two rows are called {label!r}; expected every arm once")
-    paths = list(dict.fromkeys(path for contender in contenders for path in contender.checkpoints))
+    paths = list(dict.fromkeys(path for row in rows for path in row.checkpoints))
     _check_one_task(paths)
     for path in paths:
         checkpoint = load_checkpoint(path, device)
-        checkpoint.task.score(weights=metric_weights)  # its checks
+        checkpoint.task.score(weights=metric_weights)  # raises what is wrong with them
         for clip in clips:
             _check_classes(checkpoint, clip, path)
-        for contender in contenders:
-            if path in contender.checkpoints:
-                try:
-                    find_arm(contender.arm).start(checkpoint, config, contender.changes).close()
-                except ConfigError as error:
-                    raise ConfigError(f"{contender.label} on {path.name}: {error}") from error
-                if contender.branch and isinstance(checkpoint.branch, MAEBranch):
-                    with checkpoint.branch.using(**contender.branch):
-                        pass  # its checks
+        for row in rows:
+            if path in row.checkpoints:
+                _check_row(row, checkpoint, path, config)
     for clip in clips:
         find_task(read_spec(paths[0]).task).check_clip(clip)
+
+
+def _check_arms(rows: Sequence[Row], config: StreamConfig, costs: Mapping[str, float]) -> None:
+    """Raises ConfigError for an unknown arm, two rows of one name, or a configuration that is not the online arm's."""
+    for row in rows:
+        find_arm(row.arm)
+    if not config.carry_weights or config.window == 1:
+        raise ConfigError(
+            f"the configuration is that of the online arm, and has carry_weights={config.carry_weights} and "
+            f"window={config.window}; expected both memories. With less there are arms: no-memory, implicit, explicit"
+        )
+    for arm, forwards in costs.items():
+        find_arm(arm)
+        stride(forwards)
+    labels = [row.label for row in rows]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ConfigError(f"two rows are called {label!r}; expected every arm once")
+
+
+def _check_row(row: Row, checkpoint: Checkpoint, path: Path, config: StreamConfig) -> None:
+    """Raises ConfigError where the row's arm, or what its branch hides, does not fit the checkpoint."""
+    try:
+        start(find_arm(row.arm), checkpoint, config, row.changes).close()
+    except ConfigError as error:
+        raise ConfigError(f"{row.label} on {path.name}: {error}") from error
+    if row.branch and isinstance(checkpoint.branch, MAEBranch):
+        with checkpoint.branch.using(**row.branch):
+            pass  # it raises what is wrong
 
 
 def check_seeds(seeds: Sequence[int], config: StreamConfig) -> None:
@@ -206,14 +195,14 @@ def _check_one_task(paths: Sequence[Path]) -> None:
         raise CheckpointError(f"one table is of one task: {', '.join(f'{p} is of {t}' for t, p in tasks.items())}")
 
 
-def describe(contender: Contender) -> dict[str, Any]:
-    """What a contender is, for the record."""
-    row: dict[str, Any] = {"arm": contender.arm, "checkpoints": fingerprints(contender.checkpoints)}
-    if contender.changes:
-        row["changes"] = dict(contender.changes)
-    if contender.branch:
-        row["branch"] = dict(contender.branch)
-    return row
+def describe(row: Row) -> dict[str, Any]:
+    """What a row is, for the record."""
+    found: dict[str, Any] = {"arm": row.arm, "checkpoints": fingerprints(row.checkpoints)}
+    if row.changes:
+        found["changes"] = dict(row.changes)
+    if row.branch:
+        found["branch"] = dict(row.branch)
+    return found
 
 
 def fingerprints(files: Sequence[Path]) -> list[str]:

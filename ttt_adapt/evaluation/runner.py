@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from ttt_adapt.arms import Arm
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt.evaluation.memory import PeakMemory
 from ttt_adapt.evaluation.realtime import stride, timed
 from ttt_adapt.evaluation.report import Run
-from ttt_adapt.evaluation.runners import Arm, Predict, Runner
+from ttt_adapt.evaluation.runners import Predict, Runner, start
 from ttt_adapt.tasks import Score, Task, check_output
 from ttt_adapt.tasks.checkpoint import Checkpoint
 
@@ -70,7 +71,7 @@ def run_arm(
     score = task.score(ignore, metric_weights)
     every = 1 if forwards is None else stride(forwards)
     with PeakMemory(next(checkpoint.model.parameters()).device) as memory:
-        runner = arm.start(checkpoint, config, changes)
+        runner = start(arm, checkpoint, config, changes)
         try:
             prepared = 0.0 if arm.streaming else _show_clip(arm, runner, clip, task, ignore)
             losses, ms = _stream(runner, clip, task, score, every, f"{arm.name} on {name}", on_frame)

@@ -1,27 +1,28 @@
-"""`ttt-adapt eval`: arms side by side on labelled clips, with tables, a JSON and plots."""
+"""One evaluation: rows side by side on labelled clips, with a report saved after every run, tables and plots."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ttt_adapt.arms import find_arm, normalized
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.data import Clip
 from ttt_adapt.errors import ConfigError, DataError, StateError
-from ttt_adapt.evaluation.environment import differing
+from ttt_adapt.evaluation.environment import differing, environment
 from ttt_adapt.evaluation.plots import plot_bars, plot_stream
 from ttt_adapt.evaluation.realtime import measure_forwards
-from ttt_adapt.evaluation.report import Report, environment, markdown_table
-from ttt_adapt.evaluation.rows import Contender, RealTime, check, check_seeds, describe, fingerprints
+from ttt_adapt.evaluation.report import Report, Run
+from ttt_adapt.evaluation.rows import Row, check, check_seeds, describe, fingerprints
 from ttt_adapt.evaluation.runner import run_arm
-from ttt_adapt.evaluation.runners import find_arm
-from ttt_adapt.evaluation.tables import describe_failure
+from ttt_adapt.evaluation.studies import Study, write_study
+from ttt_adapt.evaluation.tables import describe_failure, markdown_table
 from ttt_adapt.files import output_folder
 from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.tasks import find_task
@@ -30,33 +31,34 @@ from ttt_adapt.view.terminal import counted, notice, progress_bar
 
 
 def evaluate(
-    contenders: Sequence[Contender],
+    rows: Sequence[Row],
     clips: Sequence[Clip],
     config: StreamConfig,
     seeds: Sequence[int],
     out: Path,
     device: torch.device | str = "cpu",
     *,
-    real_time: RealTime | None = None,
-    study: str | None = None,
+    real_time: Mapping[str, float] | None = None,
+    study: Study | None = None,
     metric_weights: Path | None = None,
 ) -> Report:
-    """Run every contender on every clip with every seed, and write report.json, table.md and plots into `out`.
+    """Run every row on every clip with every seed, and write report.json, table.md and plots into `out`.
 
     The report is saved after every run, so an interrupted evaluation goes on where it stopped. A run that breaks off
     is noted in `failures` and costs the others nothing; so does a clip with labels that do not fit, which are read
     once, before the clip's first run. See `check_failures`.
 
     Args:
-        contenders: rows; the first is the reference of the relative changes. A contender with several checkpoints
-            runs the i-th one with the i-th seed, so that seeds cover training too.
+        rows: what to run; the first is the reference of the relative changes. A row with several checkpoints runs the
+            i-th one with the i-th seed, so that seeds cover training too.
         clips: clips of the checkpoints' task, whose classes are theirs.
         config: of the online arm.
         seeds: of adaptation, each once.
         out: folder for the results.
         device: where to run.
-        real_time: charge every streaming arm for its time; None lets the frames wait.
-        study: what the rows are of, for the record.
+        real_time: score as if frames did not wait (see `ttt_adapt.evaluation.realtime`): forward passes per frame by
+            arm; those of other streaming arms are measured. None lets the frames wait.
+        study: what the rows are of; writes NAME.md, NAME.png and loss.png too.
         metric_weights: folder of the networks that some metrics are measured with; None leaves those out.
 
     Raises:
@@ -64,117 +66,46 @@ def evaluate(
             of other settings, of another machine or of other code; before anything runs or is written.
         StateError: every run failed.
     """
+    costs = None if real_time is None else {normalized(arm): cost for arm, cost in real_time.items()}
     check_seeds(seeds, config)
-    check(contenders, clips, config, device, real_time, metric_weights)
-    job = _Job(contenders, clips, config, seeds, out, device, real_time, metric_weights)
+    check(rows, clips, config, device, costs, metric_weights)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out is {out}, a file; expected a folder, new or of an evaluation that goes on")
     output_folder(out)
-    report = _open_report(job.file, job.settings(study))
+    settings = {
+        "config": asdict(config),
+        "seeds": list(seeds),
+        "rows": {row.label: describe(row) for row in rows},
+        "clips": {clip.name: clip.describe() for clip in clips},
+        "device": str(device),
+        **({} if costs is None else {"real_time": costs}),
+        **({} if study is None else {"study": study.name}),
+        **({} if metric_weights is None else {"metric_weights": fingerprints(_weights(rows, metric_weights))}),
+    }
+    file = out / "report.json"
+    report = _open_report(file, settings)
     if report.runs:
-        notice(f"kept in {job.file}: {counted(len(report.runs), 'finished run')}; only what is missing is run")
+        notice(f"kept in {file}: {counted(len(report.runs), 'finished run')}; only what is missing is run")
+
+    def make(row: Row, checkpoint: Checkpoint, clip: Clip, seed: int) -> Run:
+        own = config.replace(seed=seed)
+        with _branch_settings(checkpoint, row.branch):
+            forwards = None if costs is None else _forwards(report, row, checkpoint, clip, own, costs)
+            return _run(row, checkpoint, clip, own, forwards, metric_weights)
+
     try:
-        job.run_missing(report)
+        _make_missing(report, file, _missing(report, rows, clips, seeds), make, device)
     except BaseException:
         if report.runs:
             kept = counted(len(report.runs), "finished run")
-            notice(f"kept in {job.file}: {kept}; {_way_on(report, 'goes on')}")
+            notice(f"kept in {file}: {kept}; {_way_on(report, 'goes on')}")
         raise
     if not report.runs:
         check_failures(report, out)
     _write(report, out)
+    if study is not None:
+        write_study(report, study, rows, out)
     return report
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What `evaluate` was asked for; its arguments."""
-
-    contenders: Sequence[Contender]
-    clips: Sequence[Clip]
-    config: StreamConfig
-    seeds: Sequence[int]
-    out: Path
-    device: torch.device | str
-    real_time: RealTime | None
-    metric_weights: Path | None
-
-    @property
-    def file(self) -> Path:
-        """The report."""
-        return self.out / "report.json"
-
-    def settings(self, study: str | None) -> dict[str, Any]:
-        """What the results depend on, for the record."""
-        weights = None if self.metric_weights is None else _weights(self.contenders, self.metric_weights)
-        return {
-            "config": asdict(self.config),
-            "seeds": list(self.seeds),
-            "contenders": {contender.label: describe(contender) for contender in self.contenders},
-            "clips": {clip.name: clip.describe() for clip in self.clips},
-            "device": str(self.device),
-            **({} if self.real_time is None else {"real_time": dict(self.real_time.forwards)}),
-            **({} if study is None else {"study": study}),
-            **({} if weights is None else {"metric_weights": fingerprints(weights)}),
-        }
-
-    def run_missing(self, report: Report) -> None:
-        """Make every run that the report does not hold yet, and save it after each."""
-        loaded: dict[Path, Checkpoint] = {}
-        fits: dict[str, bool] = {}
-        report.failures.clear()
-        for i, seed in enumerate(self.seeds):
-            for contender in self.contenders:
-                path = contender.checkpoints[i % len(contender.checkpoints)]
-                for clip in self.clips:
-                    if report.has(contender.label, clip.name, seed):
-                        continue
-                    if clip.name not in fits:
-                        fits[clip.name] = self._check_labels(report, clip)
-                    if fits[clip.name]:
-                        self._try(report, contender, path, clip, seed, loaded)
-
-    def _check_labels(self, report: Report, clip: Clip) -> bool:
-        """Whether the clip's labels can be scored on; if not, that is noted."""
-        try:
-            clip.check_labels()
-        except Exception as error:  # costs this clip alone
-            self._note(report, {"arm": None, "clip": clip.name, "seed": None}, error)
-            return False
-        return True
-
-    def _try(
-        self,
-        report: Report,
-        contender: Contender,
-        path: Path,
-        clip: Clip,
-        seed: int,
-        loaded: dict[Path, Checkpoint],
-    ) -> None:
-        """Make one run; `loaded` holds the checkpoint of the last one, if its model is whole."""
-        try:
-            if path not in loaded:
-                loaded.clear()
-                loaded[path] = load_checkpoint(path, self.device)
-            config = self.config.replace(seed=seed)
-            _run(report, contender, loaded[path], clip, config, self.real_time, self.metric_weights)
-        except Exception as error:  # one arm's crash is not the others'
-            loaded.clear()  # in whatever state the crash left it
-            self._note(report, {"arm": contender.label, "clip": clip.name, "seed": seed}, error)
-        else:
-            report.save(self.file)
-
-    def _note(self, report: Report, what: dict[str, Any], error: Exception) -> None:
-        report.failures.append({**what, "error": " ".join(f"{type(error).__name__}: {error}".split())})
-        notice(f"failed, going on with the next: {describe_failure(report.failures[-1])}")
-        report.save(self.file)
-
-
-def _weights(contenders: Sequence[Contender], folder: Path) -> list[Path]:
-    """The files of metrics in the folder that the contenders' task knows."""
-    known = find_task(read_spec(contenders[0].checkpoints[0]).task).weight_files
-    return [folder / name for name in known if (folder / name).is_file()]
 
 
 def check_failures(report: Report, out: Path) -> None:
@@ -198,74 +129,131 @@ def _way_on(report: Report, what: str) -> str:
     return f"the same command {what}"
 
 
-def _write(report: Report, out: Path) -> None:
-    (out / "table.md").write_text(markdown_table(report), encoding="utf-8")
-    plot_bars(out / f"{report.headline.field}.png", report)
-    for clip in report.clips:
-        plot_stream(out / f"{clip}.png", report.select(clip=clip))
-    seen = {name for run in report.runs for name, iou in run.per_class.items() if iou is not None}
-    absent = [name for name in report.runs[0].per_class if name not in seen]
-    if absent:
-        notice(f"no label of these clips shows {', '.join(absent)}: n/a in the table, and in no mean")
+# ---- what runs
+
+Job = tuple[Row, Path, Clip, int]
+"""A run that is to be made: row, checkpoint, clip and seed."""
+
+
+def _missing(report: Report, rows: Sequence[Row], clips: Sequence[Clip], seeds: Sequence[int]) -> Iterator[Job]:
+    """The runs that the report does not hold yet."""
+    for i, seed in enumerate(seeds):
+        for row in rows:
+            for clip in clips:
+                if not report.has(row.label, clip.name, seed):
+                    yield row, row.checkpoints[i % len(row.checkpoints)], clip, seed
+
+
+def _make_missing(
+    report: Report,
+    file: Path,
+    jobs: Iterator[Job],
+    make: Callable[[Row, Checkpoint, Clip, int], Run],
+    device: torch.device | str,
+) -> None:
+    """Make runs and save the report after each; what breaks off is noted, and the next one is made."""
+    loaded: dict[Path, Checkpoint] = {}  # the checkpoint of the last run, if its model is whole
+    fits: dict[str, bool] = {}
+    report.failures.clear()
+    for row, path, clip, seed in jobs:
+        if clip.name not in fits:
+            fits[clip.name] = _check_labels(report, file, clip)
+        if not fits[clip.name]:
+            continue
+        try:
+            if path not in loaded:
+                loaded.clear()
+                loaded[path] = load_checkpoint(path, device)
+            report.add(make(row, loaded[path], clip, seed))
+        except Exception as error:  # one arm's crash is not the others'
+            loaded.clear()  # whatever state the crash left the model in
+            _note(report, file, {"arm": row.label, "clip": clip.name, "seed": seed}, error)
+        else:
+            report.save(file)
+
+
+def _check_labels(report: Report, file: Path, clip: Clip) -> bool:
+    """Whether the clip's labels can be scored on; if not, that is noted."""
+    try:
+        clip.check_labels()
+    except Exception as error:  # costs this clip alone
+        _note(report, file, {"arm": None, "clip": clip.name, "seed": None}, error)
+        return False
+    return True
+
+
+def _note(report: Report, file: Path, what: dict[str, Any], error: Exception) -> None:
+    report.failures.append({**what, "error": " ".join(f"{type(error).__name__}: {error}".split())})
+    notice(f"failed, going on with the next: {describe_failure(report.failures[-1])}")
+    report.save(file)
 
 
 def _run(
-    report: Report,
-    contender: Contender,
+    row: Row,
     checkpoint: Checkpoint,
     clip: Clip,
     config: StreamConfig,
-    real_time: RealTime | None,
+    forwards: float | None,
     metric_weights: Path | None,
-) -> None:
-    title = f"{contender.label} on {clip.name}, seed {config.seed}"
-    with _branch_settings(checkpoint, contender.branch), progress_bar(title, len(clip)) as advance:
-        run = run_arm(
-            find_arm(contender.arm),
+) -> Run:
+    """One run, with a progress bar."""
+    headline = checkpoint.task.metrics[0].title
+    with progress_bar(f"{row.label} on {clip.name}, seed {config.seed}", len(clip)) as advance:
+        return run_arm(
+            find_arm(row.arm),
             checkpoint,
             clip,
             config,
             name=clip.name,
-            label=contender.label,
+            label=row.label,
             ignore=clip.ignore,
-            changes=contender.changes,
-            forwards=None if real_time is None else _forwards(report, contender, checkpoint, clip, config, real_time),
+            changes=row.changes,
+            forwards=forwards,
             metric_weights=metric_weights,
-            on_frame=_loss_only(advance, checkpoint.task.metrics[0].title),
+            on_frame=lambda _index, _frame, _prediction, found, loss: advance(
+                loss if loss is not None else f"{headline} {found:.3f}"
+            ),
         )
-    report.add(run)
 
 
 def _forwards(
-    report: Report,
-    contender: Contender,
-    checkpoint: Checkpoint,
-    clip: Clip,
-    config: StreamConfig,
-    real_time: RealTime,
+    report: Report, row: Row, checkpoint: Checkpoint, clip: Clip, config: StreamConfig, costs: Mapping[str, float]
 ) -> float | None:
     """What a frame costs a streaming arm: as given, as an earlier run was charged, or measured; None for others."""
-    arm = find_arm(contender.arm)
+    arm = find_arm(row.arm)
     if not arm.streaming:
         return None
-    if contender.arm in real_time.forwards:
-        return real_time.forwards[contender.arm]
-    earlier = (run.forwards for run in report.select(contender.label) if run.forwards is not None)
-    return next(earlier, None) or measure_forwards(arm, checkpoint, clip, config, contender.changes)
+    if row.arm in costs:
+        return costs[row.arm]
+    earlier = (run.forwards for run in report.select(row.label) if run.forwards is not None)
+    return next(earlier, None) or measure_forwards(arm, checkpoint, clip, config, row.changes)
 
 
-@contextmanager
-def _branch_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Iterator[None]:
+def _branch_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> AbstractContextManager[Any]:
     """What a row hides and scores at test time; rows without reconstruction have no use for it."""
     branch = checkpoint.branch
-    with branch.using(**settings) if settings and isinstance(branch, MAEBranch) else nullcontext():
-        yield
+    return branch.using(**settings) if settings and isinstance(branch, MAEBranch) else nullcontext()
 
 
-def _loss_only(advance: Callable[[Any], None], title: str) -> Any:
-    return lambda _index, _frame, _prediction, found, loss: advance(
-        loss if loss is not None else f"{title} {found:.3f}"
-    )
+def _weights(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """The files of metrics in the folder that the rows' task knows."""
+    known = find_task(read_spec(rows[0].checkpoints[0]).task).weight_files
+    return [folder / name for name in known if (folder / name).is_file()]
+
+
+# ---- what is written and read
+
+
+def _write(report: Report, out: Path) -> None:
+    """The table, a bar chart, and a plot for each clip."""
+    (out / "table.md").write_text(markdown_table(report), encoding="utf-8")
+    plot_bars(out / f"{report.headline.field}.png", report)
+    for clip in report.clips:
+        plot_stream(out / f"{clip}.png", report.select(clip=clip))
+    seen = {name for run in report.runs for name, score in run.per_class.items() if score is not None}
+    absent = [name for name in report.runs[0].per_class if name not in seen]
+    if absent:
+        notice(f"no label of these clips shows {', '.join(absent)}: n/a in the table, and in no mean")
 
 
 def _open_report(path: Path, settings: dict[str, Any]) -> Report:

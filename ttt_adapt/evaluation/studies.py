@@ -1,4 +1,4 @@
-"""The analyses of the paper, each as a list of settings to run side by side.
+"""The analyses of the paper, each as rows to run side by side, with a table and plots of its own.
 
 | study | of the paper | what varies |
 |---|---|---|
@@ -11,79 +11,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from ttt_adapt.data import Clip
 from ttt_adapt.errors import ConfigError, nearest
+from ttt_adapt.evaluation.plots import plot_bars, plot_losses, plot_sweep
+from ttt_adapt.evaluation.report import Report
+from ttt_adapt.evaluation.rows import Row
+from ttt_adapt.evaluation.tables import study_table
 
 ITERATIONS = (1, 2, 4, 8)
 MASK_RATIOS = (0.25, 0.5, 0.65, 0.75, 0.8, 0.85, 0.9)
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One row of a study.
-
-    Attributes:
-        label: its name in the table.
-        arm: what runs.
-        value: its place on the study's axis; None for a row without one.
-        changes: fields of the online configuration that differ.
-        branch: what the branch hides and scores, see `MAEBranch.using`.
-    """
-
-    label: str
-    arm: str
-    value: float | None = None
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    branch: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Study:
-    """A named comparison; the first setting is the fixed model, to which the others are compared.
+    """A named comparison; the first row is the fixed model, to which the others are compared.
 
     Attributes:
         name: as on the command line.
         title: heading of its table.
         axis: what varies along the axis of its plot; "" for bars.
         log: whether that axis is logarithmic.
-        settings: length of the longest clip -> rows.
+        rows: length of the longest clip -> rows, without checkpoints.
     """
 
     name: str
     title: str
     axis: str
     log: bool
-    settings: Callable[[int], list[Setting]]
+    rows: Callable[[int], list[Row]]
+
+    @property
+    def arms(self) -> list[str]:
+        """The arms of its rows."""
+        return [row.arm for row in self.rows(1)]
 
 
-FIXED = Setting("Fixed", "fixed")
+FIXED = Row("fixed", "Fixed")
 
 
-def _memory(_frames: int) -> list[Setting]:
-    rows = {"No memory": "no-memory", "Implicit only": "implicit", "Explicit only": "explicit", "Both": "online"}
-    return [FIXED, *(Setting(label, arm) for label, arm in rows.items())]
+def _memory(_frames: int) -> list[Row]:
+    labels = {"No memory": "no-memory", "Implicit only": "implicit", "Explicit only": "explicit", "Both": "online"}
+    return [FIXED, *(Row(arm, label) for label, arm in labels.items())]
 
 
-def _window(frames: int) -> list[Setting]:
+def _window(frames: int) -> list[Row]:
     sizes = [2**i for i in range(frames.bit_length()) if 2**i < frames]
-    rows = [Setting(f"Window {k}", "online", k, {"window": k}) for k in sizes]
-    rows.append(Setting("Window all", "online", frames, {"window": frames}))
-    return [FIXED, *rows, Setting("Window auto", "online", None, {"window": "auto"})]
+    rows = [Row("online", f"Window {k}", changes={"window": k}, value=k) for k in sizes]
+    rows.append(Row("online", "Window all", changes={"window": frames}, value=frames))
+    return [FIXED, *rows, Row("online", "Window auto", changes={"window": "auto"})]
 
 
-def _smoothness(_frames: int) -> list[Setting]:
-    return [FIXED, Setting("Online", "online"), Setting("Online, shuffled frames", "online-shuffled")]
+def _smoothness(_frames: int) -> list[Row]:
+    return [FIXED, Row("online", "Online"), Row("online-shuffled", "Online, shuffled frames")]
 
 
-def _iterations(_frames: int) -> list[Setting]:
-    return [FIXED, *(Setting(f"{n} iterations", "online", n, {"iterations": n}) for n in ITERATIONS)]
+def _iterations(_frames: int) -> list[Row]:
+    return [FIXED, *(Row("online", f"{n} iterations", changes={"iterations": n}, value=n) for n in ITERATIONS)]
 
 
-def _mask_ratio(_frames: int) -> list[Setting]:
-    return [FIXED, *(Setting(f"Mask {r:g}", "online", r, branch={"mask_ratio": r}) for r in MASK_RATIOS)]
+def _mask_ratio(_frames: int) -> list[Row]:
+    return [FIXED, *(Row("online", f"Mask {r:g}", branch={"mask_ratio": r}, value=r) for r in MASK_RATIOS)]
 
 
 STUDIES = {
@@ -107,3 +99,33 @@ def find_study(name: str) -> Study:
     if name not in STUDIES:
         raise ConfigError(f"there is no study {name!r}; {nearest(name, STUDIES)}")
     return STUDIES[name]
+
+
+def rows_of_study(
+    study: Study, clips: Sequence[Clip], checkpoints: Sequence[Path], branch: Mapping[str, Any] | None = None
+) -> list[Row]:
+    """The rows of a study, ready to run.
+
+    Args:
+        study: which one.
+        clips: what it will run on.
+        checkpoints: one for all seeds, or one per seed.
+        branch: of all rows, see `MAEBranch.using`.
+    """
+    longest = max(len(clip) for clip in clips)
+    return [
+        replace(row, checkpoints=tuple(checkpoints), branch={**(branch or {}), **row.branch})
+        for row in study.rows(longest)
+    ]
+
+
+def write_study(report: Report, study: Study, rows: Sequence[Row], out: Path) -> None:
+    """Write NAME.md, NAME.png and loss.png of a finished study into `out`."""
+    reference = rows[0].label
+    (out / f"{study.name}.md").write_text(study_table(report, study.title, reference), encoding="utf-8")
+    if study.axis and reference in report.arms:
+        values = {row.label: row.value for row in rows[1:]}
+        plot_sweep(out / f"{study.name}.png", report, values, reference, study.axis, study.log)
+    else:
+        plot_bars(out / f"{study.name}.png", report)
+    plot_losses(out / "loss.png", report)

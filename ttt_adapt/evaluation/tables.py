@@ -18,20 +18,19 @@ from ttt_adapt.evaluation.captions import (
     score_note,
 )
 from ttt_adapt.evaluation.differences import Difference, average_difference, is_uneven, paired_difference, runs_by_seed
+from ttt_adapt.evaluation.report import Report, Run
 from ttt_adapt.evaluation.statistics import summarize
 from ttt_adapt.tasks import Metric
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ttt_adapt.evaluation.report import Report, Run
-
 
 def markdown_table(report: Report, reference: str | None = None) -> str:
     """Markdown tables; the first has one row per arm, for each clip the task's metrics, and time.
 
     A metric that no run of the clip has is left out; runs that measured it have their peak memory. Below stand the
-    paired differences to `reference` with their intervals, the means over clips, the IoU of every class where there are
+    paired differences to `reference` with their intervals, the means over clips, a score of every class where there are
     classes, and failed runs.
 
     Cells are mean ± sample standard deviation over seeds; in brackets stands the change of the mean against `reference`
@@ -53,7 +52,7 @@ def markdown_table(report: Report, reference: str | None = None) -> str:
     if len(report.clips) > 1:
         parts += [f"### Mean over clips (intervals {drawn_note(report)})", *_average_table(report, reference)]
     if any(run.per_class for run in report.runs):
-        parts += ["### IoU of every class (%), mean over clips and seeds", _class_table(report), gap_note(report)]
+        parts += [_class_title(report), _class_table(report), gap_note(report)]
     if report.failures:
         parts += ["### Runs that failed", *(f"- {describe_failure(failure, report)}" for failure in report.failures)]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -151,10 +150,12 @@ def _table(report: Report, reference: str | None) -> tuple[list[str], list[list[
             header.append(f"{clip}: {metric.label}")
             columns.append(_score_column(report, clip, metric, reference))
         header.append(f"{clip}: ms/frame")
-        columns.append([_plain_cell(report.select(arm, clip), "ms_per_frame") for arm in report.arms])
+        columns.append([_plain_cell([run.ms_per_frame for run in report.select(arm, clip)]) for arm in report.arms])
         if any(run.peak_memory_mib is not None for run in report.select(clip=clip)):
             header.append(f"{clip}: peak MiB")
-            columns.append([_plain_cell(report.select(arm, clip), "peak_memory_mib") for arm in report.arms])
+            columns.append(
+                [_plain_cell([run.peak_memory_mib for run in report.select(arm, clip)]) for arm in report.arms]
+            )
     return header, [list(row) for row in zip(*columns, strict=True)], score_note(report, reference)
 
 
@@ -166,7 +167,7 @@ def _reference(report: Report, name: str | None) -> str:
 
 
 def _score_column(report: Report, clip: str, metric: Metric, reference: str) -> list[Cell]:
-    values = [_present(report.select(arm, clip), metric.field) for arm in report.arms]
+    values = [_known(report.select(arm, clip), metric) for arm in report.arms]
     stats = [summarize(scores) if scores else None for scores in values]
     methods = [arm for arm in report.arms if all(run.streaming for run in report.select(arm))]
     alike = len({frozenset(runs_by_seed(report, arm, clip)) for arm in methods}) == 1
@@ -217,13 +218,13 @@ def _is_best(
     return all(mean - spread > other + width for place, (other, width) in known.items() if place != position)
 
 
-def _present(runs: Sequence[Run], name: str) -> list[float]:
-    """A number of every run that has it."""
-    return [value for run in runs if (value := getattr(run, name)) is not None]
+def _known(runs: Sequence[Run], metric: Metric) -> list[float]:
+    """A score of every run that has it."""
+    return [value for run in runs if (value := run.value(metric)) is not None]
 
 
-def _plain_cell(runs: Sequence[Run], name: str) -> Cell:
-    values = _present(runs, name)
+def _plain_cell(numbers: Sequence[float | None]) -> Cell:
+    values = [number for number in numbers if number is not None]
     return (f"{summarize(values)[0]:.1f}" if values else "n/a"), False
 
 
@@ -280,24 +281,31 @@ def _average_table(report: Report, reference: str) -> tuple[str, str]:
         whole[arm] = sorted(set.intersection(*(set(runs) for runs in by_clip)))
         row: list[Cell] = [(report.marked(arm), False)]
         for metric in metrics:
-            means = [float(np.mean(_present([runs[s] for runs in by_clip], metric.field))) for s in whole[arm]]
+            means = [float(np.mean(_known([runs[s] for runs in by_clip], metric))) for s in whole[arm]]
             row.append((metric.text(*summarize(means)) if means else "n/a", False))
         if arm != reference:
             found[arm] = average_difference(report, arm, reference)
         row.append(("", False) if arm == reference else _difference_cell(found[arm], frame))
-        rows.append([*row, _plain_cell(report.select(arm), "ms_per_frame")])
+        rows.append([*row, _plain_cell([run.ms_per_frame for run in report.select(arm)])])
     titles = [f"{frame.title} - {report.marked(reference)} [95 %]", "ms/frame"]
     header = ["arm", *(each.label for each in metrics), *titles]
     return _markdown(header, rows), average_note(report, whole, found)
 
 
+def _class_title(report: Report) -> str:
+    """The heading of the table of classes."""
+    metric = report.task.class_metric
+    unit = f" ({metric.unit})" if metric.unit else ""
+    return f"### {metric.title} of every class{unit}, mean over clips and seeds"
+
+
 def _class_table(report: Report) -> str:
     """One row per class, one column per arm; n/a for a class that no clip shows."""
-    rows = []
+    rows, metric = [], report.task.class_metric
     for name in dict.fromkeys(name for run in report.runs for name in run.per_class):
         row: list[Cell] = [(name, False)]
         for arm in report.arms:
             values = [iou for run in report.select(arm) if (iou := run.per_class.get(name)) is not None]
-            row.append((f"{100 * np.mean(values):.2f}" if values else "n/a", False))
+            row.append((metric.text(float(np.mean(values))) if values else "n/a", False))
         rows.append(row)
     return _markdown(["class", *map(report.marked, report.arms)], rows)

@@ -24,7 +24,7 @@ class Metric:
     """A number that a run holds, and how it is shown.
 
     Attributes:
-        field: the attribute of `Run`.
+        field: its name in `Run.scores`.
         title: as in tables and plots.
         unit: behind the title, in brackets; "" for none.
         step: unit of a difference.
@@ -33,7 +33,8 @@ class Metric:
         higher_is_better: its direction.
         change: what stands in brackets behind a value: its "percent" change relative to the reference, its
             "difference" to it, or "" for nothing.
-        floor: the attribute of `Run` with what the input itself scores, where bars begin; "" for zero.
+        floor: the name in `Run.scores` of what the input itself scores, where bars begin; "" for zero.
+        note: what stands below a table that shows it; "" for nothing.
     """
 
     field: str
@@ -45,6 +46,7 @@ class Metric:
     higher_is_better: bool = True
     change: str = "difference"
     floor: str = ""
+    note: str = ""
 
     @property
     def label(self) -> str:
@@ -96,7 +98,9 @@ class Score(Protocol):
         ...
 
     def result(self) -> Mapping[str, Any]:
-        """The scores over the clip, by name of their field in `Run`, and "frames", their number.
+        """The scores over the clip: "frames", their number; the numbers by their `Metric.field` and any others.
+
+        A task with classes also gives "per_class", a score by class name, None for a class that is not there.
 
         Raises:
             DataError: there is nothing to score.
@@ -111,6 +115,7 @@ class Task(ABC):
         name: as on the command line.
         metrics: what its score gives, in the order of table columns. The first is the headline over the clip, the
             second its mean over frames; what `Score.per_frame` holds is shown as that one.
+        class_metric: what the `per_class` of a result is, for tasks whose results have one.
         about: what the metrics are, for a table's caption.
         augment: the random changes to a training sample.
         outputs: what the model returns, in words.
@@ -123,6 +128,7 @@ class Task(ABC):
 
     name: str
     metrics: tuple[Metric, ...]
+    class_metric: Metric = Metric("per_class", "score")
     about: str
     augment: Augment
     outputs: str

@@ -1,20 +1,18 @@
-"""`ttt-adapt train`: joint training (or probing) of a timm encoder and a head for a task, on images."""
+"""Joint training (or probing) of a timm encoder and a head for a task, on images."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ttt_adapt.cli.options import pick_device
 from ttt_adapt.data import Clip, StillsDataset
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.files import output_folder
@@ -28,11 +26,32 @@ from ttt_adapt.view.terminal import notice, progress_bar
 RECIPES = {"joint": ("main", "joint"), "main": ("main", "main"), "probe": ("mae", "probe")}
 
 
-@dataclass(frozen=True)
-class TrainOptions:
-    """What to train, on what, and how.
+def train(
+    data: str,
+    out: Path,
+    *,
+    encoder: str = "vit_tiny_patch16_224",
+    encoder_options: Mapping[str, Any] | None = None,
+    objective: str = "mae",
+    branch: Mapping[str, Any] | None = None,
+    clips: Sequence[str] = (),
+    classes: Sequence[str] = (),
+    size: tuple[int, int] | None = None,
+    stills: int = 400,
+    recipe: str = "joint",
+    first_epochs: int = 40,
+    init: Path | None = None,
+    pretrained: bool = False,
+    resume: bool = False,
+    half: bool = False,
+    device: torch.device | str = "cpu",
+    config: TrainConfig | None = None,
+    task: str = "segmentation",
+    task_options: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+    """Train and write the checkpoint; with `resume`, go on from the state files beside it.
 
-    Attributes:
+    Args:
         data: a folder of clips or stills, with labels where the task has some, or "street" for the rendered street of
             the demo.
         out: the checkpoint to write, .safetensors.
@@ -48,78 +67,72 @@ class TrainOptions:
         first_epochs: epochs of the recipe's first stage; 0 leaves it out.
         init: checkpoint to start from.
         pretrained: start from timm's pretrained encoder.
-        resume: go on where an interrupted run of the same options stopped.
+        resume: go on where an interrupted run with the same arguments stopped.
         half: store weights as float16.
-        device: "auto", "cpu", "cuda", ...
-        config: of the last stage; the first differs in stage and epochs only.
+        device: where to train; under `torchrun`, each process takes the CUDA device of its own rank.
+        config: of the last stage, the default `TrainConfig` if None; the first differs in stage and epochs only.
         task: what the head is trained for, see `ttt_adapt.tasks`.
         task_options: of the task.
-    """
-
-    data: str
-    out: Path
-    encoder: str = "vit_tiny_patch16_224"
-    encoder_options: dict[str, Any] = field(default_factory=dict)
-    objective: str = "mae"
-    branch: dict[str, Any] = field(default_factory=dict)
-    clips: tuple[str, ...] = ()
-    classes: tuple[str, ...] = ()
-    size: tuple[int, int] | None = None
-    stills: int = 400
-    recipe: str = "joint"
-    first_epochs: int = 40
-    init: Path | None = None
-    pretrained: bool = False
-    resume: bool = False
-    half: bool = False
-    device: str = "auto"
-    config: TrainConfig = field(default_factory=TrainConfig)
-    task: str = "segmentation"
-    task_options: dict[str, Any] = field(default_factory=dict)
-
-
-def train(options: TrainOptions) -> Checkpoint:
-    """Train and write the checkpoint; with `resume`, go on from the state files beside it.
 
     Raises:
         ConfigError, DataError, CheckpointError: before anything is trained or written.
     """
-    _check(options)
-    device = _device(options.device)
-    data, spec = _open_data(options)
-    torch.manual_seed(options.config.seed)
-    model, branch = build_model(spec, options.pretrained)
-    checkpoint = Checkpoint(model.to(device), branch.to(device) if branch is not None else None, spec)
-    if options.init is not None:
-        load_initial(options.init, checkpoint)
+    config, branch = config or TrainConfig(), dict(branch or {})
+    encoder_options, task_options = dict(encoder_options or {}), dict(task_options or {})
+    _check(out, recipe, objective, branch, resume)
+    device = _own_device(torch.device(device))
+    opened = _open_stills(find_task(task), data, clips, size, classes, stills)
+    spec = ModelSpec(
+        encoder,
+        opened.classes,
+        opened.size,
+        encoder_options,
+        None if recipe == "main" else branch,
+        objective,
+        opened.palette,
+        task=task,
+        task_options=task_options,
+    )
+    samples = _samples(opened, spec, config.seed)
+    torch.manual_seed(config.seed)
+    model, attached = build_model(spec, pretrained)
+    checkpoint = Checkpoint(model.to(device), attached.to(device) if attached is not None else None, spec)
+    if init is not None:
+        load_initial(init, checkpoint)
     _try_size(checkpoint, device)
-    criterion = checkpoint.task.criterion(data)
-    output_folder(options.out.parent)
+    criterion = checkpoint.task.criterion(samples)
+    output_folder(out.parent)
+    depends_on = {
+        "data": data,
+        "clips": tuple(clips),
+        "size": size,
+        "stills": stills,
+        "encoder": encoder,
+        "encoder_options": encoder_options,
+        "objective": objective,
+        "branch": branch,
+        "init": init,
+        "pretrained": pretrained,
+        **({"task": task, "task_options": task_options} if task != "segmentation" else {}),
+    }
+    origin = ", ".join(f"{name}={value}" for name, value in depends_on.items())
     stages = [
-        s for s in zip(RECIPES[options.recipe], (options.first_epochs, options.config.epochs), strict=True) if s[1]
+        dataclasses.replace(config, stage=stage, epochs=epochs)
+        for stage, epochs in zip(RECIPES[recipe], (first_epochs, config.epochs), strict=True)
+        if epochs
     ]
-    files = [options.out.with_suffix(f".{i}-{stage}.state") for i, (stage, _) in enumerate(stages)]
-    if not options.resume and rank() == 0:
+    files = [out.with_suffix(f".{i}-{stage.stage}.state") for i, stage in enumerate(stages)]
+    if not resume and rank() == 0:
         for file in files:
             file.unlink(missing_ok=True)
     try:
         with process_group(device):
-            for (stage, epochs), file in zip(stages, files, strict=True):
-                config = dataclasses.replace(options.config, stage=stage, epochs=epochs)
-                with _watch(stage, config) as on_step:
-                    fit(
-                        model,
-                        branch,
-                        data,
-                        criterion,
-                        config,
-                        state_file=file,
-                        origin=_origin(options),
-                        on_step=on_step,
-                    )
-                spec.training.append({**dataclasses.asdict(config), "data": options.data, "clips": list(options.clips)})
+            for stage, file in zip(stages, files, strict=True):
+                with _watch(stage) as on_step:
+                    fit(model, attached, samples, criterion, stage, state_file=file, origin=origin, on_step=on_step)
+                spec.training.append({**dataclasses.asdict(stage), "data": data, "clips": list(clips)})
         if rank() == 0:
-            save_checkpoint(options.out, checkpoint, options.half)
+            save_checkpoint(out, checkpoint, half)
             for file in files:
                 file.unlink(missing_ok=True)
     except KeyboardInterrupt:
@@ -129,25 +142,20 @@ def train(options: TrainOptions) -> Checkpoint:
     return checkpoint
 
 
-def _check(options: TrainOptions) -> None:
-    """Raises ConfigError where the options contradict each other."""
-    if options.recipe not in RECIPES:
-        raise ConfigError(f"recipe is {options.recipe!r}; expected one of {', '.join(RECIPES)}")
-    if options.objective not in OBJECTIVES:
-        raise ConfigError(f"objective is {options.objective!r}; expected one of {', '.join(OBJECTIVES)}")
-    if options.branch and options.objective != "mae":
-        raise ConfigError(
-            f"--branch {next(iter(options.branch))} is of the MAE branch; {options.objective} has no settings"
-        )
-    if options.out.suffix != ".safetensors":
-        raise ConfigError(f"--out is {options.out}; expected a file name ending in .safetensors")
-    if options.out.is_dir():
-        raise ConfigError(f"--out is {options.out}, a folder; expected the name of a file")
-    states = options.out.parent.glob(f"{options.out.stem}.*.state")
-    if options.resume and options.out.exists() and not any(states):
-        raise ConfigError(
-            f"--resume: {options.out} is complete; leave --resume out to train it anew, or choose another --out"
-        )
+def _check(out: Path, recipe: str, objective: str, branch: Mapping[str, Any], resume: bool) -> None:
+    """Raises ConfigError where arguments of `train` contradict each other."""
+    if recipe not in RECIPES:
+        raise ConfigError(f"recipe is {recipe!r}; expected one of {', '.join(RECIPES)}")
+    if objective not in OBJECTIVES:
+        raise ConfigError(f"objective is {objective!r}; expected one of {', '.join(OBJECTIVES)}")
+    if branch and objective != "mae":
+        raise ConfigError(f"--branch {next(iter(branch))} is of the MAE branch; {objective} has no settings")
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"--out is {out}; expected a file name ending in .safetensors")
+    if out.is_dir():
+        raise ConfigError(f"--out is {out}, a folder; expected the name of a file")
+    if resume and out.exists() and not any(out.parent.glob(f"{out.stem}.*.state")):
+        raise ConfigError(f"--resume: {out} is complete; leave --resume out to train it anew, or choose another --out")
 
 
 @torch.no_grad()
@@ -158,24 +166,6 @@ def _try_size(checkpoint: Checkpoint, device: torch.device) -> None:
         checkpoint.model.eval()(torch.zeros(1, 3, *spec.size, device=device))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ConfigError(f"{spec.encoder} cannot take images of {spec.size} (H, W): {error}") from error
-
-
-def _origin(options: TrainOptions) -> str:
-    """What a run depends on beside its `TrainConfig`, for its state files."""
-    names = (
-        "data",
-        "clips",
-        "size",
-        "stills",
-        "encoder",
-        "encoder_options",
-        "objective",
-        "branch",
-        "init",
-        "pretrained",
-        *(("task", "task_options") if options.task != "segmentation" else ()),
-    )
-    return ", ".join(f"{name}={getattr(options, name)}" for name in names)
 
 
 class NormalizedStills(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
@@ -201,51 +191,44 @@ CACHE_LIMIT = 2**30
 """Bytes of samples up to which all are read before training begins, and kept."""
 
 
-def _open_data(options: TrainOptions) -> tuple[NormalizedStills, ModelSpec]:
-    stills = _open_stills(options)
-    spec = ModelSpec(
-        options.encoder,
-        stills.classes,
-        stills.size,
-        options.encoder_options,
-        None if options.recipe == "main" else options.branch,
-        options.objective,
-        stills.palette,
-        task=options.task,
-        task_options=options.task_options,
-    )
+def _samples(stills: Stills, spec: ModelSpec, seed: int) -> NormalizedStills:
+    """The data set of the opened images, as the model of `spec` takes them."""
     task = task_of(spec)
     count = sum(len(part) if isinstance(part, Clip) else 1 for part in stills.samples)
     cache = count * math.prod(stills.size) * 4 <= CACHE_LIMIT
-    samples = StillsDataset(stills.samples, task.augment, options.config.seed, cache)
     for note in stills.notes:
         notice(note)
-    return NormalizedStills(samples, spec, task), spec
+    return NormalizedStills(StillsDataset(stills.samples, task.augment, seed, cache), spec, task)
 
 
-def _open_stills(options: TrainOptions) -> Stills:
-    task = find_task(options.task)
-    if options.data != "street":
-        return task.stills(options.data, options.clips, options.size, options.classes or None)
+def _open_stills(
+    task: type[Task],
+    data: str,
+    clips: Sequence[str],
+    size: tuple[int, int] | None,
+    classes: Sequence[str],
+    count: int,
+) -> Stills:
+    """The images to train on; of the rendered street, `count` of them."""
+    if data != "street":
+        return task.stills(data, clips, size, classes or None)
     from ttt_adapt.data.street.scene import CLASSES, PALETTE, street_stills
 
-    size = options.size or (128, 192)
-    labelled = Stills(list(street_stills(options.stills, size)), size, CLASSES, PALETTE)
+    size = size or (128, 192)
+    labelled = Stills(list(street_stills(count, size)), size, CLASSES, PALETTE)
     return labelled if task.labelled else dataclasses.replace(labelled, classes=(), palette=())
 
 
-def _watch(stage: str, config: TrainConfig) -> Any:
+def _watch(config: TrainConfig) -> Any:
     """A progress bar on the first process; its advance takes `Progress`."""
-    if rank() != 0:
-        return nullcontext(None)
-    return _Bar(stage, config)
+    return _Bar(config) if rank() == 0 else nullcontext(None)
 
 
 class _Bar:
     """A progress bar over the updates of one stage."""
 
-    def __init__(self, stage: str, config: TrainConfig) -> None:
-        self._title, self._config = f"train {stage}", config
+    def __init__(self, config: TrainConfig) -> None:
+        self._title, self._config = f"train {config.stage}", config
 
     def __enter__(self) -> Callable[[Progress], None]:
         self._bar: Any = None
@@ -265,8 +248,8 @@ class _Bar:
             self._bar.__exit__(None, None, None)
 
 
-def _device(name: str) -> torch.device:
-    device = pick_device(name)
+def _own_device(device: torch.device) -> torch.device:
+    """The device of this process: under `torchrun`, the CUDA device of its local rank."""
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

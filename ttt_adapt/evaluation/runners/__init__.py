@@ -1,19 +1,18 @@
-"""Arms: ways of running the same model on the same video, all with one interface."""
+"""Runners: what streams a video through a model for an arm, all with one interface."""
 
-from ttt_adapt.evaluation.runners.base import Arm, ClipRunner, Predict, Runner, Score
+from ttt_adapt.evaluation.runners.base import ClipRunner, Predict, Runner, Score
+from ttt_adapt.evaluation.runners.start import RUNNERS, configured, runner_of, start
 from ttt_adapt.evaluation.runners.streaming import Adapting, Fixed
-from ttt_adapt.evaluation.runners.table import ARMS, MODIFIERS, find_arm, find_arms
 
 __all__ = [
-    "ARMS",
-    "MODIFIERS",
+    "RUNNERS",
     "Adapting",
-    "Arm",
     "ClipRunner",
     "Fixed",
     "Predict",
     "Runner",
     "Score",
-    "find_arm",
-    "find_arms",
+    "configured",
+    "runner_of",
+    "start",
 ]

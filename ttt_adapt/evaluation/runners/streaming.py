@@ -57,7 +57,7 @@ class NormAverage(Fixed):
 
     def __init__(self, model: nn.Module, preprocess: Preprocess, momentum: float) -> None:
         super().__init__(model, preprocess)
-        self._norms, self._momentum = _batch_norms(model), momentum
+        self._norms, self._momentum = norm_layers(model), momentum
         self._source = SourceWeights({f"{i}.{n}": b for i, m in enumerate(self._norms) for n, b in m.named_buffers()})
 
     def step(self, frame: Any) -> Tensor:
@@ -84,19 +84,12 @@ class NormBlend(Fixed):
 
     def __init__(self, model: nn.Module, preprocess: Preprocess, share: float) -> None:
         super().__init__(model, preprocess)
-        self._share, self._norms = share, _batch_norms(model)
+        self._share, self._norms = share, norm_layers(model)
 
     def predict(self, x: Tensor) -> Tensor:
         """Class scores by the blend of the source statistics with those of x."""
         with blended_statistics(self._norms, self._share):
             return super().predict(x)
-
-
-def _batch_norms(model: nn.Module) -> list[Any]:
-    norms = norm_layers(model)
-    if not norms:
-        raise ConfigError("this model has no BatchNorm: re-estimated statistics do not apply to it")
-    return norms
 
 
 _PLAIN_LAYER_NORMS = {"LayerNorm", "LayerNorm2d"}
@@ -122,8 +115,6 @@ class LayerStatistics(Fixed):
     def __init__(self, model: nn.Module, preprocess: Preprocess, momentum: float, share: float) -> None:
         super().__init__(model, preprocess)
         self._norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
-        if not self._norms:
-            raise ConfigError("this model has no LayerNorm: LN Adapt does not apply to it; norm-ema is for BatchNorm")
         if strange := {type(m).__name__ for m in self._norms} - _PLAIN_LAYER_NORMS:
             raise ConfigError(
                 f"LN Adapt redoes the output of a LayerNorm, and {', '.join(sorted(strange))} of this model may do "

@@ -26,9 +26,15 @@ class Segmentation(Task):
 
     name = "segmentation"
     metrics = tuple(
-        Metric(field, title, "%", "points", 100.0, change="percent")
-        for field, title in (("miou", "mIoU"), ("miou_frames", "frame mIoU"), ("j", "J"), ("j_frames", "frame J"))
+        Metric(field, title, "%", "points", 100.0, change="percent", note=note)
+        for field, title, note in (
+            ("miou", "mIoU", ""),
+            ("miou_frames", "frame mIoU", ""),
+            ("j", "J", "J is DAVIS' region similarity of the foreground, over the clip and per frame."),
+            ("j_frames", "frame J", ""),
+        )
     )
+    class_metric = Metric("per_class", "IoU", "%", "points", 100.0)
     about = "mIoU over the whole clip; frame mIoU is the mean over frames"
     augment = Augment()
     outputs = "class scores"

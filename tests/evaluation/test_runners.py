@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from arm_inputs import CLASSES, CONFIG, SIZE, VIT, checkpoint, frames
+from arm_inputs import CLASSES, CONFIG, SIZE, VIT, arm_run_by, checkpoint, frames
 from conftest import photograph, same_bits, settle_norms
+from ttt_adapt.arms import ARMS, find_arm
 from ttt_adapt.errors import ConfigError, DataError, StateError
 from ttt_adapt.evaluation.runner import run_arm
-from ttt_adapt.evaluation.runners import ARMS, Arm, Fixed, find_arm, find_arms
+from ttt_adapt.evaluation.runners import Fixed, configured, start
 from ttt_adapt.evaluation.runners.modifiers import ClassBalanced, Smoothed, Voting
 from ttt_adapt.evaluation.runners.streaming import Adapting, LayerStatistics, NormBlend
 from ttt_adapt.evaluation.runners.whole_clip import Offline, Shuffled
@@ -49,7 +50,7 @@ def suited(name: str, seed: int = 0) -> Checkpoint:
 def predictions(name: str, made: Checkpoint, config=CONFIG, clip=None) -> list[torch.Tensor]:
     clip = frames() if clip is None else clip
     arm = find_arm(name)
-    runner = arm.start(made, config)
+    runner = start(arm, made, config)
     try:
         if not arm.streaming:
             first = clip[0][0]
@@ -144,7 +145,7 @@ def test_two_streams_of_an_arm_share_nothing(arm):
     """Step by step side by side, each predicts what it predicts alone."""
     ours, theirs = frames(), frames(seed=5)
     alone = [predictions(arm, suited(arm, 0), clip=ours), predictions(arm, suited(arm, 3), clip=theirs)]
-    runners = [find_arm(arm).start(suited(arm, seed), CONFIG) for seed in (0, 3)]
+    runners = [start(find_arm(arm), suited(arm, seed), CONFIG) for seed in (0, 3)]
     both: list[list] = [[], []]
     for runner, clip in zip(runners, (ours, theirs), strict=True):
         if not find_arm(arm).streaming:
@@ -222,7 +223,7 @@ class Peeking(Fixed):
         return F.one_hot(label, 3).movedim(-1, 1).float()
 
 
-def test_a_model_that_would_profit_from_a_peek_cannot():
+def test_a_model_that_would_profit_from_a_peek_cannot(monkeypatch):
     """Labels are the brightness of the next frame; only an arm that is marked as not streaming gets at it."""
     brightness = [0, 1, 2, 0, 2, 1, 2]
     clip = [
@@ -232,7 +233,9 @@ def test_a_model_that_would_profit_from_a_peek_cannot():
     made = checkpoint()
     accuracy = {}
     for streaming in (True, False):
-        arm = Arm("peeking", "Peeking", lambda c, _: Peeking(c.model, c.spec.preprocess()), streaming=streaming)
+        arm = arm_run_by(
+            monkeypatch, lambda c, _: Peeking(c.model, c.spec.preprocess()), "peeking", streaming=streaming
+        )
         accuracy[streaming] = run_arm(arm, made, clip, CONFIG, name="clip").pixel_accuracy
     assert accuracy[False] == 1.0
     assert accuracy[True] < 0.2
@@ -263,7 +266,7 @@ def test_labels_reach_the_score_and_nothing_else(arm):
     assert seen["true score"] != seen["other score"]
 
 
-def test_only_arms_that_say_oracle_are_given_a_score_and_a_score_is_all_they_get():
+def test_only_arms_that_say_oracle_are_given_a_score_and_a_score_is_all_they_get(monkeypatch):
     given = {}
 
     class Recording(Fixed):
@@ -272,7 +275,13 @@ def test_only_arms_that_say_oracle_are_given_a_score_and_a_score_is_all_they_get
             assert all(frame.dtype == np.uint8 and frame.shape == (*SIZE, 3) for frame in frames)
 
     for name, oracle in (("honest", False), ("oracle", True)):
-        arm = Arm(name, name, lambda c, _: Recording(c.model, c.spec.preprocess()), streaming=False, oracle=oracle)
+        arm = arm_run_by(
+            monkeypatch,
+            lambda c, _: Recording(c.model, c.spec.preprocess()),
+            name,
+            streaming=False,
+            oracle=oracle,
+        )
         run = run_arm(arm, checkpoint(), frames(), CONFIG, name="clip")
         given[f"{name} run"] = run.miou
     assert given["honest"] is None
@@ -280,7 +289,7 @@ def test_only_arms_that_say_oracle_are_given_a_score_and_a_score_is_all_they_get
     assert [name for name, arm in ARMS.items() if arm.oracle] == ["offline-oracle"]
 
 
-def test_the_runner_is_given_frames_only():
+def test_the_runner_is_given_frames_only(monkeypatch):
     given = []
 
     class Recording:
@@ -294,7 +303,7 @@ def test_the_runner_is_given_frames_only():
             given.append("closed")
 
     clip = frames()
-    run = run_arm(Arm("recording", "", lambda *_: Recording()), checkpoint(), clip, CONFIG, name="clip")
+    run = run_arm(arm_run_by(monkeypatch, lambda *_: Recording()), checkpoint(), clip, CONFIG, name="clip")
     assert [len(args) for args in given[:-1]] == [1] * 4
     assert all(args[0] is frame for args, (frame, _) in zip(given[:-1], clip, strict=True))
     assert given[-1] == "closed"
@@ -318,7 +327,7 @@ def test_memories_are_what_their_names_say():
     made = checkpoint()
     carry = {}
     for arm in ("no-memory", "implicit", "explicit", "online"):
-        runner = ARMS[arm].start(made, CONFIG)
+        runner = start(ARMS[arm], made, CONFIG)
         carry[arm] = (runner.adapter.config.window, runner.adapter.config.carry_weights)
         runner.close()
     assert carry == {"no-memory": (1, False), "implicit": (1, True), "explicit": (3, False), "online": (3, True)}
@@ -334,27 +343,27 @@ def test_memories_are_what_their_names_say():
 def test_changes_that_would_make_another_arm_are_refused(arm, change):
     name, value = next(iter(change.items()))
     with pytest.raises(ConfigError, match=f"{name}={value!r} would make another arm of {arm.replace('+', '.')}"):
-        find_arm(arm).start(checkpoint(), CONFIG, change)
+        start(find_arm(arm), checkpoint(), CONFIG, change)
 
 
 def test_changes_of_an_arm_that_adapts_nothing_are_refused():
     with pytest.raises(ConfigError, match="fixed adapts no weights, so lr would change nothing"):
-        ARMS["fixed"].start(checkpoint(), CONFIG, {"lr": 0.1})
+        start(ARMS["fixed"], checkpoint(), CONFIG, {"lr": 0.1})
 
 
 def test_an_arm_is_what_it_is_whatever_the_configuration_of_the_online_arm():
     config = CONFIG.replace(window=2, carry_weights=False, every=3, gate="surprise", iterations=2)
-    memories = {name: ARMS[name].configured(config) for name in ("no-memory", "implicit", "explicit", "online")}
+    memories = {name: configured(ARMS[name], config) for name in ("no-memory", "implicit", "explicit", "online")}
     found = {name: (made.window, made.carry_weights) for name, made in memories.items()}
     assert found == {"no-memory": (1, False), "implicit": (1, True), "explicit": (2, False), "online": (2, True)}
-    assert find_arm("every-8+smooth").configured(config).every == 8
-    offline = find_arm("offline-20").configured(config)
+    assert configured(find_arm("every-8+smooth"), config).every == 8
+    offline = configured(find_arm("offline-20"), config)
     assert (offline.every, offline.gate, offline.iterations, offline.source_pull) == (1, "none", 1, 0.0)
 
 
 def test_changes_win_over_defaults_of_an_arm():
-    assert ARMS["tent"].configured(CONFIG).source_pull == 0.0
-    made = ARMS["tent"].configured(CONFIG, {"source_pull": 0.25, "norm_stats": "frozen", "lr": 0.5})
+    assert configured(ARMS["tent"], CONFIG).source_pull == 0.0
+    made = configured(ARMS["tent"], CONFIG, {"source_pull": 0.25, "norm_stats": "frozen", "lr": 0.5})
     assert (made.source_pull, made.norm_stats, made.lr) == (0.25, "frozen", 0.5)
 
 
@@ -363,7 +372,7 @@ def test_online_norm_ema_moves_the_statistics_and_online_does_not():
     before = {name: b.clone() for name, b in made.model.named_buffers() if "running" in name}
     moved = {}
     for arm in ("online", "online-norm-ema"):
-        runner = ARMS[arm].start(made, CONFIG)
+        runner = start(ARMS[arm], made, CONFIG)
         runner.step(frames(1)[0][0])
         now = {name: b for name, b in made.model.named_buffers() if "running" in name}
         moved[arm] = sum(not torch.equal(now[name], before[name]) for name in before)
@@ -375,22 +384,22 @@ def test_online_norm_ema_moves_the_statistics_and_online_does_not():
 @pytest.mark.parametrize("arm", ["norm-ema", "norm-blend", "online-norm-ema", "online-norm-blend"])
 def test_norm_arms_refuse_a_model_without_batchnorm(arm):
     with pytest.raises(ConfigError, match="no BatchNorm"):
-        ARMS[arm].start(checkpoint(**VIT), CONFIG)
+        start(ARMS[arm], checkpoint(**VIT), CONFIG)
 
 
 def test_arms_say_where_they_do_not_apply():
     with pytest.raises(ConfigError, match="no LayerNorm.*norm-ema"):
-        ARMS["ln-adapt"].start(checkpoint(), CONFIG)
+        start(ARMS["ln-adapt"], checkpoint(), CONFIG)
     with pytest.raises(ConfigError, match="no rotation head.*train --objective rotation"):
-        ARMS["rotation"].start(checkpoint(), CONFIG)
+        start(ARMS["rotation"], checkpoint(), CONFIG)
     with pytest.raises(ConfigError, match="trained for Rotation"):
-        ARMS["online"].start(suited("rotation"), CONFIG)
+        start(ARMS["online"], suited("rotation"), CONFIG)
 
 
 @pytest.mark.parametrize("arm", ["no-memory", "implicit", "explicit", "online", "online-shuffled", "offline"])
 def test_reconstructing_arms_refuse_a_model_without_a_branch(arm):
     with pytest.raises(ConfigError, match="main task alone"):
-        ARMS[arm].start(checkpoint(branch=None), CONFIG)
+        start(ARMS[arm], checkpoint(branch=None), CONFIG)
 
 
 def test_blended_statistics_are_those_of_the_formula_in_every_layer_of_one_pass():
@@ -432,7 +441,7 @@ def test_a_blend_without_a_share_is_the_fixed_model_also_where_batchnorm_activat
 
 def test_online_with_blended_statistics_and_no_rate_is_the_blend():
     blended = predictions("norm-blend", checkpoint())
-    runner = ARMS["online-norm-blend"].start(checkpoint(), CONFIG, {"lr": 0.0})
+    runner = start(ARMS["online-norm-blend"], checkpoint(), CONFIG, {"lr": 0.0})
     for output, (frame, _) in zip(blended, frames(), strict=True):
         torch.testing.assert_close(runner.step(frame), output)
     runner.close()
@@ -455,7 +464,7 @@ def test_averaged_statistics_are_those_of_pytorchs_training_mode():
 
 def test_blended_statistics_start_from_the_source_at_every_frame():
     made = checkpoint()
-    runner = ARMS["norm-blend"].start(made, CONFIG)
+    runner = start(ARMS["norm-blend"], made, CONFIG)
     (first, _), (second, _) = frames(2)
     alone = runner.step(second).clone()
     runner.step(first)
@@ -535,7 +544,7 @@ def test_shuffled_frames_are_seen_in_random_order_and_predictions_are_put_back()
 
 def test_offline_adapts_to_shuffled_frames_for_a_fixed_number_of_steps():
     made, clip = checkpoint(), frames()
-    runner = find_arm("offline-10").start(made, CONFIG.replace(source_pull=0.5, every=2))
+    runner = start(find_arm("offline-10"), made, CONFIG.replace(source_pull=0.5, every=2))
     seen = []
     adapt = runner._runner.adapter.adapt
     runner._runner.adapter.adapt = lambda frame: (seen.append(frame), adapt(frame))
@@ -555,7 +564,7 @@ def test_offline_adapts_to_shuffled_frames_for_a_fixed_number_of_steps():
 def test_the_oracle_keeps_the_weights_of_the_best_step_it_looked_at(best):
     made, clip = checkpoint(), [frame for frame, _ in frames()]
     scored = []
-    runner = find_arm("offline-oracle-12").start(made, CONFIG)
+    runner = start(find_arm("offline-oracle-12"), made, CONFIG)
     assert isinstance(runner, Offline)
 
     stops = [0, 1, 2, 5, 10, 12]
@@ -627,7 +636,7 @@ def test_class_balance_counts_classes_of_the_source_model_and_of_the_adapted_one
     with torch.no_grad():
         source = made.model(made.spec.preprocess()(second)).argmax(1).unique().numel()
     assert source > 1
-    runner = ClassBalanced(ARMS["self-train-plain"].start(made, CONFIG.replace(lr=0.0)), length=3)
+    runner = ClassBalanced(start(ARMS["self-train-plain"], made, CONFIG.replace(lr=0.0)), length=3)
     runner.step(first)
     assert list(runner._fewer) == [0]
     with torch.no_grad():
@@ -647,7 +656,7 @@ def test_class_balance_resets_where_the_mean_difference_over_the_buffer_is_above
     monkeypatch.setattr("ttt_adapt.evaluation.runners.modifiers._classes", lambda _: next(counts))
     made = checkpoint()
     source = {name: p.detach().clone() for name, p in made.model.named_parameters()}
-    adapting = ARMS["self-train-plain"].start(made, CONFIG)
+    adapting = start(ARMS["self-train-plain"], made, CONFIG)
     runner = ClassBalanced(adapting, length=3)
     found, began = [], []
     adapt = adapting.adapter._adapt
@@ -669,14 +678,14 @@ def test_class_balance_resets_where_the_mean_difference_over_the_buffer_is_above
 def test_names_are_put_together_from_left_to_right():
     arm = find_arm("tent+class+smooth-8")
     assert (arm.name, arm.title, arm.streaming) == ("tent+class+smooth-8", "Tent + Class + smoothing 8", True)
-    runner = arm.start(checkpoint(), CONFIG)
+    runner = start(arm, checkpoint(), CONFIG)
     assert isinstance(runner, Smoothed)
     assert isinstance(runner._runner, ClassBalanced)
     assert isinstance(runner._runner._runner, Adapting)
     runner.close()
     assert not find_arm("online-shuffled+vote").streaming
     assert find_arm("offline-oracle+smooth").oracle
-    every = find_arm("every-8").start(checkpoint(), CONFIG)
+    every = start(find_arm("every-8"), checkpoint(), CONFIG)
     assert every.adapter.config.every == 8
     every.close()
 
@@ -699,7 +708,7 @@ def test_names_in_the_table_are_their_own():
 )
 def test_a_name_that_means_nothing_comes_with_what_would(name, message):
     with pytest.raises(ConfigError, match=message):
-        find_arms(["fixed", name])
+        find_arm(name)
 
 
 @pytest.mark.parametrize("arm", ["fixed+class", "norm-ema+class", "offline-6+class", "online+smooth+class"])
@@ -707,14 +716,14 @@ def test_class_balance_refuses_arms_that_adapt_no_weights_and_gives_the_model_ba
     made = checkpoint()
     before = photograph(made.model)
     with pytest.raises(ConfigError, match="right behind an arm that adapts weights"):
-        find_arm(arm).start(made, CONFIG)
+        start(find_arm(arm), made, CONFIG)
     assert photograph(made.model) == before
     predictions("online", made)  # the model has no adapter left
 
 
 def test_the_ema_arm_predicts_with_the_teacher():
     made = checkpoint()
-    runner = ARMS["ema-teacher"].start(made, CONFIG.replace(lr=0.05))
+    runner = start(ARMS["ema-teacher"], made, CONFIG.replace(lr=0.05))
     runner.step(frames()[0][0])
     objective = runner.adapter.branch
     assert isinstance(objective, PseudoLabel)

@@ -1,0 +1,28 @@
+"""`ttt-adapt demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ttt_adapt.cli.options import Device, Seed, Settings, parse_settings, pick_device
+from ttt_adapt.cli.output import console, say
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("ttt-adapt-demo"),
+    frames: Annotated[int, typer.Option(min=2, help="Length of the stream.")] = 240,
+    seed: Seed = 0,
+    settings: Settings = None,
+    device: Device = "auto",
+) -> None:
+    """Watch a small model adapt to a street that drifts from clear day to dusk, fog and rain."""
+    from ttt_adapt.evaluation.demo import CONFIG, run_demo
+    from ttt_adapt.evaluation.tables import rich_table
+
+    config = CONFIG.replace(**{"seed": seed, **parse_settings(settings)})
+    report = run_demo(out, frames, seed, config, pick_device(device))
+    console.print(rich_table(report, width=console.width))
+    say(f"side-by-side video: {out / 'demo.mp4'}\nloss and mIoU over time: {out / 'stream.png'}")

@@ -1,0 +1,60 @@
+"""`ttt-adapt run`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ttt_adapt.cli.options import (
+    Device,
+    Preset,
+    Seed,
+    Settings,
+    TestBranch,
+    parse_settings,
+    parse_size,
+    pick_device,
+    preset_config,
+)
+from ttt_adapt.cli.output import say
+
+
+def run(
+    video: Annotated[str, typer.Argument(help="Video file, folder of frames, camera index, or URL.")],
+    checkpoint: Annotated[Path, typer.Option(help="A file of `ttt-adapt train`.")] = Path("model.safetensors"),
+    out: Annotated[Path, typer.Option(help="The mp4 to write.")] = Path("out.mp4"),
+    task: Annotated[str | None, typer.Option(help="What the checkpoint is for; it knows itself.")] = None,
+    view: Annotated[str, typer.Option(help="overlay, or panels (frame, fixed, adapted, reconstruction).")] = "overlay",
+    size: Annotated[
+        str | None, typer.Option(metavar="HxW", help="Size for the model; 'native' for the video's own.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Stop after this many frames.")] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames a second of the mp4; by default the video's own, 25 for a folder.")
+    ] = None,
+    preset: Preset = "online",
+    settings: Settings = None,
+    branch: TestBranch = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Adapt a trained model to a video, frame by frame, and write what it sees."""
+    from ttt_adapt.evaluation.adapt_video import adapt_video
+    from ttt_adapt.view.terminal import counted
+
+    count = adapt_video(
+        video,
+        checkpoint,
+        out,
+        task=task,
+        view=view,
+        size="native" if size == "native" else parse_size(size),
+        limit=limit,
+        fps=fps,
+        config=preset_config(preset, **{"seed": seed, **parse_settings(settings)}),
+        branch=parse_settings(branch, "mask_ratio=0.75"),
+        device=pick_device(device),
+    )
+    say(f"wrote {counted(count, 'frame')} to {out}")

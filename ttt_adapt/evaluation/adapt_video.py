@@ -1,0 +1,215 @@
+"""Adapt a trained model to a video, and write a video of what it sees."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from ttt_adapt.adapter import StreamAdapter
+from ttt_adapt.config import StreamConfig
+from ttt_adapt.errors import CheckpointError, ConfigError
+from ttt_adapt.files import output_folder
+from ttt_adapt.stream.frames import Normalize
+from ttt_adapt.tasks import find_task
+from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint
+from ttt_adapt.video import DEFAULT_FPS, VideoReader, VideoWriter, check_format, open_video
+from ttt_adapt.view.overlay import panels
+from ttt_adapt.view.reconstruction import reconstruction_image
+from ttt_adapt.view.terminal import counted, notice, progress_bar
+
+COLOUR_NOISE = 8
+"""Levels between the channels of a grey frame that a video codec's rounding may leave."""
+
+
+def adapt_video(
+    source: str,
+    checkpoint: Path,
+    out: Path,
+    *,
+    view: str = "overlay",
+    size: tuple[int, int] | Literal["native"] | None = None,
+    limit: int | None = None,
+    fps: float | None = None,
+    config: StreamConfig | None = None,
+    branch: Mapping[str, Any] | None = None,
+    task: str | None = None,
+    device: torch.device | str = "cpu",
+) -> int:
+    """Adapt to a video frame by frame, and write a video of what the model sees.
+
+    What was written is a playable file also after Ctrl-C or a video that breaks in the middle.
+
+    Args:
+        source: video file, folder of frames, camera index, or URL.
+        checkpoint: a file of `ttt-adapt train`.
+        out: the mp4 to write.
+        view: "overlay" (the prediction, of classes over the frame) or "panels" (frame, fixed and adapted prediction,
+            reconstruction).
+        size: (H, W) at which the model sees the frames; "native": their own; None: the training height, and the
+            video's aspect.
+        limit: stop after this many frames; None: at the end.
+        fps: frames per second of the written video; None: the source's own rate.
+        config: how to adapt; the default `StreamConfig` if None.
+        branch: what the branch hides and scores at test time, see `MAEBranch.using`.
+        task: what the checkpoint is expected to be trained for; None: whatever it is.
+        device: where to run.
+
+    Returns:
+        The number of frames written.
+
+    Raises:
+        ConfigError, CheckpointError, VideoError: something does not fit or cannot be read; before anything is written
+            where it can be known.
+    """
+    if view not in ("overlay", "panels"):
+        raise ConfigError(f'view is {view!r}; expected "overlay" or "panels"')
+    _check_files(source, checkpoint, out, fps)
+    model = _load(checkpoint, task, device)
+    writer = None
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(model.mae_branch.using(**(branch or {})))
+            video = stack.enter_context(open_video(source))
+            rate = video.fps if fps is None else fps
+            normalize = _normalize(model, size, video.size)
+            adapter = stack.enter_context(
+                StreamAdapter(model.model, model.branch, config=config or StreamConfig(), preprocess=normalize)
+            )
+            fixed = load_checkpoint(checkpoint, device).model if view == "panels" else None
+            pictures = _Pictures(model, fixed, normalize)
+            remarks = _Remarks(video, source, out, rate)
+            total = video.length if limit is None else min(video.length or limit, limit)
+            advance = stack.enter_context(progress_bar(video.name, total))
+            for frame in islice(video, limit):
+                seen = model.task.see(frame)
+                picture = pictures.draw(seen, adapter.step(seen))
+                if writer is None:
+                    output_folder(out.parent)
+                    writer = stack.enter_context(VideoWriter(out, rate))
+                remarks.look(frame, seen, picture)
+                writer.write(picture)
+                assert adapter.last is not None
+                advance(adapter.last.losses[0] if adapter.last.losses else None)
+    except BaseException:
+        if writer is not None and writer.finished:
+            notice(f"kept in {writer.path}: {counted(writer.count, 'frame')}")
+        raise
+    return 0 if writer is None else writer.count
+
+
+def _check_files(source: str, checkpoint: Path, out: Path, fps: float | None) -> None:
+    """Raises ConfigError where the output would overwrite an input, or cannot be a video."""
+    for read in (Path(source), checkpoint):
+        if read.exists() and out.exists() and out.samefile(read):
+            raise ConfigError(f"--out is {out}, which is read: it would be lost; choose another file")
+    check_format(out, fps)
+
+
+def _load(file: Path, task: str | None, device: torch.device | str) -> Checkpoint:
+    """The checkpoint, if it is for the task and can adapt."""
+    if task is not None:
+        find_task(task)
+    checkpoint = load_checkpoint(file, device)
+    if task not in (None, checkpoint.task.name):
+        raise CheckpointError(
+            f"{file} was trained for {checkpoint.task.name}, not for {task}: leave --task out, or train one with "
+            f"--task {task}"
+        )
+    if checkpoint.branch is None:
+        raise CheckpointError(
+            f"{file} was trained for the main task alone and cannot adapt: train it with --recipe joint"
+        )
+    return checkpoint
+
+
+def _normalize(
+    checkpoint: Checkpoint, size: tuple[int, int] | Literal["native"] | None, video: tuple[int, int]
+) -> Normalize:
+    """How frames become inputs; `video` is the (H, W) of the video."""
+    spec = checkpoint.spec
+    if size is None:
+        height = spec.size[0]
+        size = (height, max(round(height * video[1] / video[0] / 16), 1) * 16)
+    device = next(checkpoint.model.parameters()).device
+    return Normalize(spec.mean, spec.std, None if size == "native" else size, device)
+
+
+class _Remarks:
+    """What the user should know about a video and what is written of it, each said once."""
+
+    def __init__(self, video: VideoReader, source: str, out: Path, rate: float | None) -> None:
+        self._video, self._source, self._out, self._rate = video, source, out, rate
+        self._begun = self._coloured = False
+
+    def look(self, frame: np.ndarray, seen: np.ndarray, picture: np.ndarray) -> None:
+        """A frame as it came, as the model is shown it, and the picture that is written."""
+        name = self._video.name
+        if not self._begun:
+            self._begun = True
+            self._begin(name, *picture.shape[:2])
+        if self._coloured or seen is frame or np.abs(frame.astype(np.int16) - seen).max() <= COLOUR_NOISE:
+            return
+        self._coloured = True
+        notice(f"{name} is in colour: its frames are converted to grey of the same luminance, and coloured anew")
+
+    def _begin(self, name: str, height: int, width: int) -> None:
+        """What is known once the first picture is there."""
+        if self._rate is None:
+            notice(f"{name} has no frame rate: written at {DEFAULT_FPS} frames a second; another one with --fps")
+        elif self._video.uneven:
+            notice(f"{name}: its frames are not evenly spaced in time; every one is written, {self._rate:.4g} a second")
+        if tracks := self._video.sounds:
+            notice(f"{name}: the sound ({counted(tracks, 'track')}) is left out; {self._how_to_add_sound()}")
+        if height % 2 or width % 2:
+            notice(
+                f"{name}: H.264 needs an even height and width; {height} x {width} is written as "
+                f"{height + height % 2} x {width + width % 2}, its last row or column repeated"
+            )
+
+    def _how_to_add_sound(self) -> str:
+        """How to get the video's sound back."""
+        if self._rate not in (None, self._video.fps):
+            return f"at {self._rate:g} frames a second it would not fit"
+        files = [str(self._out), self._source, str(self._out.with_name(f"{self._out.stem}-sound.mkv"))]
+        out, source, target = (shlex.quote(f"./{file}" if file.startswith("-") else file) for file in files)
+        drift = " (it may drift: the frames are written evenly)" if self._video.uneven else ""
+        return f"put it back with: ffmpeg -i {out} -i {source} -map 0:v -map 1:a -c copy -shortest {target}{drift}"
+
+
+class _Pictures:
+    """Turns what a model returns into pictures; with a fixed model beside it, into four panels."""
+
+    def __init__(self, checkpoint: Checkpoint, fixed: nn.Module | None, normalize: Normalize) -> None:
+        self._checkpoint, self._fixed, self._normalize = checkpoint, fixed, normalize
+        self._device = next(checkpoint.model.parameters()).device
+
+    @torch.no_grad()
+    def draw(self, frame: np.ndarray, output: torch.Tensor) -> np.ndarray:
+        """uint8 [H, W, 3]: the prediction for the frame that was seen, or the four panels."""
+        adapted = self._picture(frame, output)
+        if self._fixed is None:
+            return adapted
+        x = self._normalize(frame)
+        generator = torch.Generator(self._device).manual_seed(0)
+        seen = self._checkpoint.mae_branch.reconstruct(x, generator=generator)
+        return panels(
+            {
+                self._checkpoint.task.source: frame,
+                "fixed": self._picture(frame, self._fixed(x)),
+                "adapted": adapted,
+                "reconstruction": reconstruction_image(seen, x, self._normalize),
+            },
+            columns=2,
+        )
+
+    def _picture(self, frame: np.ndarray, output: torch.Tensor) -> np.ndarray:
+        task = self._checkpoint.task
+        return task.draw(frame, task.predict(output, frame))
