@@ -1,1 +1,6 @@
-"""Things to watch and try the library on that need no download: a street that the package renders itself."""
+"""A rendered, labelled street: data to watch and to try the library on, without a download."""
+
+from pathlib import Path
+
+WEIGHTS = Path(__file__).parent / "street.safetensors"
+"""A small model that segments such streets, trained on clear days only: `ttt_adapt.tasks.checkpoint.load_checkpoint`."""
