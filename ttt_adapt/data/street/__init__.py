@@ -3,4 +3,4 @@
 from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "street.safetensors"
-"""A small model that segments such streets, trained on clear days only: `ttt_adapt.tasks.checkpoint.load_checkpoint`."""
+"""A small model that segments such streets; it was trained on clear days only. `load_checkpoint` reads it."""
