@@ -1,8 +1,8 @@
-"""Fine-tune a head of your own with the joint loss, in a plain PyTorch loop: one extra line.
+"""Train a model with a head of your own and a reconstruction branch together, in a plain PyTorch loop.
 
 The model is any nn.Module: here a small timm backbone with a head that finds road, car, sky ... in a rendered street.
-Afterwards the same model and branch follow a drive from clear day to dusk, fog and rain. The training takes seconds,
-far too short for a good model: the point is the loop.
+The branch adds one term to the loss. Afterwards model and branch follow a drive from clear day to dusk, fog and rain.
+The training takes seconds, far too short for a good model: the example shows the loop.
 
     python examples/joint_finetune_custom_head.py
 """
@@ -24,7 +24,7 @@ class StreetNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        # GroupNorm and LayerNorm need no running statistics; BatchNorm works too, and masked images never enter it.
+        # BatchNorm works too: images with hidden patches never enter its running statistics.
         self.backbone = timm.create_model("convnext_atto", features_only=True, out_indices=(0, 1))
         fine, coarse = self.backbone.feature_info.channels()
         self.fine, self.coarse = nn.Conv2d(fine, len(CLASSES), 1), nn.Conv2d(coarse, len(CLASSES), 1)
@@ -49,7 +49,7 @@ for epoch in range(EPOCHS):
     sums = torch.zeros(2)
     for batch in torch.randperm(len(images)).split(BATCH):
         main = F.cross_entropy(model(images[batch]), labels[batch])
-        mae = branch.loss(images[batch])  # the one extra line
+        mae = branch.loss(images[batch])  # hides patches and rebuilds them; the one extra term
         (main + mae).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -57,12 +57,12 @@ for epoch in range(EPOCHS):
     print(f"epoch {epoch + 1}/{EPOCHS}: main loss {sums[0]:.3f}, reconstruction loss {sums[1]:.3f}")
 
 model.eval()
-# Weights that travel on pull back to the trained ones a little at each frame, so that the frozen head still fits.
+# Before each frame the weights go a tenth of the way back to the trained ones, so that the head still fits them.
 config = StreamConfig.online(window=8, batch_size=2, lr=1e-4, source_pull=0.1)
 with StreamAdapter(model, branch, config=config, preprocess=normalize) as adapter:
     for i, (frame, label) in enumerate(street_stream(12, SIZE, seed=1)):
         with torch.no_grad():
-            before = adapter.predict(frame).argmax(1)  # with the weights that the frames so far have left
+            before = adapter.predict(frame).argmax(1)  # with the weights that the frames before have left
         after = adapter.step(frame).argmax(1)
         if i % 3 == 0:
             truth = torch.from_numpy(label)

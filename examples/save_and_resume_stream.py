@@ -1,6 +1,6 @@
-"""Stop in the middle of a stream and go on later, as if nothing had happened.
+"""Stop in the middle of a video and go on later, as if nothing had happened.
 
-The state holds the adapted weights, the optimizer, the window, the random state and the frame counter.
+The saved state holds the adapted weights, the optimizer, the window, the random state and the index of the frame.
 
     python examples/save_and_resume_stream.py
 """
@@ -8,21 +8,21 @@ The state holds the adapted weights, the optimizer, the window, the random state
 import tempfile
 from pathlib import Path
 
-import timm
 import torch
 
 from ttt_adapt import StreamAdapter, StreamConfig
-from ttt_adapt.data.street.scene import street_stream
+from ttt_adapt.data.street import WEIGHTS
+from ttt_adapt.data.street.clip import StreetClip
+from ttt_adapt.tasks.checkpoint import load_checkpoint
 
-CONFIG = StreamConfig.online(window=4, batch_size=2, restart_optimizer=False)  # AdamW's moments travel on, too
-frames = [frame for frame, _labels in street_stream(8, size=(64, 96))]
+CONFIG = StreamConfig.online(window=4, batch_size=2)
+frames = [frame for frame, _labels in StreetClip(seed=0, frames=8)]
 
 
 def new_adapter():
-    """What a program does when it starts: the same trained model, the same settings."""
-    torch.manual_seed(0)  # stands for loading trained weights of model and branch
-    model = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=96, img_size=(64, 96), num_classes=10)
-    return StreamAdapter(model, encoder="norm", config=CONFIG)
+    """What a program does when it starts: load the trained model and its branch, and take the same settings."""
+    trained = load_checkpoint(WEIGHTS)
+    return StreamAdapter(trained.model, trained.branch, config=CONFIG, preprocess=trained.spec.preprocess())
 
 
 with new_adapter() as adapter:

@@ -3,8 +3,8 @@
     python examples/stream_timm_classifier.py                              # a rendered street, random weights
     python examples/stream_timm_classifier.py video.mp4 --pretrained       # your video, ImageNet weights
 
-The reconstruction decoder starts from scratch here, so the first frames mostly teach the decoder. For a model that is
-meant to gain from adaptation, train it jointly first: see joint_finetune_custom_head.py.
+The branch is not trained here, so the first frames mostly teach its decoder, and the classifier gains nothing. To gain
+from adaptation, train model and branch together first: see joint_finetune_custom_head.py.
 """
 
 import argparse
@@ -35,7 +35,7 @@ else:
 
     frames = open_video(arguments.video)
 
-# Frames are plain uint8 RGB arrays: the adapter normalises them as timm says this model was trained.
+# Frames are uint8 RGB arrays. The adapter normalises them with the mean and std that timm knows of this model.
 config = StreamConfig.online(window=8, batch_size=2)
 with StreamAdapter(model, encoder=arguments.encoder, config=config) as adapter:
     for logits in adapter.stream(islice(frames, arguments.frames)):  # lazy: only the window is kept
@@ -45,4 +45,4 @@ with StreamAdapter(model, encoder=arguments.encoder, config=config) as adapter:
             f"frame {report.frame_index:3d}: class {best.indices.item():4d} with {best.values.item():.2f}, "
             f"reconstruction loss {report.losses[0]:.4f}, {report.ms:.0f} ms"
         )
-# Outside of the block the model is what it was before: source weights, no hooks.
+# After the block the model is what it was before: its own weights, no hooks.

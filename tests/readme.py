@@ -1,4 +1,9 @@
-"""The commands and code blocks of the README and of pages beside it, for the tests and the project's own check."""
+"""The commands, code blocks, words and links of the README and of the pages beside it.
+
+The tests read them, and the project's own check takes its test command from here:
+
+    python tests/readme.py test-command
+"""
 
 from __future__ import annotations
 
@@ -6,12 +11,20 @@ import re
 import sys
 from pathlib import Path
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+_FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(language: str, page: Path = README) -> list[str]:
     """The fenced code blocks of a language on a page, in order."""
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [code for _, name, code in _FENCED.findall(_text(page)) if name == language]
+
+
+def prose(page: Path = README) -> str:
+    """The page without its code blocks."""
+    return _FENCED.sub("", _text(page))
 
 
 def command(end: str) -> str:
@@ -19,6 +32,32 @@ def command(end: str) -> str:
     found = [line for block in blocks("bash") for line in block.splitlines() if line.endswith(end)]
     assert len(found) == 1, f"expected one command that ends in {end!r}, found {found}"
     return found[0]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them: lower case, no punctuation, hyphens for spaces."""
+    found: set[str] = set()
+    for title in re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE):
+        plain = re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-")
+        found.add(plain if plain not in found else f"{plain}-1")
+    return found
+
+
+def broken_links(page: Path) -> list[str]:
+    """The relative links of a page that lead to no file, or to a heading that their page does not have."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and (target.suffix != ".md" or anchor not in anchors(target))):
+            broken.append(link)
+    return broken
+
+
+def _text(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
 
 
 if __name__ == "__main__":

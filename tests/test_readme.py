@@ -1,7 +1,11 @@
-"""What the README says is what happens."""
+"""What the README and the pages beside it say is what happens."""
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,31 +13,72 @@ from pathlib import Path
 import pytest
 
 import readme
+from ttt_adapt import StreamConfig
 
-ROOT = Path(__file__).parent.parent
+DOCS = readme.ROOT / "docs"
+FIRST, *OTHERS = readme.blocks("python")
+OBJECTIVES = readme.blocks("python", DOCS / "objectives.md")
+LONGEST = 950
+"""Words that the README may have outside of its code blocks."""
 
 
-OBJECTIVES = readme.blocks("python", ROOT / "docs" / "objectives.md")
-
-
-@pytest.mark.parametrize(
-    "code", [*readme.blocks("python"), *OBJECTIVES], ids=lambda code: code.strip().splitlines()[0][:40]
-)
+@pytest.mark.parametrize("code", [*OTHERS, *OBJECTIVES], ids=lambda code: code.strip().splitlines()[0][:40])
 def test_every_python_block_runs_as_it_stands(code: str, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = _run(code, tmp_path)
     assert done.returncode == 0, done.stderr
 
 
+def test_the_first_lines_of_the_readme_print_the_gain_that_it_tells(tmp_path: Path) -> None:
+    done = _run(FIRST, tmp_path)
+    assert done.returncode == 0, done.stderr
+    trained, adapted = (float(number) for number in re.findall(r"([\d.]+)%", done.stdout))
+    told = re.search(r"prints ([\d.]+) % and ([\d.]+) %", " ".join(readme.prose().split()))
+    assert told is not None
+    assert trained == pytest.approx(float(told[1]), abs=0.02)
+    assert adapted == pytest.approx(float(told[2]), abs=0.1)  # a sum in another order moves the adapted weights
+    assert adapted > trained
+
+
 def test_the_two_commands_install_then_run_the_demo_and_the_tests() -> None:
-    for word, extra in (("ttt-adapt demo", "cli"), ("pytest", "test")):
+    for word, extra in (("ttt-adapt demo", "cli"), ("pytest -n auto", "test")):
         command = readme.command(word)
         assert f'pip install -e ".[{extra}]"' in command
 
 
-def test_every_file_that_the_readme_links_to_exists() -> None:
-    import re
+def test_the_readme_is_short() -> None:
+    assert 0 < len(readme.prose().split()) <= LONGEST
 
-    text = readme.README.read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
+def test_every_relative_link_leads_to_a_file_and_to_a_heading(page: Path) -> None:
+    assert readme.broken_links(page) == []
+
+
+def test_a_broken_link_is_found(tmp_path: Path) -> None:
+    (tmp_path / "other.md").write_text("# One heading, here\n\n```\n# no heading\n```\n")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Page\n[a](other.md) [b](other.md#one-heading-here) [c](#page) [d](https://no.where/x) "
+        "[e](absent.md) [f](other.md#two) [g](#no) [h](other.md#no-heading)\n```\n[i](absent.md)\n```\n"
+    )
+    assert readme.broken_links(page) == ["absent.md", "other.md#two", "#no", "other.md#no-heading"]
+
+
+def test_the_readme_links_to_every_page_of_the_docs() -> None:
+    linked = set(re.findall(r"\]\((docs/\w[\w-]*\.md)", readme.prose()))
+    assert linked == {f"docs/{page.name}" for page in DOCS.glob("*.md")}
+
+
+def test_the_options_page_has_every_field_of_stream_config_with_its_default() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| ([^ |]+)", readme.prose(DOCS / "options.md").partition("## Fields")[2], re.MULTILINE
+    )
+    told = [(name, ast.literal_eval(default)) for name, default in rows]
+    assert told == [(field.name, field.default) for field in dataclasses.fields(StreamConfig)]
+
+
+def _run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
