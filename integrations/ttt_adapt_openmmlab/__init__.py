@@ -29,7 +29,7 @@ from ttt_adapt_openmmlab.datasets.samplers import VideoSampler, video_of  # noqa
 from ttt_adapt_openmmlab.decoders import branch_for  # noqa: E402
 from ttt_adapt_openmmlab.hooks import OnlineTTTHook  # noqa: E402
 from ttt_adapt_openmmlab.joint import JointMAE, find_branch, plain_model  # noqa: E402
-from ttt_adapt_openmmlab.metrics.streaming import StreamAPMetric, StreamIoUMetric, StreamPQMetric  # noqa: E402
+from ttt_adapt_openmmlab.metrics.base import StreamAPMetric, StreamIoUMetric, StreamPQMetric  # noqa: E402
 from ttt_adapt_openmmlab.stream import stream_adapter  # noqa: E402
 
 __all__ = [

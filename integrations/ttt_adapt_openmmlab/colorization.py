@@ -25,7 +25,7 @@ from ttt_adapt.errors import DataError
 from ttt_adapt.integration import colour_frame, rgb_to_lab, to_grey
 from ttt_adapt_openmmlab.datasets.samplers import file_of
 from ttt_adapt_openmmlab.decoders import paint_with
-from ttt_adapt_openmmlab.metrics.streaming import Scores, StreamMetric
+from ttt_adapt_openmmlab.metrics.base import Scores, StreamMetric
 
 AB_SCALE = 20.0
 """a and b per unit of the model's output, as in the core."""

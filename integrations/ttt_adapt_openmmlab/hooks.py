@@ -23,7 +23,7 @@ from ttt_adapt_openmmlab.datasets.loaders import check_stream, offline_indices, 
 from ttt_adapt_openmmlab.datasets.samplers import FrameOrder, file_of, video_of
 from ttt_adapt_openmmlab.decoders import branch_settings
 from ttt_adapt_openmmlab.joint import data_preprocessor_of, plain_model, unwrapped
-from ttt_adapt_openmmlab.panels import panels
+from ttt_adapt_openmmlab.reconstruction import panels
 
 
 @dataclasses.dataclass

@@ -22,7 +22,7 @@ from torch import nn
 
 import tiny
 from conftest import photograph, same_bits
-from test_ops import zoo_checkpoint
+from zoo import zoo_checkpoint
 from ttt_adapt import MAEBranch, TTTAdaptError
 from ttt_adapt.errors import ConfigError
 from ttt_adapt_openmmlab import JointMAE, find_branch, plain_model

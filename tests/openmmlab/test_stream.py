@@ -21,7 +21,7 @@ from torch import nn
 import tiny
 from conftest import photograph, same_bits
 from test_joint_mm import changed, configured, tensors
-from test_ops import zoo_checkpoint
+from zoo import zoo_checkpoint
 from ttt_adapt import StreamAdapter, StreamConfig, TTTAdaptError
 from ttt_adapt.errors import ConfigError, FrameError, StateError
 from ttt_adapt_openmmlab import JointMAE, stream_adapter

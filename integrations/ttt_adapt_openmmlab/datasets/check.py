@@ -13,7 +13,7 @@ from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt_openmmlab.datasets import camvid, coco_videos, kitti_step
 from ttt_adapt_openmmlab.datasets.coco_videos import LABELS, THING_IDS
 from ttt_adapt_openmmlab.datasets.transforms import kitti_segments
-from ttt_adapt_openmmlab.datasets.tree import VOID, Clip, check_ids, listed, read_colour, read_labels, subfolders
+from ttt_adapt_openmmlab.datasets.clips import VOID, Clip, check_ids, listed, read_colour, read_labels, subfolders
 from ttt_adapt_openmmlab.metrics.panoptic import read_segment_ids, segment_ids
 
 CITYSCAPES_LAYOUT = (

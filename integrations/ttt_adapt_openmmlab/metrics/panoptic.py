@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ttt_adapt_openmmlab.datasets.tree import read_colour
+from ttt_adapt_openmmlab.datasets.clips import read_colour
 
 MATCH_IOU = 0.5
 """Above this IoU, at most one predicted segment can match a true one (Kirillov et al. 2019, section 4.1)."""

@@ -18,7 +18,7 @@ from miniatures import CAR, HEIGHT, PERSON, ROAD, SKY, WIDTH
 from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt_openmmlab.datasets import kitti_step as kitti
 
-DATA = Path(os.environ.get("TTT_ADAPT_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
+DATA = Path(os.environ.get("TTT_ADAPT_DATA", Path(__file__).parents[3] / ".." / "shared" / "data"))
 real_camvid = pytest.mark.skipif(not (DATA / "camvid").is_dir(), reason=f"no real video in {DATA / 'camvid'}")
 real_coco = pytest.mark.skipif(not (DATA / "coco100").is_dir(), reason=f"no real images in {DATA / 'coco100'}")
 
