@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ttt_adapt.errors import DataError
 from ttt_adapt.integration import colour_frame, rgb_to_lab, to_grey
-from ttt_adapt_openmmlab.datasets.samplers import file_of
+from ttt_adapt_openmmlab.datasets.frame_order import file_of
 from ttt_adapt_openmmlab.decoders import paint_with
 from ttt_adapt_openmmlab.metrics.base import Scores, StreamMetric
 

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from ttt_adapt import StepReport, StreamAdapter
 from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError
 from ttt_adapt_openmmlab.arms import contradiction, stream_config
-from ttt_adapt_openmmlab.batches import branch_for_stream, images, only_sample
+from ttt_adapt_openmmlab.batches import images, only_sample
+from ttt_adapt_openmmlab.datasets.frame_order import FrameOrder, file_of, video_of
 from ttt_adapt_openmmlab.datasets.loaders import check_stream, offline_indices, stream_infos
-from ttt_adapt_openmmlab.datasets.samplers import FrameOrder, file_of, video_of
 from ttt_adapt_openmmlab.decoders import branch_settings
 from ttt_adapt_openmmlab.joint import data_preprocessor_of, plain_model, unwrapped
 from ttt_adapt_openmmlab.reconstruction import panels
+from ttt_adapt_openmmlab.stream_branch import branch_for_stream
 
 
 @dataclasses.dataclass

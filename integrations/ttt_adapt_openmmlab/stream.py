@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ttt_adapt import MAEBranch, StreamAdapter, StreamConfig
 from ttt_adapt.errors import ConfigError, FrameError
-from ttt_adapt_openmmlab.batches import branch_for_stream, only_sample
+from ttt_adapt_openmmlab.batches import only_sample
 from ttt_adapt_openmmlab.datasets.loaders import check_transform
 from ttt_adapt_openmmlab.decoders import branch_settings
 from ttt_adapt_openmmlab.joint import data_preprocessor_of, find_branch, plain_model
+from ttt_adapt_openmmlab.stream_branch import branch_for_stream
 
 
 def stream_adapter(

@@ -18,7 +18,7 @@ import videos as v
 from ttt_adapt.cli.app import main
 from ttt_adapt_openmmlab import launch
 from ttt_adapt_openmmlab.arms import contradiction
-from ttt_adapt_openmmlab.launch import parse_options, read_config, set_arm
+from ttt_adapt_openmmlab.run_config import parse_options, read_config, set_amp, set_arm
 
 
 @pytest.fixture(autouse=True)
@@ -244,11 +244,11 @@ def test_wrong_calls_are_told_in_a_line(config, checkpoint, tmp_path, capsys):
 
 
 def test_mixed_precision_needs_a_gpu(config, capsys, monkeypatch):
-    monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "--amp needs a CUDA device" in failed(capsys, "train", config, "--amp")
-    monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     cfg = read_config(config, None, [])
-    launch.set_amp(cfg)
+    set_amp(cfg)
     assert cfg.optim_wrapper.type == "AmpOptimWrapper"
 
 

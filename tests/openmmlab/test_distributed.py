@@ -92,7 +92,8 @@ def test_a_process_without_a_video_waits_for_the_others(tmp_path):
 TEST_AND_LIST_THREADS = """
 import sys
 from pathlib import Path
-from ttt_adapt_openmmlab.launch import read_config, run
+from ttt_adapt_openmmlab.launch import run
+from ttt_adapt_openmmlab.run_config import read_config
 
 run(read_config(Path(sys.argv[1]), Path(sys.argv[2]), []), "test", "pytorch", None)
 print("threads:", *(task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")))

@@ -22,10 +22,10 @@ from torch import nn
 
 import tiny
 from conftest import photograph, same_bits
-from zoo import zoo_checkpoint
 from ttt_adapt import MAEBranch, TTTAdaptError
 from ttt_adapt.errors import ConfigError
 from ttt_adapt_openmmlab import JointMAE, find_branch, plain_model
+from zoo import zoo_checkpoint
 
 FAMILIES = {
     "fcn": tiny.fcn,

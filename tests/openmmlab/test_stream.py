@@ -21,10 +21,10 @@ from torch import nn
 import tiny
 from conftest import photograph, same_bits
 from test_joint_mm import changed, configured, tensors
-from zoo import zoo_checkpoint
 from ttt_adapt import StreamAdapter, StreamConfig, TTTAdaptError
 from ttt_adapt.errors import ConfigError, FrameError, StateError
 from ttt_adapt_openmmlab import JointMAE, stream_adapter
+from zoo import zoo_checkpoint
 
 STILL = StreamConfig(lr=0.0, batch_size=2, window=2)
 MOVING = StreamConfig(lr=1e-2, batch_size=2, window=2)

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from mmengine.registry import DATASETS
 
 from ttt_adapt.errors import DataError
-from ttt_adapt_openmmlab.datasets.clips import Clip, read_labels
+from ttt_adapt_openmmlab.datasets.clips import Clip
+from ttt_adapt_openmmlab.datasets.label_images import read_labels
 from ttt_adapt_openmmlab.datasets.video_dataset import VideoDataset
 
 CLASSES = (

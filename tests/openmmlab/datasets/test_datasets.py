@@ -232,7 +232,7 @@ def test_coco100_streams_as_one_video_through_mmdetections_own_data_sets(scope):
             **common,
         )
     )
-    from ttt_adapt_openmmlab.datasets.samplers import video_of
+    from ttt_adapt_openmmlab.datasets.frame_order import video_of
 
     samples = [dataset[i]["data_samples"] for dataset in (panoptic, instance) for i in range(4)]
     assert len({video_of(sample.metainfo) for sample in samples}) == 1
@@ -247,7 +247,7 @@ def test_coco100_streams_as_one_video_through_mmdetections_own_data_sets(scope):
 def test_a_panoptic_image_gives_the_segments_areas_that_coco_lists(scope):
     if not (DATA / "coco100").is_dir():
         pytest.skip(f"no real images in {DATA / 'coco100'}")
-    from ttt_adapt_openmmlab.metrics.panoptic import read_segment_ids
+    from ttt_adapt_openmmlab.datasets.label_images import read_segment_ids
 
     data = json.loads((DATA / "coco100" / "panoptic.json").read_text())
     for item in data["annotations"][:5]:

@@ -17,6 +17,7 @@ from mmengine.logging.history_buffer import HistoryBuffer
 import ttt_adapt_openmmlab  # noqa: F401
 from ttt_adapt import TTTAdaptError
 from ttt_adapt.errors import MissingPackageError
+from ttt_adapt_openmmlab.environment import require_packages
 from ttt_adapt_openmmlab.ops import stand_in as ops
 from zoo import zoo_checkpoint
 
@@ -67,7 +68,7 @@ def test_a_missing_package_is_named_with_the_install_command(monkeypatch, absent
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in absent else find(name, *a))
     with pytest.raises(MissingPackageError, match=r'pip install "ttt-adapt\[openmmlab\]"'):
-        ops.require_packages()
+        require_packages()
 
 
 def test_one_of_mmseg_and_mmdet_is_enough(monkeypatch):
@@ -75,7 +76,7 @@ def test_one_of_mmseg_and_mmdet_is_enough(monkeypatch):
     for absent in ("mmseg", "mmdet"):
         without = lambda name, *a, no=absent: None if name == no else find(name, *a)  # noqa: E731
         monkeypatch.setattr(importlib.util, "find_spec", without)
-        ops.require_packages()
+        require_packages()
 
 
 BLOCK = """
