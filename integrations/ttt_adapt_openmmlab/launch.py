@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import is_main_process
+from mmengine.dist import barrier, is_main_process
 from mmengine.hooks import LoggerHook
 from mmengine.runner import CheckpointLoader, Runner
 from torch import nn
@@ -49,7 +49,18 @@ def _run(cfg: Config, what: str) -> None:
     _let_one_process_write(runner)
     if what == "test":
         _check_weights(runner.model, cfg.load_from)
+        _build_metrics(runner)
     getattr(runner, what)()
+
+
+def _build_metrics(runner: Runner) -> None:
+    """Build the test loop in every process before one of them begins to predict.
+
+    The first process makes the folder that a metric writes predictions to (`output_dir` of mmsegmentation's
+    `IoUMetric`) when it builds that metric. Another process that is ahead of it would find no folder.
+    """
+    _ = runner.test_loop  # MMEngine builds the loop and its metrics when it is first asked for
+    barrier()
 
 
 def _end_processes() -> None:

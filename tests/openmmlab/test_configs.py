@@ -73,6 +73,7 @@ def read(path: Path, tmp_path: Path) -> Config:
     settings = dict(config._cfg_dict.to_dict())
     cfg = Config({**settings, **{name: small(settings[name]) for name in settings if name != "optim_wrapper"}})
     cfg.work_dir, cfg.load_from, cfg.resume = str(tmp_path / "work"), None, False
+    cfg.experiment_name = f"{path.stem}-{tmp_path.name}"  # runs of one second share their scalars without a name
     cfg.visualizer = {"type": "Visualizer", "vis_backends": []}
     cfg.default_hooks = {"logger": {"type": "LoggerHook", "interval": 1}}
     cfg.val_dataloader = cfg.val_evaluator = cfg.val_cfg = None

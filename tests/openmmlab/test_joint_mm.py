@@ -551,34 +551,38 @@ def test_the_runner_loads_a_zoo_checkpoint_and_the_copy_is_its_head(tmp_path):
 
 
 WORKER = """
-import os, sys
+import gc, sys
 sys.path[:0] = [{tests!r}, {openmmlab!r}]
 import tiny, torch
 import torch.distributed as dist
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from ttt_adapt_openmmlab import JointMAE, find_branch, plain_model
+
+def train(rank):
+    config = tiny.{family}()
+    model = JointMAE(tiny.build(config), dict(decoder="copy_head")).train()
+    wrapped = MMDistributedDataParallel(module=model, broadcast_buffers=False, find_unused_parameters=False)
+    assert plain_model(wrapped) is model.model and find_branch(wrapped) is model.branch
+    optimizer = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1e-2), accumulative_counts=2)
+    optimizer.initialize_count_status(wrapped, 0, 4)
+    torch.manual_seed(rank)
+    for _ in range(4):
+        data = tiny.batch(config, 2)
+        log = wrapped.train_step(data, optimizer)
+        assert "loss_mae" in log
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    others = [torch.zeros_like(flat) for _ in range(2)]
+    dist.all_gather(others, flat)
+    assert torch.equal(others[0], others[1])
+    assert not torch.isnan(flat).any()
+    print("same %d\\n" % rank, end="", flush=True)  # one write: two processes share the pipe
+
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
-rank = dist.get_rank()
-config = tiny.{family}()
-model = JointMAE(tiny.build(config), dict(decoder="copy_head")).train()
-wrapped = MMDistributedDataParallel(module=model, broadcast_buffers=False, find_unused_parameters=False)
-assert plain_model(wrapped) is model.model and find_branch(wrapped) is model.branch
-optimizer = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1e-2), accumulative_counts=2)
-optimizer.initialize_count_status(wrapped, 0, 4)
-torch.manual_seed(rank)
-for _ in range(4):
-    data = tiny.batch(config, 2)
-    log = wrapped.train_step(data, optimizer)
-    assert "loss_mae" in log
-flat = torch.cat([p.detach().flatten() for p in model.parameters()])
-others = [torch.zeros_like(flat) for _ in range(2)]
-dist.all_gather(others, flat)
-assert torch.equal(others[0], others[1])
-assert not torch.isnan(flat).any()
-print("same %d\\n" % rank, end="", flush=True)  # one write: two processes share the pipe
+train(dist.get_rank())
 dist.destroy_process_group()
+gc.collect()  # the wrapped model would keep the group, and threads of gloo that still run when Python ends abort it
 """
 
 
