@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from ttt_adapt.model.ownership import adapted_tensors, check_arguments, check_fr
 from ttt_adapt.objectives.base import Drawn, Objective
 from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.stream.auto_window import AutoWindow, gradient_sketch
-from ttt_adapt.stream.frames import Preprocess, default_preprocess, pixels_of, scaling, to_model_input
+from ttt_adapt.stream.frames import Normalize, Preprocess, default_preprocess, pixels_of, scaling, to_model_input
 from ttt_adapt.stream.optimizer import (
     ParamGroups,
     Restart,
@@ -41,6 +42,10 @@ from ttt_adapt.stream.state import check_saved, check_window, loaded_optimizer, 
 from ttt_adapt.stream.window import FrameWindow
 
 __all__ = ["StepReport", "StreamAdapter"]
+
+
+def _call_with(predict: Callable[..., Any], context: tuple[Any, ...], x: Tensor) -> Any:
+    return predict(x, *context)
 
 
 class StreamAdapter:
@@ -65,6 +70,8 @@ class StreamAdapter:
         StateError: the model already has an adapter, or shares what would be adapted with a model that has one.
     """
 
+    _context: tuple[Any, ...] = ()
+
     def __init__(
         self,
         model: nn.Module,
@@ -72,7 +79,7 @@ class StreamAdapter:
         *,
         config: StreamConfig | None = None,
         preprocess: Preprocess | None = None,
-        predict: Callable[[Tensor], Any] | None = None,
+        predict: Callable[..., Any] | None = None,
         optimizer: Callable[[ParamGroups], torch.optim.Optimizer] | None = None,
         **attach: Any,
     ) -> None:
@@ -312,14 +319,15 @@ class StreamAdapter:
         weights = self._weights() if self._engine.records else ()  # those that the model has, outside of what follows
         own = frame_statistics(self.config.norm_stats, self._norms, self.config.frame_share)
         with torch.no_grad(), explained_memory_errors(self.config), own:
-            return self._engine.predict(self._predict, x, key=weights)
+            call = partial(_call_with, self._predict, self._context) if self._context else self._predict
+            return self._engine.predict(call, x, key=weights)
 
     @torch.no_grad()
     def _renew_norm_stats(self, x: Tensor) -> None:
         """Let clean frames into the running statistics of BatchNorm, if asked for."""
         if self.config.norm_stats == "ema" and self._norms:
             with updating_norms(self._norms, self.config.frame_share):
-                self._predict(x)
+                self._predict(x, *self._context)
 
     # ---- what surrounds it
 
@@ -331,10 +339,20 @@ class StreamAdapter:
         same = pixels is not None and pixels.shape[:2] == x.shape[2:]  # not resized
         return x, pixels if same else None
 
+    def _split(self, frame: Any) -> Any:
+        assert self._preprocess is not None
+        made: Any = self._preprocess(frame)
+        if isinstance(made, tuple):
+            made, self._context = made[0], made[1:]
+        return made
+
     def _take(self, frame: Any) -> Tensor:
         self._check_attached()
         with torch.inference_mode(False), torch.no_grad():
-            x = to_model_input(frame, self._preprocess, self._device, self._dtype)
+            self._context = ()
+            plain = self._preprocess is None or isinstance(self._preprocess, Normalize)
+            preprocess = self._preprocess if plain else self._split
+            x = to_model_input(frame, preprocess, self._device, self._dtype)
             if x.is_inference():
                 x = x.clone()
         known = self._window.frame_shape

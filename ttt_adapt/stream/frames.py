@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError
 from ttt_adapt.model.encoder import data_config
 
-Preprocess = Callable[[Any], Tensor]
+Preprocess = Callable[[Any], Any]
 
 ACCEPTED = (
     "a uint8 RGB frame [H, W, 3] (NumPy array or tensor), or a float tensor [3, H, W] or [1, 3, H, W] already "
