@@ -159,14 +159,29 @@ def test_adapting_to_one_frame_and_predicting_another_do_not_mix():
     assert same_bits(predictions(expected), predictions(got))
 
 
-def test_statistics_that_move_predict_the_frame_all_the_same():
-    """With norm_stats the model predicts each frame twice, on data samples of their own."""
+@pytest.mark.parametrize("statistics", ["batch", "ema", "blend"])
+def test_statistics_that_move_predict_the_frame_all_the_same(statistics):
+    """With "ema" the model predicts each frame twice, on data samples of their own."""
     model = initialised(joined(tiny.fcn(), config(tiny.fcn())))
-    settings = StreamConfig(lr=0.0, batch_size=1, window=1, norm_stats="batch")
+    fixed = inference_model(model, tiny.frame(FRAME))
+    settings = StreamConfig(lr=0.0, batch_size=1, window=1, norm_stats=statistics)
     with stream_adapter(model, config=settings) as adapter:
         a = adapter.step(tiny.frame(FRAME))
         b = adapter.predict(tiny.frame(FRAME))
     assert same_bits(predictions(a), predictions(b))
+    assert not same_bits(predictions(a), predictions(fixed))
+
+
+def test_frames_that_are_taken_in_turns_keep_their_own_data():
+    """Predictions depend on nothing that an earlier or a later frame left behind."""
+    model = initialised(joined(tiny.fcn(), config(tiny.fcn())))
+    first, second = tiny.frame(FRAME, 1), tiny.frame((60, 93), 2)  # as the model takes them both are (64, 96)
+    expected = [inference_model(model, frame) for frame in (first, second)]
+    with stream_adapter(model, config=STILL) as adapter:
+        got = [adapter.step(first), adapter.predict(second), adapter.predict(first), adapter.step(second)]
+    for sample, frame in zip(got, (0, 1, 0, 1), strict=True):
+        assert sample.pred_sem_seg.shape == expected[frame].pred_sem_seg.shape
+        assert same_bits(predictions(sample), predictions(expected[frame]))
 
 
 @pytest.mark.parametrize("kind", ["fcn", "instance"])
