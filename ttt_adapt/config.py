@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
+from ttt_adapt.arms import preset_fields
 from ttt_adapt.errors import ConfigError, nearest
 
 
@@ -143,28 +144,33 @@ class StreamConfig:
         return dataclasses.replace(self, **_known(type(self), changes))
 
     @classmethod
-    def online(cls, **changes: Any) -> StreamConfig:
-        """Both memories: weights go on from frame to frame and the window holds recent frames. Our best preset.
+    def for_arm(cls, name: str, **changes: Any) -> StreamConfig:
+        """The configuration of an arm of `ttt_adapt.arms`, by name, with some fields changed.
 
-        A larger learning rate than the default, and a pull toward the source weights that bounds how far it leads:
-        without the pull a stream of any length drifts away from the head.
+        Raises:
+            ConfigError: an unknown arm or field, or a value out of range.
         """
-        return cls(**{**_PRESET, **_known(cls, changes)})
+        return cls(**{**preset_fields(name), **_known(cls, changes)})
+
+    @classmethod
+    def online(cls, **changes: Any) -> StreamConfig:
+        """Both memories: weights go on from frame to frame and the window holds recent frames. Our best preset."""
+        return cls.for_arm("online", **changes)
 
     @classmethod
     def no_memory(cls, **changes: Any) -> StreamConfig:
         """Every frame on its own, from the source weights."""
-        return cls.online(**{"window": 1, "carry_weights": False, **changes})
+        return cls.for_arm("no-memory", **changes)
 
     @classmethod
     def implicit_only(cls, **changes: Any) -> StreamConfig:
         """The weights go on; each step sees the current frame only."""
-        return cls.online(**{"window": 1, **changes})
+        return cls.for_arm("implicit", **changes)
 
     @classmethod
     def explicit_only(cls, **changes: Any) -> StreamConfig:
         """A window of frames; every frame starts from the source weights."""
-        return cls.online(**{"carry_weights": False, **changes})
+        return cls.for_arm("explicit", **changes)
 
     @classmethod
     def paper(cls, **changes: Any) -> StreamConfig:
@@ -174,18 +180,7 @@ class StreamConfig:
         frame, stochastic depth active. Its masks hide 0.85 and its loss is on all pixels: those two are settings of
         `MAEBranch.attach`.
         """
-        preset = {
-            "batch_size": 32,
-            "restart_optimizer": True,
-            "lr": 1e-4,
-            "encoder_lr_scale": 0.1,
-            "grad_clip": 0.01,
-            "drop_path": True,
-        }
-        return cls(**{**preset, **_known(cls, changes)})
-
-
-_PRESET = {"lr": 1e-4, "source_pull": 0.5}
+        return cls.for_arm("paper", **changes)
 
 
 def _known(config: type[StreamConfig], changes: dict[str, Any]) -> dict[str, Any]:

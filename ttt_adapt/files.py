@@ -1,22 +1,120 @@
-"""Files and folders: where results go."""
+"""Files and folders: which files are pictures and videos, their natural order, and writing a file whole."""
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 import tempfile
+from collections.abc import Container, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ttt_adapt.errors import ConfigError
+from ttt_adapt.errors import CheckpointError, ConfigError
+
+PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg"})
+"""Photographs. A PNG file of the same stem beside one is its label, not a picture."""
+FRAME_SUFFIXES = PHOTO_SUFFIXES | {".png", ".bmp", ".webp"}
+"""Frames of a labelled clip."""
+PICTURE_SUFFIXES = FRAME_SUFFIXES | {".tif", ".tiff", ".ppm", ".pgm"}
+"""Pictures that need no label."""
+VIDEO_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ogv"})
+"""Videos."""
+LABEL_FOLDERS = frozenset(
+    {"labels", "annotations", "masks", "panoptic", "panoptic_maps", "panoptic_images", "semantic_images", "gtfine"}
+)
+"""Names, in lower case, of folders that hold labels and no pictures."""
+
+NaturalKey = tuple[tuple[int, int, str], ...]
+
+
+def natural_key(name: str) -> NaturalKey:
+    """A sort key that compares runs of digits as numbers: `frame_2` comes before `frame_10`.
+
+    Pass the stem of a file (`path.stem`), so that the suffix takes no part. Each run of digits gives (0, number, ""),
+    each run of other characters (1, 0, text).
+    """
+    parts = re.findall(r"\d+|\D+", name)
+    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts)
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The folders directly inside `folder` in natural order, without hidden ones."""
+    visible = (path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    return sorted(visible, key=lambda path: natural_key(path.stem))
+
+
+def files_in(folder: Path, suffixes: Container[str]) -> list[Path]:
+    """The files directly inside `folder` in natural order, without hidden ones.
+
+    Args:
+        folder: where to look.
+        suffixes: the suffixes of the files that are wanted, in lower case and with the dot.
+    """
+    visible = (path for path in folder.iterdir() if path.is_file() and path.name[0] != ".")
+    wanted = (path for path in visible if path.suffix.lower() in suffixes)
+    return sorted(wanted, key=lambda path: natural_key(path.stem))
+
+
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's bytes, which are read piece by piece."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def part_file(path: Path) -> Path:
+    """The name of the temporary file beside `path`, of this process alone: `.NAME.PROCESS.part`."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Write a file whole or not at all: an existing file stays until the new one is complete.
+
+    The block writes to the temporary path that it is given. The temporary file takes the name `path` when the block
+    ends, and is removed when the block fails.
+    """
+    part = part_file(Path(path))
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        with suppress(OSError):  # it is gone where all went well
+            part.unlink()
+
+
+def check_format(number: int, newest: int, file: str | Path) -> None:
+    """Refuse a saved file whose format is newer than this version of the library.
+
+    Args:
+        number: the format that the file names.
+        newest: the newest format that this version reads.
+        file: where it was read from, for the message.
+
+    Raises:
+        CheckpointError: `number` is above `newest`, or below 1.
+    """
+    if not 1 <= number <= newest:
+        raise CheckpointError(
+            f"{file} has format {number}, and this version of ttt_adapt reads formats up to {newest}: update ttt_adapt "
+            "(pip install --upgrade ttt-adapt)"
+        )
 
 
 def output_folder(folder: Path) -> None:
-    """Make the folder that results go into, if need be, and try to write there, before anything is computed.
+    """Make the folder that results go into, and try to write there, before anything is computed.
 
     Raises:
-        ConfigError: it cannot be made or written to.
+        ConfigError: the folder cannot be made or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ConfigError(f"--out: {folder} is no folder that can be written to ({error.strerror})") from error
+        raise ConfigError(
+            f"--out: {folder} is no folder that can be written to ({error.strerror}); choose another one"
+        ) from error

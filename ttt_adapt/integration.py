@@ -4,7 +4,35 @@ An integration (one package per ecosystem, in `integrations/`) imports nothing e
 may change without breaking one.
 """
 
+from ttt_adapt.arms import ARMS, Arm, contradictions, find_arm
 from ttt_adapt.colour import colour_frame, rgb_to_lab, to_grey
+from ttt_adapt.data.order import shuffled_epochs
+from ttt_adapt.files import (
+    FRAME_SUFFIXES,
+    LABEL_FOLDERS,
+    PHOTO_SUFFIXES,
+    PICTURE_SUFFIXES,
+    files_in,
+    folders_in,
+    natural_key,
+)
 from ttt_adapt.model.features import Features
 
-__all__ = ["Features", "colour_frame", "rgb_to_lab", "to_grey"]
+__all__ = [
+    "ARMS",
+    "FRAME_SUFFIXES",
+    "LABEL_FOLDERS",
+    "PHOTO_SUFFIXES",
+    "PICTURE_SUFFIXES",
+    "Arm",
+    "Features",
+    "colour_frame",
+    "contradictions",
+    "files_in",
+    "find_arm",
+    "folders_in",
+    "natural_key",
+    "rgb_to_lab",
+    "shuffled_epochs",
+    "to_grey",
+]
