@@ -13,8 +13,8 @@ from mmengine.config import Config, DictAction
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from ttt_adapt import StreamConfig
-from ttt_adapt.errors import ConfigError
-from ttt_adapt_openmmlab.arms import contradictions, nearest, stream_config
+from ttt_adapt.errors import ConfigError, nearest
+from ttt_adapt_openmmlab.arms import arm_name, contradicting_fields, stream_config
 
 _READ_BY_RUNNER = (  # beside its arguments
     "activation_checkpointing",
@@ -45,7 +45,7 @@ def read_config(path: Path, work_dir: Path | None, options: list[str]) -> Config
     for name in changes:
         entry = name.partition(".")[0]
         if entry not in known:
-            raise ConfigError(f"--cfg-options {name}: the config has no entry {entry!r}{nearest(entry, known)}")
+            raise ConfigError(f"--cfg-options {name}: the config has no entry {entry!r}; {nearest(entry, known)}")
     try:
         cfg.merge_from_dict(changes)
     except (TypeError, KeyError, ValueError, IndexError, AttributeError) as error:
@@ -123,7 +123,7 @@ def check_exists(checkpoint: str) -> None:
 
 def set_arm(cfg: Config, arm: str) -> None:
     """Run this arm: sets `arm` of the config's OnlineTTTHook, or adds one; drops its fields that would contradict."""
-    stream_config(arm, {})
+    arm = arm_name(arm)
     hooks = list(cfg.get("custom_hooks") or [])
     ours = [hook for hook in hooks if _name_of(hook) == "OnlineTTTHook"]
     if not ours:
@@ -133,7 +133,7 @@ def set_arm(cfg: Config, arm: str) -> None:
     for hook in ours:
         hook["arm"] = arm
         given = {name: hook[name] for name in known & hook.keys() if hook[name] is not None or name == "grad_clip"}
-        for name in contradictions(arm, stream_config(arm, given)):
+        for name in contradicting_fields(arm, stream_config(arm, given)):
             hook.pop(name, None)
     cfg.custom_hooks = hooks
 

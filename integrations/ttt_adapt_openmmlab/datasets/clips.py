@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ttt_adapt.errors import DataError
+from ttt_adapt.integration import folders_in, natural_key
 from ttt_adapt_openmmlab.datasets.label_images import header
 
 _Key = TypeVar("_Key")
@@ -133,7 +134,7 @@ def subfolders(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is missing; expected a folder of videos")
-    return sorted((path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."), key=natural)
+    return folders_in(folder)
 
 
 def numbered(folder: Path) -> dict[int, Path]:
@@ -143,7 +144,7 @@ def numbered(folder: Path) -> dict[int, Path]:
         DataError: two files have one number.
     """
     found: dict[int, Path] = {}
-    for file in sorted(folder.glob("*.png"), key=natural):
+    for file in sorted(folder.glob("*.png"), key=lambda path: natural_key(path.stem)):
         match = re.search(r"(\d+)$", file.stem)
         if match is None or file.name[0] == ".":
             continue
@@ -152,9 +153,3 @@ def numbered(folder: Path) -> dict[int, Path]:
             raise DataError(f"{found[number]} and {file} are both frame {number} of one video; keep one of them")
         found[number] = file
     return found
-
-
-def natural(path: Path) -> list[tuple[int, int, str]]:
-    """A sort key under which numbers in names count by value."""
-    parts = re.findall(r"\d+|\D+", path.stem)
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os.path
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ttt_adapt.errors import DataError
+from ttt_adapt.integration import natural_key
 
 Key = tuple[tuple[int, int, str], ...]
 
@@ -45,9 +45,7 @@ def frame_key(metainfo: Mapping[str, Any]) -> Key:
     """
     number, path = metainfo.get("frame_id"), metainfo.get("img_path")
     if number is None and isinstance(path, str | os.PathLike):
-        name = os.path.splitext(os.path.basename(os.fspath(path)))[0]
-        parts = filter(None, re.split(r"([0-9]+)", name))
-        return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts)
+        return natural_key(os.path.splitext(os.path.basename(os.fspath(path)))[0])
     try:
         return ((0, int(number), ""),)  # type: ignore[arg-type]  # None is told like any other that is no number
     except (TypeError, ValueError) as error:
