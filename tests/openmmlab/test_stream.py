@@ -20,7 +20,7 @@ from torch import nn
 
 import tiny
 from conftest import photograph, same_bits
-from test_joint_mm import changed, configured, tensors
+from small_configs import joint_config
 from ttt_adapt import StreamAdapter, StreamConfig, TTTAdaptError
 from ttt_adapt.errors import ConfigError, FrameError, StateError
 from ttt_adapt_openmmlab import JointMAE, stream_adapter
@@ -70,7 +70,7 @@ def inference(cfg: Config) -> Any:
 
 
 def predictions(sample: Any) -> dict:
-    return {key: value for key, value in tensors(sample).items() if key.startswith(("pred_", "seg_logits"))}
+    return {key: value for key, value in tiny.tensors(sample).items() if key.startswith(("pred_", "seg_logits"))}
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -187,7 +187,7 @@ def test_frames_that_are_taken_in_turns_keep_their_own_data():
 @pytest.mark.parametrize("kind", ["fcn", "instance"])
 def test_a_zoo_checkpoint_loads_into_plain_and_joint_models(tmp_path, kind):
     model = MODELS[kind]()
-    trained = changed(tiny.build(model))
+    trained = tiny.changed(tiny.build(model))
     path = str(tmp_path / "zoo.pth")
     torch.save(zoo_checkpoint(trained.state_dict()), path)
     for cfg in (config(model), joined(model, config(model))):
@@ -200,7 +200,7 @@ def test_a_zoo_checkpoint_loads_into_plain_and_joint_models(tmp_path, kind):
 
 def test_a_trained_branch_comes_with_the_file_of_the_joint_run(tmp_path):
     model = tiny.fcn()
-    trained = changed(JointMAE(tiny.build(model), {"decoder": "copy_head"}))
+    trained = tiny.changed(JointMAE(tiny.build(model), {"decoder": "copy_head"}))
     path = str(tmp_path / "joint.pth")
     torch.save({"state_dict": trained.state_dict(), "meta": {"dataset_meta": {"classes": tuple("abcd")}}}, path)
     wrapped, stock = initialised(joined(model, config(model)), path), initialised(config(model), path)
@@ -219,7 +219,7 @@ def test_the_config_of_the_page_is_built_by_init_model_and_init_detector(tmp_pat
     for name, model in (("a", tiny.fcn()), ("b", tiny.mask2former())):
         folder = tmp_path / name
         folder.mkdir()
-        cfg = configured(folder, model)
+        cfg = joint_config(folder, model)
         extra = config(model)
         for key in ("default_scope", "test_pipeline", "test_dataloader"):
             cfg[key] = extra[key]

@@ -138,7 +138,9 @@ def test_arguments_that_do_not_fit_are_named(wrong, words):
 
 
 def test_the_operator_keeps_the_rules_of_torch():
-    torch.library.opcheck(deformable._forward, tuple(leaves(inputs(PYRAMID[:2], 4, torch.float32))))
+    torch.library.opcheck(
+        torch.ops.ttt_adapt.deformable_attention.default, tuple(leaves(inputs(PYRAMID[:2], 4, torch.float32)))
+    )
 
 
 def test_it_compiles_into_one_graph_with_its_gradient():
@@ -198,19 +200,19 @@ def test_a_triton_that_cannot_run_is_told_once_and_left(monkeypatch):
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("Triton runs here")
-    deformable._try_triton.cache_clear()
+    deformable.try_triton.cache_clear()
     with pytest.warns(UserWarning, match="takes mmcv's path in plain PyTorch"):
         assert not deformable.triton_works()
     assert not deformable.triton_works()
-    deformable._try_triton.cache_clear()
+    deformable.try_triton.cache_clear()
 
 
 def test_without_triton_nothing_is_told(monkeypatch, recwarn):
     monkeypatch.setattr(deformable.importlib.util, "find_spec", lambda name: None)
-    deformable._try_triton.cache_clear()
+    deformable.try_triton.cache_clear()
     assert not deformable.triton_works()
     assert not recwarn.list
-    deformable._try_triton.cache_clear()
+    deformable.try_triton.cache_clear()
 
 
 # ---- the kernels
