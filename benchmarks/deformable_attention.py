@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ttt_adapt_openmmlab  # noqa: F401  # before mmcv.ops, which may lack its operators
-from ttt_adapt.evaluation.report import environment
+from ttt_adapt.evaluation.environment import environment
 from ttt_adapt_openmmlab.ops.deformable import deformable_attention
 
 from mmcv.ops import multi_scale_deform_attn as mmcv_attention  # isort: skip

@@ -34,6 +34,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from timing import flops
+
 CONFIG = "mmseg::mask2former/mask2former_swin-s_8xb2-90k_cityscapes-512x1024.py"
 PARTS = ("encoder", "decoder", "backward", "optimizer")
 
@@ -181,14 +183,7 @@ def floor(
     `adapt` is a step on one crop, and a step on `batch` of them has as many times its products. A prediction is the
     model's own and runs in float32 (or tf32), whatever the precision of the gradient step.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    tflop = {}
-    for name, call in (("adapt", adapt), ("predict", predict)):
-        with FlopCounterMode(display=False) as counter:
-            call()
-        tflop[name] = counter.get_total_flops() / 1e12
-    tflop["adapt"] *= batch
+    tflop = {"adapt": batch * flops(adapt) / 1e12, "predict": flops(predict) / 1e12}
     rate = matmul_tflops(precision, device)
     plain = matmul_tflops("tf32", device) if precision == "bf16" else rate
     return {
@@ -283,7 +278,7 @@ def main() -> None:
 
 def compare(options: argparse.Namespace) -> None:
     """Measure all batch sizes and plain inference; a table to the screen, and a report to a file."""
-    from ttt_adapt.evaluation.report import environment
+    from ttt_adapt.evaluation.environment import environment
 
     plain = in_own_process(options, 0)
     told = ("size", "frame", "paper", "precision", "micro_batch", "device")

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 # the OpenMMLab integration is optional
-collect_ignore_glob = [] if importlib.util.find_spec("mmengine") else ["openmmlab/test_*.py"]
+collect_ignore_glob = [] if importlib.util.find_spec("mmengine") else ["openmmlab/*"]
 
 
 @pytest.fixture(autouse=True)

@@ -17,8 +17,11 @@ from ttt_adapt.files import (
     natural_key,
 )
 from ttt_adapt.model.features import Features
+from ttt_adapt.tasks.colorization.score import psnr
+from ttt_adapt.tasks.colorization.task import AB_SCALE
 
 __all__ = [
+    "AB_SCALE",
     "ARMS",
     "FRAME_SUFFIXES",
     "LABEL_FOLDERS",
@@ -32,6 +35,7 @@ __all__ = [
     "find_arm",
     "folders_in",
     "natural_key",
+    "psnr",
     "rgb_to_lab",
     "shuffled_epochs",
     "to_grey",

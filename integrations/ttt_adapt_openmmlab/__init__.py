@@ -4,12 +4,8 @@ Import it before `mmseg.apis` and `mmdet.apis`: beside mmcv-lite, which has no c
 once this package stands in for the operators. In a config, `custom_imports` sees to it.
 """
 
-from ttt_adapt_openmmlab.ops.stand_in import (
-    allow_zoo_checkpoints,
-    require_packages,
-    speed_up_deformable_attention,
-    stand_in_for_missing_ops,
-)
+from ttt_adapt_openmmlab.environment import allow_zoo_checkpoints, require_packages
+from ttt_adapt_openmmlab.ops.stand_in import speed_up_deformable_attention, stand_in_for_missing_ops
 
 require_packages()
 stand_in_for_missing_ops()
@@ -25,11 +21,12 @@ from ttt_adapt_openmmlab.datasets import (  # noqa: E402
     LoadPanopticSegments,
 )
 from ttt_adapt_openmmlab.datasets.check import check_tree  # noqa: E402
-from ttt_adapt_openmmlab.datasets.samplers import VideoSampler, video_of  # noqa: E402
+from ttt_adapt_openmmlab.datasets.frame_order import video_of  # noqa: E402
+from ttt_adapt_openmmlab.datasets.samplers import VideoSampler  # noqa: E402
 from ttt_adapt_openmmlab.decoders import branch_for  # noqa: E402
 from ttt_adapt_openmmlab.hooks import OnlineTTTHook  # noqa: E402
 from ttt_adapt_openmmlab.joint import JointMAE, find_branch, plain_model  # noqa: E402
-from ttt_adapt_openmmlab.metrics.streaming import StreamAPMetric, StreamIoUMetric, StreamPQMetric  # noqa: E402
+from ttt_adapt_openmmlab.metrics import StreamAPMetric, StreamIoUMetric, StreamPQMetric  # noqa: E402
 from ttt_adapt_openmmlab.stream import stream_adapter  # noqa: E402
 
 __all__ = [

@@ -1,21 +1,33 @@
-"""The paper's arms, as settings of a stream."""
+"""The arms of `OnlineTTTHook`: which of the library's arms it runs, and what it says about their settings."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ttt_adapt import StreamConfig
-from ttt_adapt.errors import ConfigError
+from ttt_adapt.errors import ConfigError, nearest
+from ttt_adapt.integration import ARMS, contradictions, find_arm
 
-ARMS = ("fixed", "no_memory", "implicit_only", "explicit_only", "online", "paper", "offline")
-_ONE_FRAME = ("no_memory", "implicit_only")  # arms without a window, and
-_FROM_SOURCE = ("no_memory", "explicit_only")  # arms whose weights do not go on
-# what the paper's recipe leaves to the data and the machine
-_FREE = ("crop_size", "seed", "precision", "engine", "micro_batch", "grad_checkpointing")
-_OWN = ("arm", "branch", "log_interval", "visualize_interval", "offline_steps")
+HOOK_ARMS = tuple(name for name, arm in ARMS.items() if arm.preset or name in ("fixed", "offline"))
+"""Names of the arms that the hook runs."""
+_HOOK_ARGUMENTS = ("arm", "branch", "log_interval", "visualize_interval", "offline_steps")
+
+
+def arm_name(name: str) -> str:
+    """The name of an arm of the hook as the library spells it: "no_memory" -> "no-memory".
+
+    Raises:
+        ConfigError: the hook runs no such arm.
+    """
+    try:
+        known = find_arm(name).name
+    except ConfigError:
+        known = ""
+    if known not in HOOK_ARMS:
+        raise ConfigError(f"arm is {name!r}; expected one of {', '.join(map(repr, HOOK_ARMS))}")
+    return known
 
 
 def stream_config(arm: str, fields: Mapping[str, Any]) -> StreamConfig:
@@ -24,52 +36,24 @@ def stream_config(arm: str, fields: Mapping[str, Any]) -> StreamConfig:
     Raises:
         ConfigError: an unknown arm or field; the message names the nearest.
     """
-    if arm not in ARMS:
-        raise ConfigError(f"arm is {arm!r}; expected one of {', '.join(map(repr, ARMS))}{nearest(arm, ARMS)}")
+    name = arm_name(arm)
     known = [field.name for field in dataclasses.fields(StreamConfig)]
-    for name in fields:
-        if name not in known:
+    for field in fields:
+        if field not in known:
             raise ConfigError(
-                f"OnlineTTTHook has no argument {name!r}{nearest(name, [*known, *_OWN])}; expected a field of "
-                f"StreamConfig or one of {', '.join(_OWN)}"
+                f"OnlineTTTHook has no argument {field!r}; expected a field of StreamConfig or one of "
+                f"{', '.join(_HOOK_ARGUMENTS)}; {nearest(field, [*known, *_HOOK_ARGUMENTS])}"
             )
-    if arm == "offline":
-        return StreamConfig.online(**{"source_pull": 0.0, **fields})
-    make: Callable[..., StreamConfig] = getattr(StreamConfig, "online" if arm == "fixed" else arm)
-    return make(**fields)
+    return StreamConfig.for_arm(name, **fields)
 
 
-def contradictions(arm: str, config: StreamConfig) -> dict[str, str]:
-    """The fields of `config` that turn the arm into another, and what the arm means by each."""
-    if arm == "fixed":
-        return {}
-    if arm == "paper":
-        meant = dataclasses.asdict(StreamConfig.paper())
-        return {
-            name: f"{name}={value!r}"
-            for name, value in meant.items()
-            if name not in _FREE and getattr(config, name) != value
-        }
-    wrong, carries = {}, arm not in _FROM_SOURCE
-    if arm in _ONE_FRAME and config.window != 1:
-        wrong["window"] = "window=1"
-    if arm not in _ONE_FRAME and config.capacity < 2:
-        wrong["window"] = "a window of at least 2"
-    if config.carry_weights != carries:
-        wrong["carry_weights"] = f"carry_weights={carries}"
-    if carries and config.source_pull == 1:  # which goes all the way back before each frame
-        wrong["source_pull"] = "source_pull below 1"
-    return wrong
+def contradicting_fields(arm: str, config: StreamConfig) -> dict[str, str]:
+    """The fields of `config` that turn the arm into another one, each with what the arm means by it."""
+    return contradictions(find_arm(arm), config)
 
 
 def contradiction(arm: str, config: StreamConfig) -> str:
-    """A warning where explicit settings turn an arm into another; "" elsewhere."""
-    wrong = contradictions(arm, config)
+    """A warning where explicit settings turn the arm into another one; "" elsewhere."""
+    wrong = contradicting_fields(arm, config)
     given = ", ".join(f"{name}={getattr(config, name)!r}" for name in wrong)
     return f"arm {arm!r} means {', '.join(wrong.values())}, and the hook was given {given}" if wrong else ""
-
-
-def nearest(name: Any, choices: Iterable[str]) -> str:
-    """A hint for an unknown name."""
-    close = difflib.get_close_matches(str(name), list(choices), n=3, cutoff=0.5)
-    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""

@@ -71,7 +71,8 @@ def run_training(
     local_rank: LocalRank = None,
 ) -> None:
     """Train by a config."""
-    from ttt_adapt_openmmlab.launch import read_config, run, set_amp, set_resume
+    from ttt_adapt_openmmlab.launch import run
+    from ttt_adapt_openmmlab.run_config import read_config, set_amp, set_resume
 
     cfg = read_config(config, work_dir, cfg_options or [])
     if amp:
@@ -90,7 +91,7 @@ def run_test(
     work_dir: WorkDir = None,
     arm: Annotated[
         str | None,
-        typer.Option(help="fixed, no_memory, implicit_only, explicit_only, online, paper or offline."),
+        typer.Option(help="fixed, no-memory, implicit, explicit, online, paper or offline."),
     ] = None,
     show_dir: Annotated[Path | None, typer.Option(help="Folder for painted predictions.")] = None,
     cfg_options: CfgOptions = None,
@@ -98,7 +99,8 @@ def run_test(
     local_rank: LocalRank = None,
 ) -> None:
     """Test by a config, with test-time training where it has an OnlineTTTHook or an arm is named."""
-    from ttt_adapt_openmmlab.launch import read_config, run, set_arm, set_checkpoint, set_show_dir
+    from ttt_adapt_openmmlab.launch import run
+    from ttt_adapt_openmmlab.run_config import read_config, set_arm, set_checkpoint, set_show_dir
 
     cfg = read_config(config, work_dir, cfg_options or [])
     if checkpoint is not None:

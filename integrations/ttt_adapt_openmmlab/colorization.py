@@ -6,7 +6,6 @@ are pixel-shuffled to a and b of CIE Lab, as the reconstruction decoder's are to
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,17 +21,11 @@ from mmengine.structures import BaseDataElement, PixelData
 from torch import Tensor
 
 from ttt_adapt.errors import DataError
-from ttt_adapt.integration import colour_frame, rgb_to_lab, to_grey
-from ttt_adapt_openmmlab.datasets.samplers import file_of
+from ttt_adapt.integration import AB_SCALE, LABEL_FOLDERS, PHOTO_SUFFIXES, colour_frame, psnr, rgb_to_lab, to_grey
+from ttt_adapt_openmmlab.datasets.frame_order import file_of
 from ttt_adapt_openmmlab.decoders import paint_with
-from ttt_adapt_openmmlab.metrics.streaming import Scores, StreamMetric
+from ttt_adapt_openmmlab.metrics.base import Scores, StreamMetric
 
-AB_SCALE = 20.0
-"""a and b per unit of the model's output, as in the core."""
-LABEL_FOLDERS = {
-    "labels", "annotations", "masks", "panoptic", "panoptic_maps", "panoptic_images", "semantic_images", "gtfine",
-}  # fmt: skip
-"""Folders without pictures, in lower case, as in the core."""
 STRIDE = 4
 """Of the head's mask maps."""
 
@@ -65,7 +58,7 @@ class ColourPictures(BaseDataset):
         """The data info of every picture."""
         root = Path(self.data_root)
         every = {path for path in root.rglob("*") if path.suffix.lower() in self._suffixes}
-        photographs = {path.with_suffix("") for path in every if path.suffix.lower() in (".jpg", ".jpeg")}
+        photographs = {path.with_suffix("") for path in every if path.suffix.lower() in PHOTO_SUFFIXES}
         files = sorted(
             path
             for path in every
@@ -184,11 +177,7 @@ class StreamColourMetric(StreamMetric):
     def score(self, values: Sequence[Any]) -> Scores:
         """PSNR in dB of the mean square errors, at most 100."""
         ours, grey = np.mean(np.array(values), axis=0)
-        return {"PSNR": _psnr(ours), "PSNR_grey": _psnr(grey)}
-
-
-def _psnr(square: float) -> float:
-    return min(20 * math.log10(255) - 10 * math.log10(square), 100.0) if square > 0 else 100.0
+        return {"PSNR": psnr(ours), "PSNR_grey": psnr(grey)}
 
 
 def _fit(maps: Tensor, like: Tensor) -> Tensor:

@@ -20,9 +20,8 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from ttt_adapt import MAEBranch
-from ttt_adapt.errors import ConfigError, EncoderError
+from ttt_adapt.errors import ConfigError, EncoderError, nearest
 from ttt_adapt.integration import Features
-from ttt_adapt_openmmlab.arms import nearest
 
 ATTACH = frozenset(inspect.signature(MAEBranch.attach).parameters) - {"model"}  # the settings of a branch
 QUERIES = ("query_feat", "query_embed")  # the embeddings of a mask head that are one per query
@@ -116,7 +115,9 @@ def branch_settings(branch: Any, *others: str) -> dict[str, Any]:
     known = sorted({*ATTACH, *others})
     for name in branch:
         if name not in known:
-            raise ConfigError(f"branch has no keyword {name!r}{nearest(name, known)}; expected {', '.join(known)}")
+            raise ConfigError(
+                f"branch has no keyword {name!r}; {nearest(name, known)}; expected one of {', '.join(known)}"
+            )
     return dict(branch)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.dist import all_reduce
 from mmengine.hooks import Hook
@@ -17,13 +16,15 @@ from torch import Tensor, nn
 
 from ttt_adapt import StepReport, StreamAdapter
 from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError
-from ttt_adapt_openmmlab.arms import contradiction, stream_config
-from ttt_adapt_openmmlab.batches import branch_for_stream, images, only_sample
+from ttt_adapt.integration import shuffled_epochs
+from ttt_adapt_openmmlab.arms import arm_name, contradiction, stream_config
+from ttt_adapt_openmmlab.batches import images, only_sample
+from ttt_adapt_openmmlab.datasets.frame_order import FrameOrder, file_of, video_of
 from ttt_adapt_openmmlab.datasets.loaders import check_stream, offline_indices, stream_infos
-from ttt_adapt_openmmlab.datasets.samplers import FrameOrder, file_of, video_of
 from ttt_adapt_openmmlab.decoders import branch_settings
 from ttt_adapt_openmmlab.joint import data_preprocessor_of, plain_model, unwrapped
-from ttt_adapt_openmmlab.panels import panels
+from ttt_adapt_openmmlab.reconstruction import panels
+from ttt_adapt_openmmlab.stream_branch import branch_for_stream
 
 
 @dataclasses.dataclass
@@ -56,10 +57,10 @@ class OnlineTTTHook(Hook):
         window: explicit memory, the last k frames (the current one included).
         batch_size: frames or crops drawn from the window for a gradient step (not of the dataloader).
         crop_size: (H, W) of random crops for the gradient step; None: whole frames.
-        arm: "online" (both memories), "no_memory", "implicit_only", "explicit_only", "paper" (the released code's
-            recipe), "fixed" (no adaptation: the hook does nothing), or "offline": before a video is predicted, the
-            model adapts to `offline_steps` of its frames, which come again and again in an order shuffled by the seed,
-            without a pull toward the source; then all are predicted with these weights.
+        arm: "online" (both memories), "no-memory", "implicit", "explicit", "paper" (the released code's recipe),
+            "fixed" (no adaptation: the hook does nothing), or "offline": before a video is predicted, the model adapts
+            to `offline_steps` of its frames, which come again and again in an order shuffled by the seed, without a
+            pull toward the source; then all are predicted with these weights.
         branch: None for the branch of a `JointMAE` model, or keywords of `MAEBranch.attach` to attach one to the
             plain model (`encoder="backbone"` by default); `checkpoint=` names a file or URL with its weights, as
             `JointMAE` saves them.
@@ -98,7 +99,7 @@ class OnlineTTTHook(Hook):
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number, at least {least}")
-        self.arm, self.offline_steps = arm, offline_steps
+        self.arm, self.offline_steps = arm_name(arm), offline_steps
         self.branch = None if branch is None else branch_settings(branch, "checkpoint")
         self.log_interval, self.visualize_interval = log_interval, visualize_interval
         self._adapter: StreamAdapter | None = None
@@ -228,7 +229,8 @@ class OnlineTTTHook(Hook):
         name = video_of(self._infos[begin])
         indices = [index for index, other in zip(self._indices, self._infos, strict=True) if video_of(other) == name]
         loader = runner.test_dataloader
-        for step, i in enumerate(_shuffled(len(indices), self.offline_steps, self.config.seed), start=1):
+        order = chain.from_iterable(shuffled_epochs(len(indices), self.config.seed))
+        for step, i in enumerate(islice(order, self.offline_steps), start=1):
             batch = loader.collate_fn([loader.dataset[indices[i]]])
             found = {**info, **only_sample(batch).metainfo}
             report = self._adapt(images(self._preprocessor, batch), found)
@@ -280,10 +282,3 @@ class OnlineTTTHook(Hook):
             self._warned.add(name)
             runner.logger.warning(warning)
         return new
-
-
-def _shuffled(count: int, steps: int, seed: int) -> Iterator[int]:
-    """`steps` numbers below `count`: all of them in random order, again and again."""
-    random = np.random.default_rng(seed)
-    epochs = (random.permutation(count).tolist() for _ in range(-(-steps // count)))
-    return islice(chain.from_iterable(epochs), steps)

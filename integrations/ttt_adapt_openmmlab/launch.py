@@ -1,167 +1,26 @@
-"""What the commands do: a config, changed by options, and MMEngine's runner on it."""
+"""Run MMEngine's runner on a config, in one process or in several."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import gc
-import inspect
 import os
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import torch
-from mmengine.config import Config, DictAction
-from mmengine.dist import is_main_process
+from mmengine.config import Config
+from mmengine.dist import barrier, is_main_process
 from mmengine.hooks import LoggerHook
-from mmengine.runner import CheckpointLoader, Runner, find_latest_checkpoint
+from mmengine.runner import CheckpointLoader, Runner
 from torch import nn
 
-from ttt_adapt import StreamConfig
 from ttt_adapt.errors import CheckpointError, ConfigError, MissingPackageError
-from ttt_adapt_openmmlab.arms import contradictions, nearest, stream_config
-from ttt_adapt_openmmlab.batches import branch_part
 from ttt_adapt_openmmlab.joint import find_branch, plain_model
+from ttt_adapt_openmmlab.run_config import check_exists, error_text
+from ttt_adapt_openmmlab.stream_branch import branch_part
 
 LAUNCHERS = ("none", "pytorch", "slurm", "mpi")
-_READ_BY_RUNNER = (  # beside its arguments
-    "activation_checkpointing",
-    "compile",
-    "custom_imports",
-    "efficient_conv_bn_eval",
-    "find_unused_parameters",
-    "model_wrapper_cfg",
-    "sync_bn",
-)
-
-
-def read_config(path: Path, work_dir: Path | None, options: list[str]) -> Config:
-    """The config of a file with `KEY=VALUE` options merged in; `custom_imports` are imported.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ConfigError: the file, or an option, cannot be read.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"config {path} does not exist")
-    try:
-        cfg = Config.fromfile(path)
-    except (ImportError, SyntaxError, NameError, KeyError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"config {path} cannot be read: {type(error).__name__}: {error}") from error
-    changes = parse_options(options)
-    known = {*cfg.keys(), *inspect.signature(Runner).parameters, *_READ_BY_RUNNER}
-    for name in changes:
-        entry = name.partition(".")[0]
-        if entry not in known:
-            raise ConfigError(f"--cfg-options {name}: the config has no entry {entry!r}{nearest(entry, known)}")
-    try:
-        cfg.merge_from_dict(changes)
-    except (TypeError, KeyError, ValueError, IndexError, AttributeError) as error:
-        raise ConfigError(f"--cfg-options {' '.join(options)} does not fit {path}: {_text(error)}") from error
-    if work_dir is not None:
-        cfg.work_dir = str(work_dir)
-    elif cfg.get("work_dir") is None:
-        cfg.work_dir = str(Path("work_dirs") / path.stem)
-    return cfg
-
-
-def parse_options(options: list[str]) -> dict[str, Any]:
-    """`KEY=VALUE` texts as MMEngine parses them: numbers, booleans, None, lists `1,2` or `[1,2]`, nested, tuples."""
-    for option in options:
-        if not option.partition("=")[0].strip() or "=" not in option:
-            raise ConfigError(f"--cfg-options got {option!r}; expected KEY=VALUE, such as model.branch.mask_ratio=0.75")
-    if not options:
-        return {}
-    parser = argparse.ArgumentParser()
-    parser.add_argument("options", nargs="+", action=DictAction)
-    try:
-        return dict(parser.parse_args(["--", *options]).options)
-    except AssertionError as error:
-        raise ConfigError(f"--cfg-options cannot be read: {error}") from error
-
-
-def set_amp(cfg: Config) -> None:
-    """Mixed precision by MMEngine's AmpOptimWrapper.
-
-    Raises:
-        ConfigError: no CUDA, or an optimizer wrapper of another kind.
-    """
-    if not torch.cuda.is_available():
-        raise ConfigError("--amp needs a CUDA device, and there is none: leave it out")
-    kind = cfg.optim_wrapper.get("type", "OptimWrapper")
-    if kind not in ("OptimWrapper", "AmpOptimWrapper"):
-        raise ConfigError(f"--amp takes an optim_wrapper of type OptimWrapper; the config has {kind!r}")
-    cfg.optim_wrapper.type = "AmpOptimWrapper"
-    cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
-
-
-def set_resume(cfg: Config, resume: str) -> None:
-    """Go on from a file or URL, or from the latest checkpoint of the work dir ("auto").
-
-    Where "auto" finds none, the run begins as the config says, `load_from` included.
-
-    Raises:
-        FileNotFoundError: no such file.
-    """
-    found = find_latest_checkpoint(cfg.work_dir) if resume == "auto" else resume
-    cfg.resume = found is not None
-    if found is not None:
-        set_checkpoint(cfg, found)
-
-
-def set_checkpoint(cfg: Config, checkpoint: str) -> None:
-    """Load this file or URL.
-
-    Raises:
-        FileNotFoundError: no such file.
-    """
-    _check_exists(checkpoint)
-    cfg.load_from = checkpoint
-
-
-def _check_exists(checkpoint: str) -> None:
-    if "://" not in checkpoint and not Path(checkpoint).expanduser().is_file():
-        raise FileNotFoundError(f"checkpoint {checkpoint} does not exist")
-
-
-def set_arm(cfg: Config, arm: str) -> None:
-    """Run this arm: sets `arm` of the config's OnlineTTTHook, or adds one; drops its fields that would contradict."""
-    stream_config(arm, {})
-    hooks = list(cfg.get("custom_hooks") or [])
-    ours = [hook for hook in hooks if _name_of(hook) == "OnlineTTTHook"]
-    if not ours:
-        ours = [{"type": "OnlineTTTHook"}]
-        hooks += ours
-    known = {field.name for field in dataclasses.fields(StreamConfig)}
-    for hook in ours:
-        hook["arm"] = arm
-        given = {name: hook[name] for name in known & hook.keys() if hook[name] is not None or name == "grad_clip"}
-        for name in contradictions(arm, stream_config(arm, given)):
-            hook.pop(name, None)
-    cfg.custom_hooks = hooks
-
-
-def set_show_dir(cfg: Config, folder: Path) -> None:
-    """Paint predictions into a folder, by the visualization hook of mmseg or mmdet.
-
-    Raises:
-        ConfigError: the config has no such hook.
-    """
-    hook = cfg.get("default_hooks", {}).get("visualization")
-    if hook is None:
-        raise ConfigError(
-            "--show-dir needs default_hooks.visualization, such as dict(type='SegVisualizationHook') or "
-            "dict(type='DetVisualizationHook'), and a visualizer"
-        )
-    hook["draw"] = True
-    if "Det" in _name_of(hook):
-        hook["test_out_dir"] = str(folder.absolute())
-    else:
-        hook.setdefault("interval", 1)
-        cfg.visualizer["save_dir"] = str(folder)
 
 
 def run(cfg: Config, what: str, launcher: str, local_rank: int | None) -> None:
@@ -173,7 +32,7 @@ def run(cfg: Config, what: str, launcher: str, local_rank: int | None) -> None:
     try:
         _prepare_processes(cfg, launcher, local_rank)
         if cfg.get("load_from") is not None:
-            _check_exists(cfg.load_from)
+            check_exists(cfg.load_from)
         elif what == "test":
             raise ConfigError(
                 "there are no weights to test: name them (ttt-adapt mm test CONFIG CHECKPOINT), or set load_from"
@@ -190,7 +49,18 @@ def _run(cfg: Config, what: str) -> None:
     _let_one_process_write(runner)
     if what == "test":
         _check_weights(runner.model, cfg.load_from)
+        _build_metrics(runner)
     getattr(runner, what)()
+
+
+def _build_metrics(runner: Runner) -> None:
+    """Build the test loop in every process before one of them begins to predict.
+
+    The first process makes the folder that a metric writes predictions to (`output_dir` of mmsegmentation's
+    `IoUMetric`) when it builds that metric. Another process that is ahead of it would find no folder.
+    """
+    _ = runner.test_loop  # MMEngine builds the loop and its metrics when it is first asked for
+    barrier()
 
 
 def _end_processes() -> None:
@@ -271,9 +141,9 @@ def _told_in_a_line() -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        if "registry" not in _text(error):
+        if "registry" not in error_text(error):
             raise
-        raise ConfigError(_text(error)) from error
+        raise ConfigError(error_text(error)) from error
     except TypeError as error:
         if "unexpected keyword argument" not in str(error):
             raise
@@ -298,12 +168,3 @@ def _told_in_a_line() -> Iterator[None]:
         if "No state_dict found" not in str(error) and "PytorchStreamReader" not in str(error):
             raise
         raise CheckpointError(f"the checkpoint cannot be read: {error}") from error
-
-
-def _text(error: BaseException) -> str:
-    return str(error.args[0]) if error.args else type(error).__name__
-
-
-def _name_of(hook: Any) -> str:
-    kind = hook.get("type") if isinstance(hook, dict) else type(hook)
-    return getattr(kind, "__name__", str(kind)).split(".")[-1]

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ttt_adapt import MAEBranch, StreamAdapter, StreamConfig
 from ttt_adapt.errors import ConfigError, FrameError
-from ttt_adapt_openmmlab.batches import branch_for_stream, only_sample
+from ttt_adapt_openmmlab.batches import only_sample
 from ttt_adapt_openmmlab.datasets.loaders import check_transform
 from ttt_adapt_openmmlab.decoders import branch_settings
 from ttt_adapt_openmmlab.joint import data_preprocessor_of, find_branch, plain_model
+from ttt_adapt_openmmlab.stream_branch import branch_for_stream
 
 
 def stream_adapter(
@@ -68,7 +69,7 @@ _NO_IMAGE = (
 
 
 class _Frames:
-    """The way of one frame: test pipeline and data preprocessor on entry, data sample on exit."""
+    """Makes a tensor of a frame, and a data sample of the tensor: test pipeline, data preprocessor, model."""
 
     def __init__(self, model: nn.Module, cfg: Any) -> None:
         if not isinstance(cfg, Config):
@@ -80,26 +81,37 @@ class _Frames:
         self._preprocessor = data_preprocessor_of(model)
         self._scope = _scope(model, cfg)
         self._pipeline = _pipeline(cfg, self._scope)
-        self._data: dict[str, Any] = {}
 
-    def __call__(self, frame: np.ndarray | Tensor) -> Tensor:
-        """uint8 BGR [H, W, 3] -> float [1, 3, H', W'] as the model takes it."""
+    def __call__(self, frame: np.ndarray | Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Preprocess a frame.
+
+        Args:
+            frame: uint8 BGR [H, W, 3].
+
+        Returns:
+            The frame as the model takes it, float [1, 3, H', W'], and what else `predict` needs: its data sample.
+        """
         image = frame.cpu().numpy() if isinstance(frame, Tensor) else frame
         packed = self._pipeline({"img": image, "img_id": 0} if self._scope == "mmdet" else {"img": image})
         batch = {key: [packed[key]] for key in ("inputs", "data_samples")}
         only_sample(batch)
-        self._data = self._preprocessor(batch, False)
-        x = self._data["inputs"].to(next(self._model.parameters()).dtype)
-        self._data["inputs"] = x
-        return x
+        data = dict(self._preprocessor(batch, False))
+        return data.pop("inputs").to(next(self._model.parameters()).dtype), data
 
-    def predict(self, x: Tensor) -> Any:
-        """What `model.test_step` makes of the frame that became `x`."""
-        known = self._data.get("inputs")
-        if known is None or known.data_ptr() != x.data_ptr() or known.shape != x.shape:
+    def predict(self, x: Tensor, data: dict[str, Any] | None = None) -> Any:
+        """What `model.test_step` returns for the frame that became `x`.
+
+        Args:
+            x: float [1, 3, H', W'].
+            data: what preprocessing made of the frame beside x. It stays as it is: a frame may be predicted again.
+
+        Raises:
+            FrameError: no data, because the frame came as a float tensor, without the image behind it.
+        """
+        if data is None:
             raise FrameError(_NO_IMAGE.format(x.dtype, tuple(x.shape)))
-        samples = [sample.clone() for sample in self._data["data_samples"]]
-        return self._model(**{**self._data, "data_samples": samples}, mode="predict")[0]
+        samples = [sample.clone() for sample in data["data_samples"]]
+        return self._model(**{**data, "inputs": x, "data_samples": samples}, mode="predict")[0]
 
 
 def _scope(model: nn.Module, cfg: Config) -> str:

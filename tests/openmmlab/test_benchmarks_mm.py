@@ -19,10 +19,16 @@ from ttt_adapt import StreamConfig
 CPU = torch.device("cpu")
 
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
 def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "benchmarks" / f"{name}.py")
+    """A benchmark as a module; what it shares with others is imported from its folder."""
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        spec.loader.exec_module(module)
     return module
 
 

@@ -18,7 +18,7 @@ import videos as v
 from ttt_adapt.cli.app import main
 from ttt_adapt_openmmlab import launch
 from ttt_adapt_openmmlab.arms import contradiction
-from ttt_adapt_openmmlab.launch import parse_options, read_config, set_arm
+from ttt_adapt_openmmlab.run_config import parse_options, read_config, set_amp, set_arm
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +90,7 @@ def test_train_then_test_with_and_without_adaptation(config, tmp_path):
     losses = [json.loads(x) for x in next((tmp_path / "work").glob("*/vis_data/scalars.json")).read_text().splitlines()]
     assert {"loss_mae", "decode.loss_ce"} <= losses[-1].keys()
     found = {}
-    for arm in ("fixed", "online", "no_memory"):
+    for arm in ("fixed", "online", "no-memory"):
         assert mm("test", config, checkpoint, "--arm", arm, "--work-dir", tmp_path / arm) == 0
         found[arm] = result(tmp_path / arm)
         assert found[arm]["ttt"]["arm"] == arm
@@ -174,12 +174,13 @@ MEMORIES = {"window": 16, "batch_size": 4, "carry_weights": True}
 @pytest.mark.parametrize(
     ("arm", "given", "left"),
     [
-        ("no_memory", MEMORIES, {"batch_size": 4}),
-        ("explicit_only", MEMORIES, {"window": 16, "batch_size": 4}),
-        ("explicit_only", {"window": 1, "lr": 0.1}, {"lr": 0.1}),
+        ("no-memory", MEMORIES, {"batch_size": 4}),
+        ("explicit", MEMORIES, {"window": 16, "batch_size": 4}),
+        ("explicit", {"window": 1, "lr": 0.1}, {"lr": 0.1}),
         ("online", {"window": 1, "source_pull": 1.0, "batch_size": 4}, {"batch_size": 4}),
         ("online", {"carry_weights": False, "window": None}, {"window": None}),
         ("offline", MEMORIES, MEMORIES),
+        ("offline", {"source_pull": 0.5, "lr": 0.1}, {"lr": 0.1}),
         ("offline", {"window": 1, "offline_steps": 3}, {"offline_steps": 3}),
         ("fixed", MEMORIES, MEMORIES),
         ("paper", {**MEMORIES, "grad_clip": None, "lr": 0.1}, {"window": 16, "carry_weights": True}),
@@ -196,10 +197,11 @@ def test_an_arm_by_name_drops_what_contradicts_it_and_nothing_else(arm, given, l
     assert not contradiction(arm, hook.config)
 
 
-def test_an_arm_by_name_brings_the_hook():
+@pytest.mark.parametrize(("given", "arm"), [("online", "online"), ("no_memory", "no-memory")])
+def test_an_arm_by_name_brings_the_hook(given, arm):
     cfg = Config({"model": {}})
-    set_arm(cfg, "online")
-    assert cfg.custom_hooks == [{"type": "OnlineTTTHook", "arm": "online"}]
+    set_arm(cfg, given)
+    assert cfg.custom_hooks == [{"type": "OnlineTTTHook", "arm": arm}]
 
 
 def test_predictions_are_painted_into_a_folder(config, checkpoint, tmp_path):
@@ -228,7 +230,7 @@ def test_wrong_calls_are_told_in_a_line(config, checkpoint, tmp_path, capsys):
         (("test", config, "--launcher", "pytorch"), "torchrun --nproc-per-node"),
         (("test", config, "--cfg-options", "window"), "KEY=VALUE"),
         (("test", config, "--cfg-options", "load_from=[1,2"), "Imbalanced"),
-        (("test", config, "--cfg-options", "modle.branch.mask_ratio=0.5"), "did you mean 'model'"),
+        (("test", config, "--cfg-options", "modle.branch.mask_ratio=0.5"), "nearest: 'model'"),
         (("test", config), "there are no weights to test"),
         (("test", config, other), "holds 0 of the"),
         (("test", config, "--cfg-options", "custom_hooks.7.arm=fixed"), "custom_hooks.7.arm=fixed"),
@@ -244,11 +246,11 @@ def test_wrong_calls_are_told_in_a_line(config, checkpoint, tmp_path, capsys):
 
 
 def test_mixed_precision_needs_a_gpu(config, capsys, monkeypatch):
-    monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "--amp needs a CUDA device" in failed(capsys, "train", config, "--amp")
-    monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     cfg = read_config(config, None, [])
-    launch.set_amp(cfg)
+    set_amp(cfg)
     assert cfg.optim_wrapper.type == "AmpOptimWrapper"
 
 

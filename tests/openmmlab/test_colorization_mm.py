@@ -12,9 +12,8 @@ from mmengine.structures import PixelData
 import tiny
 from ttt_adapt.data import unlabelled
 from ttt_adapt.errors import DataError
-from ttt_adapt.integration import LABEL_FOLDERS, rgb_to_lab, to_grey
-from ttt_adapt.tasks.colorization import score, task
-from ttt_adapt_openmmlab import Colorizer, ColourPictures, JointMAE, PackColours, StreamColourMetric, colorization
+from ttt_adapt.integration import rgb_to_lab, to_grey
+from ttt_adapt_openmmlab import Colorizer, ColourPictures, JointMAE, PackColours, StreamColourMetric
 from ttt_adapt_openmmlab.colorization import AB_SCALE
 from ttt_adapt_openmmlab.decoders import MaskHeadCopy
 
@@ -103,10 +102,3 @@ def test_label_images_are_no_pictures_as_in_the_core(tmp_path):
     files = [found.get_data_info(i)["img_path"] for i in range(len(found))]
     assert files == [str(bear / "1.jpg"), str(bear / "2.jpg")]
     assert files == [str(file) for _, pictures in unlabelled.walk(tmp_path) for file in pictures]
-
-
-def test_what_is_stated_twice_is_the_same_as_in_the_core():
-    assert colorization.AB_SCALE == task.AB_SCALE
-    assert colorization.LABEL_FOLDERS == LABEL_FOLDERS
-    for square in (0.0, 1e-9, 0.5, 1.0, 300.0, 65025.0):
-        assert colorization._psnr(square) == score.psnr(square)

@@ -54,20 +54,43 @@ def results(out: Path) -> tuple[dict, dict[str, bytes], str]:
     return json.loads((run / f"{run.name}.json").read_text()), maps, (run / f"{run.name}.log").read_text()
 
 
-def config_for(tmp_path: Path, lengths: dict[str, int]) -> Path:
+def config_for(tmp_path: Path, lengths: dict[str, int], **changes) -> Path:
     """A config with trained-looking weights; the frames' numbers differ between videos, as the maps go by name."""
     data = tmp_path / "data"
     for i, (name, length) in enumerate(lengths.items()):
         v.write_video(data, name, [100 * i + n for n in range(length)])
-    entries = v.seg_config(data, tmp_path / "work", test_dataloader=v.loader_of(data, sampler={"type": "VideoSampler"}))
+    loader = v.loader_of(data, sampler={"type": "VideoSampler"})
+    entries = v.seg_config(data, tmp_path / "work", test_dataloader=loader, **changes)
     runner = Runner.from_cfg(Config(entries))
     settle_norms(plain_model(runner.model))
     save_checkpoint({"state_dict": runner.model.state_dict()}, str(tmp_path / "model.pth"))
     return v.write_config(tmp_path / "config.py", {**entries, "load_from": str(tmp_path / "model.pth")})
 
 
-def test_two_processes_give_exactly_the_result_of_one(tmp_path):
-    config = config_for(tmp_path, {"a": 2, "b": 5, "c": 1, "d": 3})
+LATE_METRIC = """
+import time
+from mmengine.dist import get_world_size, is_main_process
+from mmengine.registry import METRICS
+from mmseg.evaluation import IoUMetric
+
+@METRICS.register_module()
+class LateIoUMetric(IoUMetric):
+    def __init__(self, **settings):
+        if get_world_size() > 1 and is_main_process():
+            time.sleep(1)
+        super().__init__(**settings)
+"""
+
+
+def test_two_processes_give_exactly_the_result_of_one(tmp_path, monkeypatch):
+    """The first process is late with the folder that the predictions are written to; the second one waits for it."""
+    (tmp_path / "late_metric.py").write_text(LATE_METRIC)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.syspath_prepend(tmp_path)
+    imports = {"imports": ["ttt_adapt_openmmlab", "late_metric"], "allow_failed_imports": False}
+    metric = {"type": "LateIoUMetric", "iou_metrics": ["mIoU"]}
+    lengths = {"a": 2, "b": 5, "c": 1, "d": 3}
+    config = config_for(tmp_path, lengths, custom_imports=imports, test_evaluator=metric)
     one, one_maps, _ = alone(config, tmp_path / "one")
     two, two_maps, log = together(config, tmp_path / "two")
     assert len(one_maps) == 11
@@ -92,7 +115,8 @@ def test_a_process_without_a_video_waits_for_the_others(tmp_path):
 TEST_AND_LIST_THREADS = """
 import sys
 from pathlib import Path
-from ttt_adapt_openmmlab.launch import read_config, run
+from ttt_adapt_openmmlab.launch import run
+from ttt_adapt_openmmlab.run_config import read_config
 
 run(read_config(Path(sys.argv[1]), Path(sys.argv[2]), []), "test", "pytorch", None)
 print("threads:", *(task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")))

@@ -15,7 +15,7 @@ from mmengine.config import Config
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from test_configs import read
+from small_configs import small_config
 from ttt_adapt import MAEBranch
 from ttt_adapt_openmmlab import OnlineTTTHook
 
@@ -76,7 +76,7 @@ def test_configs_have_ten_lines_and_each_that_is_new_is_explained_below():
 @pytest.mark.slow
 @pytest.mark.parametrize("code", printed_configs(*PAGES))
 def test_it_trains_jointly(code, tmp_path):
-    cfg = read(saved(code, tmp_path), tmp_path)
+    cfg = small_config(saved(code, tmp_path), tmp_path)
     cfg.train_cfg = {"type": "IterBasedTrainLoop", "max_iters": 1}
     cfg.test_dataloader = cfg.test_evaluator = cfg.test_cfg = None
     runner = Runner.from_cfg(cfg)
@@ -88,7 +88,7 @@ def test_it_trains_jointly(code, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("code", printed_configs(*PAGES))
 def test_it_tests_with_adaptation(code, tmp_path):
-    runner = Runner.from_cfg(read(saved(code, tmp_path), tmp_path))
+    runner = Runner.from_cfg(small_config(saved(code, tmp_path), tmp_path))
     assert runner.test()
     summary = runner.message_hub.get_info("test/ttt")
     assert summary["arm"] == "online"

@@ -23,7 +23,7 @@ from conftest import left_as_it_was, mix_flags, same_bits, settle_norms
 from ttt_adapt import StreamAdapter, StreamConfig
 from ttt_adapt.errors import CheckpointError, ConfigError, DataError, EncoderError, FrameError
 from ttt_adapt_openmmlab import OnlineTTTHook, find_branch, plain_model
-from ttt_adapt_openmmlab.arms import ARMS, contradiction
+from ttt_adapt_openmmlab.arms import HOOK_ARMS, contradiction
 from ttt_adapt_openmmlab.batches import images
 from ttt_adapt_openmmlab.datasets import loaders
 
@@ -114,7 +114,7 @@ def test_predictions_are_those_of_a_stream_adapter_that_is_reset_at_each_video(m
     assert not same_bits(found, outputs_of(make()))
 
 
-@pytest.mark.parametrize("arm", ["online", "paper", "no_memory", "explicit_only", "implicit_only", "offline"])
+@pytest.mark.parametrize("arm", ["online", "paper", "no-memory", "explicit", "implicit", "offline"])
 def test_the_model_is_left_as_it_was(make, arm):
     runner = make(v.hook(arm=arm, norm_stats="ema"))
     mix_flags(runner.model)
@@ -180,11 +180,35 @@ def test_weights_that_another_hook_swaps_in_are_the_source(make):
 # ---- arms
 
 
-@pytest.mark.parametrize("arm", ["online", "no_memory", "implicit_only", "explicit_only", "paper"])
-def test_an_arm_is_the_preset_and_explicit_arguments_win(arm):
-    assert OnlineTTTHook(arm=arm).config == getattr(StreamConfig, arm)()
+@pytest.mark.parametrize(
+    ("arm", "preset"),
+    [
+        ("online", StreamConfig.online),
+        ("no-memory", StreamConfig.no_memory),
+        ("implicit", StreamConfig.implicit_only),
+        ("explicit", StreamConfig.explicit_only),
+        ("paper", StreamConfig.paper),
+    ],
+)
+def test_an_arm_is_the_preset_and_explicit_arguments_win(arm, preset):
+    assert OnlineTTTHook(arm=arm).config == preset()
     changes = {"batch_size": 3, "lr": 0.5, "crop_size": [4, 5]}
-    assert OnlineTTTHook(arm=arm, **changes).config == getattr(StreamConfig, arm)(**changes)
+    assert OnlineTTTHook(arm=arm, **changes).config == preset(**changes)
+
+
+@pytest.mark.parametrize(
+    ("given", "arm"),
+    [
+        ("no_memory", "no-memory"),
+        ("implicit_only", "implicit"),
+        ("implicit-only", "implicit"),
+        ("explicit_only", "explicit"),
+        ("explicit-only", "explicit"),
+    ],
+)
+def test_underscores_and_long_names_of_arms_are_accepted(given, arm):
+    assert OnlineTTTHook(arm=given).arm == arm
+    assert OnlineTTTHook(arm=given).config == OnlineTTTHook(arm=arm).config
 
 
 def test_the_call_of_the_readme_is_understood():
@@ -195,8 +219,10 @@ def test_the_call_of_the_readme_is_understood():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"arm": "onlin"}, "'online'"),
-        ({"windows": 4}, "did you mean 'window'"),
+        ({"arm": "onlin"}, "'onlin'; expected one of .*'online'"),
+        ({"arm": "tent"}, "'tent'; expected one of .*'online'"),
+        ({"arm": "online+vote"}, "expected one of .*'online'"),
+        ({"windows": 4}, "nearest: 'window'"),
         ({"batchsize": 4}, "'batch_size'"),
         ({"window": 0}, "window is 0"),
         ({"log_interval": 0}, "log_interval"),
@@ -251,19 +277,20 @@ def test_offline_is_adapt_over_the_video_shuffled_again_and_again(make):
 def test_settings_that_turn_an_arm_into_another_are_warned_of(make):
     runner = make(v.hook(arm="no_memory"))
     runner.test()
-    assert "arm 'no_memory' means window=1, and the hook was given window=2" in log_of(runner)
+    assert "arm 'no-memory' means window=1, and the hook was given window=2" in log_of(runner)
 
 
 @pytest.mark.parametrize(
     ("arm", "fields", "warning"),
     [
         ("online", {"window": 1}, "a window of at least 2, and the hook was given window=1"),
-        ("explicit_only", {"window": 1}, "a window of at least 2"),
+        ("explicit", {"window": 1}, "a window of at least 2"),
         ("offline", {"window": 1}, "a window of at least 2"),
+        ("offline", {"source_pull": 0.5}, "source_pull=0.0"),
         ("online", {"source_pull": 1.0}, "source_pull below 1, and the hook was given source_pull=1.0"),
-        ("implicit_only", {"source_pull": 1.0}, "source_pull below 1"),
+        ("implicit", {"source_pull": 1.0}, "source_pull below 1"),
         ("online", {"carry_weights": False}, "carry_weights=True"),
-        ("no_memory", {"window": 2, "carry_weights": True}, "window=1, carry_weights=False"),
+        ("no-memory", {"window": 2, "carry_weights": True}, "window=1, carry_weights=False"),
         ("paper", {"batch_size": 8}, "batch_size=32"),
         ("paper", {"lr": 1e-3}, "lr=0.0001"),
         ("paper", {"grad_clip": None}, "grad_clip=0.01, and the hook was given grad_clip=None"),
@@ -271,7 +298,7 @@ def test_settings_that_turn_an_arm_into_another_are_warned_of(make):
         ("paper", {"crop_size": (4, 5), "seed": 3, "precision": "bf16"}, ""),
         ("online", {"window": "auto"}, ""),
         ("online", {"window": 2, "batch_size": 1, "lr": 1.0, "source_pull": 0.9}, ""),
-        ("no_memory", {"source_pull": 1.0}, ""),
+        ("no-memory", {"source_pull": 1.0}, ""),
         ("fixed", {"window": 1}, ""),
     ],
 )
@@ -281,7 +308,7 @@ def test_the_name_of_an_arm_is_what_runs_or_a_warning_says_so(arm, fields, warni
     assert warning in told
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", HOOK_ARMS)
 def test_an_arm_as_it_is_contradicts_nothing(arm):
     assert not contradiction(arm, OnlineTTTHook(arm=arm).config)
 

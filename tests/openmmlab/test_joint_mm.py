@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.model import BaseModel, convert_sync_batchnorm
 from mmengine.model.utils import revert_sync_batchnorm
 from mmengine.optim import OptimWrapper, build_optim_wrapper
@@ -22,10 +21,11 @@ from torch import nn
 
 import tiny
 from conftest import photograph, same_bits
-from test_ops import zoo_checkpoint
+from small_configs import joint_config
 from ttt_adapt import MAEBranch, TTTAdaptError
 from ttt_adapt.errors import ConfigError
 from ttt_adapt_openmmlab import JointMAE, find_branch, plain_model
+from zoo import zoo_checkpoint
 
 FAMILIES = {
     "fcn": tiny.fcn,
@@ -45,17 +45,6 @@ def losses_of(model: nn.Module, config: dict, seed: int = 5) -> dict:
     data = plain_model(model).data_preprocessor(tiny.batch(config), True)
     torch.manual_seed(seed)
     return model(**data, mode="loss")
-
-
-def tensors(sample) -> dict:
-    """All tensors of a data sample, by name."""
-    return {
-        f"{field}.{key}": value
-        for field, part in sample.all_items()
-        if hasattr(part, "all_items")
-        for key, value in part.all_items()
-        if isinstance(value, torch.Tensor)
-    }
 
 
 # ---- the model's own behaviour
@@ -108,8 +97,8 @@ def test_predictions_are_those_of_the_plain_model(family):
             got = getattr(wrapped, step)(tiny.batch(config))
         assert len(expected) == 2
         for a, b in zip(expected, got, strict=True):
-            assert tensors(a)
-            assert same_bits(tensors(a), tensors(b))
+            assert tiny.tensors(a)
+            assert same_bits(tiny.tensors(a), tiny.tensors(b))
     images = torch.randn(1, 3, *tiny.SIZE)
     if family == "fcn":  # mask heads of mmseg have no mode "tensor"
         assert same_bits(plain(images), wrapped(images))
@@ -161,27 +150,9 @@ def test_a_deep_copy_shares_nothing_and_still_trains():
 # ---- configs
 
 
-STOCK = """
-default_scope = 'mmseg'
-model = {plain!r}
-"""
-README = """
-_base_ = ['{base}']
-custom_imports = dict(imports=['ttt_adapt_openmmlab'], allow_failed_imports=False)
-model = dict({delete}type='JointMAE', model=_base_.model,
-             branch=dict(encoder='backbone', decoder='copy_head', mask_ratio=0.8))
-"""
-
-
-def configured(tmp_path: Path, plain: dict, delete: str = "") -> Config:
-    (tmp_path / "stock.py").write_text(STOCK.format(plain=plain))
-    (tmp_path / "joint.py").write_text(README.format(base="stock.py", delete=delete))
-    return Config.fromfile(tmp_path / "joint.py")
-
-
 @pytest.mark.parametrize("delete", ["", "_delete_=True, "])
 def test_a_config_wraps_the_model_of_its_base(tmp_path, delete):
-    cfg = configured(tmp_path, tiny.fcn(), delete)
+    cfg = joint_config(tmp_path, tiny.fcn(), delete)
     tiny.enter("mmseg")
     model = MODELS.build(cfg.model)
     assert type(model) is JointMAE
@@ -191,7 +162,7 @@ def test_a_config_wraps_the_model_of_its_base(tmp_path, delete):
 
 
 def test_what_stands_inside_of_model_wins_over_what_the_config_inherits(tmp_path):
-    cfg = configured(tmp_path, tiny.fcn())
+    cfg = joint_config(tmp_path, tiny.fcn())
     cfg.model.model.decode_head.num_classes = 7
     cfg.model.model.auxiliary_head.num_classes = 7
     tiny.enter("mmseg")
@@ -304,20 +275,10 @@ def test_state_dict_keys_hold_inside_of_another_module():
     assert same_bits(dict(other.state_dict()), dict(state))
 
 
-def changed(model: nn.Module) -> nn.Module:
-    """The model after some training: every tensor another one."""
-    generator = torch.Generator().manual_seed(11)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            if tensor.is_floating_point():
-                tensor.add_(0.1 * torch.rand(tensor.shape, generator=generator))
-    return model
-
-
 @pytest.mark.parametrize("family", ["fcn", "mask2former_instance"])
 def test_a_plain_checkpoint_loads_and_saves_back_under_its_keys(tmp_path, family):
     config = FAMILIES[family]()
-    trained = changed(tiny.build(config))
+    trained = tiny.changed(tiny.build(config))
     save_checkpoint({"state_dict": trained.state_dict(), "meta": {}}, str(tmp_path / "plain.pth"))
     wrapped = joint(config)
     load_checkpoint(wrapped, str(tmp_path / "plain.pth"), strict=True)
@@ -346,7 +307,7 @@ def test_a_plain_checkpoint_sets_the_copy_of_the_head_to_the_loaded_head(family)
     wrapped = joint(config)
     fresh = {k: v.clone() for k, v in wrapped.branch.state_dict().items()}
     parameters = [id(p) for p in wrapped.parameters()]
-    trained = changed(tiny.build(config))
+    trained = tiny.changed(tiny.build(config))
     wrapped.load_state_dict(trained.state_dict())
     pairs = copied_part(wrapped, trained.state_dict())
     assert len(pairs) > 5
@@ -362,7 +323,7 @@ def test_a_plain_checkpoint_sets_the_copy_of_the_head_to_the_loaded_head(family)
 
 def test_a_joint_checkpoint_restores_the_branch_itself():
     config = tiny.fcn()
-    trained = changed(joint(config))
+    trained = tiny.changed(joint(config))
     wrapped = JointMAE(tiny.build(config), {"decoder": "copy_head"})
     result = wrapped.load_state_dict(trained.state_dict())
     assert not result.missing_keys
@@ -537,7 +498,7 @@ def test_the_runner_trains_saves_and_resumes(tmp_path):
 
 def test_the_runner_loads_a_zoo_checkpoint_and_the_copy_is_its_head(tmp_path):
     config = tiny.fcn()
-    trained = changed(tiny.build(config))
+    trained = tiny.changed(tiny.build(config))
     torch.save(zoo_checkpoint(trained.state_dict()), tmp_path / "zoo.pth")
     run = runner(tmp_path, config, load_from=str(tmp_path / "zoo.pth"))
     run._init_model_weights()
@@ -551,34 +512,38 @@ def test_the_runner_loads_a_zoo_checkpoint_and_the_copy_is_its_head(tmp_path):
 
 
 WORKER = """
-import os, sys
+import gc, sys
 sys.path[:0] = [{tests!r}, {openmmlab!r}]
 import tiny, torch
 import torch.distributed as dist
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from ttt_adapt_openmmlab import JointMAE, find_branch, plain_model
+
+def train(rank):
+    config = tiny.{family}()
+    model = JointMAE(tiny.build(config), dict(decoder="copy_head")).train()
+    wrapped = MMDistributedDataParallel(module=model, broadcast_buffers=False, find_unused_parameters=False)
+    assert plain_model(wrapped) is model.model and find_branch(wrapped) is model.branch
+    optimizer = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1e-2), accumulative_counts=2)
+    optimizer.initialize_count_status(wrapped, 0, 4)
+    torch.manual_seed(rank)
+    for _ in range(4):
+        data = tiny.batch(config, 2)
+        log = wrapped.train_step(data, optimizer)
+        assert "loss_mae" in log
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    others = [torch.zeros_like(flat) for _ in range(2)]
+    dist.all_gather(others, flat)
+    assert torch.equal(others[0], others[1])
+    assert not torch.isnan(flat).any()
+    print("same %d\\n" % rank, end="", flush=True)  # one write: two processes share the pipe
+
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
-rank = dist.get_rank()
-config = tiny.{family}()
-model = JointMAE(tiny.build(config), dict(decoder="copy_head")).train()
-wrapped = MMDistributedDataParallel(module=model, broadcast_buffers=False, find_unused_parameters=False)
-assert plain_model(wrapped) is model.model and find_branch(wrapped) is model.branch
-optimizer = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1e-2), accumulative_counts=2)
-optimizer.initialize_count_status(wrapped, 0, 4)
-torch.manual_seed(rank)
-for _ in range(4):
-    data = tiny.batch(config, 2)
-    log = wrapped.train_step(data, optimizer)
-    assert "loss_mae" in log
-flat = torch.cat([p.detach().flatten() for p in model.parameters()])
-others = [torch.zeros_like(flat) for _ in range(2)]
-dist.all_gather(others, flat)
-assert torch.equal(others[0], others[1])
-assert not torch.isnan(flat).any()
-print("same %d\\n" % rank, end="", flush=True)  # one write: two processes share the pipe
+train(dist.get_rank())
 dist.destroy_process_group()
+gc.collect()  # the wrapped model would keep the group, and threads of gloo that still run when Python ends abort it
 """
 
 

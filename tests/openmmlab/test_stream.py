@@ -20,11 +20,11 @@ from torch import nn
 
 import tiny
 from conftest import photograph, same_bits
-from test_joint_mm import changed, configured, tensors
-from test_ops import zoo_checkpoint
+from small_configs import joint_config
 from ttt_adapt import StreamAdapter, StreamConfig, TTTAdaptError
 from ttt_adapt.errors import ConfigError, FrameError, StateError
 from ttt_adapt_openmmlab import JointMAE, stream_adapter
+from zoo import zoo_checkpoint
 
 STILL = StreamConfig(lr=0.0, batch_size=2, window=2)
 MOVING = StreamConfig(lr=1e-2, batch_size=2, window=2)
@@ -70,7 +70,7 @@ def inference(cfg: Config) -> Any:
 
 
 def predictions(sample: Any) -> dict:
-    return {key: value for key, value in tensors(sample).items() if key.startswith(("pred_", "seg_logits"))}
+    return {key: value for key, value in tiny.tensors(sample).items() if key.startswith(("pred_", "seg_logits"))}
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -159,20 +159,35 @@ def test_adapting_to_one_frame_and_predicting_another_do_not_mix():
     assert same_bits(predictions(expected), predictions(got))
 
 
-def test_statistics_that_move_predict_the_frame_all_the_same():
-    """With norm_stats the model predicts each frame twice, on data samples of their own."""
+@pytest.mark.parametrize("statistics", ["batch", "ema", "blend"])
+def test_statistics_that_move_predict_the_frame_all_the_same(statistics):
+    """With "ema" the model predicts each frame twice, on data samples of their own."""
     model = initialised(joined(tiny.fcn(), config(tiny.fcn())))
-    settings = StreamConfig(lr=0.0, batch_size=1, window=1, norm_stats="batch")
+    fixed = inference_model(model, tiny.frame(FRAME))
+    settings = StreamConfig(lr=0.0, batch_size=1, window=1, norm_stats=statistics)
     with stream_adapter(model, config=settings) as adapter:
         a = adapter.step(tiny.frame(FRAME))
         b = adapter.predict(tiny.frame(FRAME))
     assert same_bits(predictions(a), predictions(b))
+    assert not same_bits(predictions(a), predictions(fixed))
+
+
+def test_frames_that_are_taken_in_turns_keep_their_own_data():
+    """Predictions depend on nothing that an earlier or a later frame left behind."""
+    model = initialised(joined(tiny.fcn(), config(tiny.fcn())))
+    first, second = tiny.frame(FRAME, 1), tiny.frame((60, 93), 2)  # as the model takes them both are (64, 96)
+    expected = [inference_model(model, frame) for frame in (first, second)]
+    with stream_adapter(model, config=STILL) as adapter:
+        got = [adapter.step(first), adapter.predict(second), adapter.predict(first), adapter.step(second)]
+    for sample, frame in zip(got, (0, 1, 0, 1), strict=True):
+        assert sample.pred_sem_seg.shape == expected[frame].pred_sem_seg.shape
+        assert same_bits(predictions(sample), predictions(expected[frame]))
 
 
 @pytest.mark.parametrize("kind", ["fcn", "instance"])
 def test_a_zoo_checkpoint_loads_into_plain_and_joint_models(tmp_path, kind):
     model = MODELS[kind]()
-    trained = changed(tiny.build(model))
+    trained = tiny.changed(tiny.build(model))
     path = str(tmp_path / "zoo.pth")
     torch.save(zoo_checkpoint(trained.state_dict()), path)
     for cfg in (config(model), joined(model, config(model))):
@@ -185,7 +200,7 @@ def test_a_zoo_checkpoint_loads_into_plain_and_joint_models(tmp_path, kind):
 
 def test_a_trained_branch_comes_with_the_file_of_the_joint_run(tmp_path):
     model = tiny.fcn()
-    trained = changed(JointMAE(tiny.build(model), {"decoder": "copy_head"}))
+    trained = tiny.changed(JointMAE(tiny.build(model), {"decoder": "copy_head"}))
     path = str(tmp_path / "joint.pth")
     torch.save({"state_dict": trained.state_dict(), "meta": {"dataset_meta": {"classes": tuple("abcd")}}}, path)
     wrapped, stock = initialised(joined(model, config(model)), path), initialised(config(model), path)
@@ -204,7 +219,7 @@ def test_the_config_of_the_page_is_built_by_init_model_and_init_detector(tmp_pat
     for name, model in (("a", tiny.fcn()), ("b", tiny.mask2former())):
         folder = tmp_path / name
         folder.mkdir()
-        cfg = configured(folder, model)
+        cfg = joint_config(folder, model)
         extra = config(model)
         for key in ("default_scope", "test_pipeline", "test_dataloader"):
             cfg[key] = extra[key]

@@ -330,6 +330,27 @@ def batch(config: dict[str, Any], count: int = 2, size: tuple[int, int] = SIZE) 
     return {"inputs": images, "data_samples": [make(size, seed) for seed in range(count)]}
 
 
+def changed(model: nn.Module) -> nn.Module:
+    """The model after some training: every tensor another one."""
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(0.1 * torch.rand(tensor.shape, generator=generator))
+    return model
+
+
+def tensors(sample: Any) -> dict:
+    """All tensors of a data sample, by name."""
+    return {
+        f"{field}.{key}": value
+        for field, part in sample.all_items()
+        if hasattr(part, "all_items")
+        for key, value in part.all_items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
 def _metainfo(size: tuple[int, int]) -> dict[str, Any]:
     return {"ori_shape": size, "img_shape": size, "pad_shape": size, "scale_factor": (1.0, 1.0), "img_id": 0}
 

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 from mmengine.registry import DATASETS
 
 from ttt_adapt.errors import DataError
-from ttt_adapt_openmmlab.datasets.tree import Clip, read_labels
-from ttt_adapt_openmmlab.datasets.video import VideoDataset
+from ttt_adapt_openmmlab.datasets.clips import Clip
+from ttt_adapt_openmmlab.datasets.label_images import read_labels
+from ttt_adapt_openmmlab.datasets.video_dataset import VideoDataset
 
 CLASSES = (
     "Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian", "Bicyclist",

@@ -11,10 +11,17 @@ import numpy as np
 
 from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt_openmmlab.datasets import camvid, coco_videos, kitti_step
+from ttt_adapt_openmmlab.datasets.clips import Clip, listed, subfolders
 from ttt_adapt_openmmlab.datasets.coco_videos import LABELS, THING_IDS
+from ttt_adapt_openmmlab.datasets.label_images import (
+    VOID,
+    check_ids,
+    read_colour,
+    read_labels,
+    read_segment_ids,
+    segment_ids,
+)
 from ttt_adapt_openmmlab.datasets.transforms import kitti_segments
-from ttt_adapt_openmmlab.datasets.tree import VOID, Clip, check_ids, listed, read_colour, read_labels, subfolders
-from ttt_adapt_openmmlab.metrics.panoptic import read_segment_ids, segment_ids
 
 CITYSCAPES_LAYOUT = (
     "leftImg8bit/{train,val}/CITY/NAME_leftImg8bit.png and gtFine/{train,val}/CITY/NAME_gtFine_labelTrainIds.png"

@@ -11,8 +11,9 @@ from typing import Any
 from mmengine.registry import DATASETS
 
 from ttt_adapt.errors import ConfigError, DataError
-from ttt_adapt_openmmlab.datasets.tree import VOID, Clip, numbered, subfolders
-from ttt_adapt_openmmlab.datasets.video import VideoDataset
+from ttt_adapt_openmmlab.datasets.clips import Clip, numbered, subfolders
+from ttt_adapt_openmmlab.datasets.label_images import VOID
+from ttt_adapt_openmmlab.datasets.video_dataset import VideoDataset
 
 THING_IDS = tuple(i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
 STUFF_IDS = (

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from mmengine.registry import DATASETS
 
 from ttt_adapt.errors import ConfigError
-from ttt_adapt_openmmlab.datasets.tree import Clip, numbered, subfolders
-from ttt_adapt_openmmlab.datasets.video import VideoDataset
+from ttt_adapt_openmmlab.datasets.clips import Clip, numbered, subfolders
+from ttt_adapt_openmmlab.datasets.video_dataset import VideoDataset
 
 CLASSES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",

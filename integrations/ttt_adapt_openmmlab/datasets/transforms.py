@@ -8,8 +8,7 @@ from mmengine.registry import TRANSFORMS
 
 from ttt_adapt.errors import DataError
 from ttt_adapt_openmmlab.datasets.kitti_step import CLASSES, PANOPTIC_ORDER, THINGS
-from ttt_adapt_openmmlab.datasets.tree import VOID, check_ids, read_colour
-from ttt_adapt_openmmlab.metrics.panoptic import segment_ids
+from ttt_adapt_openmmlab.datasets.label_images import VOID, check_ids, read_colour, segment_ids
 
 
 @TRANSFORMS.register_module()

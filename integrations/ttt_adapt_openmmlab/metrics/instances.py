@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from mmengine.registry import METRICS
 from torch import Tensor
 
-from ttt_adapt.errors import DataError
-from ttt_adapt_openmmlab.datasets.samplers import file_of
-from ttt_adapt_openmmlab.metrics.panoptic import read_segment_ids
+from ttt_adapt.errors import ConfigError, DataError
+from ttt_adapt_openmmlab.datasets.frame_order import file_of
+from ttt_adapt_openmmlab.datasets.label_images import read_segment_ids
+from ttt_adapt_openmmlab.metrics.base import Scores, StreamMetric
 
 IOU_TYPES = ("segm", "bbox")
 MOST = 100
@@ -39,6 +41,47 @@ class Frame:
     width: int
     truth: list[dict]
     detections: list[dict]
+
+
+@METRICS.register_module()
+class StreamAPMetric(StreamMetric):
+    """COCO's average precision of masks and boxes, by pycocotools' `COCOeval`.
+
+    `segm_mAP` is AP at IoU 0.50:0.95, with `_50` and `_75`, and `_s`, `_m`, `_l` by area; `bbox_mAP` likewise. Ground
+    truth is `instances` of the data sample (mmdetection's form, with masks), or else the things of `segments_info` in
+    the panoptic PNG `seg_map_path`; name these in the `meta_keys` of `PackDetInputs`. Stuff is left out. Crowds are
+    ignored as COCO does. For masks, void (`bbox_label` -1, or pixels of no listed segment) is a crowd of every class; a
+    box around void would hide true errors, so boxes have none. Frames without a true instance that is no crowd have no
+    AP of their own and are left out of `_frames`.
+
+    Args:
+        metric: "segm", "bbox" or both.
+        **options: `collect_device` and `prefix`, as for `StreamMetric`.
+
+    Raises:
+        ConfigError: an unknown metric.
+    """
+
+    def __init__(self, metric: str | Sequence[str] = "segm", **options: Any) -> None:
+        self.metrics = [metric] if isinstance(metric, str) else list(metric)
+        if not self.metrics or set(self.metrics) - set(IOU_TYPES):
+            raise ConfigError(f"metric is {metric!r}; expected {' or '.join(IOU_TYPES)}, or a list of both")
+        super().__init__([f"{kind}_mAP" for kind in self.metrics], **options)
+
+    def measure(self, sample: dict) -> Frame:
+        """The true instances and the detections of a frame."""
+        masks, (height, width) = "segm" in self.metrics, sample["ori_shape"][:2]
+        things = self._meta("thing_classes" if "thing_classes" in (self.dataset_meta or {}) else "classes")
+        labels = {label for label, name in enumerate(self._meta("classes")) if name in set(things)}
+        return Frame(height, width, truth_of(sample, labels, masks), detections_of(sample, labels, masks))
+
+    def score(self, values: Sequence[Frame]) -> Scores:
+        """The scores of these frames together, in percent."""
+        return {
+            f"{kind}_{name}": 100 * value
+            for kind in self.metrics
+            for name, value in average_precision(values, kind, self.class_count()).items()
+        }
 
 
 def truth_of(sample: dict, labels: Collection[int], masks: bool) -> list[dict]:

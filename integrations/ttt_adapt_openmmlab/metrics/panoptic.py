@@ -1,42 +1,81 @@
-"""Panoptic label images: reading them, and panoptic quality.
-
-A panoptic PNG numbers every pixel's segment as R + 256 G + 65536 B; a list beside it names the category of every
-segment. Pixels of no listed segment are void.
-"""
+"""Panoptic quality, by its definition."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
+from mmengine.registry import METRICS
 
-from ttt_adapt_openmmlab.datasets.tree import read_colour
+from ttt_adapt.errors import DataError
+from ttt_adapt_openmmlab.datasets.frame_order import file_of
+from ttt_adapt_openmmlab.datasets.label_images import read_segment_ids
+from ttt_adapt_openmmlab.metrics.base import Scores, StreamMetric, size_text
 
 MATCH_IOU = 0.5
 """Above this IoU, at most one predicted segment can match a true one (Kirillov et al. 2019, section 4.1)."""
 
 
-def segment_ids(colour: np.ndarray) -> np.ndarray:
-    """Segment ids of a panoptic image.
+@METRICS.register_module()
+class StreamPQMetric(StreamMetric):
+    """Panoptic quality by its definition (Kirillov et al., Panoptic Segmentation, CVPR 2019), with COCO's crowd rule.
+
+    `PQ`, `SQ` and `RQ` average over all classes with a segment, `PQ_th` and so on over things, `PQ_st` over stuff. As
+    in the official code a class that is only predicted counts as 0, also in the PQ of a single frame (`PQ_frames`).
+    Predictions are mmdetection's `pred_panoptic_seg` (instance x 1000 + label; label `num_classes` is void). Ground
+    truth is the panoptic PNG at `seg_map_path` with the `segments_info` of the data sample; name both in the
+    `meta_keys` of `PackDetInputs`. A thing class that is no thing there is a crowd; pixels of no listed segment are
+    void.
 
     Args:
-        colour: `uint8 [H, W, 3]`, RGB.
-
-    Returns:
-        `int32 [H, W]`.
+        **options: `collect_device` and `prefix`, as for `StreamMetric`.
     """
-    parts = colour.astype(np.int32)
-    return parts[..., 0] + 256 * parts[..., 1] + 65536 * parts[..., 2]
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(("PQ", "SQ", "RQ"), **options)
 
-def read_segment_ids(file: str | Path) -> np.ndarray:
-    """Segment ids of a panoptic PNG, `int32 [H, W]`.
+    def measure(self, sample: dict) -> np.ndarray:
+        """Sums of IoU, true positives, false positives and false negatives of a frame, `float64 [4, classes]`."""
+        from mmdet.evaluation import INSTANCE_OFFSET
 
-    Raises:
-        DataError: the file cannot be read or is no RGB image.
-    """
-    return segment_ids(read_colour(file))
+        file, classes = file_of(sample), self.class_count()
+        if sample.get("segments_info") is None or sample.get("seg_map_path") is None:
+            raise DataError(
+                f"{file} comes without ground truth; expected segments_info and seg_map_path in the data sample. Load "
+                "them with LoadPanopticSegments and name both in the meta_keys of PackDetInputs"
+            )
+        guess = sample["pred_panoptic_seg"]
+        ids = guess["sem_seg"].squeeze(0).cpu().numpy()
+        void = {classes, guess.get("ignore_index", classes)}
+        predicted = [(int(i), int(i) % INSTANCE_OFFSET) for i in np.unique(ids)]
+        truth = read_segment_ids(sample["seg_map_path"])
+        if truth.shape != ids.shape:
+            raise DataError(
+                f"{file} is predicted as {size_text(ids)} and labelled as {size_text(truth)} (height x width) in "
+                f"{sample['seg_map_path']}; both must have the frame's own size"
+            )
+        things = self._things()
+        segments = [
+            (item["id"], item["category"], item["category"] in things and not item["is_thing"])
+            for item in sample["segments_info"]
+        ]
+        return panoptic_counts(truth, segments, ids, [item for item in predicted if item[1] not in void], classes)
+
+    def score(self, values: Sequence[np.ndarray]) -> Scores:
+        """The scores of these frames together, in percent."""
+        counts, things = np.sum(values, axis=0), self._things()
+        every = range(self.class_count())
+        groups = {"": every, "_th": [i for i in every if i in things], "_st": [i for i in every if i not in things]}
+        scores = {}
+        for suffix, group in groups.items():
+            for name, value in zip(("PQ", "SQ", "RQ"), panoptic_quality(counts, np.array(group, int)), strict=True):
+                scores[name + suffix] = 100 * value
+        return scores
+
+    def _things(self) -> set[int]:
+        names = set(self._meta("thing_classes"))
+        return {label for label, name in enumerate(self._meta("classes")) if name in names}
 
 
 def panoptic_counts(

@@ -167,11 +167,12 @@ def triton_works() -> bool:
 
     Triton translates without a compiler, but some of its versions build their launcher with the C compiler.
     """
-    return _try_triton()
+    return try_triton()
 
 
 @functools.lru_cache(maxsize=1)
-def _try_triton() -> bool:
+def try_triton() -> bool:
+    """Run a kernel on the CUDA device; the answer is kept, and a warning says why it does not run."""
     if importlib.util.find_spec("triton") is None:
         return False
     try:

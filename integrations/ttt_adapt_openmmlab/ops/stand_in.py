@@ -16,10 +16,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-import torch
-
-from ttt_adapt.errors import CheckpointError, MissingPackageError
+from ttt_adapt.errors import MissingPackageError
 from ttt_adapt_openmmlab.ops.deformable import instead_of
 
 EXTENSION = "mmcv._ext"
@@ -27,20 +24,6 @@ EXTENSION = "mmcv._ext"
 
 class MissingOpError(MissingPackageError, NotImplementedError):
     """An operator that only the compiled mmcv has was called."""
-
-
-def require_packages() -> None:
-    """Check that MMEngine, mmcv and at least one of mmsegmentation and mmdetection are installed.
-
-    Raises:
-        MissingPackageError: one is not; the message holds the `pip install`.
-    """
-    absent = [name for name in ("mmengine", "mmcv") if importlib.util.find_spec(name) is None]
-    if all(importlib.util.find_spec(name) is None for name in ("mmseg", "mmdet")):
-        absent.append("mmsegmentation or mmdetection")
-    if absent:
-        what = ", ".join(absent)
-        raise MissingPackageError(f'{what} is not installed. Run: pip install "ttt-adapt[openmmlab]"')
 
 
 def stand_in_for_missing_ops() -> None:
@@ -86,31 +69,3 @@ def _missing_op(name: str) -> Callable[..., Any]:
 
     op.__name__ = name
     return op
-
-
-def allow_zoo_checkpoints() -> None:
-    """Let `torch.load` read what OpenMMLab's checkpoints hold besides tensors: NumPy values and log buffers.
-
-    PyTorch's list of harmless classes grows by classes that only hold data. `getattr`, by which older log buffers name
-    their statistics, is replaced by one that reaches these alone.
-    """
-    from mmengine.logging.history_buffer import HistoryBuffer
-
-    core = importlib.import_module("numpy._core" if hasattr(np, "_core") else "numpy.core")
-    dtypes = {type(np.dtype(code)) for code in np.typecodes["All"]}
-    functions = [
-        (getattr(core.multiarray, name), f"{package}.multiarray.{name}")
-        for name in ("_reconstruct", "scalar")
-        for package in ("numpy.core", "numpy._core")  # as NumPy 1 and NumPy 2 write it
-    ]
-    named = [(_statistic, "builtins.getattr")]
-    torch.serialization.add_safe_globals([HistoryBuffer, np.ndarray, np.dtype, *dtypes, *functions, *named])
-
-
-def _statistic(owner: Any, name: str) -> Any:
-    """A statistic of a log buffer ("min", "max", "current", "mean"), and nothing else."""
-    from mmengine.logging.history_buffer import HistoryBuffer
-
-    if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
-        raise CheckpointError(f"the checkpoint asks for getattr({owner!r}, {name!r}), which no checkpoint needs")
-    return getattr(HistoryBuffer, name)

@@ -15,12 +15,12 @@ import ttt_adapt_openmmlab  # noqa: F401  # before mmcv.ops, which may lack its 
 from attention_cases import PYRAMID, RAGGED, assert_close, exact, inputs
 from ttt_adapt import TTTAdaptError
 from ttt_adapt.errors import StateError
-from ttt_adapt_openmmlab.ops import deformable
-from ttt_adapt_openmmlab.ops.deformable import DeformableAttentionError, bags, deformable_attention, instead_of
+from ttt_adapt_openmmlab.ops import deformable, deformable_cpu
+from ttt_adapt_openmmlab.ops.deformable import DeformableAttentionError, deformable_attention, instead_of
 
 from mmcv.ops import multi_scale_deform_attn as mmcv_attention  # isort: skip
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def leaves(arguments: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -59,7 +59,7 @@ def test_numeric_gradients_agree():
 def test_images_computed_together_or_one_by_one_give_the_same(monkeypatch, group):
     arguments = [torch.cat([t, t.flip(0), t]) if t.is_floating_point() else t for t in inputs(PYRAMID, 4)]
     expected, grad, expected_grads = exact(arguments)
-    monkeypatch.setattr(bags, "GROUP", group)
+    monkeypatch.setattr(deformable_cpu, "GROUP", group)
     out, grads = gradients(arguments, grad)
     assert_close(out.detach(), expected, torch.float64)
     for got, want in zip(grads, expected_grads, strict=True):
@@ -138,7 +138,9 @@ def test_arguments_that_do_not_fit_are_named(wrong, words):
 
 
 def test_the_operator_keeps_the_rules_of_torch():
-    torch.library.opcheck(deformable._forward, tuple(leaves(inputs(PYRAMID[:2], 4, torch.float32))))
+    torch.library.opcheck(
+        torch.ops.ttt_adapt.deformable_attention.default, tuple(leaves(inputs(PYRAMID[:2], 4, torch.float32)))
+    )
 
 
 def test_it_compiles_into_one_graph_with_its_gradient():
@@ -198,19 +200,19 @@ def test_a_triton_that_cannot_run_is_told_once_and_left(monkeypatch):
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("Triton runs here")
-    deformable._try_triton.cache_clear()
+    deformable.try_triton.cache_clear()
     with pytest.warns(UserWarning, match="takes mmcv's path in plain PyTorch"):
         assert not deformable.triton_works()
     assert not deformable.triton_works()
-    deformable._try_triton.cache_clear()
+    deformable.try_triton.cache_clear()
 
 
 def test_without_triton_nothing_is_told(monkeypatch, recwarn):
     monkeypatch.setattr(deformable.importlib.util, "find_spec", lambda name: None)
-    deformable._try_triton.cache_clear()
+    deformable.try_triton.cache_clear()
     assert not deformable.triton_works()
     assert not recwarn.list
-    deformable._try_triton.cache_clear()
+    deformable.try_triton.cache_clear()
 
 
 # ---- the kernels
@@ -241,7 +243,7 @@ TRANSLATE = """
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from ttt_adapt_openmmlab.ops.deformable import kernels
+from ttt_adapt_openmmlab.ops import deformable_cuda as kernels
 POINTERS = dict(shapes="*i64", scales="*fp32", grad_value="*fp32", tokens="i32", queries="i32")
 for kernel, more in ((kernels.forward_kernel, {}), (kernels.backward_kernel, {"FIXED": False})):
     sizes = dict(HEADS=8, DIM=24, LEVELS=3, POINTS=4, ACC=tl.float32, BLOCK_Q=32, BLOCK_D=32) | more

@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter, on the CPU: `test_deformable.py` runs this file in a process of its own.
 
-TRITON_INTERPRET=1 pytest tests/openmmlab/interpreted_kernels.py
+TRITON_INTERPRET=1 pytest tests/openmmlab/ops/interpreted_kernels.py
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from attention_cases import PYRAMID, RAGGED, assert_close, exact, formula, input
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     raise RuntimeError("set TRITON_INTERPRET=1 before Triton is imported")
-FILE = Path(__file__).parents[2] / "integrations/ttt_adapt_openmmlab/ops/deformable_cuda.py"
+FILE = Path(__file__).parents[3] / "integrations/ttt_adapt_openmmlab/ops/deformable_cuda.py"
 spec = importlib.util.spec_from_file_location("kernels", FILE)  # alone: the package around it imports OpenMMLab
 kernels = importlib.util.module_from_spec(spec)
 sys.modules["kernels"] = kernels

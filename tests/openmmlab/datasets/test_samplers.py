@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 
 from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt_openmmlab.datasets import samplers
-from ttt_adapt_openmmlab.datasets.samplers import FrameOrder, VideoSampler, frame_key, share_out, video_of
+from ttt_adapt_openmmlab.datasets.frame_order import FrameOrder, frame_key, video_of
+from ttt_adapt_openmmlab.datasets.samplers import VideoSampler, share_out
 
 
 class Frames(BaseDataset):

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmengine.dataset import BaseDataset
 
-from ttt_adapt_openmmlab.datasets.tree import Clip, choose, refuse
+from ttt_adapt_openmmlab.datasets.clips import Clip, choose, refuse
 
 
 class VideoDataset(BaseDataset):

@@ -23,10 +23,11 @@ import miniatures
 import tiny
 import ttt_adapt_openmmlab  # noqa: F401
 from ttt_adapt.errors import ConfigError, DataError
-from ttt_adapt_openmmlab.metrics.panoptic import panoptic_counts, panoptic_quality, read_segment_ids
-from ttt_adapt_openmmlab.metrics.streaming import StreamAPMetric, StreamIoUMetric, StreamPQMetric
+from ttt_adapt_openmmlab.datasets.label_images import read_segment_ids
+from ttt_adapt_openmmlab.metrics import StreamAPMetric, StreamIoUMetric, StreamPQMetric
+from ttt_adapt_openmmlab.metrics.panoptic import panoptic_counts, panoptic_quality
 
-DATA = Path(os.environ.get("TTT_ADAPT_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
+DATA = Path(os.environ.get("TTT_ADAPT_DATA", Path(__file__).parents[3] / ".." / "shared" / "data"))
 real_coco = pytest.mark.skipif(not (DATA / "coco100").is_dir(), reason=f"no real images in {DATA / 'coco100'}")
 NAMES = ("a", "b", "c", "d", "e")
 

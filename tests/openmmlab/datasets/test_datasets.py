@@ -18,7 +18,7 @@ from miniatures import CAR, HEIGHT, PERSON, ROAD, SKY, WIDTH
 from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt_openmmlab.datasets import kitti_step as kitti
 
-DATA = Path(os.environ.get("TTT_ADAPT_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
+DATA = Path(os.environ.get("TTT_ADAPT_DATA", Path(__file__).parents[3] / ".." / "shared" / "data"))
 real_camvid = pytest.mark.skipif(not (DATA / "camvid").is_dir(), reason=f"no real video in {DATA / 'camvid'}")
 real_coco = pytest.mark.skipif(not (DATA / "coco100").is_dir(), reason=f"no real images in {DATA / 'coco100'}")
 
@@ -232,7 +232,7 @@ def test_coco100_streams_as_one_video_through_mmdetections_own_data_sets(scope):
             **common,
         )
     )
-    from ttt_adapt_openmmlab.datasets.samplers import video_of
+    from ttt_adapt_openmmlab.datasets.frame_order import video_of
 
     samples = [dataset[i]["data_samples"] for dataset in (panoptic, instance) for i in range(4)]
     assert len({video_of(sample.metainfo) for sample in samples}) == 1
@@ -247,7 +247,7 @@ def test_coco100_streams_as_one_video_through_mmdetections_own_data_sets(scope):
 def test_a_panoptic_image_gives_the_segments_areas_that_coco_lists(scope):
     if not (DATA / "coco100").is_dir():
         pytest.skip(f"no real images in {DATA / 'coco100'}")
-    from ttt_adapt_openmmlab.metrics.panoptic import read_segment_ids
+    from ttt_adapt_openmmlab.datasets.label_images import read_segment_ids
 
     data = json.loads((DATA / "coco100" / "panoptic.json").read_text())
     for item in data["annotations"][:5]:

@@ -13,13 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-from PIL import Image
-
 from ttt_adapt.errors import DataError
-
-VOID = 255
-"""The label of void pixels and the category of ignored segments."""
+from ttt_adapt.integration import folders_in, natural_key
+from ttt_adapt_openmmlab.datasets.label_images import header
 
 _Key = TypeVar("_Key")
 
@@ -138,7 +134,7 @@ def subfolders(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise DataError(f"{folder} is missing; expected a folder of videos")
-    return sorted((path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."), key=natural)
+    return folders_in(folder)
 
 
 def numbered(folder: Path) -> dict[int, Path]:
@@ -148,7 +144,7 @@ def numbered(folder: Path) -> dict[int, Path]:
         DataError: two files have one number.
     """
     found: dict[int, Path] = {}
-    for file in sorted(folder.glob("*.png"), key=natural):
+    for file in sorted(folder.glob("*.png"), key=lambda path: natural_key(path.stem)):
         match = re.search(r"(\d+)$", file.stem)
         if match is None or file.name[0] == ".":
             continue
@@ -157,74 +153,3 @@ def numbered(folder: Path) -> dict[int, Path]:
             raise DataError(f"{found[number]} and {file} are both frame {number} of one video; keep one of them")
         found[number] = file
     return found
-
-
-def natural(path: Path) -> list[tuple[int, int, str]]:
-    """A sort key under which numbers in names count by value."""
-    parts = re.findall(r"\d+|\D+", path.stem)
-    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
-
-
-def header(file: Path) -> tuple[str, tuple[int, int]]:
-    """Pillow's mode and (height, width) of an image, without decoding it.
-
-    Raises:
-        DataError: the file is missing or is no image.
-    """
-    try:
-        with Image.open(file) as image:
-            return image.mode, (image.height, image.width)
-    except OSError as error:
-        raise DataError(f"{file} cannot be read as an image: {error}") from error
-
-
-def read_labels(file: str | Path, classes: int) -> np.ndarray:
-    """A palette or grayscale PNG of class ids.
-
-    Returns:
-        `uint8 [H, W]`, values 0..classes-1, and 255 = void.
-
-    Raises:
-        DataError: the file cannot be read, has another encoding or holds another id.
-    """
-    return check_ids(_decode(file, ("P", "L"), "a palette or 8-bit grayscale image of class ids"), classes, file)
-
-
-def read_colour(file: str | Path) -> np.ndarray:
-    """A PNG of three 8-bit channels that encode ids.
-
-    Returns:
-        `uint8 [H, W, 3]`, RGB.
-
-    Raises:
-        DataError: the file cannot be read or has another encoding.
-    """
-    return _decode(file, ("RGB",), "ids in three 8-bit channels")
-
-
-def check_ids(ids: np.ndarray, classes: int, file: str | Path) -> np.ndarray:
-    """The same ids, if all are 0..classes-1 or 255.
-
-    Raises:
-        DataError: another id is there.
-    """
-    wrong = [value for value in np.bincount(ids.ravel(), minlength=256).nonzero()[0] if classes <= value != VOID]
-    if wrong:
-        raise DataError(
-            f"{file} holds class id {', '.join(map(str, wrong))}; expected 0..{classes - 1} or {VOID} (void). "
-            "Is it a label image of this data set?"
-        )
-    return ids
-
-
-def _decode(file: str | Path, modes: tuple[str, ...], encoding: str) -> np.ndarray:
-    try:
-        with Image.open(file) as image:
-            if image.mode not in modes:
-                raise DataError(
-                    f"{file} has mode {image.mode}; expected {' or '.join(modes)}, {encoding}. "
-                    "Use the original PNG files, not converted ones"
-                )
-            return np.array(image)
-    except OSError as error:
-        raise DataError(f"{file} cannot be read as an image: {error}") from error

@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import subprocess
 import sys
-from collections import OrderedDict
 from pathlib import Path
 from types import ModuleType
 
@@ -18,9 +17,11 @@ from mmengine.logging.history_buffer import HistoryBuffer
 import ttt_adapt_openmmlab  # noqa: F401
 from ttt_adapt import TTTAdaptError
 from ttt_adapt.errors import MissingPackageError
+from ttt_adapt_openmmlab.environment import require_packages
 from ttt_adapt_openmmlab.ops import stand_in as ops
+from zoo import zoo_checkpoint
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 COMPILED = Path(importlib.util.find_spec("mmcv").origin).parent.glob("_ext*.so")
 lite = pytest.mark.skipif(any(COMPILED), reason="mmcv has its compiled operators here")
 
@@ -67,7 +68,7 @@ def test_a_missing_package_is_named_with_the_install_command(monkeypatch, absent
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in absent else find(name, *a))
     with pytest.raises(MissingPackageError, match=r'pip install "ttt-adapt\[openmmlab\]"'):
-        ops.require_packages()
+        require_packages()
 
 
 def test_one_of_mmseg_and_mmdet_is_enough(monkeypatch):
@@ -75,7 +76,7 @@ def test_one_of_mmseg_and_mmdet_is_enough(monkeypatch):
     for absent in ("mmseg", "mmdet"):
         without = lambda name, *a, no=absent: None if name == no else find(name, *a)  # noqa: E731
         monkeypatch.setattr(importlib.util, "find_spec", without)
-        ops.require_packages()
+        require_packages()
 
 
 BLOCK = """
@@ -103,34 +104,6 @@ def test_importing_without_mmengine_is_a_missing_package():
 def test_importing_works_with_only_the_other_of_mmseg_and_mmdet(absent):
     done = run(BLOCK.format(absent=[absent]) + "import ttt_adapt_openmmlab; print('imported')")
     assert done.stdout.strip().endswith("imported"), done.stderr
-
-
-def zoo_checkpoint(state: dict, **more) -> dict:
-    """A checkpoint as the projects publish them: metadata, log buffers, NumPy values, optimizer."""
-    buffer = HistoryBuffer([1.0, 2.0, 3.0], [1, 1, 1])
-    palette = [[128, 64, 128], [244, 35, 232], [70, 70, 70], [102, 102, 156]]
-    return {
-        "meta": {
-            "dataset_meta": {"classes": ("road", "sidewalk", "building", "wall"), "palette": palette},
-            "CLASSES": ("road", "sidewalk", "building", "wall"),
-            "PALETTE": np.array(palette, dtype=np.uint8),
-            "epoch": 0,
-            "iter": 2,
-            "seed": 3,
-            "time": "20221203_012345",
-            "mmengine_version": "0.3.1",
-            "experiment_name": "mask2former",
-            "best": np.float64(0.5),
-            "cfg": "a = 1\n",
-        },
-        "state_dict": OrderedDict(state),
-        "message_hub": {
-            "log_scalars": OrderedDict({"train/lr": buffer, "train/loss": HistoryBuffer(np.ones(2), np.ones(2))}),
-            "runtime_info": OrderedDict({"iter": 2, "loop": np.int64(4)}),
-            "resumed_keys": {"train/lr": True},
-        },
-        **more,
-    }
 
 
 def test_pickled_metadata_of_the_zoo_loads_with_weights_only(tmp_path):

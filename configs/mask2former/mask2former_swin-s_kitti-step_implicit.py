@@ -1,4 +1,4 @@
 # KITTI-STEP, semantic: weights go on, window of one frame.
 _base_ = ["./mask2former_swin-s_kitti-step.py"]
 
-custom_hooks = [dict(type="OnlineTTTHook", arm="implicit_only", crop_size=(512, 1024))]
+custom_hooks = [dict(type="OnlineTTTHook", arm="implicit", crop_size=(512, 1024))]

@@ -17,7 +17,7 @@ from ttt_adapt.errors import ConfigError
 from ttt_adapt_openmmlab import check_tree
 from ttt_adapt_openmmlab.datasets import kitti_step as kitti
 
-DATA = Path(os.environ.get("TTT_ADAPT_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
+DATA = Path(os.environ.get("TTT_ADAPT_DATA", Path(__file__).parents[3] / ".." / "shared" / "data"))
 
 
 def whole_kitti(root: Path) -> Path:
