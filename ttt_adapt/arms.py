@@ -132,7 +132,6 @@ _PAPER = {
     "norm_stats": "frozen",
     "norm_momentum": None,
     "drop_path": True,
-    "deferred": False,
     "every": 1,
     "gate": "none",
 }

@@ -94,9 +94,10 @@ class GradientStep:
             ConfigError: the model replaces tensors of its own again and again.
         """
         if self._changes > PATIENCE:
+            name = self._replaced.last_replaced
             raise ConfigError(
-                f"the model replaces its {self._replaced.last_replaced!r} by another tensor at every frame, which "
-                f'engine={engine!r} cannot follow: use engine="eager"'
+                f"the model puts another tensor in the place of its {name!r} at every frame, which engine={engine!r} "
+                'cannot follow: use engine="eager"'
             )
 
     @contextmanager
