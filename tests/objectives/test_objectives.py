@@ -205,6 +205,12 @@ def test_tents_loss_uses_batch_statistics_and_leaves_the_running_ones_alone():
         Entropy(model).loss(torch.randn(2, 3, *SIZE))
 
 
+def test_tent_takes_one_image_of_a_model_with_global_pooling():
+    model = settle_norms(zoo.PooledSeg())
+    Entropy(model).loss(torch.randn(1, 3, *SIZE)).backward()
+    assert all(p.grad is not None for p in (model.pool[2].weight, model.backbone[1].weight))
+
+
 # ---- pseudo-labels
 
 
@@ -213,12 +219,6 @@ def cross_entropy_by_hand(scores, target, threshold):
     keep = p.max(1) > threshold
     picked = np.take_along_axis(q, p.argmax(1)[:, None], 1)[:, 0]
     return -np.log(picked[keep]).mean() if keep.any() else 0.0, keep
-
-
-def test_tent_takes_one_image_of_a_model_with_global_pooling():
-    model = settle_norms(zoo.PooledSeg())
-    Entropy(model).loss(torch.randn(1, 3, *SIZE)).backward()
-    assert all(p.grad is not None for p in (model.pool[2].weight, model.backbone[1].weight))
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.6, 0.9])
