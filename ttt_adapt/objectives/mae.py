@@ -99,7 +99,11 @@ class MAEBranch(Attached):
         Returns:
             Mean squared error, a scalar, over the hidden pixels or all of them (`loss_on`).
         """
-        mask = self.draw_mask(images, generator)  # [B, h, w] patches, True = visible
+        mask = self.draw(images, generator)  # bool [B, h, w], True = visible
+        return self.loss_of(images, mask)
+
+    def loss_of(self, images: Tensor, mask: Tensor) -> Tensor:
+        """The loss of images masked by what `draw` returned, with its graph."""
         prediction = self._predict(images, mask, self._visible_patches(mask))  # [B, 3, H', W'], of the padded images
         return self._error(prediction, images, mask)
 
@@ -183,10 +187,6 @@ class MAEBranch(Attached):
     def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Everything that is random in the loss of `images`: the masks. See `SplitLoss`."""
         return self.draw_mask(images, generator)
-
-    def loss_of(self, images: Tensor, mask: Tensor) -> Tensor:
-        """The loss of images masked by what `draw` returned, with its graph. See `SplitLoss`."""
-        return self._error(self._predict(images, mask, self._visible_patches(mask)), images, mask)
 
     def weight(self, images: Tensor, mask: Tensor) -> Tensor:
         """How many pixels the loss is the mean of, a scalar on the device. See `SplitLoss`."""
