@@ -10,8 +10,7 @@ from ttt_adapt import MAEBranch
 from ttt_adapt.errors import EncoderError
 from ttt_adapt.model.features import Features, MapSpec
 from ttt_adapt.model.hooks import run_encoder
-from ttt_adapt.objectives.decoders import ConvDecoder, Pyramid, TokenDecoder, sincos_positions
-from ttt_adapt.objectives.head_copy import HeadCopy
+from ttt_adapt.objectives.decoders import ConvDecoder, HeadCopy, Pyramid, TokenDecoder, sincos_positions
 from ttt_adapt.tasks.dense_model import SegmentationModel
 
 
