@@ -205,6 +205,12 @@ def test_tents_loss_uses_batch_statistics_and_leaves_the_running_ones_alone():
         Entropy(model).loss(torch.randn(2, 3, *SIZE))
 
 
+def test_tent_takes_one_image_of_a_model_with_global_pooling():
+    model = settle_norms(zoo.PooledSeg())
+    Entropy(model).loss(torch.randn(1, 3, *SIZE)).backward()
+    assert all(p.grad is not None for p in (model.pool[2].weight, model.backbone[1].weight))
+
+
 # ---- pseudo-labels
 
 
@@ -213,12 +219,6 @@ def cross_entropy_by_hand(scores, target, threshold):
     keep = p.max(1) > threshold
     picked = np.take_along_axis(q, p.argmax(1)[:, None], 1)[:, 0]
     return -np.log(picked[keep]).mean() if keep.any() else 0.0, keep
-
-
-def test_tent_takes_one_image_of_a_model_with_global_pooling():
-    model = settle_norms(zoo.PooledSeg())
-    Entropy(model).loss(torch.randn(1, 3, *SIZE)).backward()
-    assert all(p.grad is not None for p in (model.pool[2].weight, model.backbone[1].weight))
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.6, 0.9])
@@ -238,7 +238,7 @@ def test_self_training_is_cross_entropy_on_confident_labels_from_a_masked_image(
 def test_plain_self_training_looks_at_every_pixel_of_the_image_as_it_is():
     model, images = seg(sharp=10.0), torch.randn(2, 3, *SIZE)
     expected, _ = cross_entropy_by_hand(model(images), model(images), 0.0)
-    assert float(PseudoLabel(model, 0.0, 0.0).loss(images)) == pytest.approx(expected, rel=1e-5)
+    assert PseudoLabel(model, 0.0, 0.0).loss(images).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_no_confident_pixel_is_no_loss_and_no_gradient():
@@ -286,7 +286,7 @@ def test_labels_come_from_the_teacher():
         model.head.bias.add_(torch.tensor([5.0, 0, 0, 0, 0]))
     assert torch.equal(objective.teach(images), source(images))
     expected, _ = cross_entropy_by_hand(model(images), source(images), 0.0)
-    assert float(objective.loss(images)) == pytest.approx(expected, rel=1e-5)
+    assert objective.loss(images).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_average_of_one_is_the_source_model_for_ever():

@@ -1,4 +1,4 @@
-"""Tent: minimise the entropy of the predictions by the affine parameters of the normalisation layers."""
+"""Tent: train scale and shift of the normalisation layers so that the entropy of the predictions falls."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ttt_adapt.objectives.base import OutputObjective
 class Entropy(OutputObjective):
     """Tent (Wang et al., "Tent: Fully Test-Time Adaptation by Entropy Minimization", ICLR 2021).
 
-    Scale and shift of every normalisation layer are trained on the mean entropy of the predicted distributions,
-    equation (1) of that paper; where the model has BatchNorm, the loss is taken with the statistics of its own batch.
-    To predict with those of the current frame, as Tent does, use `StreamConfig(norm_stats="batch")`.
+    The loss is the mean entropy of the predicted distributions, equation (1) of that paper. It trains the scale and
+    shift of every normalisation layer. In the loss, BatchNorm uses the statistics of the batch. Tent also predicts with
+    the statistics of the current frame: `StreamConfig(norm_stats="batch")` does that.
 
     Args:
         model: a model that predicts classes.
-        logits: the model's output -> class scores [B, C, ...]; the output itself by default.
+        logits: makes class scores [B, C, ...] of the model's output; by default the output is taken as it is.
 
     Raises:
         ConfigError: the model has no normalisation layer with scale and shift.
@@ -38,13 +38,13 @@ class Entropy(OutputObjective):
         super().__init__(model, {name: p for name, p in model.named_parameters() if id(p) in affine}, logits)
 
     def loss(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Mean over images and pixels of the entropy of the softmax; images [B, 3, H, W]; nothing is random."""
+        """Entropy of the softmax, averaged over images [B, 3, H, W] and pixels, a scalar. Nothing in it is random."""
         with batch_statistics(norm_layers(self.model)):
-            scores = self.scores(self.model(images))
+            scores = self.scores(self.model(images))  # [B, C, ...]
         return -(scores.softmax(1) * scores.log_softmax(1)).sum(1).mean()
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a layer normalises: BatchNorm, InstanceNorm, GroupNorm, LayerNorm, RMSNorm and layers made of them."""
+    """Whether a layer normalises: BatchNorm, InstanceNorm, GroupNorm, LayerNorm, RMSNorm and their subclasses."""
     kinds = (_NormBase, nn.GroupNorm, nn.LayerNorm)
     return isinstance(module, kinds) or "RMSNorm" in type(module).__name__ or "RmsNorm" in type(module).__name__

@@ -99,8 +99,12 @@ class MAEBranch(Attached):
         Returns:
             Mean squared error, a scalar, over the hidden pixels or all of them (`loss_on`).
         """
-        mask = self.draw_mask(images, generator)  # [B, h, w] patches, True = visible
-        prediction = self._predict(images, mask, self._visible(mask))  # [B, 3, H', W'], whole patches
+        mask = self.draw(images, generator)  # bool [B, h, w], True = visible
+        return self.loss_of(images, mask)
+
+    def loss_of(self, images: Tensor, mask: Tensor) -> Tensor:
+        """The loss of images masked by what `draw` returned, with its graph."""
+        prediction = self._predict(images, mask, self._visible_patches(mask))  # [B, 3, H', W'], of the padded images
         return self._error(prediction, images, mask)
 
     def draw_mask(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -108,7 +112,7 @@ class MAEBranch(Attached):
         grid = patch_grid(self.checked(images).shape[-2:], self.patch_size)
         return random_mask(len(images), grid, self.mask_ratio, generator=generator, device=images.device)
 
-    def _visible(self, mask: Tensor) -> int:
+    def _visible_patches(self, mask: Tensor) -> int:
         """How many patches of each image a drawn mask shows; nothing is read from the device."""
         patches = mask[0].numel()
         return patches - hidden_patches(patches, self.mask_ratio)
@@ -174,7 +178,7 @@ class MAEBranch(Attached):
         mask = self.draw_mask(images, generator) if mask is None else mask
         h, w = self.checked(images).shape[-2:]
         visible = count_visible(mask, (len(images), *patch_grid((h, w), self.patch_size)))
-        prediction = self._predict(images, mask, visible)  # [B, 3, H', W'], whole patches
+        prediction = self._predict(images, mask, visible)  # [B, 3, H', W'], of the padded images
         loss = self._error(prediction, images, mask)
         if self.norm_pix_loss:
             prediction = denormalise_patches(prediction[..., :h, :w], images, self.patch_size)
@@ -183,10 +187,6 @@ class MAEBranch(Attached):
     def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Everything that is random in the loss of `images`: the masks. See `SplitLoss`."""
         return self.draw_mask(images, generator)
-
-    def loss_of(self, images: Tensor, mask: Tensor) -> Tensor:
-        """The loss of images masked by what `draw` returned, with its graph. See `SplitLoss`."""
-        return self._error(self._predict(images, mask, self._visible(mask)), images, mask)
 
     def weight(self, images: Tensor, mask: Tensor) -> Tensor:
         """How many pixels the loss is the mean of, a scalar on the device. See `SplitLoss`."""

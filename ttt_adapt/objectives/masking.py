@@ -128,7 +128,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     b, c, h, w = images.shape
     p = patch_size
     if h % p or w % p:
-        raise ConfigError(f"images of {h} x {w} are no multiple of patch_size {p}: pad them first")
+        raise ConfigError(f"images of {h} x {w}: both sides must be multiples of patch_size {p}; pad the images first")
     x = images.reshape(b, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1)  # [B, H/p, W/p, p, p, C]
     return x.reshape(b, (h // p) * (w // p), p * p * c)
 

@@ -1,4 +1,4 @@
-"""Self-training: fit predictions of the model, of an earlier self, or of an average of its selves."""
+"""Self-training: the labels are predictions of the model itself, or of an average of its earlier weights."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from torch.func import functional_call
 
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.objectives.base import OutputObjective
-from ttt_adapt.objectives.masking import random_mask, upsample_mask
+from ttt_adapt.objectives.masking import patch_grid, random_mask, visible_pixels
 
 
 class PseudoLabel(OutputObjective):
     """Cross-entropy on confident pseudo-labels, from an input with most of its patches hidden.
 
-    "Test-Time Training on Video Streams", appendix A.1: labels are the classes predicted with a confidence above a
-    threshold (lambda there), and 80 % of the input is masked when they are fitted. A patch is hidden by 0, the mean
-    colour of a normalised image; no mask channel or branch is needed.
+    Source: "Test-Time Training on Video Streams", appendix A.1. The labels are the classes that are predicted with a
+    confidence above a threshold (lambda there). The model then has to predict them from an image of which 80 % is
+    hidden. Hidden patches are filled with 0, the mean colour of a normalised image; no branch is needed.
 
     Args:
         model: a model that predicts classes.
-        threshold: smallest confidence, the largest probability of the softmax; 0 takes every pixel. The paper searched
-            for it and does not say what it found; 0.95 is FixMatch's (Sohn et al., 2020).
-        mask_ratio: share of patches hidden; 0 for none.
+        threshold: labels of a lower confidence are not used, in [0, 1]; the confidence is the largest probability of
+            the softmax. 0 uses every pixel. The paper searched for it and does not say what it found; 0.95 is the
+            value of FixMatch (Sohn et al., 2020).
+        mask_ratio: share of patches to hide, in [0, 1); 0 hides none.
         patch_size: side of a patch in pixels.
-        average: None: labels are the current weights' own. Otherwise a teacher's: before each step its weights are
-            `average` times what they were, plus `1 - average` times the current ones. 1 is the source model.
-        parameters: name in the model -> what is trained; all of the model's by default.
-        logits: the model's output -> class scores [B, C, ...]; the output itself by default.
+        average: None: the model's current weights predict the labels. A number in [0, 1]: a teacher predicts them. Its
+            weights start as those of the model, and after each step they become `average` times their value plus
+            `1 - average` times the model's. With 1 the teacher stays the source model.
+        parameters: name in the model -> parameter to train; all of the model by default.
+        logits: makes class scores [B, C, ...] of the model's output; by default the output is taken as it is.
 
     Raises:
         ConfigError: a setting out of range.
@@ -61,7 +63,7 @@ class PseudoLabel(OutputObjective):
             self._teacher = {name: p.detach().clone() for name, p in trained}
 
     def loss(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Mean cross-entropy over the pixels whose label is confident, 0 where none is; images [B, 3, H, W]."""
+        """Mean cross-entropy over the pixels of images [B, 3, H, W] with a confident label; 0 if there are none."""
         if self._ratio:
             with torch.no_grad():
                 target = self.scores(self.teach(images))
@@ -70,30 +72,31 @@ class PseudoLabel(OutputObjective):
             scores = self.scores(self.model(images))
             with torch.no_grad():
                 target = self.scores(self.teach(images)) if self._average is not None else scores.detach()
-        confidence, labels = target.softmax(1).max(1)
-        chosen = confidence > self._threshold
-        each = F.cross_entropy(scores, labels, reduction="none")
+        confidence, labels = target.softmax(1).max(1)  # [B, ...] each
+        chosen = confidence > self._threshold  # bool [B, ...]
+        each = F.cross_entropy(scores, labels, reduction="none")  # [B, ...]
         return (each * chosen).sum() / chosen.sum().clamp_min(1)
 
     def teach(self, images: Tensor) -> Any:
-        """The output of the model that labels come from: the teacher, or the model as it is without one."""
+        """What the teacher predicts for images [B, 3, H, W]; without a teacher, what the model predicts."""
         if self._average is None:
             return self.model(images)
         return functional_call(self.model, self._teacher, (images,))
 
     def memory(self) -> Mapping[str, Tensor]:
-        """The teacher's weights."""
+        """The teacher's weights by name; empty without a teacher."""
         return self._teacher
 
     def after_step(self) -> None:
-        """Move the teacher toward the current weights, in place: no copy of the model is made."""
+        """Move the teacher's weights toward the model's, in place."""
         if self._teacher:
             assert self._average is not None
             current = [p.detach() for p in self._parameters.values()]
             torch._foreach_lerp_(list(self._teacher.values()), current, 1.0 - self._average)
 
     def _masked(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
-        h, w = images.shape[-2:]
-        grid = (-(-h // self._patch), -(-w // self._patch))
+        """Images [B, 3, H, W] with 0 in randomly hidden patches."""
+        size = images.shape[-2:]
+        grid = patch_grid(size, self._patch)
         mask = random_mask(len(images), grid, self._ratio, generator=generator, device=images.device)
-        return images * upsample_mask(mask, self._patch)[..., :h, :w]
+        return images * visible_pixels(mask, self._patch, size)

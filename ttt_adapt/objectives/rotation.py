@@ -1,4 +1,4 @@
-"""Rotation prediction, the task of the original test-time training."""
+"""Rotation prediction: the loss of the first paper on test-time training."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from ttt_adapt.objectives.base import Attached
 
 
 class Rotation(Attached):
-    """By which quarter turn was the image rotated? (Sun et al., "Test-Time Training with Self-Supervision", ICML 2020.)
+    """Predict by how many quarter turns an image was rotated.
 
-    A linear layer on the mean of the encoder's coarsest features tells four classes apart. As with the reconstruction,
-    the head has to be trained jointly first (`ttt_adapt.training.joint.fit` takes a `Rotation` in place of the branch).
+    Source: Sun et al., "Test-Time Training with Self-Supervision for Generalization under Distribution Shifts", ICML
+    2020. A linear layer on the mean of the encoder's coarsest features predicts one of four classes. It has to be
+    trained jointly with the main task first: `ttt_adapt.training.joint.fit` takes a `Rotation` in place of a branch.
 
-    Make one with `Rotation.attach`; what is turned are random square crops, as large as the images allow.
+    Make one with `Rotation.attach`. It rotates random square crops, as large as the images allow.
     """
 
     def __init__(self, info: EncoderInfo) -> None:
@@ -33,29 +34,32 @@ class Rotation(Attached):
     def attach(
         cls, model: nn.Module, encoder: str | nn.Module, image_size: int | tuple[int, int] | None = None
     ) -> Rotation:
-        """Attach a rotation head; arguments and errors as in `MAEBranch.attach`."""
+        """Attach a rotation head to `model`. Arguments and errors are those of `MAEBranch.attach`."""
         return cls(inspect_encoder(model, encoder, image_size))
 
     def loss(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Cross-entropy of the four turns, one drawn for each image; images [B, 3, H, W] as the model takes them."""
-        turned, turns = self.turn(self.checked(images), generator)
+        """Cross-entropy over the four turns, a scalar. One turn is drawn for each of the images [B, 3, H, W]."""
+        turned, turns = self.turn(self.checked(images), generator)  # [B, 3, S, S], [B]
         with frozen_norms(self.norms), without_checkpointing(self.info.checkpointing):
             raw = run_encoder(self.info.model, self.info.module, turned)
-        coarsest = to_maps(raw, self.info.maps, (turned.shape[-2], turned.shape[-1]))[-1]
+        coarsest = to_maps(raw, self.info.maps, (turned.shape[-2], turned.shape[-1]))[-1]  # [B, C, h, w]
         return F.cross_entropy(self.head(coarsest.mean((2, 3))), turns)
 
     def turn(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Square crops [B, 3, S, S] of `images`, each turned counterclockwise, and by how many quarters, int64 [B].
+        """Cut a random square out of each image and turn it counterclockwise by a random number of quarter turns.
+
+        Returns:
+            The turned crops [B, 3, S, S] and the numbers of quarter turns, int64 [B].
 
         Raises:
-            ConfigError: the images are smaller than one cell of the features.
+            ConfigError: the images are smaller than one cell of the coarsest features.
         """
         b, _, h, w = images.shape
         cell = self.info.maps[-1].stride
         side = min(h, w) - min(h, w) % cell
         if not side:
             raise ConfigError(f"images of {h} x {w} have no whole cell of {cell} x {cell} to turn: use larger frames")
-        y, x = (
+        y, x = (  # rows and columns of each crop, [B, S]
             torch.randint(full - side + 1, (b, 1), generator=generator, device=images.device)
             + torch.arange(side, device=images.device)
             for full in (h, w)

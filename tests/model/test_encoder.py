@@ -1,0 +1,152 @@
+"""Which encoders are found in a model, and which are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import models as zoo
+from conftest import left_as_it_was, settle_norms
+from ttt_adapt import MAEBranch
+from ttt_adapt.errors import EncoderError
+from ttt_adapt.model.encoder import inspect_encoder
+from ttt_adapt.model.norms import norm_layers
+
+
+def test_an_unknown_path_comes_with_the_nearest_names():
+    with pytest.raises(EncoderError, match="UNet has no module 'encodr'; nearest: 'encoder'"):
+        MAEBranch.attach(zoo.UNet(), "encodr")
+
+
+def test_an_encoder_that_is_never_reached_is_refused():
+    model = zoo.UNet()
+    model.spare = nn.Conv2d(3, 4, 3)
+    with left_as_it_was(model), pytest.raises(EncoderError, match="Conv2d.*never reached"):
+        MAEBranch.attach(model, "spare")
+    model.unused = nn.ModuleList([nn.Conv2d(3, 4, 3)])
+    with left_as_it_was(model), pytest.raises(EncoderError, match="never reached"):
+        MAEBranch.attach(model, "unused")
+
+
+def test_a_list_that_the_model_loops_over_ends_where_its_last_member_ends():
+    model = zoo.WindowNet()
+    assert inspect_encoder(model, "stage").module is model.stage[1]
+
+
+@pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool2d(1), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())])
+def test_pooled_features_are_refused_with_a_hint(pool):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), pool)
+    with left_as_it_was(model), pytest.raises(EncoderError, match="name an earlier module, before.*pooled"):
+        MAEBranch.attach(model, "1")
+
+
+def test_a_model_without_parameters_is_refused():
+    with pytest.raises(EncoderError, match="no parameters.*nothing to adapt"):
+        MAEBranch.attach(nn.Sequential(nn.AvgPool2d(4)), "0")
+
+
+def test_an_encoder_without_parameters_or_gradient_is_refused():
+    model = nn.Sequential(nn.AvgPool2d(4), nn.Conv2d(3, 8, 1))
+    with left_as_it_was(model), pytest.raises(EncoderError, match="no gradient"):
+        MAEBranch.attach(model, "0")
+
+    class Closed(zoo.PlainSeg):
+        @torch.no_grad()
+        def forward(self, x):
+            return super().forward(x)
+
+    with pytest.raises(EncoderError, match=r"torch.no_grad\(\)"):
+        MAEBranch.attach(Closed(), "backbone")
+
+
+def test_a_model_made_under_inference_mode_is_refused():
+    with torch.inference_mode():
+        model = zoo.PlainSeg()
+    with pytest.raises(EncoderError, match="inference_mode"):
+        MAEBranch.attach(model, "backbone")
+
+
+def test_a_model_without_a_stem_is_refused_for_pixels():
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Linear(3, 8)
+
+        def forward(self, x):
+            return self.body(x.permute(0, 2, 3, 1))
+
+    with pytest.raises(EncoderError, match="stem"):
+        MAEBranch.attach(Linear(), "body")
+
+
+def test_a_model_that_takes_no_image_says_what_was_tried():
+    class Fussy(zoo.PlainSeg):
+        def forward(self, x):
+            if x.shape[-1] != 48:
+                raise RuntimeError("only 48 wide")
+            return super().forward(x)
+
+    with pytest.raises(EncoderError, match=r"tried 128 x 160: RuntimeError: only 48 wide.*image_size=\(H, W\)"):
+        MAEBranch.attach(Fussy(), "backbone")
+    assert MAEBranch.attach(Fussy(), "backbone", image_size=(32, 48)).info.probe_size == (32, 48)
+
+
+def test_a_frozen_encoder_is_found_as_well_and_stays_frozen():
+    model = zoo.UNet().requires_grad_(False)
+    with left_as_it_was(model):
+        branch = MAEBranch.attach(model, "encoder")
+    assert len(branch.encoder_parameters()) == len(list(model.encoder.parameters()))
+
+
+def test_the_encoder_may_be_given_as_a_module():
+    model = zoo.UNet()
+    by_name, by_module = (MAEBranch.attach(model, encoder) for encoder in ("encoder", model.encoder))
+    assert by_module.info.path == by_name.info.path == "encoder"
+    assert list(by_module.encoder_parameters()) == list(by_name.encoder_parameters())
+
+
+def test_batchnorm_of_the_encoder_alone_is_held_still_by_the_branch():
+    model = settle_norms(zoo.UNet())
+    branch = MAEBranch.attach(model, "encoder")
+    assert {id(n) for n in branch.info.norms} == {id(n) for n in norm_layers(model.encoder)}
+
+
+def test_norms_without_weights_are_held_still_where_a_masked_pass_calls_them():
+    model = nn.Sequential(
+        nn.BatchNorm2d(3, affine=False),
+        nn.Conv2d(3, 8, 4, 4),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 5, 1),
+        nn.BatchNorm2d(5, affine=False),
+    ).train()
+    branch = MAEBranch.attach(model, "2")
+    assert branch.info.norms == [model[0], model[2]]
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    branch.loss(torch.randn(2, 3, 32, 48)).backward()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    plain = list(model)
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)  # what distributed training puts in their place
+    assert model[0] is not plain[0]
+    assert branch.info.norms == [model[0], model[2]]
+    model[0] = nn.Sequential(plain[0])  # a wrapper around a layer that was seen
+    assert branch.info.norms == [plain[0], model[2]]
+
+
+def test_norms_without_weights_that_only_the_head_calls_are_none_of_the_encoders():
+    class Tail(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.body = nn.BatchNorm2d(5, affine=False), nn.Conv2d(3, 5, 4, 4)
+
+        def forward(self, x):
+            return self.norm(self.body(x))
+
+    assert MAEBranch.attach(Tail(), "body").info.norms == []
+
+
+@pytest.mark.parametrize("encoder", [None, 3, ["encoder"]])
+def test_an_encoder_that_is_no_path_is_refused_with_names_to_choose_from(encoder):
+    model = zoo.UNet()
+    with left_as_it_was(model), pytest.raises(EncoderError, match=r"encoder is .*expected the dotted path.*nearest: '"):
+        MAEBranch.attach(model, encoder)
