@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from ttt_adapt.data.street.layout import Layout
 from ttt_adapt.data.street.scene import (
     CLASSES,
     PALETTE,
@@ -182,8 +183,7 @@ def test_cars_and_people_move(scene):
 
 
 def test_people_walk_relative_to_the_ground():
-    scene = StreetScene(0)
-    walkers = [thing for thing in scene._layout.people if not thing.crosses]
+    walkers = [thing for thing in Layout(np.random.default_rng(0)).people if not thing.crosses]
     for walker in walkers[:5]:
         (_, z0), (_, z1) = walker.place(0.0, 0.0), walker.place(0.5, 0.0)
         assert 0.3 < abs(z1 - z0) < 1.0

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import warnings
-from fractions import Fraction
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cli import DATA, TINY, fail, invoke, needs_clip
-from torch.utils.data import DataLoader
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from ttt_adapt.evaluation.film import RunOptions
-from ttt_adapt.evaluation.film import run as run_video
 
 import readme
 from arm_inputs import CONFIG, VIT, checkpoint
-from ttt_adapt.arms import ARMS, find_arm
+from colours import SIZE, colour_frames, decoded, write_album, write_metric_weights, write_video
+from command_line import DATA, TINY, fail, invoke, needs_clip
 from ttt_adapt.colour import to_grey
-from ttt_adapt.data import PictureClip, VideoClip, open_frames
-from ttt_adapt.data.street.scene import street_stream
-from ttt_adapt.errors import ConfigError, DataError, FrameError, VideoError
+from ttt_adapt.errors import ConfigError, DataError, FrameError
+from ttt_adapt.evaluation.film import RunOptions
+from ttt_adapt.evaluation.film import run as run_video
 from ttt_adapt.evaluation.report import Report, Run, markdown_table
 from ttt_adapt.evaluation.rows import contenders_of, fingerprints
 from ttt_adapt.evaluation.runner import run_arm
@@ -35,40 +30,17 @@ from ttt_adapt.tasks import Colorization, find_task
 from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ttt_adapt.tasks.colorization import cells
 from ttt_adapt.tasks.colorization.networks import ALEXNET, INCEPTION
-from ttt_adapt.tasks.colorization.score import ColourScore
 from ttt_adapt.training.joint import TrainConfig
 from ttt_adapt.training.recipe import TrainOptions
 from ttt_adapt.training.recipe import train as run_training
-from ttt_adapt.video import VideoReader, VideoWriter
-from ttt_adapt.video.pictures import rgb8
 
 ROOT = Path(__file__).parents[2]
-SIZE = (48, 64)
 TRAIN = ["--task=colorization", *TINY, "--size=48x64", "--batch-size=3", "--first-epochs=1", "--epochs=1"]
-
-
-def colour_frames(count: int = 4, size: tuple[int, int] = SIZE, seed: int = 0) -> list[np.ndarray]:
-    return [frame for frame, _ in street_stream(count, size, seed)]
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory) -> Path:
-    """A folder as people have them: sizes, file kinds and folders of all sorts, labels among them."""
-    root = tmp_path_factory.mktemp("pictures") / "album"
-    (root / "trip" / "frames").mkdir(parents=True)
-    (root / "trip" / "labels").mkdir()
-    (root / "deep" / "er").mkdir(parents=True)
-    for i, frame in enumerate(colour_frames(4)):
-        Image.fromarray(frame).save(root / "trip" / "frames" / f"{i}.png")
-        Image.new("P", SIZE[::-1]).save(root / "trip" / "labels" / f"{i}.png")
-    odd = Image.fromarray(colour_frames(1, (61, 83), 3)[0])
-    odd.save(root / "deep" / "er" / "odd.jpg")
-    odd.convert("P", palette=Image.Palette.ADAPTIVE).save(root / "deep" / "palette.png")
-    odd.convert("CMYK").save(root / "deep" / "print.jpg")
-    odd.convert("RGBA").save(root / "deep" / "alpha.png")
-    odd.convert("L").save(root / "deep" / "grey.png")
-    Image.fromarray(np.asarray(odd.convert("L")).astype(np.uint16) * 257).save(root / "deep" / "deep.tif")
-    return root
+    return write_album(tmp_path_factory.mktemp("pictures") / "album")
 
 
 @pytest.fixture(scope="module")
@@ -85,36 +57,6 @@ def cell_model(pictures, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("cells") / "cells.safetensors"
     invoke("train", pictures, *TRAIN, "--task-option=mode=classification", f"--out={out}")
     return out
-
-
-def write_video(
-    path: Path, frames: list[np.ndarray], fps: int = 12, *, codec: str = "ffv1", pix_fmt: str = "bgr0",
-    times: list[int] | None = None, sound: bool = False,
-) -> Path:  # fmt: skip
-    """A file of these frames; `times` in milliseconds makes its rate uneven."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=fps)
-        stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = pix_fmt
-        audio = container.add_stream("aac", rate=8000, layout="mono") if sound else None
-        if times is not None:
-            stream.time_base = stream.codec_context.time_base = Fraction(1, 1000)
-        for i, frame in enumerate(frames):
-            image = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(format=pix_fmt)
-            image.pts = i if times is None else times[i]
-            container.mux(stream.encode(image))
-        container.mux(stream.encode())
-        if audio is not None:
-            silence = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
-            silence.sample_rate = 8000
-            container.mux(audio.encode(silence))
-            container.mux(audio.encode())
-    return path
-
-
-def decoded(path: Path) -> list[np.ndarray]:
-    with av.open(str(path)) as container:
-        return [frame.to_ndarray(format="rgb24") for frame in container.decode(container.streams.video[0])]
 
 
 def streamed(out: Path, **options) -> list[np.ndarray]:
@@ -167,117 +109,6 @@ def stepped(arm: str, made: Checkpoint, truth: list[np.ndarray]) -> list[torch.T
 
 
 # Data --------------------------------------------------------------------------------------------------------------
-
-
-def test_any_folder_of_pictures_is_found_to_the_end_without_its_labels(pictures):
-    found = {clip.name: len(clip) for clip in open_frames(pictures)}
-    assert found == {"deep": 5, "er": 1, "trip": 4}
-    frame, labels = open_frames(pictures, ["er"], SIZE)[0][0]
-    assert (frame.shape, frame.dtype, labels.shape) == ((*SIZE, 3), np.uint8, SIZE)
-    with pytest.raises(DataError, match="no clip 'tripp'.*nearest: 'trip'"):
-        open_frames(pictures, ["tripp"])
-
-
-def test_a_picture_is_scaled_and_cropped_but_not_distorted(tmp_path):
-    wide = np.zeros((40, 100, 3), np.uint8)
-    wide[:, 30:70] = 200  # a square in the middle
-    Image.fromarray(wide).save(tmp_path / "wide.png")
-    frame = open_frames(tmp_path, size=(20, 20))[0][0][0]
-    assert frame[1:-1, 1:-1].min() == 200
-
-
-def test_pictures_of_every_size_fit_any_other(tmp_path):
-    """Scaled sides are fractions, and Pillow refuses a window that ends a rounding error outside of the picture."""
-    sizes = [(480, 640), (427, 640), (640, 483), (333, 500), (61, 83), (1, 1), (7, 1000)]
-    for i, (height, width) in enumerate(sizes):
-        Image.new("RGB", (width, height), (9, 90, 200)).save(tmp_path / f"{i}.png")
-    for size in ((96, 160), (33, 21), (224, 224)):
-        for frame, _ in open_frames(tmp_path, size=size)[0]:
-            assert frame.shape == (*size, 3)
-            assert (frame == (9, 90, 200)).all()
-
-
-def test_layouts_of_data_sets_are_walked_and_a_mask_beside_its_photograph_is_no_picture(tmp_path):
-    frame = Image.fromarray(colour_frames(1)[0])
-    for place in ("JPEGImages/480p/bear", "Annotations/480p/bear", "train/n01440764", "train/n01443537"):
-        (tmp_path / place).mkdir(parents=True)
-    frame.save(tmp_path / "JPEGImages/480p/bear/0.jpg")
-    frame.convert("P").save(tmp_path / "Annotations/480p/bear/0.png")
-    for name in ("n01440764", "n01443537"):
-        frame.save(tmp_path / "train" / name / "a.JPEG")
-        frame.convert("P").save(tmp_path / "train" / name / "a.png")
-    assert {clip.name: len(clip) for clip in open_frames(tmp_path)} == {"bear": 1, "n01440764": 1, "n01443537": 1}
-
-
-def test_every_kind_of_picture_becomes_the_same_rgb(tmp_path):
-    rgb = colour_frames(1)[0]
-    image = Image.fromarray(rgb)
-    cases = {
-        "plain.png": (image, rgb),
-        "grey.png": (image.convert("L"), np.repeat(np.asarray(image.convert("L"))[..., None], 3, 2)),
-        "bilevel.png": (Image.new("1", (4, 4), 1), np.full((4, 4, 3), 255)),
-        "sixteen.png": (Image.fromarray(np.full((4, 4), 0x80FF, np.uint16)), np.full((4, 4, 3), 0x80)),
-        "clear.png": (Image.new("RGBA", (4, 4), (10, 20, 30, 0)), np.full((4, 4, 3), 255)),
-        "palette.png": (image.quantize(4), np.asarray(image.quantize(4).convert("RGB"))),
-    }
-    for name, (picture, expected) in cases.items():
-        picture.save(tmp_path / name)
-        with Image.open(tmp_path / name) as read:
-            assert np.array_equal(rgb8(read, tmp_path / name), expected), name
-
-
-def test_a_picture_of_real_numbers_or_of_nothing_is_refused_by_name(tmp_path):
-    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "real.tif")
-    with pytest.raises(DataError, match=r"real\.tif has mode F"):
-        open_frames(tmp_path)[0][0]
-    (tmp_path / "real.tif").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"real\.tif cannot be read"):
-        open_frames(tmp_path)[0][0]
-
-
-def test_a_video_is_a_clip_read_in_order_or_by_index_up_to_a_limit(tmp_path):
-    frames = colour_frames(5)
-    write_video(tmp_path / "film.mkv", frames)
-    clip = open_frames(tmp_path / "film.mkv", frames=4)[0]
-    assert isinstance(clip, VideoClip)
-    assert (len(clip), clip.fps, clip.name) == (4, 12.0, "film")
-    assert all(np.array_equal(a, b) for (a, _), b in zip(clip, frames[:4], strict=True))
-    assert np.array_equal(clip[3][0], frames[3])
-    assert np.array_equal(clip[1][0], frames[1])
-
-
-def test_no_clip_vanishes_because_of_its_name(tmp_path):
-    frame = colour_frames(1)[0]
-    for name in ("film.mp4", "film.mkv", "other.mkv"):
-        write_video(tmp_path / name, [frame], codec="mpeg4", pix_fmt="yuv420p")
-    for folder in ("film", "a/b", "c/b", "c-b"):
-        (tmp_path / folder).mkdir(parents=True)
-        Image.fromarray(frame).save(tmp_path / folder / "0.png")
-    found = [clip.name for clip in open_frames(tmp_path)]
-    assert sorted(found) == ["b", "c-b", "c-b-2", "film", "film-2", "film.mp4", "other"]
-    assert {clip.name: type(clip) for clip in open_frames(tmp_path, ["film.mp4", "film-2"])} == {
-        "film.mp4": VideoClip, "film-2": PictureClip,
-    }  # fmt: skip
-
-
-def test_a_video_with_fewer_frames_than_it_announces_is_named_with_both_numbers(tmp_path, monkeypatch):
-    clip = VideoClip("film", write_video(tmp_path / "film.mkv", colour_frames(3)))
-    monkeypatch.setattr(VideoReader, "length", 5)
-    assert clip[2][0].shape == (*SIZE, 3)
-    with pytest.raises(DataError, match=r"film\.mkv announces 5 frames, but only 3 can be decoded: frame 4"):
-        clip[4]
-
-
-def test_a_video_that_was_read_from_can_be_read_by_other_processes(tmp_path):
-    frames = colour_frames(12)
-    clip = VideoClip("film", write_video(tmp_path / "film.mkv", frames))
-    assert np.array_equal(clip[2][0], frames[2])  # its decoder is in the middle, with a thread of its own
-    order = [11, 0, 5, 7, 3, 2]
-    for method in ("fork", "spawn"):
-        loader = DataLoader(clip, None, sampler=order, num_workers=2, timeout=120, multiprocessing_context=method)
-        for index, (frame, _) in zip(order, loader, strict=True):
-            assert np.array_equal(frame, frames[index])
-    assert np.array_equal(clip[4][0], frames[4])
 
 
 def test_an_arm_is_shown_grey_and_scored_against_the_colours(pictures):
@@ -474,8 +305,8 @@ def test_run_says_where_in_a_clip_folder_the_pictures_are(trained, tmp_path, cap
 def test_run_does_not_claim_to_have_kept_what_could_not_be_written(trained, tmp_path, capsys, monkeypatch):
     source = write_video(tmp_path / "old.mkv", [to_grey(frame) for frame in colour_frames(2)], pix_fmt="gray")
     call = ["run", source, f"--checkpoint={trained}", f"--out={tmp_path / 'o.mp4'}", "--set=batch_size=2"]
-    monkeypatch.setattr(VideoWriter, "_finish", lambda *_: (_ for _ in ()).throw(VideoError("the disk is gone")))
-    assert fail(capsys, monkeypatch, *call) == "error: the disk is gone\n"
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("the disk is gone")))
+    assert fail(capsys, monkeypatch, *call) == f"error: {tmp_path / 'o.mp4'} cannot be finished: the disk is gone\n"
 
 
 def test_a_checkpoint_of_the_other_mode_cannot_begin_one(trained, cell_model, pictures, tmp_path, capsys, monkeypatch):
@@ -576,7 +407,7 @@ def test_a_real_clip_is_coloured_at_its_own_size(trained, tmp_path):
 # Evaluation --------------------------------------------------------------------------------------------------------
 
 
-def test_eval_writes_the_shared_report_table_and_plots(trained, pictures, tmp_path):
+def test_eval_writes_the_shared_report_table_and_plots(trained, pictures, committed, tmp_path):
     out = tmp_path / "eval"
     arms = "--arms=fixed,no-memory,online,online-shuffled"
     call = ["eval", pictures, f"--checkpoint={trained}", "--clips=trip", arms, "--seeds=0,1", f"--out={out}"]
@@ -607,50 +438,6 @@ def test_eval_writes_the_shared_report_table_and_plots(trained, pictures, tmp_pa
     again = invoke(*call, "--set=batch_size=2")
     assert (out / "report.json").read_bytes() == before
     assert f"kept in {out / 'report.json'}: 8 finished runs; only what is missing is run" in again
-
-
-def test_psnr_and_ssim_are_those_of_torchmetrics_and_the_grey_is_what_doing_nothing_scores():
-    truth = colour_frames(3)
-    random = np.random.default_rng(0)
-    score = ColourScore()
-    ours = [np.clip(frame + random.integers(-20, 20, frame.shape), 0, 255).astype(np.uint8) for frame in truth]
-    each = [score.update(a, b) for a, b in zip(ours, truth, strict=True)]
-    result = score.result()
-    a, b = (torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).float() for frames in (ours, truth))
-    assert result["psnr"] == pytest.approx(peak_signal_noise_ratio(a, b, data_range=255.0).item(), abs=1e-3)
-    assert result["psnr_frames"] == pytest.approx(np.mean(each))
-    assert each[1] == pytest.approx(peak_signal_noise_ratio(a[1], b[1], data_range=255.0).item(), abs=1e-3)
-    assert result["ssim"] == pytest.approx(structural_similarity_index_measure(a, b, data_range=255.0).item(), abs=1e-4)
-    grey = torch.from_numpy(np.stack([to_grey(frame) for frame in truth])).permute(0, 3, 1, 2).float()
-    assert result["psnr_grey"] == pytest.approx(peak_signal_noise_ratio(grey, b, data_range=255.0).item(), abs=1e-3)
-    assert result["frames"] == 3
-
-
-def test_flicker_is_nothing_for_wrong_colours_that_stay_and_grows_with_those_that_jump():
-    still = [np.full((*SIZE, 3), (120, 60, 60), np.uint8)] * 4
-    wrong = [np.full((*SIZE, 3), (60, 60, 120), np.uint8)] * 4
-    found = []
-    for predictions in (wrong, [wrong[0], still[0], wrong[0], still[0]]):
-        score = ColourScore()
-        for prediction, truth in zip(predictions, still, strict=True):
-            score.update(prediction, truth)
-        found.append(score.result()["flicker"])
-    from skimage.color import rgb2lab
-
-    jump = np.linalg.norm((rgb2lab(wrong[0]) - rgb2lab(still[0]))[0, 0, 1:])
-    assert found == [0.0, pytest.approx(jump, abs=0.01)]
-
-
-def test_a_perfect_frame_has_a_finite_psnr_and_a_grey_clip_none():
-    score = ColourScore()
-    assert score.update(colour_frames(1)[0], colour_frames(1)[0]) == 100.0
-    assert score.result()["flicker"] is None
-    grey = ColourScore()
-    grey.update(to_grey(colour_frames(1)[0]), to_grey(colour_frames(1)[0]))
-    with pytest.raises(DataError, match="no colours to score against"):
-        grey.result()
-    with pytest.raises(FrameError, match="at least 11 pixels"):
-        score.update(np.zeros((8, 20, 3), np.uint8), np.zeros((8, 20, 3), np.uint8))
 
 
 @pytest.mark.parametrize(
@@ -744,19 +531,7 @@ def test_old_reports_load_and_tables_turn_where_less_is_better():
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """Random weights in the formats of the published files."""
-    import torchvision
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    root = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(0)
-    torch.save(torchvision.models.alexnet(weights=None).state_dict(), root / ALEXNET)
-    with pytest.MonkeyPatch.context() as patch:  # it loads weights where it is built
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        patch.setattr(torch, "load", lambda *args, **keywords: {})
-        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(root / ALEXNET))
-    torch.save(network.state_dict(), root / INCEPTION)
-    return root
+    return write_metric_weights(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.mark.slow
@@ -770,27 +545,6 @@ def test_lpips_fid_and_inception_score_are_measured_with_given_weights(weights, 
     assert run["inception_score"] >= 1
     for word in ("LPIPS", "FID", "Inception Score"):
         assert word in (out / "table.md").read_text()
-
-
-def test_lpips_is_nothing_between_equal_pictures_and_that_of_torchmetrics_otherwise(weights, tmp_path):
-    import torchvision
-    from torchmetrics.functional.image.lpips import _LPIPS
-
-    (tmp_path / ALEXNET).symlink_to(weights / ALEXNET)
-    truth, other = colour_frames(1, (64, 80))[0], colour_frames(1, (64, 80), 5)[0]
-    found = []
-    for prediction in (truth, other):
-        score = ColourScore(tmp_path)
-        score.update(prediction, truth)
-        found.append(score.result())
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        state = torch.load(weights / ALEXNET)
-        patch.setattr(torchvision.models.AlexNet_Weights, "get_state_dict", lambda *a, **k: state)
-        reference = _LPIPS(net="alex").eval()
-    a, b = (torch.from_numpy(image).permute(2, 0, 1)[None].float() / 127.5 - 1 for image in (other, truth))
-    assert found[0]["lpips"] == 0
-    assert found[1]["lpips"] == pytest.approx(reference(a, b).item(), rel=1e-4)
-    assert (found[1]["fid"], found[1]["inception_score"]) == (None, None)
 
 
 def test_missing_weights_are_named_with_the_place_to_get_them(trained, pictures, tmp_path, capsys, monkeypatch):
@@ -827,16 +581,3 @@ def test_the_head_has_a_channel_per_cell():
     made = checkpoint(task="colorization", classes=(), task_options={"mode": "classification"})
     assert made.task.channels == len(cells.cells())
     assert made.model(torch.zeros(1, 3, *SIZE)).shape == (1, len(cells.cells()), *SIZE)
-
-
-def test_a_broken_video_among_the_clips_is_named(tmp_path):
-    (tmp_path / "film.mp4").write_bytes(b"")
-    with pytest.raises(VideoError, match=r"film\.mp4 is empty"):
-        open_frames(tmp_path)
-
-
-def test_pictures_keep_their_sizes_without_one(pictures):
-    clip = next(c for c in open_frames(pictures) if c.name == "deep")
-    assert isinstance(clip, PictureClip)
-    assert clip.sizes() == {(61, 83)}
-    assert len(clip.but_grey()) == 3

@@ -153,13 +153,11 @@ class TestFiles:
             assert_same(list(video), reference(path))
 
     def test_length_and_spacing_read_the_file_once_in_all(self, mp4, monkeypatch):
-        from ttt_adapt.video.sources import VideoFile
-
-        passes, packets = [], VideoFile._packets
-        monkeypatch.setattr(VideoFile, "_packets", lambda file: passes.append(file) or packets(file))
+        passes, real = [], av.open
         with open_video(mp4) as video:
+            monkeypatch.setattr(av, "open", lambda file, *arguments: passes.append(file) or real(file, *arguments))
             assert (video.length, video.uneven, video.length) == (60, False, 60)
-        assert len(passes) == 1
+        assert passes == [str(mp4)]
 
     def test_phone_videos_are_turned_upright(self, mp4, tmp_path):
         data = bytearray(mp4.read_bytes())
@@ -561,14 +559,19 @@ class TestWriter:
         assert os.listdir(tmp_path) == ["out.mp4"]
 
     def test_ctrl_c_in_the_middle_of_a_frame_waits_until_the_frame_is_written(self, tmp_path, monkeypatch):
-        encode_image = VideoWriter._encode
+        real = av.VideoFrame
 
-        def interrupted(writer, image):
-            if writer.count == 4:
-                signal.raise_signal(signal.SIGINT)
-            encode_image(writer, image)
+        class Interrupted:
+            count = 0
 
-        monkeypatch.setattr(VideoWriter, "_encode", interrupted)
+            @classmethod
+            def from_ndarray(cls, *arguments, **options):
+                cls.count += 1
+                if cls.count == 5:
+                    signal.raise_signal(signal.SIGINT)
+                return real.from_ndarray(*arguments, **options)
+
+        monkeypatch.setattr(av, "VideoFrame", Interrupted)
         with pytest.raises(KeyboardInterrupt), VideoWriter(tmp_path / "out.mp4", 25) as writer:  # noqa: PT012
             for index in range(7):
                 writer.write(picture(index))

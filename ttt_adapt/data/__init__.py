@@ -1,9 +1,9 @@
-"""Clips of many layouts, labelled or not, and training stills.
+"""Clips (frames in order, with or without labels) and the training samples that are made from them.
 
-`open_clips` finds the labelled clips of a folder; each gives its frames with their label images lazily and in order.
-`open_frames` finds the pictures and videos of any folder, for tasks whose labels are the frames themselves.
-`StillsDataset` turns clips into augmented training samples. Class ids are `uint8`; the ignore id (255 unless the data
-say otherwise) marks void pixels.
+`open_clips` finds the labelled clips of a folder. `open_frames` finds the pictures and videos of any folder, for tasks
+whose labels are the frames themselves. A clip reads a frame and its labels when they are asked for. `StillsDataset`
+turns clips into augmented training samples. Labels are class ids, `uint8`. Void pixels, which nobody labelled, have the
+ignore id: 255 unless the data say otherwise.
 """
 
 from ttt_adapt.data.augment import Augment

@@ -1,4 +1,4 @@
-"""Augmentation of training samples: ordinary geometric and photometric changes, drawn from one generator."""
+"""Augmentation of training samples: random changes of geometry and colour, drawn from one generator."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from ttt_adapt.errors import ConfigError
 
 @dataclass(frozen=True)
 class Augment:
-    """Random changes to a training sample; every draw is uniform in its range.
+    """Random changes to a training sample. Every number is drawn uniformly from its range.
 
-    Geometry: the image is scaled and cropped, or padded, back to its own size, then perhaps mirrored. Padding shows
-    the reflected image under the ignore label, so no flat border enters the reconstruction loss. Colour: hue,
-    saturation, contrast and brightness act as one affine map of RGB, then gamma, blur and noise, within [0, 1].
+    Geometry: the image is scaled, then cropped or padded back to its own size, then perhaps mirrored. Padding repeats
+    the image mirrored at its border and has the ignore label, so that no flat border enters the reconstruction loss.
+
+    Colour: hue, saturation, contrast and brightness are one affine map of RGB; gamma, blur and noise follow.
+    Values stay in [0, 1].
 
     Attributes:
         scale: zoom factor; below 1 the image shrinks and is padded.
@@ -52,7 +54,8 @@ class Augment:
             least = -0.5 if name == "hue" else 0.0
             if not least <= low <= high or (name in ("scale", "gamma") and low == 0.0):
                 raise ConfigError(
-                    f"{name} is ({low}, {high}); expected low <= high, from {least} on (scale, gamma > 0)"
+                    f"{name} is ({low}, {high}); expected (low, high), both at least {least}, "
+                    "for scale and gamma above 0"
                 )
 
     def __call__(
@@ -95,10 +98,10 @@ def _between(bounds: tuple[float, float], draw: float) -> float:
 def _zoom(
     image: Tensor, labels: Tensor, scale: float, place: tuple[float, float], ignore: int
 ) -> tuple[Tensor, Tensor]:
-    """Resizes a window of 1 / scale times the image to the image's size.
+    """Cuts out a window of 1 / scale times the image's size, and resizes it to the image's size.
 
-    `place` in [0, 1]² says where the window lies among all places that keep it inside the image, or the image
-    inside it. Beyond the image the window sees its reflection, labelled `ignore`.
+    `place`, both numbers in [0, 1], says where the window lies: 0 at the upper or left border, 1 at the lower or right
+    one. A window that is larger than the image sees the image mirrored around it, with the label `ignore`.
     """
     sizes = labels.shape
     windows = [max(1, round(size / scale)) for size in sizes]
@@ -124,7 +127,7 @@ _FROM_YIQ = torch.linalg.inv(_TO_YIQ)
 
 
 def _recolour(image: Tensor, hue: float, saturation: float, contrast: float, brightness: float) -> Tensor:
-    """Hue, saturation, contrast and brightness of `[3, H, W]` as one affine map, clamped to [0, 1]."""
+    """Changes hue, saturation, contrast and brightness of `[3, H, W]` by one affine map; clamped to [0, 1]."""
     angle = torch.tensor(2.0 * torch.pi * hue)
     turn = torch.eye(3)
     turn[1:, 1:] = saturation * torch.tensor([[angle.cos(), -angle.sin()], [angle.sin(), angle.cos()]])
@@ -135,7 +138,7 @@ def _recolour(image: Tensor, hue: float, saturation: float, contrast: float, bri
 
 
 def _blur(image: Tensor, sigma: float) -> Tensor:
-    """A Gaussian blur of `[3, H, W]` with reflected borders; below a tenth of a pixel nothing happens."""
+    """A Gaussian blur of `[3, H, W]`, mirrored at the border. Below a tenth of a pixel it changes nothing."""
     radius = min(int(3.0 * sigma + 0.5), *(size - 1 for size in image.shape[1:]))
     if sigma < 0.1 or radius < 1:
         return image

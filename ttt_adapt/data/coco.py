@@ -1,10 +1,13 @@
 """COCO's JSON formats as semantic labels.
 
-`panoptic.json` (or `annotations/CLIP.json`, `annotations/SPLIT/CLIP.json`, one file per video) lists segments whose
-ids R + 256 G + 65536 B are in the label images, in `panoptic/`, `panoptic_images/CLIP/` or a folder of the JSON's own
-name. `instances.json` holds masks as polygons or run lengths; larger ones are drawn first. Frames lie in `images/` or
-`raw_images/`, with a folder per video where there are several. Classes are the JSON's categories in their order, save
-category 255; pixels of no segment, of category 255 and of unknown categories are void.
+- `panoptic.json` (or one file per video, `annotations/CLIP.json` or `annotations/SPLIT/CLIP.json`) lists segments. The
+  id of a segment is R + 256 G + 65536 B of its pixels in the label images. Those lie in `panoptic/`,
+  `panoptic_images/CLIP/` or a folder with the name of the JSON.
+- `instances.json` holds masks as polygons or run lengths. Larger masks are drawn first, smaller ones over them.
+
+Frames lie in `images/` or `raw_images/`; where there are several videos, each has its folder. The classes are the
+categories of the JSON in their order, without category 255. Pixels of no segment, of category 255 and of unknown
+categories are void.
 """
 
 from __future__ import annotations
@@ -35,10 +38,10 @@ def is_coco(root: Path) -> bool:
 def find_coco(
     root: Path, size: tuple[int, int] | None, classes: Sequence[str] | None, binary: bool
 ) -> dict[str, Callable[[], Clip]]:
-    """How to open every clip of the data set, by name.
+    """How to open every clip of the data set, by name of the clip.
 
     Raises:
-        DataError: no annotations.
+        DataError: there are no annotations.
     """
     files = _annotations(root)
     if not files:
@@ -88,12 +91,14 @@ def _open(name: str, root: Path, file: Path, size: tuple[int, int] | None, class
 
 
 def _locate(root: Path, kinds: Sequence[str], video: str, name: str) -> Path:
-    """Where a file that the JSON names lies: below one of the folders, with or without the video's own."""
+    """Where a file that the JSON names lies: in one of the folders, directly or in the folder of its video."""
     places = [root / kind / inner for kind in kinds for inner in (name, f"{video}/{Path(name).name}")]
     for place in places:
         if place.is_file():
             return place
-    raise DataError(f"{name}, which {video}.json names, is in none of {', '.join(str(place) for place in places)}")
+    raise DataError(
+        f"{video}.json names the file {name}, and it is missing; expected {' or '.join(str(place) for place in places)}"
+    )
 
 
 def _panoptic(
@@ -105,7 +110,7 @@ def _panoptic(
     for image in images:
         entry = by_image.get(image["id"])
         if entry is None:
-            raise DataError(f"frame {image['file_name']} has no annotation in {file}")
+            raise DataError(f"frame {image['file_name']} has no annotation in {file}; expected one for every frame")
         label = _locate(root, (*_LABELS, file.stem), file.stem, entry["file_name"])
         labels.append(label)
         segments[label] = {s["id"]: ids.get(s["category_id"], VOID) for s in entry["segments_info"]}
@@ -142,13 +147,13 @@ def draw_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
     """A COCO segmentation as `bool [height, width]`, drawn by pycocotools.
 
     Args:
-        segmentation: polygons [[x, y, x, y, ...], ...], or {"size": [height, width], "counts": run lengths down the
-            columns, first of zeros}, as numbers or in COCO's text coding.
-        height: of the frame.
-        width: of the frame.
+        segmentation: polygons [[x, y, x, y, ...], ...], or {"size": [height, width], "counts": run lengths}. Runs go
+            down the columns and begin with zeros; they are numbers, or in COCO's text coding.
+        height: of the frame, in pixels.
+        width: of the frame, in pixels.
 
     Raises:
-        DataError: run lengths of another size.
+        DataError: the run lengths are of another size than the frame.
         MissingPackageError: pycocotools is not installed.
     """
     try:

@@ -1,4 +1,4 @@
-"""Image files: reading, order, and frames matched with their labels."""
+"""Image files: how they are read, and how frames find their labels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def pillow() -> Any:
 
 
 def open_image(file: Path) -> Any:
-    """A decoded PIL image.
+    """A PIL image, decoded.
 
     Raises:
         DataError: the file is missing or no image.
@@ -40,7 +40,7 @@ def open_image(file: Path) -> Any:
 
 
 def image_size(file: Path) -> tuple[int, int]:
-    """(height, width) of an image as it is stored, from its header.
+    """(height, width) of an image file, read from its header alone.
 
     Raises:
         DataError: the file is missing or no image.
@@ -57,7 +57,7 @@ def read_ids(file: Path) -> np.ndarray:
     """The class ids of a palette or grayscale image, `uint8 [H, W]`.
 
     Raises:
-        DataError: another kind of image.
+        DataError: it is another kind of image.
     """
     image = open_image(file)
     if image.mode not in ("L", "P"):
@@ -66,10 +66,10 @@ def read_ids(file: Path) -> np.ndarray:
 
 
 def read_rgb(file: Path) -> np.ndarray:
-    """An image of codes in three channels, `uint8 [H, W, 3]`.
+    """An image whose three channels together encode ids, `uint8 [H, W, 3]`.
 
     Raises:
-        DataError: another kind of image.
+        DataError: it is another kind of image.
     """
     image = open_image(file)
     if image.mode not in ("RGB", "RGBA"):
@@ -81,7 +81,7 @@ def read_mask(file: Path) -> np.ndarray:
     """An object mask of 0 and 255 as class ids 0 and 1, `uint8 [H, W]`.
 
     Raises:
-        DataError: other values than 0 and 255.
+        DataError: it holds other values than 0 and 255.
     """
     ids = read_ids(file)
     check_ids(ids, {0, 255}, "0 and 255 (binary=True)", file)
@@ -89,22 +89,23 @@ def read_mask(file: Path) -> np.ndarray:
 
 
 def read_objects(file: Path) -> np.ndarray:
-    """DAVIS' annotations as class ids 0 and 1, `uint8 [H, W]`: masks of 0 and 255 (2016), or ids of objects (2017)."""
+    """An annotation of DAVIS, 0 and 255 (2016) or ids of objects (2017), as class ids 0 and 1, `uint8 [H, W]`."""
     return (read_ids(file) != 0).astype(np.uint8)
 
 
 def check_ids(ids: np.ndarray, allowed: set[int], expected: str, file: Path) -> None:
-    """Raises DataError if `ids` holds others than `allowed`."""
+    """Raises DataError if `ids` holds an id that is not `allowed`; `expected` names those in the message."""
     wrong = sorted(set(np.bincount(ids.ravel()).nonzero()[0].tolist()) - allowed)
     if wrong:
         raise DataError(f"{file} holds label id {', '.join(map(str, wrong))}; expected {expected}")
 
 
 UNLABELLED = "(pictures without labels do for --task colorization)"
+"""What messages about missing labels add."""
 
 
 def no_folder(path: Path) -> str:
-    """What to say of a path that should have been a folder."""
+    """What a message says of a path that should have been a folder."""
     return f"{path} {'is not a folder' if path.exists() else 'does not exist'}"
 
 
@@ -116,11 +117,11 @@ def match(
     Args:
         frames: image files.
         labels: the label files that are there.
-        expected: where a frame's label has to lie.
+        expected: from a frame's file to the place of its label.
         every_label: whether a label without a frame is an error too.
 
     Raises:
-        DataError: a frame has no label, or a label no frame.
+        DataError: a frame has no label, or a label has no frame.
     """
     known, used = set(labels), set()
     for frame in frames:
@@ -129,5 +130,7 @@ def match(
             raise DataError(f"frame {frame} has no label; expected {expected(frame)}{none}")
         used.add(expected(frame))
     for label in sorted(known - used) if every_label else ():
-        raise DataError(f"label {label} has no frame in {frames[0].parent if frames else 'its clip'}")
+        raise DataError(
+            f"label {label} has no frame in {frames[0].parent if frames else 'its clip'}; remove it, or add the frame"
+        )
     return [(frame, expected(frame)) for frame in frames]

@@ -106,12 +106,12 @@ class ImageClip(Clip):
 
 
 class LabelledClip(ImageClip):
-    """One folder of frames and labels.
+    """The frames and labels of one folder.
 
     The folder holds either `images/` (or `frames/`) beside `labels/`, or `NAME.jpg` beside `NAME.png` in one place.
-    Labels are palette or grayscale PNG files of class ids under the frames' stems. Frames come in natural order
-    (`2.jpg` before `10.jpg`). An `index.json` with `classes`, `ignore` and `clips` in the parent folder supplies
-    class names, ignore id and times; arguments win over it.
+    Labels are palette or grayscale PNG files of class ids, with the stems of their frames. Frames come in natural order
+    (`2.jpg` before `10.jpg`). An `index.json` with `classes`, `ignore` and `clips` in the parent folder gives the class
+    names, the ignore id and the times. Arguments take precedence over it.
 
     Attributes:
         binary: the labels are object masks of 0 and 255.
@@ -184,14 +184,18 @@ def pair_files(folder: Path) -> list[tuple[Path, Path]]:
 
 
 def read_index(root: Path) -> dict[str, Any]:
-    """The `index.json` of a folder of clips; empty where there is none of that kind."""
+    """The `index.json` of a folder of clips, or {} where there is none with class names.
+
+    Raises:
+        DataError: the file is not JSON.
+    """
     file = root / "index.json"
     if not file.is_file():
         return {}
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{file} is not JSON: {error}") from error
+        raise DataError(f"{file} is not JSON ({error}): mend it, or remove it") from error
     return index if isinstance(index, dict) and "classes" in index else {}
 
 
@@ -203,5 +207,7 @@ def _class_names(folder: Path, given: Sequence[str] | None, binary: bool, index:
             f'put {folder.parent / "index.json"} there with {{"classes": [...]}}. Masks of 0 and 255 are binary=True'
         )
     if binary and len(names) != 2:
-        raise DataError(f"binary=True has 2 classes, got {len(names)}: {', '.join(names)}")
+        raise DataError(
+            f"binary=True got {len(names)} class names ({', '.join(names)}); expected 2, background and foreground"
+        )
     return tuple(names)

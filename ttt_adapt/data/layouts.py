@@ -1,4 +1,4 @@
-"""Where labelled clips lie: plain folders, DAVIS, KITTI-STEP, Cityscapes, COCO.
+"""The layouts of labelled data that can be opened: plain folders, DAVIS, KITTI-STEP, Cityscapes, COCO.
 
 | format | frames | labels |
 |---|---|---|
@@ -52,13 +52,13 @@ def open_clips(
         size: (height, width) to resize to.
         classes: class names, for clips without an index.
         binary: the label images are object masks of 0 and 255; see `LabelledClip`.
-        format: one of `FORMATS`, or "auto" to recognise it by its folders. Folders of masks of 0 and 255 without class
-            names are recognised as "davis".
+        format: one of `FORMATS`, or "auto" to recognise it by the names of its folders. Folders of masks of 0 and 255
+            that have no class names are taken for "davis".
 
     Raises:
-        ConfigError: an unknown format.
-        DataError: a folder is missing or holds no clip, a clip has no labels, a name is unknown or comes twice, or as
-            `ImageClip` and `LabelledClip`.
+        ConfigError: the format is unknown.
+        DataError: a folder is missing or holds no clip, a clip has no labels, or a name is unknown or comes twice; and
+            where `ImageClip` and `LabelledClip` raise it.
     """
     if format not in ("auto", *FORMATS):
         raise ConfigError(f"format is {format!r}; expected auto or one of {', '.join(FORMATS)}")
@@ -77,12 +77,12 @@ def open_clips(
         if name not in found:
             raise DataError(f"no clip {name!r} in {source}; {nearest(name, found)}")
     if len(set(chosen)) < len(chosen):
-        raise DataError(f"clips must be named once each, got {chosen}")
+        raise DataError(f"the clips are {', '.join(chosen)}; expected every name once")
     return [found[name]() for name in chosen]
 
 
 def is_unnamed(source: str | Path) -> bool:
-    """Whether the folder `source` holds plain clips of class ids that nothing gives names to."""
+    """Whether the folder `source` holds plain clips of class ids without class names."""
     root = Path(source)
     if not root.is_dir() or _recognise(root) != "folder":
         return False
@@ -125,12 +125,14 @@ def _openers(
 
     names = [folder.name for folder in folders]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise DataError(f"clip names must differ, and {', '.join(twice)} come more than once")
+        raise DataError(
+            f"several clips have the name {', '.join(twice)}; expected a name of its own for each: open them one by one"
+        )
     return {folder.name: opener(folder) for folder in folders}
 
 
 def _holds_masks(folder: Path) -> bool:
-    """Whether a clip without class names begins with a mask of 0 and 255."""
+    """Whether a clip has no class names, and its first label is a mask of 0 and 255."""
     if read_index(folder.parent):
         return False
     try:
@@ -148,7 +150,7 @@ def _davis(root: Path, size: tuple[int, int] | None, classes: Sequence[str] | No
 
 
 def _resolution(folder: Path) -> Path:
-    """DAVIS keeps its resolutions apart: 480p where there is a choice."""
+    """The folder of one resolution, as DAVIS has them: 480p where there are several."""
     if not folder.is_dir():
         raise DataError(f"{folder} is missing; expected JPEGImages and Annotations")
     inner = {path.name: path for path in folders_in(folder)}
@@ -175,7 +177,7 @@ def _cityscapes(
 
 
 def _train_ids(file: Path) -> np.ndarray:
-    """Cityscapes' own ids as train ids."""
+    """Labels in the ids of Cityscapes, as train ids."""
     ids = read_ids(file)
     check_ids(ids, {*range(35), 255}, "Cityscapes' ids 0..34, or 255", file)
     table = np.full(256, 255, dtype=np.uint8)
@@ -187,7 +189,7 @@ Pairs = Iterator[tuple[str, Path, Path, Callable[[Path], Path], set[str]]]
 
 
 def _paired(frames: Path, labels: Path, label_name: Callable[[Path], str], suffixes: set[str]) -> Pairs:
-    """Every folder of frames below `frames`, with the folder of labels at the same place below `labels`."""
+    """Every folder of frames below `frames`, with the folder at the same place below `labels`."""
     for folder in (frames, labels):
         if not folder.is_dir():
             raise DataError(f"{folder} is missing; expected frames and labels side by side in {frames.parent}")
@@ -209,7 +211,7 @@ def _clips(
     size: tuple[int, int] | None,
     fps: float | None,
 ) -> dict[str, Opener]:
-    """Openers by name; a split without any labels (a test set) has its clips too, which say so when opened."""
+    """How to open the clips, by name. Clips without labels, as of a test set, are there too, and raise when opened."""
 
     def opener(name: str, folder: Path, beside: Path, expected: Callable[[Path], Path], suffixes: set[str]) -> Opener:
         def make() -> Clip:
@@ -224,7 +226,7 @@ def _clips(
 
     openers: dict[str, Opener] = {}
     labelled: dict[str, Opener] = {}
-    # labelled clips have the plain names, also where a test set has the same ones
+    # Labelled clips come first: they keep their plain names where a test set has the same ones.
     for name, folder, beside, expected, suffixes in sorted(pairs, key=lambda pair: not pair[2].is_dir()):
         key = name if name not in openers else f"{folder.parent.name}-{name}"
         openers[key] = opener(key, folder, beside, expected, suffixes)
@@ -234,7 +236,7 @@ def _clips(
 
 
 class _All(dict[str, Opener]):
-    """All clips by name; iterating gives those that have labels."""
+    """All clips by name. Iterating goes over those alone that have labels."""
 
     def __init__(self, every: dict[str, Opener], listed: dict[str, Opener]) -> None:
         super().__init__(every)

@@ -18,9 +18,9 @@ class StillsDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     """Training samples from labelled clips.
 
     A sample is the image, `float32 [3, H, W]` RGB in [0, 1] and *not* normalised, and the labels, `int64 [H, W]`.
-    Its augmentation depends on (seed, epoch, index) alone: a resumed run sees the samples it would have seen, with
-    any number of workers. Call `set_epoch` before every epoch; loader workers that outlive an epoch
-    (`persistent_workers=True`) do not see the call.
+    The augmentation of a sample depends on (seed, epoch, index) alone. A resumed run therefore sees the samples that it
+    would have seen without the interruption, with any number of workers. Call `set_epoch` before every epoch. Loader
+    workers that live longer than an epoch (`persistent_workers=True`) do not learn of the call.
 
     Attributes:
         ignore: the label of void and padding.
@@ -29,11 +29,11 @@ class StillsDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         sources: one clip, several clips, or a sequence of (frame, labels) pairs as `Clip` gives them.
         augment: the random changes; None for none.
         seed: any integer >= 0.
-        cache: read everything now, in `uint8`, and keep it; otherwise read each sample when asked for.
-        ignore: the label of void and padding, for pairs; clips bring their own.
+        cache: read all samples now and keep them, as `uint8`; otherwise a sample is read when it is asked for.
+        ignore: the label of void and padding where pairs are given; clips have their own.
 
     Raises:
-        DataError: nothing given, clips of different classes, or samples of different sizes (checked when read).
+        DataError: nothing is given, or the clips have different classes. When samples are read: they differ in size.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class StillsDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
     ) -> None:
         clips = [sources] if isinstance(sources, Clip) else sources
         if not len(clips):
-            raise DataError("no clips and no samples were given; expected at least one")
+            raise DataError("no clips and no samples were given; expected at least one of them")
         self._samples: Sequence[Sample]
         if isinstance(clips[0], Clip):
             self._samples = _Chain(clips)  # type: ignore[arg-type]
@@ -94,7 +94,9 @@ class _Chain(Sequence[Sample]):
     def __init__(self, clips: Sequence[Clip]) -> None:
         for clip in clips[1:]:
             if (clip.classes, clip.ignore) != (clips[0].classes, clips[0].ignore):
-                raise DataError(f"clips {clips[0].name!r} and {clip.name!r} have different classes or ignore ids")
+                raise DataError(
+                    f"clips {clips[0].name!r} and {clip.name!r} have different classes or ignore ids; expected the same"
+                )
         self._places = [(clip, index) for clip in clips for index in range(len(clip))]
 
     def __len__(self) -> int:

@@ -1,9 +1,9 @@
 """Frames without labels: any folder of pictures or videos, for tasks whose label is the frame itself.
 
-A folder is walked through to the end. Every folder of pictures is a clip, called after the folder, or after the one
-above it where it is called `images` or `frames`; every video file is a clip. Where a name is taken, the path is the
-name, with a number behind it if need be. Folders of labels (`labels`,
-`Annotations`, `panoptic`, ...) and a `NAME.png` beside a `NAME.jpg` are passed over.
+All folders below the given one are searched. Every folder of pictures is a clip and has the folder's name, or the name
+of the folder above where it is called `images` or `frames`. Every video file is a clip and has the file's name. Where a
+name is taken already, the path is the name, with a number where that is taken too. Folders of labels (`labels`,
+`Annotations`, `panoptic`, ...) are left out, and so is a `NAME.png` beside a `NAME.jpg`: it is a label.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from ttt_adapt.video.reader import open_video
 
 
 class PictureClip(Clip):
-    """The pictures of one folder, in natural order; every pixel has the class id 0.
+    """The pictures of one folder, in natural order. The labels mean nothing: every pixel has the class id 0.
 
-    With `size`, a picture is scaled until it covers that and cropped to its middle, so that nothing is distorted.
+    With a `size`, a picture is scaled until it covers that size, and its middle is cut out: nothing is distorted.
     """
 
     def __init__(self, name: str, files: Sequence[Path], size: tuple[int, int] | None = None) -> None:
@@ -51,7 +51,7 @@ class PictureClip(Clip):
         return list(self._files)
 
     def but_grey(self) -> PictureClip:
-        """Without the pictures that are stored in grey, as their headers say."""
+        """The clip without the pictures that are stored in grey, as their headers say."""
         return PictureClip(self.name, [file for file in self.files if _header(file)[0] not in GREY_MODES], self.size)
 
     def sizes(self) -> set[tuple[int, int]]:
@@ -60,10 +60,16 @@ class PictureClip(Clip):
 
 
 class VideoClip(Clip):
-    """The frames of a video file; every pixel has the class id 0.
+    """The frames of a video file. The labels mean nothing: every pixel has the class id 0.
 
-    Iterating decodes frame by frame. Reading by index decodes up to there and keeps what it has decoded, in a temporary
-    file; a process that inherits the clip by a fork, or is sent it, decodes for itself.
+    Iterating decodes frame by frame. Reading by index decodes the frames up to that index and keeps them in a temporary
+    file. A process that gets the clip by a fork, or by pickling, decodes for itself.
+
+    Args:
+        name: the clip's name.
+        file: the video.
+        size: (height, width) of the samples, as for `PictureClip`.
+        frames: use the first so many frames alone; None for all.
     """
 
     def __init__(self, name: str, file: Path, size: tuple[int, int] | None = None, frames: int | None = None) -> None:
@@ -118,11 +124,11 @@ class VideoClip(Clip):
 
 
 _FORKED: list[_Kept] = []
-"""What a forked process leaves alone: a decoder whose thread it does not have cannot even be closed."""
+"""Decoders that a forked process got from its parent. Their threads are missing, so that closing one would hang."""
 
 
 class _Kept:
-    """Frames of an iteration by index; those that have been decoded lie in a temporary file, not in memory.
+    """The frames of an iteration, by index. Decoded frames lie in a temporary file, not in memory.
 
     Attributes:
         process: id of the one process that may use it.
@@ -138,7 +144,7 @@ class _Kept:
         return len(self._places)
 
     def frame(self, index: int) -> np.ndarray | None:
-        """uint8 [H, W, 3], or None behind the last one."""
+        """The frame at `index`, uint8 [H, W, 3], or None where there are fewer frames."""
         while len(self._places) <= index:
             frame = next(self._frames, None)
             if frame is None:
@@ -164,10 +170,11 @@ def open_frames(
         source: a folder, or one video file.
         names: open only these clips, in this order.
         size: (height, width) of the samples.
-        frames: of every clip, the first so many only.
+        frames: open the first so many frames of every clip alone; None for all.
 
     Raises:
-        DataError: there is nothing, or nothing of that name; reading raises it for a file that is no picture.
+        DataError: there are no pictures and no videos, or no clip of that name. Reading raises it for a file that is
+            no picture.
         VideoError: a video cannot be opened.
     """
     root = Path(source)
@@ -191,7 +198,7 @@ def open_frames(
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """(folder, its pictures) and (video file, nothing), in natural order to the end; what holds labels is left out."""
+    """All clips below a folder, in natural order: (folder, its pictures), or (video file, []). Labels are left out."""
     files = files_in(folder, PICTURE_SUFFIXES)
     photographs = {file.stem for file in files if file.suffix.lower() in PHOTO_SUFFIXES}
     files = [file for file in files if file.suffix.lower() != ".png" or file.stem not in photographs]
@@ -211,7 +218,7 @@ def _name(place: Path) -> str:
 
 
 def _free_name(place: Path, root: Path, taken: Container[str]) -> str:
-    """The place's name; where it is taken, its path under the root, with a number if that is taken too."""
+    """The place's name. Where it is taken: its path below the root, with a number where that is taken too."""
     plain, path = _name(place), "-".join(place.relative_to(root).parts)
     names = chain([plain, path], (f"{path}-{number}" for number in count(2)))
     return next(name for name in names if name and name not in taken)
@@ -240,7 +247,7 @@ def _header(file: Path) -> tuple[str, tuple[int, int]]:
     """(mode, (H, W)) of a picture, without decoding it."""
     library = pillow()
     with suppress(OSError, ValueError, SyntaxError), library.open(file) as image:
-        turned = image.getexif().get(0x0112, 1) >= 5  # lying: height and width change places
+        turned = image.getexif().get(0x0112, 1) >= 5  # the orientations that swap height and width
         return image.mode, (image.width, image.height) if turned else (image.height, image.width)
-    open_image(file)  # says what is wrong with it
+    open_image(file)  # its error says what is wrong with the file
     raise DataError(f"{file} cannot be read as an image")

@@ -1,25 +1,30 @@
-"""The picture that a reconstruction makes."""
+"""Reconstructions as pictures."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ttt_adapt.objectives.mae import Reconstruction
-from ttt_adapt.stream.frames import Normalize
 from ttt_adapt.view.overlay import to_uint8
 
+if TYPE_CHECKING:
+    from ttt_adapt.objectives.mae import Reconstruction
+    from ttt_adapt.stream.frames import Normalize
 
-def reconstruction_image(seen: Reconstruction, x: Tensor, normalize: Normalize) -> np.ndarray:
-    """Visible patches as they are, hidden ones as they were reconstructed.
+
+def reconstruction_image(reconstruction: Reconstruction, x: Tensor, normalize: Normalize) -> np.ndarray:
+    """The visible patches as they are, and the hidden ones as they were reconstructed.
 
     Args:
-        seen: what `MAEBranch.reconstruct` made of `x`.
-        x: the frame as the model takes it, [1, 3, H, W].
-        normalize: what made `x`; its normalisation is undone.
+        reconstruction: what the branch made of `x`.
+        x: images as the model takes them, [B, 3, H, W]; the first one is shown.
+        normalize: how a frame became `x`.
 
     Returns:
         uint8 RGB [H, W, 3].
     """
-    return to_uint8(torch.where(seen.mask, x, seen.prediction)[0], normalize.mean, normalize.std)
+    shown = torch.where(reconstruction.mask, x, reconstruction.prediction)[0]
+    return to_uint8(shown, normalize.mean, normalize.std)
