@@ -30,10 +30,49 @@ def _seeded():
 @pytest.fixture
 def committed(monkeypatch):
     """As if the code that runs were committed: only then are reports gone on with."""
-    import ttt_adapt.evaluation.session as command
+    import ttt_adapt.evaluation.session as session
 
-    real = command.environment
-    monkeypatch.setattr(command, "environment", lambda: {**real(), "dirty": False})
+    real = session.environment
+    monkeypatch.setattr(session, "environment", lambda: {**real(), "dirty": False})
+
+
+@pytest.fixture
+def clips(tmp_path) -> list:
+    """Two labelled clips of three frames, dusk and noon, in the folder data."""
+    from arm_inputs import write_clip
+    from ttt_adapt.data import open_clips
+
+    for seed, name in enumerate(("dusk", "noon")):
+        write_clip(tmp_path / "data" / name, 3, seed)
+    return open_clips(tmp_path / "data")
+
+
+@pytest.fixture
+def files(tmp_path) -> list:
+    """Two checkpoints of the same model with other weights."""
+    from arm_inputs import checkpoint
+    from ttt_adapt.tasks.checkpoint import save_checkpoint
+
+    paths = [tmp_path / f"model{seed}.safetensors" for seed in (0, 1)]
+    for seed, path in enumerate(paths):
+        save_checkpoint(path, checkpoint(seed))
+    return paths
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[str]:
+    """The runs that an evaluation really makes, as "ARM CLIP"."""
+    import ttt_adapt.evaluation.session as session
+    from ttt_adapt.evaluation.runner import run_arm
+
+    made = []
+
+    def run(arm, *args, **keywords):
+        made.append(f"{arm.name} {keywords['name']}")
+        return run_arm(arm, *args, **keywords)
+
+    monkeypatch.setattr(session, "run_arm", run)
+    return made
 
 
 def hooks_of(model: nn.Module) -> int:

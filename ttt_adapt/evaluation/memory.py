@@ -15,8 +15,6 @@ from types import TracebackType
 
 import torch
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
 
 class PeakMemory:
     """Measures the block of a `with` statement.
@@ -26,10 +24,11 @@ class PeakMemory:
 
     Args:
         device: where the tensors live.
+        account: folder of Linux's account of this process.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, account: Path = Path("/proc/self")) -> None:
+        self._device, self._account = device, account
         self._start: float | None = None
         self.mib: float | None = None
 
@@ -39,8 +38,8 @@ class PeakMemory:
             self._start = torch.cuda.memory_allocated(self._device) / 2**20
         else:
             _give_back_free_memory()
-            if _forget_peak():
-                self._start = _resident("VmRSS")
+            if _forget_peak(self._account):
+                self._start = _resident(self._account, "VmRSS")
         return self
 
     def __exit__(
@@ -49,14 +48,14 @@ class PeakMemory:
         if self._start is None:
             return
         cuda = self._device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(self._device) / 2**20 if cuda else _resident("VmHWM")
+        peak = torch.cuda.max_memory_allocated(self._device) / 2**20 if cuda else _resident(self._account, "VmHWM")
         self.mib = None if peak is None else max(0.0, peak - self._start)
 
 
-def _forget_peak() -> bool:
+def _forget_peak(account: Path) -> bool:
     """Let the kernel count the largest resident size of this process from now on; False where it does not."""
     try:
-        _CLEAR.write_text("5")
+        (account / "clear_refs").write_text("5")
     except OSError:
         return False
     return True
@@ -69,10 +68,10 @@ def _give_back_free_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def _resident(field: str) -> float | None:
+def _resident(account: Path, field: str) -> float | None:
     """A size from Linux's account of this process, in MiB."""
     try:
-        lines = _STATUS.read_text().splitlines()
+        lines = (account / "status").read_text().splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:")), None)

@@ -210,6 +210,12 @@ def fingerprints(files: Sequence[Path]) -> list[str]:
     return [f"{file.name} sha256:{file_digest(file)[:16]}" for file in files]
 
 
+def metric_files(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """The files of networks in `folder` that the metrics of the rows' task know."""
+    known = find_task(read_spec(rows[0].checkpoints[0]).task).weight_files
+    return [folder / name for name in known if (folder / name).is_file()]
+
+
 def _check_classes(checkpoint: Checkpoint, clip: Clip, path: Path) -> None:
     if tuple(checkpoint.spec.classes) != tuple(clip.classes):
         raise CheckpointError(

@@ -19,14 +19,13 @@ from ttt_adapt.evaluation.environment import differing, environment
 from ttt_adapt.evaluation.plots import plot_bars, plot_stream
 from ttt_adapt.evaluation.realtime import measure_forwards
 from ttt_adapt.evaluation.report import Report, Run
-from ttt_adapt.evaluation.rows import Row, check, check_seeds, describe, fingerprints
+from ttt_adapt.evaluation.rows import Row, check, check_seeds, describe, fingerprints, metric_files
 from ttt_adapt.evaluation.runner import run_arm
 from ttt_adapt.evaluation.studies import Study, write_study
 from ttt_adapt.evaluation.tables import describe_failure, markdown_table
 from ttt_adapt.files import output_folder
 from ttt_adapt.objectives.mae import MAEBranch
-from ttt_adapt.tasks import find_task
-from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint, read_spec
+from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint
 from ttt_adapt.view.terminal import counted, notice, progress_bar
 
 
@@ -80,7 +79,7 @@ def evaluate(
         "device": str(device),
         **({} if costs is None else {"real_time": costs}),
         **({} if study is None else {"study": study.name}),
-        **({} if metric_weights is None else {"metric_weights": fingerprints(_weights(rows, metric_weights))}),
+        **({} if metric_weights is None else {"metric_weights": fingerprints(metric_files(rows, metric_weights))}),
     }
     file = out / "report.json"
     report = _open_report(file, settings)
@@ -233,12 +232,6 @@ def _branch_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> Abs
     """What a row hides and scores at test time; rows without reconstruction have no use for it."""
     branch = checkpoint.branch
     return branch.using(**settings) if settings and isinstance(branch, MAEBranch) else nullcontext()
-
-
-def _weights(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """The files of metrics in the folder that the rows' task knows."""
-    known = find_task(read_spec(rows[0].checkpoints[0]).task).weight_files
-    return [folder / name for name in known if (folder / name).is_file()]
 
 
 # ---- what is written and read

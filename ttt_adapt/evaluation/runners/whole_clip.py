@@ -20,6 +20,9 @@ class Shuffled:
 
     "Test-Time Training on Video Streams", section 6.1: without temporal smoothness, memory has nothing to hold.
 
+    Attributes:
+        runner: what runs the shuffled stream.
+
     Args:
         runner: what runs the shuffled stream.
         seed: of the order.
@@ -28,7 +31,7 @@ class Shuffled:
     """
 
     def __init__(self, runner: Runner, seed: int, classes: bool = True) -> None:
-        self._runner, self._seed, self._by_class = runner, seed, classes
+        self.runner, self._seed, self._by_class = runner, seed, classes
         self._labels: list[Tensor] = []
         self._losses: list[float | None] = []
         self._next = 0
@@ -40,11 +43,11 @@ class Shuffled:
         labels: dict[int, Tensor] = {}
         losses: dict[int, float | None] = {}
         for index in order:
-            scores = self._runner.step(frames[index])
+            scores = self.runner.step(frames[index])
             self._classes = scores.shape[1]
             small = torch.uint8 if self._classes <= 256 else torch.int32
             labels[index] = scores.argmax(1).to(small) if self._by_class else scores.half()
-            losses[index] = self._runner.loss
+            losses[index] = self.runner.loss
         self._labels = [labels[i] for i in range(len(frames))]
         self._losses = [losses[i] for i in range(len(frames))]
 
@@ -60,11 +63,11 @@ class Shuffled:
 
     def predict(self, x: Tensor) -> Tensor:
         """Class scores with the weights as they are after the stream."""
-        return self._runner.predict(x)
+        return self.runner.predict(x)
 
     def close(self) -> None:
         """Give the model back."""
-        self._runner.close()
+        self.runner.close()
 
 
 class Offline:
@@ -75,6 +78,9 @@ class Offline:
     fixed number of gradient steps. The paper reports the best one on the labels of each video; with `score` that is
     done here too, of 0, 1, 2, 5, 10, 20, ... steps and the last.
 
+    Attributes:
+        runner: adapts and predicts.
+
     Args:
         runner: adapts and predicts.
         steps: frames to adapt to, with a gradient step each.
@@ -84,11 +90,11 @@ class Offline:
     loss: float | None = None
 
     def __init__(self, runner: Adapting, steps: int, seed: int) -> None:
-        self._runner, self._steps, self._seed = runner, steps, seed
+        self.runner, self._steps, self._seed = runner, steps, seed
 
     def prepare(self, frames: Sequence[Any], score: Score | None = None) -> None:
         """Adapt to the whole clip; with `score`, keep the weights of the best of the steps that are looked at."""
-        adapter = self._runner.adapter
+        adapter = self.runner.adapter
         best, kept, done = -np.inf, None, 0
         if score is not None:
             best, kept = score(self._predict_frame), adapter.state_dict()
@@ -111,14 +117,14 @@ class Offline:
 
     def predict(self, x: Tensor) -> Tensor:
         """Class scores with the weights as they are."""
-        return self._runner.predict(x)
+        return self.runner.predict(x)
 
     def close(self) -> None:
         """Give the model back."""
-        self._runner.close()
+        self.runner.close()
 
     def _predict_frame(self, frame: Any) -> Tensor:
-        return self._runner.adapter.predict(frame)
+        return self.runner.adapter.predict(frame)
 
 
 def _epochs(count: int, seed: int) -> Iterator[list[int]]:
