@@ -16,7 +16,7 @@ from torch import Tensor
 from ttt_adapt.data import Clip, StillsDataset
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.files import output_folder
-from ttt_adapt.tasks import Stills, Task, find_task, task_of
+from ttt_adapt.tasks import Criterion, Stills, Task, find_task, task_of
 from ttt_adapt.tasks.checkpoint import OBJECTIVES, Checkpoint, ModelSpec, load_initial, save_checkpoint
 from ttt_adapt.training.distributed import process_group, rank
 from ttt_adapt.training.joint import Progress, TrainConfig, fit
@@ -93,12 +93,7 @@ def train(
         task_options=task_options,
     )
     samples = _samples(opened, spec, config.seed)
-    torch.manual_seed(config.seed)
-    model, attached = spec.build(pretrained)
-    checkpoint = Checkpoint(model.to(device), attached.to(device) if attached is not None else None, spec)
-    if init is not None:
-        load_initial(init, checkpoint)
-    _try_size(checkpoint, device)
+    checkpoint = _build(spec, config.seed, pretrained, init, device)
     criterion = checkpoint.task.criterion(samples)
     output_folder(out.parent)
     depends_on = {
@@ -121,24 +116,60 @@ def train(
         if epochs
     ]
     files = [out.with_suffix(f".{i}-{stage.stage}.state") for i, stage in enumerate(stages)]
-    if not resume and rank() == 0:
-        for file in files:
-            file.unlink(missing_ok=True)
+    if not resume:
+        _remove(files)
     try:
-        with process_group(device):
-            for stage, file in zip(stages, files, strict=True):
-                with _watch(stage) as on_step:
-                    fit(model, attached, samples, criterion, stage, state_file=file, origin=origin, on_step=on_step)
-                spec.training.append({**dataclasses.asdict(stage), "data": data, "clips": list(clips)})
+        _fit_stages(checkpoint, samples, criterion, dict(zip(files, stages, strict=True)), origin)
+        spec.training.extend({**dataclasses.asdict(stage), "data": data, "clips": list(clips)} for stage in stages)
         if rank() == 0:
             save_checkpoint(out, checkpoint, half)
-            for file in files:
-                file.unlink(missing_ok=True)
+        _remove(files)
     except KeyboardInterrupt:
         if kept := [file for file in files if file.exists()]:
             notice(f"the last finished epoch is kept in {kept[-1]}: the same command with --resume goes on")
         raise
     return checkpoint
+
+
+def _build(spec: ModelSpec, seed: int, pretrained: bool, init: Path | None, device: torch.device) -> Checkpoint:
+    """The model and branch to train, with the weights to start from."""
+    torch.manual_seed(seed)
+    model, branch = spec.build(pretrained)
+    checkpoint = Checkpoint(model.to(device), branch.to(device) if branch is not None else None, spec)
+    if init is not None:
+        load_initial(init, checkpoint)
+    _try_size(checkpoint, device)
+    return checkpoint
+
+
+def _fit_stages(
+    checkpoint: Checkpoint,
+    samples: NormalizedStills,
+    criterion: Criterion,
+    stages: Mapping[Path, TrainConfig],
+    origin: str,
+) -> None:
+    """Train one stage after the other; `stages` are by the file that keeps a stage's state."""
+    with process_group(next(checkpoint.model.parameters()).device):
+        for file, config in stages.items():
+            with _watch(config) as on_step:
+                fit(
+                    checkpoint.model,
+                    checkpoint.branch,
+                    samples,
+                    criterion,
+                    config,
+                    state_file=file,
+                    origin=origin,
+                    on_step=on_step,
+                )
+
+
+def _remove(files: Sequence[Path]) -> None:
+    """Remove state files; under `torchrun`, the first process does."""
+    if rank() == 0:
+        for file in files:
+            file.unlink(missing_ok=True)
 
 
 def _check(out: Path, recipe: str, objective: str, branch: Mapping[str, Any], resume: bool) -> None:
