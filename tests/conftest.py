@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start; every core runs a test
 
@@ -27,8 +29,19 @@ def _seeded():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session")
+def small_collections():
+    """Import what evaluations need, and keep it out of garbage collections: there is one before each of their runs."""
+    import matplotlib.figure  # noqa: F401
+    import timm  # noqa: F401
+    import torchmetrics  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
-def committed(monkeypatch):
+def committed(monkeypatch, small_collections):
     """As if the code that runs were committed: only then are reports gone on with."""
     import ttt_adapt.evaluation.session as session
 
@@ -47,16 +60,23 @@ def clips(tmp_path) -> list:
     return open_clips(tmp_path / "data")
 
 
-@pytest.fixture
-def files(tmp_path) -> list:
-    """Two checkpoints of the same model with other weights."""
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A folder with two checkpoints of the same model with other weights."""
     from arm_inputs import checkpoint
     from ttt_adapt.tasks.checkpoint import save_checkpoint
 
-    paths = [tmp_path / f"model{seed}.safetensors" for seed in (0, 1)]
-    for seed, path in enumerate(paths):
-        save_checkpoint(path, checkpoint(seed))
-    return paths
+    folder = tmp_path_factory.mktemp("models")
+    for seed in (0, 1):
+        save_checkpoint(folder / f"model{seed}.safetensors", checkpoint(seed))
+    return folder
+
+
+@pytest.fixture
+def files(tmp_path, model_folder) -> list:
+    """Two checkpoints of the same model with other weights, which a test may overwrite."""
+    names = sorted(path.name for path in model_folder.iterdir())
+    return [Path(shutil.copy(model_folder / name, tmp_path)) for name in names]
 
 
 @pytest.fixture

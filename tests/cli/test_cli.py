@@ -612,5 +612,5 @@ def test_run_never_writes_over_the_film_that_it_reads(trained, tmp_path, capsys,
     (tmp_path / "link.mp4").symlink_to(film)
     for out in (film, tmp_path / "link.mp4"):
         line = fail(capsys, monkeypatch, "run", str(film), f"--checkpoint={trained}", f"--out={out}")
-        assert "which is read: it would be lost" in line
+        assert "which is an input and would be lost" in line
         assert film.read_bytes() == b"the only copy"

@@ -21,6 +21,8 @@ from ttt_adapt.evaluation.runners.whole_clip import Offline, Shuffled
 from ttt_adapt.objectives import PseudoLabel, Rotation
 from ttt_adapt.tasks.checkpoint import Checkpoint
 
+pytestmark = pytest.mark.usefixtures("small_collections")
+
 SHORT = {"offline": "offline-6", "offline-oracle": "offline-oracle-6", "every-4": "every-2"}
 COMPOSED = ["online+smooth-2", "fixed+vote", "tent+class", "self-train-plain+class-2+smooth"]
 EVERY = [*(SHORT.get(name, name) for name in ARMS), *COMPOSED]
@@ -552,7 +554,7 @@ def test_shuffled_frames_are_seen_in_random_order_and_predictions_are_put_back()
         losses.append(int(runner.loss))
     assert found == list(range(9))
     assert losses == [echo.seen.index(frame) + 1 for frame in range(9)]
-    with pytest.raises(StateError, match="did not show"):
+    with pytest.raises(StateError, match="more frames than prepare"):
         runner.step(9)
 
 

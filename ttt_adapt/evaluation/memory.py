@@ -1,8 +1,9 @@
-"""Peak memory of a run, above what was held when it began (the model itself, in an evaluation).
+"""Peak memory of a run, above the memory that was in use when it began (by the model, in an evaluation).
 
-On a GPU it is exact: the largest sum of live tensors (`torch.cuda.max_memory_allocated`). On the CPU it is the growth
-of the process's largest resident size, as Linux counts it, after what earlier runs left to the allocator went back to
-the system: good to some MiB. The first run of a process also pays for what libraries set up.
+On a GPU the number is exact: the largest sum of live tensors (`torch.cuda.max_memory_allocated`). On the CPU it is the
+growth of the process's largest resident size, as Linux counts it. Before the run, memory that earlier runs left unused
+is given back to the system. The number is good to some MiB. In the first run of a process it includes what libraries
+allocate once.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class PeakMemory:
 
     Args:
         device: where the tensors live.
-        account: folder of Linux's account of this process.
+        account: the folder in which Linux reports about this process.
     """
 
     def __init__(self, device: torch.device, account: Path = Path("/proc/self")) -> None:
@@ -53,7 +54,7 @@ class PeakMemory:
 
 
 def _forget_peak(account: Path) -> bool:
-    """Let the kernel count the largest resident size of this process from now on; False where it does not."""
+    """Let the kernel count the largest resident size anew from now on; False where the kernel cannot."""
     try:
         (account / "clear_refs").write_text("5")
     except OSError:
@@ -62,14 +63,14 @@ def _forget_peak(account: Path) -> bool:
 
 
 def _give_back_free_memory() -> None:
-    """What Python and the C library hold unused goes back to the system, as far as they can."""
+    """Give memory that Python and the C library hold but do not use back to the system, as far as possible."""
     gc.collect()
     with suppress(OSError, AttributeError):  # other C libraries than glibc have no such call
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _resident(account: Path, field: str) -> float | None:
-    """A size from Linux's account of this process, in MiB."""
+    """A size in MiB that Linux reports of this process; None where it reports none."""
     try:
         lines = (account / "status").read_text().splitlines()
     except OSError:

@@ -132,7 +132,7 @@ def train(
 
 
 def _build(spec: ModelSpec, seed: int, pretrained: bool, init: Path | None, device: torch.device) -> Checkpoint:
-    """The model and branch to train, with the weights to start from."""
+    """The model and branch to train, with the weights that training starts from."""
     torch.manual_seed(seed)
     model, branch = spec.build(pretrained)
     checkpoint = Checkpoint(model.to(device), branch.to(device) if branch is not None else None, spec)
@@ -179,7 +179,9 @@ def _check(out: Path, recipe: str, objective: str, branch: Mapping[str, Any], re
     if objective not in OBJECTIVES:
         raise ConfigError(f"objective is {objective!r}; expected one of {', '.join(OBJECTIVES)}")
     if branch and objective != "mae":
-        raise ConfigError(f"--branch {next(iter(branch))} is of the MAE branch; {objective} has no settings")
+        raise ConfigError(
+            f"--branch {next(iter(branch))} is a setting of the MAE branch; {objective} has none: leave it out"
+        )
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out is {out}; expected a file name ending in .safetensors")
     if out.is_dir():
@@ -199,7 +201,7 @@ def _try_size(checkpoint: Checkpoint, device: torch.device) -> None:
 
 
 class NormalizedStills(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """`StillsDataset` as a task's model takes it: what it is shown, normalised, and the target."""
+    """A `StillsDataset` as a task's model takes it: pairs of the normalised input and the target."""
 
     def __init__(self, stills: StillsDataset, spec: ModelSpec, task: Task) -> None:
         self._stills, self._task, self.ignore = stills, task, stills.ignore
@@ -218,7 +220,7 @@ class NormalizedStills(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
 
 CACHE_LIMIT = 2**30
-"""Bytes of samples up to which all are read before training begins, and kept."""
+"""Samples of up to this many bytes together are read once before training begins, and kept in memory."""
 
 
 def _samples(stills: Stills, spec: ModelSpec, seed: int) -> NormalizedStills:

@@ -1,4 +1,4 @@
-"""What can be put on top of an arm: `+smooth`, `+vote` and `+class`."""
+"""Runners of the modifiers `+smooth`, `+vote` and `+class`, each on top of another runner."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ttt_adapt.stream.frames import Preprocess, to_model_input
 
 
 class Modified:
-    """A runner on top of another; what it does not change is the other's.
+    """A runner on top of another one. What it does not change comes from the other.
 
     Attributes:
         runner: the other one.
@@ -87,7 +87,7 @@ class Voting(Modified):
         self._preprocess, self._scales = preprocess, tuple(scales)
 
     def step(self, frame: Any) -> Tensor:
-        """Class scores whose softmax is the share of the votes, with the mean probability as one more of them."""
+        """Class scores; their softmax is the share of the votes, where the mean probability counts as one more vote."""
         first = super().step(frame)
         x = to_model_input(frame, self._preprocess, first.device, first.dtype)
         views = [first.softmax(1)]
@@ -117,7 +117,7 @@ class ClassBalanced(Modified):
 
     Attributes:
         fewer: the buffer: how many classes fewer than the source model the adapted one predicted, for the last frames.
-        resets: how often it began anew.
+        resets: how often it was reset.
 
     Args:
         runner: adapts weights.
@@ -135,7 +135,7 @@ class ClassBalanced(Modified):
         self.resets = 0
 
     def step(self, frame: Any) -> Tensor:
-        """Begin anew if it is time to; adapt, predict, and compare with the source model."""
+        """Reset if the buffer says so; then adapt, predict, and compare with the source model."""
         if len(self.fewer) == self.fewer.maxlen and sum(self.fewer) / len(self.fewer) > self._slack:
             self._adapter.reset()
             self.fewer.clear()
@@ -149,5 +149,5 @@ class ClassBalanced(Modified):
 
 
 def _classes(scores: Tensor) -> int:
-    """How many classes are predicted anywhere."""
+    """How many different classes are predicted."""
     return scores.argmax(1).unique().numel()
