@@ -266,8 +266,8 @@ def _check_same_code(path: Path, before: Mapping[str, Any], here: Mapping[str, A
     """Raises DataError if the report was begun with other code, versions or hardware, or with unknown code."""
     if before.get("dirty"):
         raise DataError(
-            f"{path} was made by uncommitted code, which cannot be compared with the code that runs now: choose another "
-            "--out, or remove it"
+            f"{path} was made by uncommitted code, which cannot be compared with the code that runs now: choose "
+            "another --out, or remove it"
         )
     if here["dirty"]:
         raise DataError(
