@@ -10,9 +10,11 @@ import pytest
 from report_inputs import make_report, make_run, marked_report
 from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt.evaluation.differences import average_difference, paired_difference
+from ttt_adapt.evaluation.plots import plot_bars
 from ttt_adapt.evaluation.report import Report, Run
 from ttt_adapt.evaluation.statistics import block_length, paired_bootstrap
 from ttt_adapt.evaluation.tables import markdown_table, rich_table, study_table
+from ttt_adapt.tasks import TASKS, Metric, Segmentation
 
 
 def rows(table: str) -> dict[str, list[str]]:
@@ -244,3 +246,36 @@ def test_the_terminal_table_holds_the_same_cells():
     assert len(rows) == 2
     assert "n/a" in rows[0]  # fixed did not run there
     assert "60.00 ± 0.00" in rows[1]
+
+
+def test_a_new_task_brings_its_metrics_into_tables_and_figures(monkeypatch, tmp_path):
+    class Depth(Segmentation):
+        name = "depth"
+        metrics = (
+            Metric("rmse", "RMSE", "m", "metres", digits=3, higher_is_better=False, note="RMSE is of metres."),
+            Metric("rmse_frames", "frame RMSE", "m", "metres", digits=3, higher_is_better=False),
+        )
+        class_metric = Metric("per_class", "RMSE", "m", digits=1)
+        about = "RMSE over the whole clip"
+
+    monkeypatch.setitem(TASKS, "depth", Depth)
+    report = Report()
+    for arm, error in (("fixed", 2.0), ("online", 1.5)):
+        for seed in range(2):
+            score = Fixed({"frames": 2, "rmse": error, "rmse_frames": error, "per_class": {"near": error}}, [error] * 2)
+            report.add(Run.from_score(arm, "hall", seed, score, [None, None], [1.0, 1.0], "depth"))
+    report.save(tmp_path / "report.json")
+    text = markdown_table(Report.load(tmp_path / "report.json"))
+    assert rows(text.partition("###")[0])["online"][0] == "**1.500 ± 0.000 (-0.500)**"
+    assert "RMSE over the whole clip" in text
+    assert "RMSE is of metres." in text
+    assert rows(section(text, "RMSE of every class (m)"))["near"] == ["2.0", "1.5"]
+    plot_bars(tmp_path / "bars.png", report)
+    assert (tmp_path / "bars.png").stat().st_size > 1000
+
+
+class Fixed:
+    """A score that was collected already."""
+
+    def __init__(self, result, per_frame):
+        self.result, self.per_frame = lambda: result, lambda: per_frame
