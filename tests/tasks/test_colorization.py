@@ -574,6 +574,7 @@ def test_a_real_clip_is_coloured_at_its_own_size(trained, tmp_path):
 # Evaluation --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("committed")
 def test_eval_writes_the_shared_report_table_and_plots(trained, pictures, tmp_path):
     out = tmp_path / "eval"
     arms = "--arms=fixed,no-memory,online,online-shuffled"

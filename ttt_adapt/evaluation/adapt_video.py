@@ -158,9 +158,7 @@ class _Remarks:
         if self._coloured or seen is frame or np.abs(frame.astype(np.int16) - seen).max() <= COLOUR_NOISE:
             return
         self._coloured = True
-        notice(
-            f"{name} is in colour: each frame is converted to grey of the same luminance before the model colours it"
-        )
+        notice(f"{name} is in colour: its frames are converted to grey of the same luminance, and coloured anew")
 
     def _begin(self, name: str, height: int, width: int) -> None:
         """Say what is known when the first picture is there."""
