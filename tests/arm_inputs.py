@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import torch
+from PIL import Image
 
 from conftest import settle_norms
 from ttt_adapt import StreamConfig
 from ttt_adapt.arms import Arm
+from ttt_adapt.evaluation.rows import Row
 from ttt_adapt.evaluation.runners import RUNNERS
 from ttt_adapt.tasks.checkpoint import Checkpoint, build_model
 from ttt_adapt.tasks.spec import ModelSpec
@@ -38,3 +43,18 @@ def arm_run_by(monkeypatch, make, name: str = "own", **attributes) -> Arm:
     """An arm with a runner of the test's own: `make(checkpoint, config)`."""
     monkeypatch.setitem(RUNNERS, name, make)
     return Arm(name, name.capitalize(), name, **attributes)
+
+
+def write_clip(folder: Path, count: int, seed: int = 0) -> None:
+    """A labelled clip as image files, with the class names beside it."""
+    for kind in ("images", "labels"):
+        (folder / kind).mkdir(parents=True)
+    for index, (frame, labels) in enumerate(frames(count, seed)):
+        Image.fromarray(frame).save(folder / "images" / f"{index}.png")
+        Image.fromarray(labels).save(folder / "labels" / f"{index}.png")
+    (folder.parent / "index.json").write_text(json.dumps({"classes": CLASSES, "ignore": 255}))
+
+
+def two_rows(files: list[Path]) -> list[Row]:
+    """The fixed and the online arm."""
+    return [Row("fixed", "Fixed", tuple(files)), Row("online", "Online", tuple(files))]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start; every core runs a test
 
@@ -27,13 +29,70 @@ def _seeded():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def committed(monkeypatch):
-    """As if the code that runs were committed: only then are reports gone on with."""
-    import ttt_adapt.evaluation.session as command
+@pytest.fixture(scope="session")
+def small_collections():
+    """Import what evaluations need, and keep it out of garbage collections: there is one before each of their runs."""
+    import matplotlib.figure  # noqa: F401
+    import timm  # noqa: F401
+    import torchmetrics  # noqa: F401
 
-    real = command.environment
-    monkeypatch.setattr(command, "environment", lambda: {**real(), "dirty": False})
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def committed(monkeypatch, small_collections):
+    """As if the code that runs were committed: only then are reports gone on with."""
+    import ttt_adapt.evaluation.session as session
+
+    real = session.environment
+    monkeypatch.setattr(session, "environment", lambda: {**real(), "dirty": False})
+
+
+@pytest.fixture
+def clips(tmp_path) -> list:
+    """Two labelled clips of three frames, dusk and noon, in the folder data."""
+    from arm_inputs import write_clip
+    from ttt_adapt.data import open_clips
+
+    for seed, name in enumerate(("dusk", "noon")):
+        write_clip(tmp_path / "data" / name, 3, seed)
+    return open_clips(tmp_path / "data")
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A folder with two checkpoints of the same model with other weights."""
+    from arm_inputs import checkpoint
+    from ttt_adapt.tasks.checkpoint import save_checkpoint
+
+    folder = tmp_path_factory.mktemp("models")
+    for seed in (0, 1):
+        save_checkpoint(folder / f"model{seed}.safetensors", checkpoint(seed))
+    return folder
+
+
+@pytest.fixture
+def files(tmp_path, model_folder) -> list:
+    """Two checkpoints of the same model with other weights, which a test may overwrite."""
+    names = sorted(path.name for path in model_folder.iterdir())
+    return [Path(shutil.copy(model_folder / name, tmp_path)) for name in names]
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[str]:
+    """The runs that an evaluation really makes, as "ARM CLIP"."""
+    import ttt_adapt.evaluation.session as session
+    from ttt_adapt.evaluation.runner import run_arm
+
+    made = []
+
+    def run(arm, *args, **keywords):
+        made.append(f"{arm.name} {keywords['name']}")
+        return run_arm(arm, *args, **keywords)
+
+    monkeypatch.setattr(session, "run_arm", run)
+    return made
 
 
 def hooks_of(model: nn.Module) -> int:

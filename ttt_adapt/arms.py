@@ -46,7 +46,6 @@ class Arm:
         needs: what a checkpoint must have: "MAE branch", "rotation head", "BatchNorm", "LayerNorm" or "class scores".
         least_window: frames that the arm's window holds at least, to be this arm.
         adapts: whether it reads the configuration at all.
-        preset: whether `StreamConfig` has a preset of it.
         streaming: whether frame t and those before it are all that the prediction of frame t depends on.
         oracle: whether it chooses by the labels; its results are a bound, not a method.
         modifiers: (word, number) for each modifier on top of it; the number is None where there is none.
@@ -61,7 +60,6 @@ class Arm:
     needs: tuple[str, ...] = ()
     least_window: int = 1
     adapts: bool = True
-    preset: bool = False
     streaming: bool = True
     oracle: bool = False
     modifiers: tuple[tuple[str, int | None], ...] = ()
@@ -177,11 +175,11 @@ ARMS = {
         _forward_only("norm-ema", "BatchNorm statistics, EMA 0.05", "norm-average", "BatchNorm", momentum=0.05),
         _forward_only("norm-blend", "BatchNorm statistics, blend 0.5", "norm-blend", "BatchNorm", share=0.5),
         _forward_only("ln-adapt", "LN Adapt", "layer-norm", "LayerNorm", momentum=0.05, share=0.1),
-        _mae("no-memory", "TTT-MAE No Memory", {"window": 1, "carry_weights": False}, 1, preset=True),
-        _mae("implicit", "Implicit Memory Only", {"window": 1, **_CARRIED}, 1, preset=True),
-        _mae("explicit", "Explicit Memory Only", {"carry_weights": False}, preset=True),
-        _mae("online", "Online TTT-MAE", _CARRIED, preset=True),
-        _mae("paper", "Online TTT-MAE, settings of the paper's code", _PAPER, preset=True),
+        _mae("no-memory", "TTT-MAE No Memory", {"window": 1, "carry_weights": False}, 1),
+        _mae("implicit", "Implicit Memory Only", {"window": 1, **_CARRIED}, 1),
+        _mae("explicit", "Explicit Memory Only", {"carry_weights": False}),
+        _mae("online", "Online TTT-MAE", _CARRIED),
+        _mae("paper", "Online TTT-MAE, settings of the paper's code", _PAPER),
         _mae(
             "online-norm-ema",
             "Online TTT-MAE + BatchNorm EMA",
@@ -218,7 +216,7 @@ _NUMBERED: dict[str, Callable[[int], Arm]] = {"every": _every, "offline": _offli
 
 _OTHER_NAMES = {"implicit-only": "implicit", "explicit-only": "explicit"}
 
-PRESETS = tuple(name for name, arm in ARMS.items() if arm.preset)
+PRESETS = ("online", "paper", "no-memory", "implicit", "explicit")
 """Names of the arms that `StreamConfig` has presets of."""
 
 
@@ -257,9 +255,7 @@ def contradictions(arm: Arm, config: Any) -> dict[str, str]:
         arm: what is wanted.
         config: what would run.
     """
-    wrong = {
-        name: f"{name}={value!r}" for name, value in arm.fixes.items() if arm.adapts and getattr(config, name) != value
-    }
+    wrong = {name: f"{name}={value!r}" for name, value in arm.fixes.items() if getattr(config, name) != value}
     if config.capacity < arm.least_window:
         wrong.setdefault("window", f"a window of at least {arm.least_window}")
     if arm.fixes.get("carry_weights") and config.source_pull == 1:  # which goes all the way back before each frame

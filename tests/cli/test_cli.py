@@ -12,59 +12,20 @@ import sys
 import time
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
-import ttt_adapt.training.recipe as train_command
+import ttt_adapt.evaluation.model_info as model_info
+import ttt_adapt.training.recipe as recipe
+from command_line import CAMVID, CLIP, SCRIPT, TINY, TRAIN, fail, invoke, needs_camvid, needs_clip, status, video
 from conftest import same_bits
-from ttt_adapt.cli import app as cli
-from ttt_adapt.cli import info as info_command
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.data.street.scene import CLASSES, street_stream
 from ttt_adapt.evaluation.demo import WEIGHTS
 from ttt_adapt.evaluation.model_info import inspect_model
 from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-
-DATA = Path(os.environ.get("TTT_ADAPT_DATA", Path(__file__).parents[3] / "shared" / "data"))
-CAMVID, CLIP = DATA / "camvid", DATA / "clips" / "intel_car-detection.mp4"
-needs_camvid = pytest.mark.skipif(not CAMVID.is_dir(), reason=f"no CamVid clips in {DATA}")
-needs_clip = pytest.mark.skipif(not CLIP.is_file(), reason=f"no {CLIP.name} in {CLIP.parent}")
-
-SCRIPT = Path(sys.executable).with_name("ttt-adapt")
-TINY = [f"--encoder-option={option}" for option in ("depth=2", "embed_dim=48", "num_heads=3")]
-TRAIN = ["street", *TINY, "--stills=6", "--size=64x96", "--batch-size=3", "--first-epochs=1", "--epochs=1", "--seed=3"]
-
-
-def invoke(*arguments: object) -> str:
-    """Run a command that has to succeed; returns what it printed."""
-    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200"}, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def fail(capsys, monkeypatch, *arguments: object) -> str:
-    """Run the console script's function with bad input; returns its one line of error."""
-    monkeypatch.setattr(sys, "argv", ["ttt-adapt", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    captured = capsys.readouterr()
-    assert stop.value.code == 1, captured.err
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err
-
-
-def video(path: Path) -> tuple[int, float, tuple[int, int]]:
-    """Number of frames, rate and (height, width), by decoding the file."""
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        sizes = [(frame.height, frame.width) for frame in container.decode(stream)]
-        assert len(set(sizes)) == 1
-        return len(sizes), float(stream.average_rate), sizes[0]
 
 
 @pytest.fixture(scope="module")
@@ -248,10 +209,7 @@ def test_a_video_that_breaks_keeps_what_was_written_and_says_where(trained, clip
     shutil.copytree(clips / "first" / "images", frames)
     (frames / "2.png").write_bytes((frames / "2.png").read_bytes()[:300])
     out = tmp_path / "out.mp4"
-    monkeypatch.setattr(sys, "argv", ["ttt-adapt", "run", str(frames), f"--checkpoint={trained}", f"--out={out}"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 1
+    assert status(monkeypatch, "run", frames, f"--checkpoint={trained}", f"--out={out}") == 1
     assert "2" in capsys.readouterr().err.split("error: ")[1]
     assert video(out) == (2, 25.0, (64, 96))
 
@@ -271,7 +229,7 @@ def test_from_real_stills_to_a_real_video(tmp_path):
     invoke("eval", CAMVID, "--clips=0001TP_train_a", "--size=72x96", f"--checkpoint={model}", f"--out={out}", arms)
     assert (out / "0001TP_train_a.png").is_file()
     runs = json.loads((out / "report.json").read_text())["runs"]
-    assert all(0 < run["miou"] < 1 for run in runs)
+    assert all(0 < run["scores"]["miou"] < 1 for run in runs)
     invoke("run", CLIP, f"--checkpoint={model}", f"--out={tmp_path / 'out.mp4'}", "--limit=6")
     assert video(tmp_path / "out.mp4") == (6, 12.5, (432, 768))
 
@@ -305,7 +263,7 @@ def test_a_checkpoint_that_cannot_be_written_is_refused_before_training(kind, tm
     (tmp_path / "folder.safetensors").mkdir()
     (tmp_path / "file").write_bytes(b"")
     out = {"folder": "folder.safetensors", "below a file": "file/m.safetensors", "not writable": "/proc/m.safetensors"}
-    monkeypatch.setattr(train_command, "fit", lambda *_, **__: pytest.fail("it was trained"))
+    monkeypatch.setattr(recipe, "fit", lambda *_, **__: pytest.fail("it was trained"))
     line = fail(capsys, monkeypatch, "train", *TRAIN, f"--out={tmp_path / out[kind]}")
     assert ("a folder; expected" if kind == "folder" else "is no folder that can be written to") in line
     assert {path.name for path in tmp_path.iterdir()} == {"folder.safetensors", "file"}
@@ -315,19 +273,18 @@ def test_ctrl_c_loses_no_finished_epoch_and_resume_ends_where_an_unbroken_run_en
     whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
     arguments = ["train", *TRAIN, "--epochs=3"]
     invoke(*arguments, f"--out={whole}")
-    real = train_command._Bar._step
+    real = recipe.fit
 
-    def stop(self, progress):
-        if self._config.stage == "joint" and progress.epoch == 2:
-            raise KeyboardInterrupt
-        real(self, progress)
+    def breaks_off(*args, **keywords):
+        def stop(progress):
+            if args[4].stage == "joint" and progress.epoch == 2:
+                raise KeyboardInterrupt
+
+        return real(*args, **{**keywords, "on_step": stop})
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_command._Bar, "_step", stop)
-        patch.setattr(sys, "argv", ["ttt-adapt", *arguments, f"--out={broken}"])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-    assert stopped.value.code == 130
+        patch.setattr(recipe, "fit", breaks_off)
+        assert status(monkeypatch, *arguments, f"--out={broken}") == 130
     assert "the same command with --resume goes on" in capsys.readouterr().err
     assert not broken.exists()
     assert {path.name for path in tmp_path.glob("broken*")} == {"broken.0-main.state", "broken.1-joint.state"}
@@ -346,11 +303,8 @@ def test_ctrl_c_between_the_last_epoch_and_the_checkpoint_loses_nothing(tmp_path
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_command, "save_checkpoint", stop)
-        patch.setattr(sys, "argv", ["ttt-adapt", "train", *TRAIN, f"--out={out}"])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-    assert stopped.value.code == 130
+        patch.setattr(recipe, "save_checkpoint", stop)
+        assert status(monkeypatch, "train", *TRAIN, f"--out={out}") == 130
     told = capsys.readouterr().err
     assert f"kept in {tmp_path / 'm.1-joint.state'}: the same command with --resume goes on" in told
     invoke("train", *TRAIN, f"--out={out}", "--resume")
@@ -359,8 +313,8 @@ def test_ctrl_c_between_the_last_epoch_and_the_checkpoint_loses_nothing(tmp_path
 
 def test_info_looks_at_the_model_on_the_device_that_it_is_given(trained, monkeypatch):
     asked = []
-    real = info_command.load_checkpoint
-    monkeypatch.setattr(info_command, "load_checkpoint", lambda file, device: asked.append(device) or real(file, "cpu"))
+    real = model_info.load_checkpoint
+    monkeypatch.setattr(model_info, "load_checkpoint", lambda file, device: asked.append(device) or real(file, "cpu"))
     inspect_model(str(trained), device="cuda:1")
     assert asked == ["cuda:1"]
 
@@ -550,10 +504,7 @@ def test_brackets_in_messages_are_printed_as_they_are(capsys, monkeypatch):
 
 def test_usage_errors_have_status_2_and_name_the_option(capsys, monkeypatch):
     for arguments, name in ((["train", "street", "--epochs=0"], "--epochs"), (["eval", "clips"], "--checkpoint")):
-        monkeypatch.setattr(sys, "argv", ["ttt-adapt", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        assert stop.value.code == 2
+        assert status(monkeypatch, *arguments) == 2
         assert name in capsys.readouterr().err
 
 
@@ -571,7 +522,7 @@ def test_the_demo_shows_table_video_and_plot(tmp_path):
     assert (count, rate) == (4, 10.0)
     runs = json.loads((tmp_path / "demo" / "report.json").read_text())["runs"]
     assert [run["arm"] for run in runs] == ["fixed", "online"]
-    assert all(np.isfinite(run["miou"]) for run in runs)
+    assert all(np.isfinite(run["scores"]["miou"]) for run in runs)
 
 
 def test_a_demo_without_weights_writes_nothing(tmp_path, capsys, monkeypatch):
@@ -602,7 +553,7 @@ def test_what_the_branch_hides_and_scores_can_be_set_at_test_time(tmp_path, trai
         invoke("eval", clips, f"--checkpoint={trained}", "--arms=online", "--clips=first", f"--out={out}", *settings)
         report = json.loads((out / "report.json").read_text())
         losses.append(report["runs"][0]["losses"])
-    assert report["config"]["contenders"]["Online TTT-MAE"]["branch"] == {"loss_on": "all", "mask_ratio": 0.5}
+    assert report["config"]["rows"]["Online TTT-MAE"]["branch"] == {"loss_on": "all", "mask_ratio": 0.5}
     assert losses[0] != losses[1]
     wrong = ["eval", clips, f"--checkpoint={trained}", "--arms=online", f"--out={tmp_path / 'no'}"]
     assert "patch_size" in fail(capsys, monkeypatch, *wrong, "--branch=patch_size=8")
@@ -661,5 +612,5 @@ def test_run_never_writes_over_the_film_that_it_reads(trained, tmp_path, capsys,
     (tmp_path / "link.mp4").symlink_to(film)
     for out in (film, tmp_path / "link.mp4"):
         line = fail(capsys, monkeypatch, "run", str(film), f"--checkpoint={trained}", f"--out={out}")
-        assert "which is read: it would be lost" in line
+        assert "which is an input and would be lost" in line
         assert film.read_bytes() == b"the only copy"

@@ -16,6 +16,8 @@ from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt.evaluation.realtime import measure_forwards, stride
 from ttt_adapt.evaluation.runner import run_arm
 
+pytestmark = pytest.mark.usefixtures("small_collections")
+
 
 @pytest.mark.parametrize("forwards", [0, -1.0, float("nan"), float("inf")])
 def test_a_cost_that_is_none_is_refused(forwards):

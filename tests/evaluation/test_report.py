@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ttt_adapt.errors import ConfigError, DataError, StateError
-from ttt_adapt.evaluation.report import Report, Run, markdown_table, rich_table, write_json
-from ttt_adapt.tasks.segmentation.score import SegmentationScore
+from report_inputs import make_report, make_run
+from ttt_adapt.errors import DataError, StateError
+from ttt_adapt.evaluation.report import Report, Run, write_json
+from ttt_adapt.evaluation.tables import markdown_table
+from ttt_adapt.tasks.segmentation import SegmentationScore
 
-
-def make_run(arm: str = "online", clip: str = "dusk", seed: int = 0, miou: float = 0.5, **changes) -> Run:
-    values = {
-        "miou_frames": miou - 0.1,
-        "pixel_accuracy": 0.9,
-        "per_class": {"road": miou, "car": None},
-        "per_frame": [miou, None, *[miou] * 10],
-        "losses": [None] * 12 if arm == "fixed" else [1.0 / (frame + 1) for frame in range(12)],
-        "ms_per_frame": 20.0 + seed,
-    }
-    return Run(arm=arm, clip=clip, seed=seed, miou=miou, **{**values, **changes})
-
-
-def make_report() -> Report:
-    report = Report(config={"window": 16}, environment={"torch": "2"})
-    for seed in range(3):
-        report.add(make_run("fixed", "dusk", seed, 0.4))
-        report.add(make_run("online", "dusk", seed, 0.5 + 0.01 * seed))
-        report.add(make_run("online", "day", seed, 0.6))
-    return report
+RESULTS = sorted((Path(__file__).parents[2] / "benchmarks" / "results").rglob("report.json"))
 
 
 # Storage -----------------------------------------------------------------------------------------------------------
@@ -45,8 +30,8 @@ def test_a_run_takes_its_numbers_from_the_score():
     score.update(np.array([[0, 0]]), np.array([[0, 0]]))
     run = Run.from_score("online", "dusk", 3, score, losses=[None, float("inf"), 0.25], ms=[90.0, 10.0, 12.0])
     assert (run.arm, run.clip, run.seed) == ("online", "dusk", 3)
-    assert run.miou == pytest.approx(3 / 4)
-    assert run.miou_frames == pytest.approx(3 / 4)
+    assert run.scores["miou"] == pytest.approx(3 / 4)
+    assert run.scores["miou_frames"] == pytest.approx(3 / 4)
     assert run.per_class == {"road": 0.75, "car": None}
     assert run.per_frame == [0.5, None, 1.0]
     assert run.losses == [None, None, 0.25]
@@ -103,53 +88,6 @@ def test_a_missing_report_is_refused(tmp_path):
         Report.load(tmp_path / "report.json")
 
 
-# Tables ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_table_shows_mean_deviation_and_change_in_percent():
-    lines = markdown_table(make_report()).splitlines()
-    header, _, fixed, online = (([cell.strip() for cell in line.strip("|").split("|")]) for line in lines[:4])
-    assert header[:4] == ["arm", "dusk: mIoU (%)", "dusk: frame mIoU (%)", "dusk: ms/frame"]
-    assert header[4] == "day: mIoU (%)"
-    assert fixed == ["fixed", "40.00 ± 0.00", "30.00 ± 0.00", "21.0", "n/a", "n/a", "n/a"]
-    assert online[1:4] == ["**51.00 ± 1.00 (+27.5%)**", "**41.00 ± 1.00 (+36.7%)**", "21.0"]
-    assert online[4] == "60.00 ± 0.00"
-
-
-def test_the_reference_arm_may_be_chosen():
-    table = markdown_table(make_report(), reference="online")
-    assert "40.00 ± 0.00 (-21.6%)" in table
-    with pytest.raises(ConfigError, match=r"'onlin'.*'online'"):
-        markdown_table(make_report(), reference="onlin")
-    with pytest.raises(DataError, match="no runs"):
-        markdown_table(Report())
-
-
-@pytest.mark.parametrize(
-    ("others", "bold"),
-    [([0.4, 0.4], True), ([0.49, 0.52], False), ([0.4], False), ([], False)],
-    ids=["apart", "overlapping", "one seed", "alone"],
-)
-def test_bold_means_best_beyond_the_spread(others, bold):
-    report = Report(runs=[make_run("online", "dusk", seed, miou) for seed, miou in enumerate([0.50, 0.53])])
-    for seed, miou in enumerate(others):
-        report.add(make_run("fixed", "dusk", seed, miou))
-    assert ("**51.50" in markdown_table(report)) == bold
-
-
-def test_the_terminal_table_holds_the_same_cells():
-    console = pytest.importorskip("rich.console", reason="rich is not installed").Console(width=220)
-    with console.capture() as capture:
-        console.print(rich_table(make_report()))
-    text = capture.get()
-    assert "51.00 ± 1.00 (+27.5%)" in text
-    assert "ms/frame" in text
-    rows = [line for line in text.splitlines() if "day" in line]
-    assert len(rows) == 2
-    assert "n/a" in rows[0]  # fixed did not run there
-    assert "60.00 ± 0.00" in rows[1]
-
-
 # Imports -----------------------------------------------------------------------------------------------------------
 
 
@@ -162,76 +100,55 @@ def test_importing_the_evaluation_modules_imports_no_optional_package():
     assert done.stdout.strip() == "[]"
 
 
-# Figures -----------------------------------------------------------------------------------------------------------
+# Format 1 ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def plots():
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    from ttt_adapt.evaluation import plots
-
-    return plots
-
-
-def test_the_stream_figure_is_1200_pixels_wide_and_draws_every_arm(tmp_path, plots):
-    image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
-    runs = make_report().select(clip="dusk")
-    plots.plot_stream(tmp_path / "a" / "stream.png", runs)
-    with image.open(tmp_path / "a" / "stream.png") as picture:
-        assert picture.size == (1200, 900)
-        both = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
-    assert {(0x6B, 0x6B, 0x6B), (0x00, 0x72, 0xB2)} <= both
-    plots.plot_stream(tmp_path / "fixed.svg", [run for run in runs if run.arm == "fixed"], title="no loss at all")
-    assert (tmp_path / "fixed.svg").stat().st_size > 0
-    from matplotlib import pyplot
-
-    assert pyplot.get_fignums() == []
+def former_run(arm: str, seed: int, **scores) -> dict:
+    """A run in the layout of format 1, which has the scores of all tasks as fields."""
+    none = dict.fromkeys(("miou", "miou_frames", "pixel_accuracy", "j", "j_frames", "psnr", "psnr_frames", "psnr_grey"))
+    none |= dict.fromkeys(("ssim", "flicker", "lpips", "fid", "inception_score"))
+    times = {"fps": None, "peak_memory_mib": None, "forwards": None, "ms_per_frame": 20.0}
+    per_frame = {"per_frame": [0.25, None, 0.5], "losses": [None, 1.0, 0.5]}
+    marks = {"streaming": True, "oracle": False}
+    return {"arm": arm, "clip": "dusk", "seed": seed, **times, **per_frame, **marks, **none, **scores}
 
 
-def test_the_stream_figure_refuses_runs_that_share_no_axis(tmp_path, plots):
-    with pytest.raises(DataError, match="one clip"):
-        plots.plot_stream(tmp_path / "stream.png", make_report().runs)
-    with pytest.raises(DataError, match="0 runs"):
-        plots.plot_stream(tmp_path / "stream.png", [])
+def former_report(path: Path, runs: list[dict]) -> Report:
+    config = {"seeds": [0], "contenders": {"Online": {"arm": "online"}, "Fixed": {"arm": "fixed"}}}
+    path.write_text(json.dumps({"format": 1, "config": config, "environment": {}, "runs": runs, "failures": []}))
+    return Report.load(path)
 
 
-def test_the_bar_figure_draws_clips_that_some_arms_never_ran(tmp_path, plots):
-    plots.plot_bars(tmp_path / "bars.png", make_report())
-    assert (tmp_path / "bars.png").stat().st_size > 5000
-    with pytest.raises(DataError, match="no runs"):
-        plots.plot_bars(tmp_path / "bars.png", Report())
+def test_a_report_of_format_1_gives_the_table_that_it_gave(tmp_path):
+    scores = {"miou": 0.4, "miou_frames": 0.375, "pixel_accuracy": 0.9, "per_class": {"road": 0.4, "car": None}}
+    runs = [former_run("Fixed", 0, **scores), former_run("Online", 0, **{**scores, "miou": 0.5})]
+    report = former_report(tmp_path / "report.json", runs)
+    assert report.reference == "Online"  # asked for first
+    assert report.runs[0].scores == {"miou": 0.4, "miou_frames": 0.375, "pixel_accuracy": 0.9}
+    assert report.runs[0].per_class == {"road": 0.4, "car": None}
+    table = markdown_table(report)
+    assert "| Fixed | 40.00 (-20.0%) | 37.50 (+0.0%) | 20.0 |" in table
+    assert "### IoU of every class (%), mean over clips and seeds" in table
+    assert "| road | 40.00 | 40.00 |" in table
+    report.save(tmp_path / "new.json")
+    assert json.loads((tmp_path / "new.json").read_text())["format"] == 2
+    assert Report.load(tmp_path / "new.json") == report
 
 
-def test_bars_begin_at_what_the_input_scores_where_the_metric_has_such_a_floor(tmp_path, plots, monkeypatch):
-    drawn = []
-    real = plots._draw_bar
-    monkeypatch.setattr(plots, "_draw_bar", lambda axes, *rest: (real(axes, *rest), drawn.append(axes.patches[-1])))
-    report = Report()
-    for seed, psnr in enumerate((21.0, 23.0)):
-        report.add(Run("Fixed", "dog", seed, [psnr], [None], 5.0, task="colorization", psnr=psnr, psnr_grey=20.0))
-    plots.plot_bars(tmp_path / "bars.png", report)
-    assert [(bar.get_y(), bar.get_height()) for bar in drawn] == [(20.0, 2.0)]
-    drawn.clear()
-    plots.plot_bars(tmp_path / "bars.png", make_report())
-    assert {bar.get_y() for bar in drawn} == {0.0}
+def test_a_report_of_format_1_of_another_task_keeps_its_scores(tmp_path):
+    scores = {"task": "colorization", "psnr": 21.0, "psnr_frames": 21.5, "flicker": 0.0, "per_class": {}}
+    (run,) = former_report(tmp_path / "report.json", [former_run("Fixed", 0, **scores)]).runs
+    assert (run.task, run.scores) == ("colorization", {"psnr": 21.0, "psnr_frames": 21.5, "flicker": 0.0})
 
 
-def test_the_running_mean_is_centred_and_steps_over_gaps(plots):
-    nan = np.nan
-    np.testing.assert_allclose(plots.running_mean(np.array([1.0, 2, 6, nan, 4]), 3), [1.5, 3, 4, nan, 4])
+def test_a_report_of_format_1_without_the_fields_that_came_later_is_read(tmp_path):
+    run = former_run("Fixed", 0, miou=0.4)
+    for name in ("j", "j_frames", "fps", "peak_memory_mib", "forwards", "psnr"):
+        del run[name]
+    (loaded,) = former_report(tmp_path / "report.json", [run]).runs
+    assert (loaded.task, loaded.fps, loaded.scores) == ("segmentation", None, {"miou": 0.4})
 
 
-@pytest.mark.parametrize("count", [6, 21])
-def test_the_legend_fits_into_the_figure(tmp_path, plots, count):
-    image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
-    report = Report()
-    for i in range(count):
-        report.add(make_run(f"Self-Train with a long name + Class {i}"))
-    for path in (tmp_path / "bars.png", tmp_path / "stream.png"):
-        plots.plot_bars(path, report) if path.stem == "bars" else plots.plot_stream(path, report.runs)
-        with image.open(path) as picture:
-            pixels = np.asarray(picture.convert("L"))
-        legend = pixels[:40] if path.stem == "bars" else pixels[-40:]  # its first or last rows
-        assert (legend < 128).any()
-        assert (legend[:, :8] > 250).all()
-        assert (legend[:, -8:] > 250).all()
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.parent.name)
+def test_reports_of_the_benchmarks_give_the_tables_beside_them(file):
+    assert markdown_table(Report.load(file)) == file.with_name("table.md").read_text(encoding="utf-8")

@@ -10,6 +10,7 @@ from torch import nn
 
 from arm_inputs import CLASSES, CONFIG, SIZE, VIT, arm_run_by, checkpoint, frames
 from conftest import photograph, same_bits, settle_norms
+from ttt_adapt import StreamConfig
 from ttt_adapt.arms import ARMS, find_arm
 from ttt_adapt.errors import ConfigError, DataError, StateError
 from ttt_adapt.evaluation.runner import run_arm
@@ -19,6 +20,8 @@ from ttt_adapt.evaluation.runners.streaming import Adapting, LayerStatistics, No
 from ttt_adapt.evaluation.runners.whole_clip import Offline, Shuffled
 from ttt_adapt.objectives import PseudoLabel, Rotation
 from ttt_adapt.tasks.checkpoint import Checkpoint
+
+pytestmark = pytest.mark.usefixtures("small_collections")
 
 SHORT = {"offline": "offline-6", "offline-oracle": "offline-oracle-6", "every-4": "every-2"}
 COMPOSED = ["online+smooth-2", "fixed+vote", "tent+class", "self-train-plain+class-2+smooth"]
@@ -236,7 +239,7 @@ def test_a_model_that_would_profit_from_a_peek_cannot(monkeypatch):
         arm = arm_run_by(
             monkeypatch, lambda c, _: Peeking(c.model, c.spec.preprocess()), "peeking", streaming=streaming
         )
-        accuracy[streaming] = run_arm(arm, made, clip, CONFIG, name="clip").pixel_accuracy
+        accuracy[streaming] = run_arm(arm, made, clip, CONFIG, name="clip").scores["pixel_accuracy"]
     assert accuracy[False] == 1.0
     assert accuracy[True] < 0.2
 
@@ -283,7 +286,7 @@ def test_only_arms_that_say_oracle_are_given_a_score_and_a_score_is_all_they_get
             oracle=oracle,
         )
         run = run_arm(arm, checkpoint(), frames(), CONFIG, name="clip")
-        given[f"{name} run"] = run.miou
+        given[f"{name} run"] = run.scores["miou"]
     assert given["honest"] is None
     assert given["oracle"] == given["oracle run"]
     assert [name for name, arm in ARMS.items() if arm.oracle] == ["offline-oracle"]
@@ -319,7 +322,7 @@ def test_a_run_holds_one_loss_and_score_per_frame():
     assert len(run.per_frame) == len(run.losses) == 4
     assert all(loss > 0 for loss in run.losses)
     assert set(run.per_class) == set(CLASSES)
-    assert 0 <= run.miou <= 1
+    assert 0 <= run.scores["miou"] <= 1
     assert run.ms_per_frame > 0
 
 
@@ -479,13 +482,25 @@ def test_ln_adapt_refuses_a_layernorm_that_may_do_more_than_normalise():
         LayerStatistics(nn.Sequential(nn.LayerNorm(4), LayerNormAct2d(4)), lambda frame: frame, 0.05, 0.1)
 
 
+class Tokens(nn.Module):
+    """A norm on tokens that are given, whatever image comes."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.tokens = norm, None
+
+    def forward(self, _image):
+        return self.norm(self.tokens)
+
+
 @pytest.mark.parametrize("shape", [(2, 5, 6), (1, 6, 4, 3)], ids=["tokens", "channels first"])
 def test_ln_adapt_normalises_by_the_blend_of_own_and_running_statistics(shape):
     from timm.layers import LayerNorm2d
 
     norm = (nn.LayerNorm if len(shape) == 3 else LayerNorm2d)(6).double()
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
-    runner = LayerStatistics(norm, lambda frame: frame, momentum=0.25, share=0.4)
+    model = Tokens(norm)
+    runner = LayerStatistics(model, lambda frame: frame, momentum=0.25, share=0.4)
     running = None
     with torch.no_grad():
         for seed in range(3):
@@ -496,7 +511,8 @@ def test_ln_adapt_normalises_by_the_blend_of_own_and_running_statistics(shape):
             running = now if running is None else 0.75 * running + 0.25 * now
             mean, variance = 0.6 * mean + 0.4 * running[0], 0.6 * variance + 0.4 * running[1]
             expected = (tokens - mean) / np.sqrt(variance + norm.eps) * norm.weight.numpy() + norm.bias.numpy()
-            found = runner._run(x, 0.25)
+            model.tokens = x
+            found = runner.step(torch.zeros(3, 4, 4))
             found = found if len(shape) == 3 else found.permute(0, 2, 3, 1)
             np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)
 
@@ -538,7 +554,7 @@ def test_shuffled_frames_are_seen_in_random_order_and_predictions_are_put_back()
         losses.append(int(runner.loss))
     assert found == list(range(9))
     assert losses == [echo.seen.index(frame) + 1 for frame in range(9)]
-    with pytest.raises(StateError, match="did not show"):
+    with pytest.raises(StateError, match="more frames than prepare"):
         runner.step(9)
 
 
@@ -546,13 +562,13 @@ def test_offline_adapts_to_shuffled_frames_for_a_fixed_number_of_steps():
     made, clip = checkpoint(), frames()
     runner = start(find_arm("offline-10"), made, CONFIG.replace(source_pull=0.5, every=2))
     seen = []
-    adapt = runner._runner.adapter.adapt
-    runner._runner.adapter.adapt = lambda frame: (seen.append(frame), adapt(frame))
+    adapt = runner.runner.adapter.adapt
+    runner.runner.adapter.adapt = lambda frame: (seen.append(frame), adapt(frame))
     runner.prepare([frame for frame, _ in clip])
     position = [next(i for i, (frame, _) in enumerate(clip) if frame is one) for one in seen]
     assert len(seen) == 10
     assert sorted(position[:4]) == sorted(position[4:8]) == [0, 1, 2, 3]
-    config = runner._runner.adapter.config
+    config = runner.runner.adapter.config
     assert (config.source_pull, config.every, config.carry_weights) == (0.0, 1, True)
     weights = {k: v.clone() for k, v in made.model.state_dict().items()}
     runner.step(clip[0][0])
@@ -576,6 +592,18 @@ def test_the_oracle_keeps_the_weights_of_the_best_step_it_looked_at(best):
     runner.prepare(clip, score)
     assert len(scored) == len(stops)
     assert same_bits(dict(made.model.state_dict()), scored[stops.index(best)])
+    runner.close()
+
+
+def test_methods_of_others_have_no_pull_unless_they_are_given_one():
+    config = StreamConfig.online()
+    for name in ("tent", "self-train", "self-train-plain", "ema-teacher"):
+        for changes, pull in (({}, 0.0), ({"source_pull": 0.25}, 0.25)):
+            runner = start(find_arm(name), checkpoint(), config, changes)
+            assert runner.adapter.config.source_pull == pull
+            runner.close()
+    runner = start(find_arm("online"), checkpoint(), config)
+    assert runner.adapter.config == config
     runner.close()
 
 
@@ -638,41 +666,62 @@ def test_class_balance_counts_classes_of_the_source_model_and_of_the_adapted_one
     assert source > 1
     runner = ClassBalanced(start(ARMS["self-train-plain"], made, CONFIG.replace(lr=0.0)), length=3)
     runner.step(first)
-    assert list(runner._fewer) == [0]
+    assert list(runner.fewer) == [0]
     with torch.no_grad():
         next(p for name, p in reversed([*made.model.head.named_parameters()]) if "bias" in name)[0] += 1e4
     assert runner.step(second).argmax(1).unique().tolist() == [0]
-    assert list(runner._fewer) == [0, source - 1]
+    assert list(runner.fewer) == [0, source - 1]
     runner.close()
 
 
-def test_class_balance_resets_where_the_mean_difference_over_the_buffer_is_above_a_half(monkeypatch):
+def of_classes(count: int) -> torch.Tensor:
+    """Scores of three pixels that show so many of three classes."""
+    return F.one_hot(torch.tensor([[[0], [1], [2]]]).clamp(max=count - 1), 3).movedim(-1, 1).float()
+
+
+class Scripted:
+    """A runner that predicts as many classes as it is told; its source model predicts three. It is its own adapter."""
+
+    loss = None
+
+    def __init__(self, counts):
+        self.counts, self.events = iter(counts), []
+        self.model, self.preprocess, self.adapter = nn.Identity(), None, self
+        self.model.forward = lambda x: of_classes(3)
+
+    def step(self, frame):
+        self.events.append("step")
+        return of_classes(next(self.counts))
+
+    def reset(self):
+        self.events.append("reset")
+
+
+def test_class_balance_resets_where_the_mean_difference_over_the_buffer_is_above_a_half():
     fewer, buffer, expected = [0, 1, 1, 0, 1, 1, 1, 1, 0, 0, 1, 0, 1, 1], [], []
+    resets = 0
     for less in fewer:
-        expected.append(len(buffer) == 3 and sum(buffer) / len(buffer) > 0.5)
-        buffer = ([] if expected[-1] else buffer[-2:]) + [less]
-    assert 1 < sum(expected) < 6
-    counts = iter([n for less in fewer for n in (3, 3 - less)])
-    monkeypatch.setattr("ttt_adapt.evaluation.runners.modifiers._classes", lambda _: next(counts))
+        reset = len(buffer) == 3 and sum(buffer) / len(buffer) > 0.5
+        buffer = ([] if reset else buffer[-2:]) + [less]
+        expected += ["reset", "step"] if reset else ["step"]
+        resets += reset
+    assert 1 < resets < 6
+    scripted = Scripted(3 - less for less in fewer)
+    runner = ClassBalanced(scripted, length=3)
+    for _ in fewer:
+        runner.step(torch.zeros(3, 4, 4))
+    assert scripted.events == expected
+    assert (runner.resets, list(runner.fewer)) == (resets, buffer)
+
+
+def test_after_a_reset_class_balance_goes_on_like_a_new_stream():
     made = checkpoint()
-    source = {name: p.detach().clone() for name, p in made.model.named_parameters()}
-    adapting = start(ARMS["self-train-plain"], made, CONFIG)
-    runner = ClassBalanced(adapting, length=3)
-    found, began = [], []
-    adapt = adapting.adapter._adapt
-
-    def watched(*taken):
-        began.append(all(torch.equal(p, source[name]) for name, p in made.model.named_parameters()))
-        return adapt(*taken)
-
-    monkeypatch.setattr(adapting.adapter, "_adapt", watched)
-    for frame, _ in frames(len(fewer)):
-        before = runner.resets
-        runner.step(frame)
-        found.append(runner.resets > before)
+    alone = [predictions("self-train-plain", made, clip=[pair])[0] for pair in frames(3)]
+    runner = ClassBalanced(start(ARMS["self-train-plain"], made, CONFIG), length=1, slack=-99.0)  # at every frame
+    found = [runner.step(frame).clone() for frame, _ in frames(3)]
     runner.close()
-    assert found == expected
-    assert began == [True, *expected[1:]]
+    assert same_bits(found, alone)
+    assert runner.resets == 2
 
 
 def test_names_are_put_together_from_left_to_right():
@@ -680,8 +729,8 @@ def test_names_are_put_together_from_left_to_right():
     assert (arm.name, arm.title, arm.streaming) == ("tent+class+smooth-8", "Tent + Class + smoothing 8", True)
     runner = start(arm, checkpoint(), CONFIG)
     assert isinstance(runner, Smoothed)
-    assert isinstance(runner._runner, ClassBalanced)
-    assert isinstance(runner._runner._runner, Adapting)
+    assert isinstance(runner.runner, ClassBalanced)
+    assert isinstance(runner.runner.runner, Adapting)
     runner.close()
     assert not find_arm("online-shuffled+vote").streaming
     assert find_arm("offline-oracle+smooth").oracle

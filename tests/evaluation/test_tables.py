@@ -6,12 +6,15 @@ import re
 
 import numpy as np
 import pytest
-from test_report import make_run
 
+from report_inputs import make_report, make_run, marked_report
+from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt.evaluation.differences import average_difference, paired_difference
-from ttt_adapt.evaluation.report import Report, Run, markdown_table, rich_table
+from ttt_adapt.evaluation.plots import plot_bars
+from ttt_adapt.evaluation.report import Report, Run
 from ttt_adapt.evaluation.statistics import block_length, paired_bootstrap
-from ttt_adapt.evaluation.tables import study_table
+from ttt_adapt.evaluation.tables import markdown_table, rich_table, study_table
+from ttt_adapt.tasks import TASKS, Metric, Segmentation
 
 
 def rows(table: str) -> dict[str, list[str]]:
@@ -50,8 +53,8 @@ def test_a_failed_seed_does_not_turn_a_loss_into_a_gain():
 def test_a_difference_in_brackets_is_on_shared_seeds_too():
     report = Report()
     for seed, fixed in enumerate((10.0, 30.0)):
-        report.add(Run("fixed", "dog", seed, [fixed] * 3, [None] * 3, 5.0, task="colorization", psnr=fixed))
-    report.add(Run("online", "dog", 1, [29.0] * 3, [None] * 3, 5.0, task="colorization", psnr=29.0))
+        report.add(Run("fixed", "dog", seed, [fixed] * 3, [None] * 3, 5.0, task="colorization", scores={"psnr": fixed}))
+    report.add(Run("online", "dog", 1, [29.0] * 3, [None] * 3, 5.0, task="colorization", scores={"psnr": 29.0}))
     assert rows(markdown_table(report).partition("###")[0])["online"][0] == "29.00 (-1.00) §"
 
 
@@ -155,19 +158,6 @@ def test_a_narrow_terminal_gets_whole_columns_and_the_names_of_the_others(width)
 # Marks -------------------------------------------------------------------------------------------------------------
 
 
-def marked_report() -> Report:
-    report = Report(failures=[{"arm": "Offline", "clip": "noon", "seed": 2, "error": "RuntimeError: no"}])
-    for seed in range(2):
-        for clip in ("dusk", "noon"):
-            for place, arm in enumerate(("Fixed", "Offline", "Oracle", "Shuffled")):
-                run = make_run(arm, clip, seed, 0.4 + 0.1 * place)
-                run.streaming, run.oracle = arm == "Fixed", arm == "Oracle"
-                run.forwards = 1.0 if run.streaming else None
-                report.add(run)
-    report.runs = [run for run in report.runs if (run.arm, run.clip, run.seed) != ("Shuffled", "dusk", 0)]
-    return report
-
-
 @pytest.mark.parametrize("reference", ["Fixed", "Offline"])
 def test_arms_that_see_the_whole_clip_are_marked_wherever_they_are_named(reference):
     report = marked_report()
@@ -185,21 +175,107 @@ def test_arms_that_see_the_whole_clip_are_marked_wherever_they_are_named(referen
     assert all(f"### {part}" in texts[0] for part in ("Paired", "Mean over", "IoU of every class", "Runs that failed"))
 
 
-def test_legends_mark_them_too(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    from ttt_adapt.evaluation import plots
+def test_arms_that_see_the_whole_clip_are_marked_and_never_the_best():
+    report = Report()
+    for seed in (0, 1):
+        for arm, score in (("fixed", 0.5), ("online", 0.6), ("offline", 0.7), ("oracle", 0.8)):
+            run = make_run(arm, seed=seed, miou=score + 0.001 * seed)
+            run.streaming, run.oracle = arm in ("fixed", "online"), arm == "oracle"
+            report.add(run)
+    table = markdown_table(report)
+    first, _, _ = table.partition("###")
+    rows = {line.split("|")[1].strip(): line for line in first.splitlines() if line.startswith("| ")}
+    assert "offline †" in rows
+    assert "oracle ‡" in rows
+    assert "**" in rows["online"]
+    assert not any("**" in rows[name] for name in ("fixed", "offline †", "oracle ‡"))
+    assert "chooses by the labels" in table
 
-    legends: dict[str, set[str]] = {}
 
-    def keep(figure, path):
-        legends[path.stem] = {text.get_text() for legend in figure.legends for text in legend.get_texts()}
+# Columns --------------------------------------------------------------------------------------------------------------
 
-    monkeypatch.setattr(plots, "_save", keep)
-    report = marked_report()
-    plots.plot_stream(tmp_path / "stream.png", report.select(clip="noon"))
-    plots.plot_bars(tmp_path / "bars.png", report)
-    plots.plot_losses(tmp_path / "loss.png", report)
-    plots.plot_sweep(tmp_path / "sweep.png", report, {"Oracle": 1.0, "Offline": None}, "Fixed", "steps")
-    names = {"Fixed", "Offline †", "Oracle ‡", "Shuffled †"}
-    assert legends["stream"] == legends["bars"] == legends["loss"] == names
-    assert legends["sweep"] == {"dusk", "noon", "mean", "Offline †"}
+
+def test_the_table_has_columns_for_j_and_memory_where_runs_hold_them():
+    assert " J " not in markdown_table(make_report())
+    scores = {"j": 0.25, "j_frames": 0.5}
+    report = Report(runs=[make_run(arm, "dog", 0, 0.5, scores=scores, peak_memory_mib=12.0) for arm in "ab"])
+    header, _, first = markdown_table(report).splitlines()[:3]
+    assert header.endswith("| dog: J (%) | dog: frame J (%) | dog: ms/frame | dog: peak MiB |")
+    assert first.endswith("| 25.00 | 50.00 | 20.0 | 12.0 |")
+
+
+def test_the_table_shows_mean_deviation_and_change_in_percent():
+    lines = markdown_table(make_report()).splitlines()
+    header, _, fixed, online = (([cell.strip() for cell in line.strip("|").split("|")]) for line in lines[:4])
+    assert header[:4] == ["arm", "dusk: mIoU (%)", "dusk: frame mIoU (%)", "dusk: ms/frame"]
+    assert header[4] == "day: mIoU (%)"
+    assert fixed == ["fixed", "40.00 ± 0.00", "30.00 ± 0.00", "21.0", "n/a", "n/a", "n/a"]
+    assert online[1:4] == ["**51.00 ± 1.00 (+27.5%)**", "**41.00 ± 1.00 (+36.7%)**", "21.0"]
+    assert online[4] == "60.00 ± 0.00"
+
+
+def test_the_reference_arm_may_be_chosen():
+    table = markdown_table(make_report(), reference="online")
+    assert "40.00 ± 0.00 (-21.6%)" in table
+    with pytest.raises(ConfigError, match=r"'onlin'.*'online'"):
+        markdown_table(make_report(), reference="onlin")
+    with pytest.raises(DataError, match="no runs"):
+        markdown_table(Report())
+
+
+@pytest.mark.parametrize(
+    ("others", "bold"),
+    [([0.4, 0.4], True), ([0.49, 0.52], False), ([0.4], False), ([], False)],
+    ids=["apart", "overlapping", "one seed", "alone"],
+)
+def test_bold_means_best_beyond_the_spread(others, bold):
+    report = Report(runs=[make_run("online", "dusk", seed, miou) for seed, miou in enumerate([0.50, 0.53])])
+    for seed, miou in enumerate(others):
+        report.add(make_run("fixed", "dusk", seed, miou))
+    assert ("**51.50" in markdown_table(report)) == bold
+
+
+def test_the_terminal_table_holds_the_same_cells():
+    console = pytest.importorskip("rich.console", reason="rich is not installed").Console(width=220)
+    with console.capture() as capture:
+        console.print(rich_table(make_report()))
+    text = capture.get()
+    assert "51.00 ± 1.00 (+27.5%)" in text
+    assert "ms/frame" in text
+    rows = [line for line in text.splitlines() if "day" in line]
+    assert len(rows) == 2
+    assert "n/a" in rows[0]  # fixed did not run there
+    assert "60.00 ± 0.00" in rows[1]
+
+
+def test_a_new_task_brings_its_metrics_into_tables_and_figures(monkeypatch, tmp_path):
+    class Depth(Segmentation):
+        name = "depth"
+        metrics = (
+            Metric("rmse", "RMSE", "m", "metres", digits=3, higher_is_better=False, note="RMSE is of metres."),
+            Metric("rmse_frames", "frame RMSE", "m", "metres", digits=3, higher_is_better=False),
+        )
+        class_metric = Metric("per_class", "RMSE", "m", digits=1)
+        about = "RMSE over the whole clip"
+
+    monkeypatch.setitem(TASKS, "depth", Depth)
+    report = Report()
+    for arm, error in (("fixed", 2.0), ("online", 1.5)):
+        for seed in range(2):
+            score = Fixed({"frames": 2, "rmse": error, "rmse_frames": error, "per_class": {"near": error}}, [error] * 2)
+            report.add(Run.from_score(arm, "hall", seed, score, [None, None], [1.0, 1.0], "depth"))
+    report.save(tmp_path / "report.json")
+    text = markdown_table(Report.load(tmp_path / "report.json"))
+    assert rows(text.partition("###")[0])["online"][0] == "**1.500 ± 0.000 (-0.500)**"
+    assert "RMSE over the whole clip" in text
+    assert "RMSE is of metres." in text
+    assert rows(section(text, "RMSE of every class (m)"))["near"] == ["2.0", "1.5"]
+    plot_bars(tmp_path / "bars.png", report)
+    assert (tmp_path / "bars.png").stat().st_size > 1000
+
+
+class Fixed:
+    """A score that was collected already."""
+
+    def __init__(self, result, per_frame):
+        self.result, self.per_frame = lambda: result, lambda: per_frame

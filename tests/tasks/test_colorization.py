@@ -17,22 +17,21 @@ import readme
 from arm_inputs import CONFIG, VIT, checkpoint
 from colours import SIZE, colour_frames, decoded, write_album, write_metric_weights, write_video
 from command_line import DATA, TINY, fail, invoke, needs_clip
+from ttt_adapt.arms import ARMS, find_arm
 from ttt_adapt.colour import to_grey
 from ttt_adapt.errors import ConfigError, DataError, FrameError
-from ttt_adapt.evaluation.film import RunOptions
-from ttt_adapt.evaluation.film import run as run_video
-from ttt_adapt.evaluation.report import Report, Run, markdown_table
-from ttt_adapt.evaluation.rows import contenders_of, fingerprints
+from ttt_adapt.evaluation.adapt_video import adapt_video
+from ttt_adapt.evaluation.report import Report, Run
+from ttt_adapt.evaluation.rows import fingerprints, metric_files, rows_of
 from ttt_adapt.evaluation.runner import run_arm
 from ttt_adapt.evaluation.runners import start
-from ttt_adapt.evaluation.session import _weights
+from ttt_adapt.evaluation.tables import markdown_table
 from ttt_adapt.tasks import Colorization, find_task
 from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ttt_adapt.tasks.colorization import cells
 from ttt_adapt.tasks.colorization.networks import ALEXNET, INCEPTION
 from ttt_adapt.training.joint import TrainConfig
-from ttt_adapt.training.recipe import TrainOptions
-from ttt_adapt.training.recipe import train as run_training
+from ttt_adapt.training.recipe import train as train_recipe
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ["--task=colorization", *TINY, "--size=48x64", "--batch-size=3", "--first-epochs=1", "--epochs=1"]
@@ -78,8 +77,8 @@ def streamed(out: Path, **options) -> list[np.ndarray]:
             written.append(frame)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ttt_adapt.evaluation.film.VideoWriter", Writer)
-        run_video(RunOptions(out=out, config=CONFIG, **options))
+        patch.setattr("ttt_adapt.evaluation.adapt_video.VideoWriter", Writer)
+        adapt_video(out=out, config=CONFIG, **options)
     return written
 
 
@@ -97,7 +96,7 @@ def by_hand(made: Checkpoint, outputs: list[torch.Tensor], truth: list[np.ndarra
 
 def check_scores(run: Run, expected: dict[str, Any]) -> None:
     for name, value in expected.items():
-        assert getattr(run, name) == pytest.approx(value, abs=1e-3), name
+        assert (run.per_frame if name == "per_frame" else run.scores[name]) == pytest.approx(value, abs=1e-3), name
 
 
 def stepped(arm: str, made: Checkpoint, truth: list[np.ndarray]) -> list[torch.Tensor]:
@@ -125,9 +124,9 @@ def test_an_arm_is_shown_grey_and_scored_against_the_colours(pictures):
 def test_training_takes_any_folder_and_says_which_pictures_teach_nothing(trained, pictures, capfd, tmp_path):
     spec = load_checkpoint(trained).spec
     assert (spec.task, spec.task_options, spec.classes, spec.size) == ("colorization", {}, (), SIZE)
-    run_training(TrainOptions(str(pictures), tmp_path / "m.safetensors", size=SIZE, recipe="main", first_epochs=0,
-                              encoder_options=VIT["encoder_options"], task="colorization",
-                              config=TrainConfig(epochs=1, batch_size=8)))  # fmt: skip
+    train_recipe(str(pictures), tmp_path / "m.safetensors", size=SIZE, recipe="main", first_epochs=0,
+                 encoder_options=VIT["encoder_options"], task="colorization",
+                 config=TrainConfig(epochs=1, batch_size=8))  # fmt: skip
     assert "2 pictures are stored in grey and left out" in capfd.readouterr().err
 
 
@@ -407,7 +406,8 @@ def test_a_real_clip_is_coloured_at_its_own_size(trained, tmp_path):
 # Evaluation --------------------------------------------------------------------------------------------------------
 
 
-def test_eval_writes_the_shared_report_table_and_plots(trained, pictures, committed, tmp_path):
+@pytest.mark.usefixtures("committed")
+def test_eval_writes_the_shared_report_table_and_plots(trained, pictures, tmp_path):
     out = tmp_path / "eval"
     arms = "--arms=fixed,no-memory,online,online-shuffled"
     call = ["eval", pictures, f"--checkpoint={trained}", "--clips=trip", arms, "--seeds=0,1", f"--out={out}"]
@@ -426,8 +426,8 @@ def test_eval_writes_the_shared_report_table_and_plots(trained, pictures, commit
     for run in fixed:
         check_scores(run, by_hand(made, outputs, truth))
     for run in report.runs:
-        assert run.psnr_grey == pytest.approx(fixed[0].psnr_grey)
-        assert (run.miou, run.per_class, run.lpips) == (None, {}, None)
+        assert run.scores["psnr_grey"] == pytest.approx(fixed[0].scores["psnr_grey"])
+        assert (run.per_class, run.scores.keys() & {"miou", "lpips"}) == ({}, set())
         assert len(run.per_frame) == 4
     header = (out / "table.md").read_text().splitlines()[0]
     assert header.startswith(
@@ -499,9 +499,9 @@ def test_a_clip_without_colours_or_too_small_is_refused_before_the_first_run(
 def test_the_record_knows_files_of_weights_by_content_and_no_other_file(trained, tmp_path):
     (tmp_path / ALEXNET).write_bytes(b"one")
     (tmp_path / "notes.txt").write_bytes(b"mine")
-    rows = contenders_of(["fixed"], [trained], [])
+    rows = rows_of(["fixed"], [trained])
     sha = "7692c3ad3540bb80"  # of "one"
-    assert fingerprints(_weights(rows, tmp_path)) == [f"{ALEXNET} sha256:{sha}"]
+    assert fingerprints(metric_files(rows, tmp_path)) == [f"{ALEXNET} sha256:{sha}"]
 
 
 def test_colorization_trains_and_is_scored_on_the_rendered_street_too(tmp_path):
@@ -519,7 +519,7 @@ def test_old_reports_load_and_tables_turn_where_less_is_better():
     for arm, flicker in (("fixed", 3.0), ("online", 2.0)):
         for seed in range(2):
             values = {"psnr": 20.0 + seed, "psnr_frames": 20.0, "flicker": flicker + 0.01 * seed}
-            report.add(Run(arm, "dog", seed, [20.0] * 3, [None] * 3, 5.0, task="colorization", **values))
+            report.add(Run(arm, "dog", seed, [20.0] * 3, [None] * 3, 5.0, task="colorization", scores=values))
     lines = markdown_table(report).splitlines()
     assert "**2.00 ± 0.01 (-1.00)**" in lines[3]
     assert "20.50 ± 0.71 (+0.00)" in lines[3]
@@ -539,7 +539,7 @@ def test_lpips_fid_and_inception_score_are_measured_with_given_weights(weights, 
     out = tmp_path / "eval"
     invoke("eval", pictures, f"--checkpoint={trained}", "--clips=trip", "--arms=fixed", f"--out={out}",
            f"--metric-weights={weights}")  # fmt: skip
-    run = json.loads((out / "report.json").read_text())["runs"][0]
+    run = json.loads((out / "report.json").read_text())["runs"][0]["scores"]
     assert run["lpips"] > 0
     assert run["fid"] > 0
     assert run["inception_score"] >= 1

@@ -134,3 +134,29 @@ def test_class_names_must_fit():
         SegmentationScore(3, classes=("a", "b"))
     with pytest.raises(ConfigError, match="at least 2"):
         SegmentationScore(1)
+
+
+def test_j_is_the_iou_of_the_foreground_over_the_clip_and_per_frame():
+    score = SegmentationScore(2)
+    pairs = [
+        ([[0, 1, 1, 1]], [[0, 0, 1, 1]]),  # 2 / 3
+        ([[0, 0, 0, 0]], [[0, 0, 0, 1]]),  # 0 / 1
+        ([[0, 0, 0, 0]], [[0, 0, 0, 0]]),  # nothing there, nothing found: 1, as in DAVIS' code
+        ([[0, 1, 1, 1]], [[255, 255, 1, 1]]),  # void: 2 / 2
+        ([[1, 1, 1, 1]], [[255, 255, 255, 255]]),  # all void: no frame
+    ]
+    for prediction, labels in pairs:
+        score.update(np.array(prediction), np.array(labels))
+    result = score.result()
+    assert result["j"] == pytest.approx(4 / 6)
+    assert result["j_frames"] == pytest.approx((2 / 3 + 0 + 1 + 1) / 4)
+    assert result["j"] == result["per_class"]["1"]
+
+
+def test_j_is_not_defined_for_more_classes_or_without_foreground():
+    score = SegmentationScore(3)
+    score.update(np.array([[0, 1]]), np.array([[0, 1]]))
+    assert (score.result()["j"], score.result()["j_frames"]) == (None, None)
+    empty = SegmentationScore(2)
+    empty.update(np.array([[0, 0]]), np.array([[0, 0]]))
+    assert (empty.result()["j"], empty.result()["j_frames"]) == (None, 1.0)

@@ -26,7 +26,7 @@ from ttt_adapt.view.reconstruction import reconstruction_image
 from ttt_adapt.view.terminal import counted, notice, progress_bar
 
 COLOUR_NOISE = 8
-"""Levels between the channels of a grey frame that a video codec's rounding may leave."""
+"""Largest difference between the channels of a grey frame, in levels of 256: a video codec rounds."""
 
 
 def adapt_video(
@@ -45,7 +45,7 @@ def adapt_video(
 ) -> int:
     """Adapt to a video frame by frame, and write a video of what the model sees.
 
-    What was written is a playable file also after Ctrl-C or a video that breaks in the middle.
+    After Ctrl-C, or when the video breaks in the middle, the frames written so far are a playable file.
 
     Args:
         source: video file, folder of frames, camera index, or URL.
@@ -66,8 +66,8 @@ def adapt_video(
         The number of frames written.
 
     Raises:
-        ConfigError, CheckpointError, VideoError: something does not fit or cannot be read; before anything is written
-            where it can be known.
+        ConfigError, CheckpointError: the arguments do not fit together; nothing is written.
+        VideoError: the video cannot be read, or the new one cannot be written.
     """
     if view not in ("overlay", "panels"):
         raise ConfigError(f'view is {view!r}; expected "overlay" or "panels"')
@@ -109,7 +109,7 @@ def _check_files(source: str, checkpoint: Path, out: Path, fps: float | None) ->
     """Raises ConfigError where the output would overwrite an input, or cannot be a video."""
     for read in (Path(source), checkpoint):
         if read.exists() and out.exists() and out.samefile(read):
-            raise ConfigError(f"--out is {out}, which is read: it would be lost; choose another file")
+            raise ConfigError(f"--out is {out}, which is an input and would be lost; choose another file")
     check_format(out, fps)
 
 
@@ -143,14 +143,14 @@ def _normalize(
 
 
 class _Remarks:
-    """What the user should know about a video and what is written of it, each said once."""
+    """Tells the user what is unusual about the video and about what is written, each thing once."""
 
     def __init__(self, video: VideoReader, source: str, out: Path, rate: float | None) -> None:
         self._video, self._source, self._out, self._rate = video, source, out, rate
         self._begun = self._coloured = False
 
     def look(self, frame: np.ndarray, seen: np.ndarray, picture: np.ndarray) -> None:
-        """A frame as it came, as the model is shown it, and the picture that is written."""
+        """Look at a frame, at the frame as the model sees it, and at the picture that is written."""
         name = self._video.name
         if not self._begun:
             self._begun = True
@@ -161,7 +161,7 @@ class _Remarks:
         notice(f"{name} is in colour: its frames are converted to grey of the same luminance, and coloured anew")
 
     def _begin(self, name: str, height: int, width: int) -> None:
-        """What is known once the first picture is there."""
+        """Say what is known when the first picture is there."""
         if self._rate is None:
             notice(f"{name} has no frame rate: written at {DEFAULT_FPS} frames a second; another one with --fps")
         elif self._video.uneven:
@@ -175,7 +175,7 @@ class _Remarks:
             )
 
     def _how_to_add_sound(self) -> str:
-        """How to get the video's sound back."""
+        """The command that adds the sound of the source to the written video."""
         if self._rate not in (None, self._video.fps):
             return f"at {self._rate:g} frames a second it would not fit"
         files = [str(self._out), self._source, str(self._out.with_name(f"{self._out.stem}-sound.mkv"))]
@@ -193,7 +193,7 @@ class _Pictures:
 
     @torch.no_grad()
     def draw(self, frame: np.ndarray, output: torch.Tensor) -> np.ndarray:
-        """uint8 [H, W, 3]: the prediction for the frame that was seen, or the four panels."""
+        """The picture of one frame, uint8 RGB [H, W, 3]: the prediction, or the four panels."""
         adapted = self._picture(frame, output)
         if self._fixed is None:
             return adapted

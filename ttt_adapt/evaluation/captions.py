@@ -1,4 +1,4 @@
-"""What stands below the tables of an evaluation: what the numbers are, the marks, and what is missing."""
+"""The text below the tables of an evaluation: what the numbers are, what marks mean, and what is missing."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from ttt_adapt.evaluation.differences import Difference, is_uneven, shared_seeds
 from ttt_adapt.evaluation.report import Report
 
 UNEVEN = "§"
-"""Marks a change on fewer seeds than stand beside it."""
+"""Marks a change that is computed on fewer seeds than the mean beside it."""
 
 
 def score_note(report: Report, reference: str) -> str:
-    """Below the table of scores."""
+    """The text below the table of scores."""
     counts = {len(report.select(arm, clip)) for arm in report.arms for clip in report.clips}
     seeds = f"{_span(counts)} seed{'' if counts == {1} else 's'}"
     sentences = [
@@ -55,7 +55,12 @@ def _real_time_note(report: Report) -> str:
 
 
 def difference_note(report: Report, blocks: Mapping[str, Sequence[int]]) -> str:
-    """Below the table of paired differences; `blocks` are the frames per bootstrap block, by clip, of all its rows."""
+    """The text below the table of paired differences.
+
+    Args:
+        report: the report.
+        blocks: clip -> the frames per bootstrap block, of every row of the table.
+    """
     seeds = sorted({run.seed for run in report.runs})
     frame = report.task.metrics[1]
     drawn = "frames and seeds" if len(seeds) > 1 else "frames"
@@ -69,13 +74,13 @@ def difference_note(report: Report, blocks: Mapping[str, Sequence[int]]) -> str:
 
 
 def drawn_note(report: Report) -> str:
-    """What the intervals of means over clips draw."""
+    """What the bootstrap of means over clips draws, in words."""
     seeds = " and seeds" if len({run.seed for run in report.runs}) > 1 else ""
     return f"draw {'clips' if len(report.clips) > 1 else 'blocks of frames'}{seeds}"
 
 
 def average_note(report: Report, means: Mapping[str, Sequence[int]], found: Mapping[str, Difference | None]) -> str:
-    """Below the means over clips, where arms were not run alike; "" where they were.
+    """The text below the means over clips where arms ran different clips or seeds; "" where all ran the same.
 
     Args:
         report: the report.

@@ -1,4 +1,4 @@
-"""The demo: a small model adapts to a street scene that drifts from clear day to dusk, fog and rain."""
+"""The demo: a small model adapts to a rendered street that changes from clear day to dusk, fog and rain."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from ttt_adapt.view.terminal import progress_bar
 WEIGHTS = Path(__file__).parents[1] / "data" / "street" / "street.safetensors"
 FPS = 10
 CONFIG = StreamConfig.online(source_pull=0.02)
-"""Chosen by `benchmarks/demo_variants.py` on streets that the demo does not show: strong drift wants a weak pull."""
+"""Chosen by `benchmarks/demo_variants.py` on streets that the demo does not show. The street changes much, so the pull
+toward the source weights is weak."""
 
 
 def run_demo(
@@ -33,7 +34,7 @@ def run_demo(
 ) -> Report:
     """Stream the rendered scene through the fixed and the adapting model; write the table, the video and the plot.
 
-    Everything reported is measured here, on this machine, in this run.
+    Every number is measured in this run, on this machine.
 
     Args:
         out: folder for demo.mp4, stream.png, report.json and table.md.

@@ -1,4 +1,4 @@
-"""Paired differences between two arms: on the same clips, frames and seeds, or not at all."""
+"""Paired differences between two arms, on the clips, frames and seeds that both ran."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def shared_seeds(report: Report, arm: str, reference: str, clip: str) -> list[in
 
 
 def is_uneven(report: Report, arm: str, reference: str, clip: str) -> bool:
-    """Whether one of the two arms ran the clip with seeds that the other did not, beside those that both ran."""
+    """Whether both arms ran the clip with some shared seed, and one of them also with a seed that the other lacks."""
     ours, theirs = (runs_by_seed(report, name, clip).keys() for name in (arm, reference))
     return bool(ours & theirs) and ours != theirs
 
@@ -46,9 +46,9 @@ def is_uneven(report: Report, arm: str, reference: str, clip: str) -> bool:
 def paired_difference(report: Report, arm: str, reference: str, clip: str) -> Difference | None:
     """`arm` against `reference` on one clip, frame by frame, over the seeds that both ran.
 
-    The interval is about other frames and other seeds: both are drawn, frames in blocks of `block_length` (see
-    `paired_bootstrap`). With a single seed it is about frames alone. As many seeds as there are tell how far seeds
-    differ: with few, look at `by_seed` too.
+    The interval says how the difference would vary with other frames and other seeds: the bootstrap draws both, frames
+    in blocks of `block_length` (see `paired_bootstrap`). With a single seed it draws frames alone. Few seeds say little
+    about how far seeds differ, so look at `by_seed` too.
 
     Returns:
         None where the two share no seed.
@@ -70,8 +70,8 @@ def paired_difference(report: Report, arm: str, reference: str, clip: str) -> Di
 def average_difference(report: Report, arm: str, reference: str) -> Difference | None:
     """The mean of `paired_difference` over the clips that both arms ran, on the seeds that both ran on all of those.
 
-    Clips and seeds are drawn. Of a single clip it is that clip's difference, with frames drawn; of two there is no
-    interval.
+    The bootstrap draws clips and seeds. With one clip, this is the difference on that clip, and the bootstrap draws
+    frames. With two clips there is no interval.
 
     Returns:
         None where no seed is left.
@@ -91,5 +91,5 @@ def average_difference(report: Report, arm: str, reference: str) -> Difference |
 
 
 def runs_by_seed(report: Report, arm: str, clip: str) -> dict[int, Run]:
-    """The runs of an arm on a clip."""
+    """The runs of an arm on a clip, by seed."""
     return {run.seed: run for run in report.select(arm, clip)}

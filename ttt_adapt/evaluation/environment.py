@@ -1,4 +1,4 @@
-"""Where a result was made: versions, hardware and the commit, and whether two of them are the same."""
+"""Where a result was made (versions, hardware, commit), and how two such environments differ."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def environment() -> dict[str, Any]:
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What is not the same in two environments, each as "name (before, now)"; a package under its own name."""
+    """The entries that differ between two environments, each as "name (before, now)"; a package has its own name."""
     old, new = ({**found, **(found.get("packages") or {})} for found in (before, now))
     names = [name for name in dict.fromkeys([*old, *new]) if name != "packages"]
     return [f"{name} ({old.get(name)}, now {new.get(name)})" for name in names if old.get(name) != new.get(name)]
@@ -52,7 +52,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git answers in `folder`; None where it has no answer."""
+    """The output of a git command in `folder`; None if the command fails."""
     try:
         done = subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""`ttt-adapt info`: what would be adapted in a model, and what a step costs."""
+"""What would be adapted in a model, and what a step costs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ from ttt_adapt.tasks.checkpoint import load_checkpoint
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Rows for people (`rows`: what, value) and the branch they describe."""
+    """What `inspect_model` found.
+
+    Attributes:
+        rows: pairs of a name and a value, as text for people.
+        branch: the branch that they describe.
+    """
 
     rows: list[tuple[str, str]]
     branch: MAEBranch
@@ -46,7 +51,7 @@ def inspect_model(
         encoder: dotted path where the encoder ends, for models without a trained branch; by default a checkpoint's
             backbone, and for timm models the last stage or norm.
         size: (H, W) of the frames to count FLOPs for; by default a checkpoint's training size, and for timm models
-            what they were looked at with.
+            the size at which `MAEBranch.attach` ran them.
         attach: keywords of `MAEBranch.attach`; of a trained branch, those of `MAEBranch.using`.
         config: whose step is counted.
         device: where the model would run, which engines depend on.
@@ -86,7 +91,7 @@ def _describe(
     info = branch.info
     adapted = sum(p.numel() for p in info.parameters.values())
     if config.grad_checkpointing:
-        repeated_blocks(model, info.parameters.values())  # a stream would be refused without any
+        repeated_blocks(model, info.parameters.values())  # raises where there are none, as a stream would
     images = torch.zeros(1, 3, *size).to(next(model.parameters()))
     drawn = _drawn(images, config.crop_size)
     with torch.no_grad():
@@ -110,7 +115,7 @@ def _describe(
 
 
 def _drawn(images: Tensor, crop: Any) -> Tensor:
-    """One image of a gradient step, of frames like `images`."""
+    """One image of a gradient step: a crop, or the whole frame."""
     if crop is None:
         return images
     if any(side > full for side, full in zip(crop, images.shape[-2:], strict=True)):
@@ -128,7 +133,7 @@ def _step_rows(predict: int, masked: int, config: StreamConfig, has_norms: bool)
         has_norms: whether the model has running statistics.
     """
     batch, times = config.batch_size, config.iterations
-    passes = 4 if config.grad_checkpointing else 3  # a backward pass costs two: gradients by activations and weights
+    passes = 4 if config.grad_checkpointing else 3  # a backward pass costs two forward passes
     update = passes * masked * batch * times
     parts = [f"{times} iteration(s) on {batch}"]
     if config.grad_checkpointing:

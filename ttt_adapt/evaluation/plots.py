@@ -1,6 +1,6 @@
 """Figures of an evaluation. They need matplotlib and draw without a display and without pyplot's global state.
 
-Arms carry the marks that they have in tables: † sees the whole clip before it predicts, ‡ and chooses by the labels.
+Arms have the same marks as in tables: † sees the whole clip before it predicts, ‡ also chooses by the labels.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, which stays apart under the common kinds of colour blindness; grey comes first because
-# the first arm is usually the unadapted model.
+# Okabe and Ito's palette: people with the common kinds of colour blindness can tell the colours apart. Grey is first,
+# because the first arm is usually the fixed model.
 _COLOURS = ("#6b6b6b", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _HATCHES = ("", "///", "...", "xxx")
-"""Of the bars whose colour was used before."""
+"""Hatches of the bars whose colour is already in use."""
 _SMOOTH = 9
 _DPI = 150
 _ROOM = 0.25
-"""Inches that a bar is wide at least, for its value to be written beside it."""
+"""A bar of at least this width in inches has its value written beside it."""
 
 
 def plot_stream(path: str | Path, runs: Sequence[Run], title: str = "") -> None:
@@ -192,8 +192,8 @@ def plot_losses(path: str | Path, report: Report) -> bool:
 
     1050 x 750 pixels as PNG.
 
-    Both are taken relative to the clip: its mean over the runs that are drawn is subtracted, so that a clip which is
-    hard to reconstruct, or to predict, does not look like a relation between the two.
+    From both numbers the mean over the drawn runs of the same clip is subtracted. Otherwise a clip that is hard both to
+    reconstruct and to predict would look like a relation between loss and score.
 
     Args:
         path: where to write; the suffix chooses the format (png, svg, pdf).
@@ -268,7 +268,7 @@ def _save(figure: Figure, path: str | Path) -> None:
 
 
 def _legend(width: float, names: Sequence[str]) -> tuple[int, float]:
-    """Columns of a legend that fits a figure so many inches wide, and the inches that its rows need beyond two."""
+    """How many columns a legend has in a figure of `width` inches, and the inches that rows beyond the second need."""
     inches = 0.75 + 0.09 * max(len(name) for name in names)  # with room for a mark
     columns = max(1, min(len(names), int(width // inches)))
     return columns, 0.21 * max(-(-len(names) // columns) - 2, 0)
@@ -317,7 +317,7 @@ def _write_value(axes: Axes, centre: float, scores: Sequence[float], begin: floa
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Centred running mean of `[n]` over up to `width` values; NaN are left out, and stay NaN."""
+    """Centred running mean of `[n]` over up to `width` values; NaN values are left out, and stay NaN."""
     half = width // 2
     padded = np.pad(values, half, constant_values=np.nan)
     means = _mean_over_present(np.lib.stride_tricks.sliding_window_view(padded, 2 * half + 1), axis=1)

@@ -1,8 +1,8 @@
 """Real-time scoring: an arm that is slower than the stream misses frames.
 
-The stream runs at the fixed model's speed, one frame in the time of one of its forward passes. An arm that costs R of
-them per frame is busy with a frame while the next ceil(R) - 1 go by: it never sees those, and is scored on them with
-its last prediction. The fixed model itself has R = 1 and misses none.
+In the time of one forward pass of the fixed model, one frame of the stream goes by. An arm that needs R forward passes
+per frame is busy with a frame while the next ceil(R) - 1 go by. It never sees those frames, and its last prediction is
+scored on them. The fixed model has R = 1 and misses none.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from ttt_adapt.stream.schedule import LENGTH
 from ttt_adapt.tasks.checkpoint import Checkpoint
 
 PROBE = 8
-"""Frames, at least, that the cost of an arm is measured on, after one that warms up."""
+"""The cost of an arm is measured on at least this many frames, after one that warms up."""
 
 
 def stride(forwards: float) -> int:
-    """Every how many frames an arm of `forwards` passes per frame is free: ceil(R).
+    """An arm that needs `forwards` passes per frame takes every n-th frame; returns n, which is ceil(R).
 
     Raises:
         ConfigError: `forwards` is not a finite number above 0.
@@ -47,10 +47,10 @@ def measure_forwards(
 ) -> float:
     """How many forward passes of the fixed model a frame costs the arm, measured here and now.
 
-    Both run on the clip's first frames, one after the other; the mean time per frame of one is divided by that of the
-    other and rounded to one decimal, so that the noise of a clock does not cost a frame. An arm that is busy on every
-    n-th frame only is measured over whole periods, and one with a surprise gate until the gate has its history. The
-    model is given back.
+    The fixed model and the arm run on the clip's first frames, one after the other. The result is the ratio of their
+    mean times per frame, rounded to one decimal, so that the noise of the clock does not cost a frame. An arm that
+    updates on every n-th frame is measured over whole periods, and an arm with the surprise gate until the gate has its
+    history. Afterwards the model is as it was.
 
     Args:
         arm: what to measure; a streaming arm.

@@ -1,4 +1,4 @@
-"""What an evaluation found: one `Run` per arm, clip and seed, kept in a `Report`.
+"""The results of an evaluation: one `Run` per arm, clip and seed, all in a `Report`.
 
 A report is saved after every run, so an interrupted evaluation goes on where it stopped (`Report.has`). A task says
 which scores its runs have and how they are shown (`ttt_adapt.tasks`): mIoU is a fraction in [0, 1] in the data and
@@ -214,16 +214,16 @@ def _upgrade(data: dict[str, Any]) -> None:
 
 
 def marked(arm: str, runs: Iterable[Run]) -> str:
-    """The name of an arm with a mark where its runs are no streaming method's: ‡ for an oracle, † for other ones."""
+    """The name of an arm, with † where it saw the whole clip first, and ‡ where it also chose by the labels."""
     runs = list(runs)
     return arm + (" ‡" if any(run.oracle for run in runs) else "" if all(run.streaming for run in runs) else " †")
 
 
 def write_json(path: str | Path, report: Report) -> None:
-    """Writes the report as JSON; the file is the old one or the new one, never half of one.
+    """Writes the report as JSON. If writing fails, the old file stays.
 
     Raises:
-        DataError: `config` or `environment` holds something that JSON cannot.
+        DataError: `config` or `environment` holds something that is no JSON.
     """
     path = Path(path)
     try:
@@ -236,7 +236,7 @@ def write_json(path: str | Path, report: Report) -> None:
 
 
 def _mean_time(ms: Sequence[float]) -> float:
-    """The mean of what was measured after the first frame; of the first, where there is nothing else."""
+    """The mean of the times after the first frame; the time of the first frame where there are no others."""
     later = [value for value in ms[1:] if not math.isnan(value)]
     return float(np.mean(later or ms[:1]))
 

@@ -108,7 +108,10 @@ def clips_from(
         return [find_task(task).adopt(StreetClip(seed or 0, 240 if frames is None else frames, size))]
     for name, value in (("--seed", seed), ("--frames", frames)):
         if value is not None:
-            raise ConfigError(f"{name} {value} is of the rendered street, and {data} is not it; adaptation has --seeds")
+            raise ConfigError(
+                f"{name} {value} is an option of the rendered street, and the data are {data}: leave it out; seeds of "
+                "adaptation are --seeds"
+            )
     return find_task(task).clips(data, names, size, list(classes) or _unnamed(data, default_classes), format)
 
 
@@ -125,7 +128,7 @@ def check(
     real_time: Mapping[str, float] | None = None,
     metric_weights: Path | None = None,
 ) -> None:
-    """Fail before the first run, not hours later: packages are there, checkpoints load and fit arms and classes.
+    """Check before the first run that packages are installed and that checkpoints load and fit arms and classes.
 
     Arguments and errors as in `ttt_adapt.evaluation.session.evaluate`.
     """
@@ -137,7 +140,7 @@ def check(
     _check_one_task(paths)
     for path in paths:
         checkpoint = load_checkpoint(path, device)
-        checkpoint.task.score(weights=metric_weights)  # raises what is wrong with them
+        checkpoint.task.score(weights=metric_weights)  # it raises what is wrong with the weights
         for clip in clips:
             _check_classes(checkpoint, clip, path)
         for row in rows:
@@ -189,7 +192,7 @@ def check_seeds(seeds: Sequence[int], config: StreamConfig) -> None:
 
 
 def _check_one_task(paths: Sequence[Path]) -> None:
-    """Raises CheckpointError where two files were trained for different tasks."""
+    """Raises CheckpointError if two files were trained for different tasks."""
     tasks = {read_spec(path).task: path for path in paths}
     if len(tasks) > 1:
         raise CheckpointError(f"one table is of one task: {', '.join(f'{p} is of {t}' for t, p in tasks.items())}")
@@ -206,8 +209,14 @@ def describe(row: Row) -> dict[str, Any]:
 
 
 def fingerprints(files: Sequence[Path]) -> list[str]:
-    """Name and content of files, so that a file that was trained anew is another one."""
+    """Name and hash of each file, so that a checkpoint that was trained again under the same name is noticed."""
     return [f"{file.name} sha256:{file_digest(file)[:16]}" for file in files]
+
+
+def metric_files(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """The files of networks in `folder` that the metrics of the rows' task know."""
+    known = find_task(read_spec(rows[0].checkpoints[0]).task).weight_files
+    return [folder / name for name in known if (folder / name).is_file()]
 
 
 def _check_classes(checkpoint: Checkpoint, clip: Clip, path: Path) -> None:

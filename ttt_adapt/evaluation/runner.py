@@ -1,4 +1,4 @@
-"""Run one arm on one clip and score it; the streaming rule is in the order of the loop."""
+"""Run one arm on one clip and score it: each frame is predicted and scored before the next is read."""
 
 from __future__ import annotations
 

@@ -19,14 +19,13 @@ from ttt_adapt.evaluation.environment import differing, environment
 from ttt_adapt.evaluation.plots import plot_bars, plot_stream
 from ttt_adapt.evaluation.realtime import measure_forwards
 from ttt_adapt.evaluation.report import Report, Run
-from ttt_adapt.evaluation.rows import Row, check, check_seeds, describe, fingerprints
+from ttt_adapt.evaluation.rows import Row, check, check_seeds, describe, fingerprints, metric_files
 from ttt_adapt.evaluation.runner import run_arm
 from ttt_adapt.evaluation.studies import Study, write_study
 from ttt_adapt.evaluation.tables import describe_failure, markdown_table
 from ttt_adapt.files import output_folder
 from ttt_adapt.objectives.mae import MAEBranch
-from ttt_adapt.tasks import find_task
-from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint, read_spec
+from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint
 from ttt_adapt.view.terminal import counted, notice, progress_bar
 
 
@@ -44,9 +43,9 @@ def evaluate(
 ) -> Report:
     """Run every row on every clip with every seed, and write report.json, table.md and plots into `out`.
 
-    The report is saved after every run, so an interrupted evaluation goes on where it stopped. A run that breaks off
-    is noted in `failures` and costs the others nothing; so does a clip with labels that do not fit, which are read
-    once, before the clip's first run. See `check_failures`.
+    The report is saved after every run, so that the same call goes on after an interruption. If a run fails, its error
+    goes to `failures`, and the next run is made. Before the first run on a clip its labels are read once. If they do
+    not fit, all runs on this clip are left out, and the error goes to `failures` too. See `check_failures`.
 
     Args:
         rows: what to run; the first is the reference of the relative changes. A row with several checkpoints runs the
@@ -80,7 +79,7 @@ def evaluate(
         "device": str(device),
         **({} if costs is None else {"real_time": costs}),
         **({} if study is None else {"study": study.name}),
-        **({} if metric_weights is None else {"metric_weights": fingerprints(_weights(rows, metric_weights))}),
+        **({} if metric_weights is None else {"metric_weights": fingerprints(metric_files(rows, metric_weights))}),
     }
     file = out / "report.json"
     report = _open_report(file, settings)
@@ -123,9 +122,9 @@ def check_failures(report: Report, out: Path) -> None:
 
 
 def _way_on(report: Report, what: str) -> str:
-    """How to get the runs that are missing."""
+    """What the user can do to get the runs that are missing."""
     if report.environment.get("dirty"):
-        return "nothing goes on with results of uncommitted code: commit it, and choose another --out"
+        return "results of uncommitted code cannot be continued: commit it, and choose another --out"
     return f"the same command {what}"
 
 
@@ -165,8 +164,8 @@ def _make_missing(
                 loaded.clear()
                 loaded[path] = load_checkpoint(path, device)
             report.add(make(row, loaded[path], clip, seed))
-        except Exception as error:  # one arm's crash is not the others'
-            loaded.clear()  # whatever state the crash left the model in
+        except Exception as error:  # the other runs are still made
+            loaded.clear()  # the crash may have left the model changed
             _note(report, file, {"arm": row.label, "clip": clip.name, "seed": seed}, error)
         else:
             report.save(file)
@@ -176,7 +175,7 @@ def _check_labels(report: Report, file: Path, clip: Clip) -> bool:
     """Whether the clip's labels can be scored on; if not, that is noted."""
     try:
         clip.check_labels()
-    except Exception as error:  # costs this clip alone
+    except Exception as error:  # the other clips still run
         _note(report, file, {"arm": None, "clip": clip.name, "seed": None}, error)
         return False
     return True
@@ -230,15 +229,9 @@ def _forwards(
 
 
 def _branch_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> AbstractContextManager[Any]:
-    """What a row hides and scores at test time; rows without reconstruction have no use for it."""
+    """A context with the row's settings of the reconstruction branch; nothing for other branches."""
     branch = checkpoint.branch
     return branch.using(**settings) if settings and isinstance(branch, MAEBranch) else nullcontext()
-
-
-def _weights(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """The files of metrics in the folder that the rows' task knows."""
-    known = find_task(read_spec(rows[0].checkpoints[0]).task).weight_files
-    return [folder / name for name in known if (folder / name).is_file()]
 
 
 # ---- what is written and read
@@ -270,10 +263,11 @@ def _open_report(path: Path, settings: dict[str, Any]) -> Report:
 
 
 def _check_same_code(path: Path, before: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raises DataError where a table would be of two pieces: other code, versions or machine, or code unknown."""
+    """Raises DataError if the report was begun with other code, versions or hardware, or with unknown code."""
     if before.get("dirty"):
         raise DataError(
-            f"{path} was made by uncommitted code, which is not known any more: choose another --out, or remove it"
+            f"{path} was made by uncommitted code, which cannot be compared with the code that runs now: choose "
+            "another --out, or remove it"
         )
     if here["dirty"]:
         raise DataError(
@@ -281,7 +275,4 @@ def _check_same_code(path: Path, before: Mapping[str, Any], here: Mapping[str, A
             "them, or choose another --out"
         )
     if other := differing(before, here):
-        raise DataError(
-            f"{path} was begun with another {', '.join(other)}: choose another --out, or remove it, so that a table is "
-            "of one piece"
-        )
+        raise DataError(f"{path} was begun with another {', '.join(other)}: choose another --out, or remove it")

@@ -30,10 +30,11 @@ def summarize(values: Sequence[float]) -> tuple[float, float | None]:
 def block_length(differences: np.ndarray, fps: float | None = None) -> int:
     """Frames per bootstrap block: three correlation times of the differences, one second and `SHORTEST_BLOCK` at least.
 
-    What an arm does to a frame depends on the frames before, whatever the rate, so the length comes from the data: of
-    an autoregressive series with correlation r between neighbours, (1 + r) / (1 - r) frames say as much as one
-    independent one, and blocks of three times that lose at most a sixth of its variance. At most a quarter of the
-    frames, so that there are four blocks to draw: on a clip of a few correlation times an interval stays too narrow.
+    An arm's effect on a frame depends on the frames before, at any frame rate, so the length comes from the data. In an
+    autoregressive series with correlation r between neighbours, (1 + r) / (1 - r) frames hold as much information as
+    one independent frame; blocks of three times that length lose at most a sixth of the variance. A block is at most a
+    quarter of the frames, so that there are four to draw. On a clip of a few correlation times the interval is
+    therefore too narrow.
 
     Args:
         differences: of one arm from another, [frames], mean over seeds, without NaN.
@@ -53,20 +54,21 @@ def paired_bootstrap(
     samples: int = 2000,
     block: int = 1,
 ) -> tuple[float, float, float]:
-    """How sure is it that `a` is better than `b` on the same frames (or clips), with other seeds and other frames?
+    """The mean of a - b on the same frames (or clips), and a 95 % interval for other frames and other seeds.
 
-    Pairs are drawn with replacement, `samples` times over; the interval holds the middle 95 % of the mean differences.
-    Two things are drawn, independently of each other, since every seed ran on the same frames (the pigeonhole bootstrap
+    Pairs are drawn with replacement, `samples` times; the interval holds the middle 95 % of the mean differences. Two
+    things are drawn, independently of each other, because every seed ran on the same frames (the pigeonhole bootstrap
     of crossed data, Owen 2007):
 
     - **frames**: neighbouring frames of a video are alike, so single frames make the interval too narrow. With
       `block` > 1 runs of that many frames are drawn (circular block bootstrap, Politis and Romano 1992);
     - **seeds**, where there are several.
 
-    Draws from few scatter less than the few themselves: by (n - 1) / n in the variance for n seeds, and (n - block) / n
-    for n frames. The means of seeds and of frames are stretched around the whole mean by the square root of the inverse
-    (the rescaling bootstrap, Rao and Wu 1988), those of frames in blocks also by what Student's distribution is wider
-    than the normal one for so many blocks (Hesterberg 2015). `tests/test_statistics.py` measures what that covers.
+    With few seeds or frames, the draws vary too little: their variance is too small by the factor (n - 1) / n for n
+    seeds, and (n - block) / n for n frames. To correct this, the means of seeds and of frames are moved away from the
+    whole mean by the square root of the inverse factor (the rescaling bootstrap, Rao and Wu 1988). The means of frames
+    in blocks are also moved by the ratio of Student's quantile for so many blocks to the normal one (Hesterberg 2015).
+    `tests/evaluation/test_statistics.py` measures how often the intervals are right.
 
     Args:
         a: one score per frame, [frames], or of several seeds, [seeds, frames]. NaN marks a frame without a score, in
@@ -122,7 +124,7 @@ def _differences(
 
 
 def _stretched(difference: np.ndarray, block: int) -> np.ndarray:
-    """[seeds, frames] with the means of seeds and of frames further from the whole mean; see `paired_bootstrap`."""
+    """[seeds, frames], the means of seeds and of frames moved away from the whole mean; see `paired_bootstrap`."""
     seeds, count = difference.shape
     whole = difference.mean()
     by_seed, by_frame = difference.mean(axis=1, keepdims=True) - whole, difference.mean(axis=0) - whole
@@ -130,7 +132,7 @@ def _stretched(difference: np.ndarray, block: int) -> np.ndarray:
 
 
 def _stretch(count: int, block: int) -> float:
-    """sqrt(n / (n - block)), of blocks by Student's factor more; 1 where all n are one block, and nothing is drawn."""
+    """sqrt(n / (n - block)), for blocks times Student's factor; 1 where all n are one block, and nothing is drawn."""
     if count <= block:
         return 1.0
     student = student_quantile(max(1.0, count / block - 1)) / _Z if block > 1 else 1.0

@@ -59,7 +59,7 @@ def markdown_table(report: Report, reference: str | None = None) -> str:
 
 
 def describe_failure(failure: Mapping[str, Any], report: Report | None = None) -> str:
-    """One line about a run that broke off, or a clip that cannot be scored; with `report`, under the arm's mark."""
+    """One line about a run that failed, or a clip that cannot be scored; with `report`, the arm has its mark."""
     if failure.get("arm") is None:
         return f"every arm on {failure['clip']}: {failure['error']}"
     arm = failure["arm"] if report is None else report.marked(failure["arm"])
@@ -86,8 +86,8 @@ def rich_table(report: Report, reference: str | None = None, width: int | None =
     Args:
         report: what it is of.
         reference: as in `markdown_table`.
-        width: of the terminal, in characters. Columns that do not fit into it are left out, the headline metric is
-            never, and the caption names them; None takes all.
+        width: of the terminal, in characters. Columns that do not fit are left out, but never the headline metric, and
+            the caption names them. None: all columns.
 
     Raises:
         MissingPackageError: rich is not installed.
@@ -183,7 +183,7 @@ def _score_column(report: Report, clip: str, metric: Metric, reference: str) -> 
 
 
 def _change(report: Report, arm: str, reference: str, clip: str, metric: Metric) -> str:
-    """What stands in brackets behind a mean: its change against the reference, on the seeds that both have."""
+    """The text in brackets behind a mean: its change against the reference, on the seeds that both have."""
     ours, theirs = (
         {
             seed: value

@@ -16,7 +16,7 @@ from torch import Tensor
 from ttt_adapt.data import Clip, StillsDataset
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.files import output_folder
-from ttt_adapt.tasks import Stills, Task, find_task, task_of
+from ttt_adapt.tasks import Criterion, Stills, Task, find_task, task_of
 from ttt_adapt.tasks.checkpoint import OBJECTIVES, Checkpoint, build_model, load_initial, save_checkpoint
 from ttt_adapt.tasks.spec import ModelSpec
 from ttt_adapt.training.distributed import process_group, rank
@@ -94,12 +94,7 @@ def train(
         task_options=task_options,
     )
     samples = _samples(opened, spec, config.seed)
-    torch.manual_seed(config.seed)
-    model, attached = build_model(spec, pretrained)
-    checkpoint = Checkpoint(model.to(device), attached.to(device) if attached is not None else None, spec)
-    if init is not None:
-        load_initial(init, checkpoint)
-    _try_size(checkpoint, device)
+    checkpoint = _build(spec, config.seed, pretrained, init, device)
     criterion = checkpoint.task.criterion(samples)
     output_folder(out.parent)
     depends_on = {
@@ -122,24 +117,60 @@ def train(
         if epochs
     ]
     files = [out.with_suffix(f".{i}-{stage.stage}.state") for i, stage in enumerate(stages)]
-    if not resume and rank() == 0:
-        for file in files:
-            file.unlink(missing_ok=True)
+    if not resume:
+        _remove(files)
     try:
-        with process_group(device):
-            for stage, file in zip(stages, files, strict=True):
-                with _watch(stage) as on_step:
-                    fit(model, attached, samples, criterion, stage, state_file=file, origin=origin, on_step=on_step)
-                spec.training.append({**dataclasses.asdict(stage), "data": data, "clips": list(clips)})
+        _fit_stages(checkpoint, samples, criterion, dict(zip(files, stages, strict=True)), origin)
+        spec.training.extend({**dataclasses.asdict(stage), "data": data, "clips": list(clips)} for stage in stages)
         if rank() == 0:
             save_checkpoint(out, checkpoint, half)
-            for file in files:
-                file.unlink(missing_ok=True)
+        _remove(files)
     except KeyboardInterrupt:
         if kept := [file for file in files if file.exists()]:
             notice(f"the last finished epoch is kept in {kept[-1]}: the same command with --resume goes on")
         raise
     return checkpoint
+
+
+def _build(spec: ModelSpec, seed: int, pretrained: bool, init: Path | None, device: torch.device) -> Checkpoint:
+    """The model and branch to train, with the weights that training starts from."""
+    torch.manual_seed(seed)
+    model, branch = build_model(spec, pretrained)
+    checkpoint = Checkpoint(model.to(device), branch.to(device) if branch is not None else None, spec)
+    if init is not None:
+        load_initial(init, checkpoint)
+    _try_size(checkpoint, device)
+    return checkpoint
+
+
+def _fit_stages(
+    checkpoint: Checkpoint,
+    samples: NormalizedStills,
+    criterion: Criterion,
+    stages: Mapping[Path, TrainConfig],
+    origin: str,
+) -> None:
+    """Train one stage after the other; `stages` are by the file that keeps a stage's state."""
+    with process_group(next(checkpoint.model.parameters()).device):
+        for file, config in stages.items():
+            with _watch(config) as on_step:
+                fit(
+                    checkpoint.model,
+                    checkpoint.branch,
+                    samples,
+                    criterion,
+                    config,
+                    state_file=file,
+                    origin=origin,
+                    on_step=on_step,
+                )
+
+
+def _remove(files: Sequence[Path]) -> None:
+    """Remove state files; under `torchrun`, the first process does."""
+    if rank() == 0:
+        for file in files:
+            file.unlink(missing_ok=True)
 
 
 def _check(out: Path, recipe: str, objective: str, branch: Mapping[str, Any], resume: bool) -> None:
@@ -149,7 +180,9 @@ def _check(out: Path, recipe: str, objective: str, branch: Mapping[str, Any], re
     if objective not in OBJECTIVES:
         raise ConfigError(f"objective is {objective!r}; expected one of {', '.join(OBJECTIVES)}")
     if branch and objective != "mae":
-        raise ConfigError(f"--branch {next(iter(branch))} is of the MAE branch; {objective} has no settings")
+        raise ConfigError(
+            f"--branch {next(iter(branch))} is a setting of the MAE branch; {objective} has none: leave it out"
+        )
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out is {out}; expected a file name ending in .safetensors")
     if out.is_dir():
@@ -169,7 +202,7 @@ def _try_size(checkpoint: Checkpoint, device: torch.device) -> None:
 
 
 class NormalizedStills(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
-    """`StillsDataset` as a task's model takes it: what it is shown, normalised, and the target."""
+    """A `StillsDataset` as a task's model takes it: pairs of the normalised input and the target."""
 
     def __init__(self, stills: StillsDataset, spec: ModelSpec, task: Task) -> None:
         self._stills, self._task, self.ignore = stills, task, stills.ignore
@@ -188,7 +221,7 @@ class NormalizedStills(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
 
 CACHE_LIMIT = 2**30
-"""Bytes of samples up to which all are read before training begins, and kept."""
+"""Samples of up to this many bytes together are read once before training begins, and kept in memory."""
 
 
 def _samples(stills: Stills, spec: ModelSpec, seed: int) -> NormalizedStills:

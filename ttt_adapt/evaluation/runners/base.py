@@ -14,7 +14,7 @@ Predict = Callable[[Any], Tensor]
 """A frame -> class scores [1, C, H, W]."""
 
 Score = Callable[[Predict], float]
-"""Scores a way of predicting on the clip: larger is better. The one thing in which labels reach an arm."""
+"""Scores a way of predicting on the clip: larger is better. Labels reach an arm in no other way."""
 
 
 class Runner(Protocol):

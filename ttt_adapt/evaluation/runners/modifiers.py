@@ -1,4 +1,4 @@
-"""What can be put on top of an arm: `+smooth`, `+vote` and `+class`."""
+"""Runners of the modifiers `+smooth`, `+vote` and `+class`, each on top of another runner."""
 
 from __future__ import annotations
 
@@ -18,32 +18,36 @@ from ttt_adapt.stream.frames import Preprocess, to_model_input
 
 
 class Modified:
-    """A runner on top of another; what it does not change is the other's."""
+    """A runner on top of another one. What it does not change comes from the other.
+
+    Attributes:
+        runner: the other one.
+    """
 
     def __init__(self, runner: Runner) -> None:
-        self._runner = runner
+        self.runner = runner
 
     @property
     def loss(self) -> float | None:
         """The other's label-free loss."""
-        return self._runner.loss
+        return self.runner.loss
 
     def prepare(self, frames: Sequence[Any], score: Score | None = None) -> None:
         """Hand the clip to a runner that sees it whole."""
-        assert isinstance(self._runner, ClipRunner)
-        self._runner.prepare(frames, score)
+        assert isinstance(self.runner, ClipRunner)
+        self.runner.prepare(frames, score)
 
     def step(self, frame: Any) -> Tensor:
         """The other's class scores."""
-        return self._runner.step(frame)
+        return self.runner.step(frame)
 
     def predict(self, x: Tensor) -> Tensor:
         """The other's class scores."""
-        return self._runner.predict(x)
+        return self.runner.predict(x)
 
     def close(self) -> None:
         """Give the model back."""
-        self._runner.close()
+        self.runner.close()
 
 
 class Smoothed(Modified):
@@ -83,7 +87,7 @@ class Voting(Modified):
         self._preprocess, self._scales = preprocess, tuple(scales)
 
     def step(self, frame: Any) -> Tensor:
-        """Class scores whose softmax is the share of the votes, with the mean probability as one more of them."""
+        """Class scores; their softmax is the share of the votes, where the mean probability counts as one more vote."""
         first = super().step(frame)
         x = to_model_input(frame, self._preprocess, first.device, first.dtype)
         views = [first.softmax(1)]
@@ -97,7 +101,7 @@ class Voting(Modified):
 
     def _view(self, x: Tensor, flip: bool, like: Tensor) -> Tensor:
         """The distribution predicted for a view, on the pixels of the frame."""
-        scores = self._runner.predict(x.flip(3) if flip else x)
+        scores = self.runner.predict(x.flip(3) if flip else x)
         scores = scores.flip(3) if flip else scores
         if scores.shape[2:] != like.shape[2:]:
             scores = F.interpolate(scores, like.shape[2:], mode="bilinear", align_corners=False)
@@ -111,6 +115,10 @@ class ClassBalanced(Modified):
     predicted more than `slack` classes more on average than the adapted model, the next frame begins with the source
     weights, an empty window and an empty buffer.
 
+    Attributes:
+        fewer: the buffer: how many classes fewer than the source model the adapted one predicted, for the last frames.
+        resets: how often it was reset.
+
     Args:
         runner: adapts weights.
         length: frames in the buffer.
@@ -123,23 +131,23 @@ class ClassBalanced(Modified):
         self._slack = slack
         tensors = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
         self._source = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        self._fewer: deque[int] = deque(maxlen=length)
+        self.fewer: deque[int] = deque(maxlen=length)
         self.resets = 0
 
     def step(self, frame: Any) -> Tensor:
-        """Begin anew if it is time to; adapt, predict, and compare with the source model."""
-        if len(self._fewer) == self._fewer.maxlen and sum(self._fewer) / len(self._fewer) > self._slack:
+        """Reset if the buffer says so; then adapt, predict, and compare with the source model."""
+        if len(self.fewer) == self.fewer.maxlen and sum(self.fewer) / len(self.fewer) > self._slack:
             self._adapter.reset()
-            self._fewer.clear()
+            self.fewer.clear()
             self.resets += 1
         scores = super().step(frame)
         x = to_model_input(frame, self._preprocess, scores.device, scores.dtype)
         with torch.no_grad():
             source = functional_call(self._model, self._source, (x,))
-        self._fewer.append(_classes(source) - _classes(scores))
+        self.fewer.append(_classes(source) - _classes(scores))
         return scores
 
 
 def _classes(scores: Tensor) -> int:
-    """How many classes are predicted anywhere."""
+    """How many different classes are predicted."""
     return scores.argmax(1).unique().numel()

@@ -1,4 +1,4 @@
-"""From an arm of `ttt_adapt.arms` to the runner that runs it on a checkpoint."""
+"""Makes the runner of an arm (`ttt_adapt.arms`) on a checkpoint."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _need_batch_norm(checkpoint: Checkpoint, what: str) -> None:
 
 def _need_layer_norm(checkpoint: Checkpoint, what: str) -> None:
     if not any(isinstance(module, nn.LayerNorm) for module in checkpoint.model.modules()):
-        raise ConfigError(f"this model has no LayerNorm: {what} does not apply to it; norm-ema is for BatchNorm")
+        raise ConfigError(f"this model has no LayerNorm: {what} does not apply to it; for BatchNorm there is norm-ema")
 
 
 _NEEDS: dict[str, Callable[[Checkpoint, str], None]] = {
@@ -184,7 +184,7 @@ RUNNERS: dict[str, Callable[..., Runner]] = {
 def _class_balanced(runner: Runner, checkpoint: Checkpoint, config: StreamConfig, number: int | None) -> Runner:
     if not isinstance(runner, Adapting):
         raise ConfigError(
-            "+class resets adapted weights: it goes right behind an arm that adapts weights on the stream, such as "
+            "+class resets adapted weights: put it right behind an arm that adapts weights on the stream, such as "
             "tent+class or self-train+class+smooth"
         )
     _need_class_scores(checkpoint, "+class")
@@ -205,7 +205,9 @@ def _voting(runner: Runner, checkpoint: Checkpoint, config: StreamConfig, number
 
 def _refuse_shuffled(runner: Runner, modifier: str) -> None:
     if isinstance(runner, Shuffled):
-        raise ConfigError(f"online-shuffled keeps predicted classes, and +{modifier} is made of distributions")
+        raise ConfigError(
+            f"online-shuffled keeps predicted classes only, and +{modifier} needs distributions: leave one of them out"
+        )
 
 
 _MODIFIERS: dict[str, Callable[[Runner, Checkpoint, StreamConfig, int | None], Runner]] = {

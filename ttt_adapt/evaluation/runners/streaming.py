@@ -1,4 +1,4 @@
-"""Runners that see the stream only: the fixed model, forward-only statistics, and adaptation by gradients."""
+"""Runners that see one frame after the other: the fixed model, re-estimated statistics, adaptation by gradients."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class Fixed:
 
 
 class NormAverage(Fixed):
-    """BatchNorm with running statistics that move on over the stream, no gradient.
+    """BatchNorm whose running statistics are a moving average over the stream; no gradient.
 
-    A pass in training mode moves them, as PyTorch does while training: it is normalised by the statistics of the frame
-    alone. A second pass predicts with the running ones.
+    A pass in training mode updates the running statistics, as PyTorch does in training. A second pass predicts with
+    them.
 
     Args:
         model: a model with BatchNorm.
@@ -61,20 +61,20 @@ class NormAverage(Fixed):
         self._source = SourceWeights({f"{i}.{n}": b for i, m in enumerate(self._norms) for n, b in m.named_buffers()})
 
     def step(self, frame: Any) -> Tensor:
-        """Let the frame into the statistics, then predict with them."""
+        """Update the statistics with the frame, then predict with them."""
         with updating_norms(self._norms, self._momentum):
             super().step(frame)
         return super().step(frame)
 
     def close(self) -> None:
-        """The source statistics again."""
+        """Restore the source statistics."""
         self._source.restore()
 
 
 class NormBlend(Fixed):
     """BatchNorm with a blend of its source statistics and those of the current frame, no gradient.
 
-    The formula, and whose it is: `ttt_adapt.model.norms.blended_statistics`.
+    Formula and source: `ttt_adapt.model.norms.blended_statistics`.
 
     Args:
         model: a model with BatchNorm.
@@ -93,7 +93,7 @@ class NormBlend(Fixed):
 
 
 _PLAIN_LAYER_NORMS = {"LayerNorm", "LayerNorm2d"}
-"""PyTorch's and timm's that only normalise, over the last axis or, of [B, C, H, W], the second."""
+"""The LayerNorms of PyTorch and timm that only normalise: over the last axis, or over C of [B, C, H, W]."""
 
 
 class LayerStatistics(Fixed):
@@ -101,8 +101,8 @@ class LayerStatistics(Fixed):
 
     "Test-Time Training on Video Streams", appendix A.2, accumulates statistics with a forward pass on each frame, as is
     done for BatchNorm, and changes no trainable parameter. It gives no formula, and LayerNorm has no running statistics
-    to accumulate: each token is normalised by its own. The reading here: every layer keeps a moving average of the mean
-    and variance of its tokens over the stream, and each token is normalised by a blend,
+    to accumulate: it normalises each token by the token's own. Here every layer keeps a moving average of the mean and
+    variance of its tokens over the stream, and normalises each token by a blend,
     `(1 - share) * its own + share * the average`. With `share` 0 this is the model as trained.
 
     Args:
@@ -117,14 +117,14 @@ class LayerStatistics(Fixed):
         self._norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
         if strange := {type(m).__name__ for m in self._norms} - _PLAIN_LAYER_NORMS:
             raise ConfigError(
-                f"LN Adapt redoes the output of a LayerNorm, and {', '.join(sorted(strange))} of this model may do "
-                f"more than normalise: it applies to {', '.join(sorted(_PLAIN_LAYER_NORMS))}"
+                f"LN Adapt computes the output of a LayerNorm anew, and {', '.join(sorted(strange))} of this model may "
+                f"do more than normalise: it applies to {', '.join(sorted(_PLAIN_LAYER_NORMS))}"
             )
         self._momentum, self._share = momentum, share
         self._average: dict[nn.Module, Tensor] = {}
 
     def step(self, frame: Any) -> Tensor:
-        """Predict in one pass that also moves the averages, each layer's before it is used."""
+        """Predict in one pass; each layer updates its average before it uses it."""
         return self._run(self.take(frame), self._momentum)
 
     def predict(self, x: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class LayerStatistics(Fixed):
             return super().predict(x)
 
     def _renormalise(self, momentum: float) -> Callable[..., Tensor]:
-        """A hook that redoes a layer's output."""
+        """A hook that computes the output of a layer anew, with blended statistics."""
 
         def redo(norm: Any, args: tuple[Tensor, ...], _output: Tensor) -> Tensor:
             x = args[0]

@@ -1,4 +1,4 @@
-"""Runners that see the whole clip before they predict: they are no streaming methods, and are marked so."""
+"""Runners that see the whole clip before they predict. They are no streaming methods, and tables mark them."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ from ttt_adapt.evaluation.runners.streaming import Adapting
 
 
 class Shuffled:
-    """A streaming runner on the frames of a clip in random order; its predictions are put back in order.
+    """Runs a streaming runner on the frames of a clip in random order, and puts the predictions back in order.
 
-    "Test-Time Training on Video Streams", section 6.1: without temporal smoothness, memory has nothing to hold.
+    "Test-Time Training on Video Streams", section 6.1: memory helps only where frames change smoothly.
+
+    Attributes:
+        runner: what runs the shuffled stream.
 
     Args:
         runner: what runs the shuffled stream.
@@ -29,30 +32,30 @@ class Shuffled:
     """
 
     def __init__(self, runner: Runner, seed: int, classes: bool = True) -> None:
-        self._runner, self._seed, self._by_class = runner, seed, classes
+        self.runner, self._seed, self._by_class = runner, seed, classes
         self._labels: list[Tensor] = []
         self._losses: list[float | None] = []
         self._next = 0
         self.loss: float | None = None
 
     def prepare(self, frames: Sequence[Any], score: Score | None = None) -> None:
-        """Run the whole stream; of classes one byte per pixel is kept of each prediction."""
+        """Run the whole stream and keep the predictions; classes take one byte per pixel."""
         order = next(shuffled_epochs(len(frames), self._seed))
         labels: dict[int, Tensor] = {}
         losses: dict[int, float | None] = {}
         for index in order:
-            scores = self._runner.step(frames[index])
+            scores = self.runner.step(frames[index])
             self._classes = scores.shape[1]
             small = torch.uint8 if self._classes <= 256 else torch.int32
             labels[index] = scores.argmax(1).to(small) if self._by_class else scores.half()
-            losses[index] = self._runner.loss
+            losses[index] = self.runner.loss
         self._labels = [labels[i] for i in range(len(frames))]
         self._losses = [losses[i] for i in range(len(frames))]
 
     def step(self, frame: Any) -> Tensor:
-        """What was predicted for the next frame of the clip, as scores whose largest is the predicted class."""
+        """The kept prediction for the next frame of the clip; of a class, scores that are largest there."""
         if self._next >= len(self._labels):
-            raise StateError("an arm that is not streaming got a frame that prepare() did not show it")
+            raise StateError("step() got more frames than prepare() was given: give both the same clip")
         self.loss, label = self._losses[self._next], self._labels[self._next]
         self._next += 1
         if not self._by_class:
@@ -61,20 +64,23 @@ class Shuffled:
 
     def predict(self, x: Tensor) -> Tensor:
         """Class scores with the weights as they are after the stream."""
-        return self._runner.predict(x)
+        return self.runner.predict(x)
 
     def close(self) -> None:
         """Give the model back."""
-        self._runner.close()
+        self.runner.close()
 
 
 class Offline:
     """Adapt to all frames of the clip in random order, many times, then predict with the weights that come of it.
 
     "Test-Time Training on Video Streams", section 6.1 ("training on all possible futures"). Batches are drawn from a
-    window as online, but of a shuffled stream that goes through the clip again and again. The honest stop is after a
-    fixed number of gradient steps. The paper reports the best one on the labels of each video; with `score` that is
-    done here too, of 0, 1, 2, 5, 10, 20, ... steps and the last.
+    window, as online, but the stream is shuffled and goes through the clip again and again. Without `score` it stops
+    after a fixed number of gradient steps. The paper reports the step that is best by the labels of each video; with
+    `score`, this is done here too, among 0, 1, 2, 5, 10, 20, ... steps and the last.
+
+    Attributes:
+        runner: adapts and predicts.
 
     Args:
         runner: adapts and predicts.
@@ -85,11 +91,11 @@ class Offline:
     loss: float | None = None
 
     def __init__(self, runner: Adapting, steps: int, seed: int) -> None:
-        self._runner, self._steps, self._seed = runner, steps, seed
+        self.runner, self._steps, self._seed = runner, steps, seed
 
     def prepare(self, frames: Sequence[Any], score: Score | None = None) -> None:
-        """Adapt to the whole clip; with `score`, keep the weights of the best of the steps that are looked at."""
-        adapter = self._runner.adapter
+        """Adapt to the whole clip; with `score`, keep the weights of the best step among those that are scored."""
+        adapter = self.runner.adapter
         best, kept, done = -np.inf, None, 0
         if score is not None:
             best, kept = score(self._predict_frame), adapter.state_dict()
@@ -107,23 +113,23 @@ class Offline:
             adapter.load_state_dict(kept)
 
     def step(self, frame: Any) -> Tensor:
-        """Predict; nothing is adapted any more."""
+        """Predict with the weights as they are."""
         return self._predict_frame(frame)
 
     def predict(self, x: Tensor) -> Tensor:
         """Class scores with the weights as they are."""
-        return self._runner.predict(x)
+        return self.runner.predict(x)
 
     def close(self) -> None:
         """Give the model back."""
-        self._runner.close()
+        self.runner.close()
 
     def _predict_frame(self, frame: Any) -> Tensor:
-        return self._runner.adapter.predict(frame)
+        return self.runner.adapter.predict(frame)
 
 
 def _looked_at(step: int) -> bool:
-    """1, 2, 5, 10, 20, 50, ..."""
+    """Whether the weights of this step are scored: steps 1, 2, 5, 10, 20, 50, ..."""
     while step % 10 == 0:
         step //= 10
     return step in (1, 2, 5)

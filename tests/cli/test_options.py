@@ -1,0 +1,44 @@
+"""What the text of options means."""
+
+from __future__ import annotations
+
+import pytest
+
+from ttt_adapt import StreamConfig
+from ttt_adapt.cli.options import parse_arm_settings, parse_forwards, parse_settings, preset_config
+from ttt_adapt.errors import ConfigError
+
+
+def test_settings_are_literals_or_text_and_true_and_false_may_be_small():
+    given = ["drop_path=true", "deferred=False", "gate=none", "grad_clip=None", "crop_size=(8, 16)", "lr=1e-4"]
+    assert parse_settings(given) == {
+        "drop_path": True, "deferred": False, "gate": "none", "grad_clip": None, "crop_size": (8, 16), "lr": 1e-4,
+    }  # fmt: skip
+
+
+def test_settings_are_of_all_arms_or_of_one():
+    given = ["lr=1e-4", "tent.lr=1e-3", "tent.window=2", "no_memory.lr=1"]
+    expected = {"tent": {"lr": 1e-3, "window": 2}, "no-memory": {"lr": 1}}
+    assert parse_arm_settings(given) == ({"lr": 1e-4}, expected)
+    with pytest.raises(ConfigError, match="--seeds"):
+        parse_arm_settings(["seed=3"])
+
+
+def test_costs_are_numbers_of_the_arms_that_run():
+    arms = ("online", "tent", "no_memory")
+    assert parse_forwards(False, [], arms) is None
+    given = ["online=4.1", "tent=2", "no-memory=3"]
+    assert parse_forwards(True, given, arms) == {"online": 4.1, "tent": 2, "no-memory": 3}
+    with pytest.raises(ConfigError, match="--real-time"):
+        parse_forwards(False, ["online=4"], arms)
+    with pytest.raises(ConfigError, match="expected a number"):
+        parse_forwards(True, ["online=fast"], arms)
+    with pytest.raises(ConfigError, match="implicit is none of the arms online, tent"):
+        parse_forwards(True, ["implicit=4"], arms)
+
+
+def test_presets_go_by_any_of_their_names_and_other_arms_are_none():
+    for name in ("explicit", "explicit_only", "explicit-only"):
+        assert preset_config(name, lr=0.5) == StreamConfig.explicit_only(lr=0.5)
+    with pytest.raises(ConfigError, match="no preset 'tent'; expected one of .*paper"):
+        preset_config("tent")
