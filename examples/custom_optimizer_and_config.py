@@ -9,7 +9,7 @@ import timm
 import torch
 
 from ttt_adapt import MAEBranch, Normalize, StreamAdapter, StreamConfig, TTTAdaptError
-from ttt_adapt.data.street.scene import street_stream
+from ttt_adapt.data.street import street_stream
 
 torch.manual_seed(0)
 model = timm.create_model("convnext_atto", num_classes=10)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ttt_adapt import MAEBranch, Normalize, StreamAdapter, StreamConfig
-from ttt_adapt.data.street.scene import CLASSES, street_stills, street_stream
+from ttt_adapt.data.street import CLASSES, street_stills, street_stream
 
 SIZE, EPOCHS, BATCH = (64, 96), 6, 8
 torch.manual_seed(0)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ttt_adapt import MAEBranch, Normalize, StreamAdapter, StreamConfig
-from ttt_adapt.data.street.scene import CLASSES, street_stills, street_stream
+from ttt_adapt.data.street import CLASSES, street_stills, street_stream
 
 SIZE = (70, 101)  # height and width; any size will do
 torch.manual_seed(0)

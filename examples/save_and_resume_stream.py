@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from ttt_adapt import StreamAdapter, StreamConfig
-from ttt_adapt.data.street import WEIGHTS
-from ttt_adapt.data.street.clip import StreetClip
+from ttt_adapt.data.street import WEIGHTS, StreetClip
 from ttt_adapt.tasks.checkpoint import load_checkpoint
 
 CONFIG = StreamConfig.online(window=4, batch_size=2)

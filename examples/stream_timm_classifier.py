@@ -27,7 +27,7 @@ arguments = parser.parse_args()
 model = timm.create_model(arguments.model, pretrained=arguments.pretrained)
 
 if arguments.video is None:
-    from ttt_adapt.data.street.scene import street_stream
+    from ttt_adapt.data.street import street_stream
 
     frames = (frame for frame, _labels in street_stream(arguments.frames, size=(96, 128)))
 else:

@@ -56,6 +56,16 @@ def broken_links(page: Path) -> list[str]:
     return broken
 
 
+def named_files(page: Path) -> list[str]:
+    """The files and folders that a page names in backticks by their path from the root: `ttt_adapt/config.py`."""
+    return re.findall(r"`((?:ttt_adapt|integrations|tests|benchmarks|configs|examples)/[\w./-]*)`", prose(page))
+
+
+def named_objects(page: Path) -> list[str]:
+    """The modules of the library, and names in them, that a page names in backticks, such as `ttt_adapt.theory`."""
+    return re.findall(r"`(ttt_adapt(?:_openmmlab)?(?:\.\w+)+)`", prose(page))
+
+
 def _text(page: Path) -> str:
     return page.read_text(encoding="utf-8")
 

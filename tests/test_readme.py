@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import os
 import re
 import subprocess
@@ -18,6 +19,9 @@ from ttt_adapt import StreamConfig
 DOCS = readme.ROOT / "docs"
 FIRST, *OTHERS = readme.blocks("python")
 OBJECTIVES = readme.blocks("python", DOCS / "objectives.md")
+CODE = readme.ROOT / "ttt_adapt"
+PRESENT = [page for page in readme.PAGES if page.name != "CHANGELOG.md"]
+"""Pages that speak of what is there now; the changelog names what was there, too."""
 LONGEST = 950
 """Words that the README may have outside of its code blocks."""
 
@@ -64,6 +68,23 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
     assert readme.broken_links(page) == ["absent.md", "other.md#two", "#no", "other.md#no-heading"]
 
 
+@pytest.mark.parametrize("page", PRESENT, ids=lambda page: page.name)
+def test_every_file_that_a_page_names_is_there(page: Path) -> None:
+    assert [name for name in readme.named_files(page) if not (readme.ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", PRESENT, ids=lambda page: page.name)
+def test_every_module_and_name_of_the_library_that_a_page_names_is_there(page: Path) -> None:
+    assert [name for name in readme.named_objects(page) if not _found(name)] == []
+
+
+def test_the_page_on_the_architecture_names_every_module_of_the_core() -> None:
+    named = set(readme.named_files(DOCS / "architecture.md"))
+    parts = ("model", "objectives", "stream", "engine")
+    files = {f"ttt_adapt/{part}/{path.name}" for part in parts for path in (CODE / part).glob("[!_]*.py")}
+    assert files - named == set()
+
+
 def test_the_readme_links_to_every_page_of_the_docs() -> None:
     linked = set(re.findall(r"\]\((docs/\w[\w-]*\.md)", readme.prose()))
     assert linked == {f"docs/{page.name}" for page in DOCS.glob("*.md")}
@@ -75,6 +96,20 @@ def test_the_options_page_has_every_field_of_stream_config_with_its_default() ->
     )
     told = [(name, ast.literal_eval(default)) for name, default in rows]
     assert told == [(field.name, field.default) for field in dataclasses.fields(StreamConfig)]
+
+
+def _found(name: str) -> bool:
+    """Whether a dotted name is a module, or something in one."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            value = importlib.import_module(".".join(parts[:count]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[count:]:
+            value = getattr(value, part, None)
+        return value is not None
+    return False
 
 
 def _run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
