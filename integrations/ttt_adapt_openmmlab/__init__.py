@@ -1,7 +1,8 @@
 """Online test-time training in MMEngine, mmsegmentation and mmdetection: one wrapper to train, one hook to test.
 
-Import it before `mmseg.apis` and `mmdet.apis`: beside mmcv-lite, which has no compiled operators, these import only
-once this package stands in for the operators. In a config, `custom_imports` sees to it.
+Import this package before `mmseg.apis` and `mmdet.apis`. With mmcv-lite, which has no compiled operators, these can be
+imported only after this package has put a stand-in in the place of the operators. A config imports it by
+`custom_imports`.
 """
 
 from ttt_adapt_openmmlab.environment import allow_zoo_checkpoints, require_packages

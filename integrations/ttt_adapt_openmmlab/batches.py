@@ -1,4 +1,4 @@
-"""What the hook takes from a run of MMEngine: its branch, its preprocessing, and the one frame of a batch."""
+"""The one frame of a test batch, and what the model's own preprocessing makes of it."""
 
 from __future__ import annotations
 
@@ -24,19 +24,25 @@ def only_sample(data_batch: Any) -> Any:
         )
     inputs, samples = data_batch["inputs"], data_batch["data_samples"]
     if isinstance(inputs[0], list | tuple) or isinstance(samples[0], list | tuple):
-        raise ConfigError("the test pipeline makes several views of a frame (TestTimeAug); a stream has one")
+        raise ConfigError(
+            "the test pipeline makes several views of a frame (TestTimeAug); a stream has one: take TestTimeAug out"
+        )
     if len(samples) != 1 or len(inputs) != 1:
-        raise ConfigError(f"a batch of {len(samples)} frames came; a stream goes frame by frame: set batch_size=1")
+        raise ConfigError(
+            f"the test dataloader gave a batch of {len(samples)} frames; a stream has one at a time: set batch_size=1"
+        )
     if samples[0].metainfo.get("flip"):
         raise ConfigError(f"{file_of(samples[0].metainfo)} was flipped by the test pipeline: take the flip out")
     return samples[0]
 
 
 def images(preprocessor: nn.Module, data_batch: Mapping[str, Any]) -> Tensor:
-    """What the model's own preprocessing makes of a copy of the batch, without its labels: float [1, 3, H, W].
+    """The frame of a batch as the model takes it, float [1, 3, H, W].
+
+    The model's own preprocessing works on a copy of the frame without its labels.
 
     Raises:
-        FrameError: it makes something else; the message names the file.
+        FrameError: preprocessing returns something else; the message names the file.
     """
     sample = only_sample(data_batch)
     copy = {

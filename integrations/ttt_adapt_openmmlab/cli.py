@@ -1,11 +1,11 @@
 """`ttt-adapt mm train|test|check`: MMEngine's own runner on a config.
 
-Several processes start as everywhere in OpenMMLab; on a machine without CUDA they talk through gloo:
+Several processes are started as in OpenMMLab's own tools; on a machine without CUDA they communicate by gloo:
 
     torchrun --nproc-per-node 2 -m ttt_adapt mm test CONFIG CHECKPOINT --launcher pytorch
     srun --ntasks 8 --gres gpu:8 ttt-adapt mm test CONFIG CHECKPOINT --launcher slurm
 
-For a test of video streams by several processes the config says `test_dataloader.sampler=dict(type='VideoSampler')`.
+To test on videos by several processes, the config sets `test_dataloader.sampler=dict(type='VideoSampler')`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class MMCommand(TyperCommand):
     """A command with MMEngine's own option syntax: `--cfg-options a=1 b=2`, and `--resume` with or without a path."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        """Parse after turning both into what a plain parser takes."""
+        """Rewrite both options as a plain parser takes them, and parse."""
         return super().parse_args(ctx, _plain(list(args)))
 
 

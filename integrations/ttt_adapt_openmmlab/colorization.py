@@ -1,7 +1,7 @@
 """Colorization in MMEngine: grey in, colours out, with a backbone and a Mask2Former head.
 
-The head is the paper's, of segmentation, with another output: 2 * s * s queries for a mask stride of s, whose mask maps
-are pixel-shuffled to a and b of CIE Lab, as the reconstruction decoder's are to RGB.
+The head is that of the paper's segmentation model with another output. For a mask stride of s it has 2 * s * s queries,
+and its mask maps are pixel-shuffled to the channels a and b of CIE Lab.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from ttt_adapt_openmmlab.decoders import paint_with
 from ttt_adapt_openmmlab.metrics.base import Scores, StreamMetric
 
 STRIDE = 4
-"""Of the head's mask maps."""
+"""The stride of the head's mask maps."""
 
 
 @DATASETS.register_module()
 class ColourPictures(BaseDataset):
     """Pictures in folders, as ImageNet has them (`train/CLASS/*.JPEG`), or frames of videos; classes are not used.
 
-    A folder is a video to `VideoSampler`, its files in natural order. Folders of labels, and a `NAME.png` beside a
-    `NAME.jpg`, are passed over, as `ttt_adapt.data.open_frames` does.
+    `VideoSampler` takes each folder as a video, with its files in natural order. Folders of labels, and a `NAME.png`
+    beside a `NAME.jpg`, are left out.
 
     Args:
-        data_root: folder that is walked through to the end.
-        suffixes: of the files.
+        data_root: the folder; folders inside of it are searched at any depth.
+        suffixes: of the pictures, in lower case.
         **options: as for MMEngine's `BaseDataset`.
 
     Raises:
@@ -72,9 +72,10 @@ class ColourPictures(BaseDataset):
 
 @TRANSFORMS.register_module()
 class PackColours(BaseTransform):
-    """The end of a pipeline: the grey of a picture in three channels, and its a and b as `gt_ab` beside `grey`.
+    """Ends a pipeline: packs the grey picture as the input and its colours as the label.
 
-    Reads `img`, uint8 BGR [H, W, 3], as `LoadImageFromFile` gives it. Adds `inputs`, uint8 [3, H, W], and a sample.
+    Reads `img`, uint8 BGR [H, W, 3], as `LoadImageFromFile` gives it. Returns `inputs`, uint8 [3, H, W] with three
+    equal channels, and a data sample with `grey`, the same picture, and `gt_ab`, float [2, H, W], a and b of CIE Lab.
 
     Args:
         meta_keys: what the data sample keeps.
@@ -98,14 +99,14 @@ class PackColours(BaseTransform):
 
 @MODELS.register_module()
 class Colorizer(BaseModel):
-    """A backbone and a mask head that paints a and b.
+    """A backbone and a mask head that predicts a and b of CIE Lab.
 
     Args:
         backbone: config.
         decode_head: config of a Mask2Former head; its classes and queries are replaced.
-        data_preprocessor: config; grey has three equal channels, so the order of channels means nothing.
+        data_preprocessor: config. A grey picture has three equal channels, so the order of channels does not matter.
         init_cfg: as in every MMEngine module.
-        **inherited: entries that a config inherits from that of a segmentor, such as `test_cfg`; they have no effect.
+        **inherited: entries that a config inherits from a segmentor's config, such as `test_cfg`; they have no effect.
     """
 
     def __init__(
@@ -146,9 +147,10 @@ class Colorizer(BaseModel):
 
 @METRICS.register_module()
 class StreamColourMetric(StreamMetric):
-    """PSNR of RGB in dB, over the data set, over frames and over videos; `PSNR_grey` is that of the grey input.
+    """PSNR of RGB in dB, over the data set, over frames and over videos; `PSNR_grey` is the PSNR of the grey input.
 
-    Predicted and true colours are both put on the frame's grey, so that what is compared is the colours.
+    Predicted and true colours are both combined with the frame's grey before they are compared, so that colours alone
+    make a difference.
 
     Args:
         **options: `collect_device` and `prefix`, as for `StreamMetric`.
@@ -158,7 +160,7 @@ class StreamColourMetric(StreamMetric):
         super().__init__(("PSNR",), **options)
 
     def measure(self, sample: dict) -> tuple[float, float]:
-        """Mean square errors of a frame: of the prediction, and of the grey.
+        """Mean square errors of a frame: of the prediction, and of the grey picture.
 
         Raises:
             DataError: a sample without colours, or with predicted ones of another size.

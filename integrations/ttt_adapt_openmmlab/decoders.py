@@ -1,8 +1,9 @@
 """Which reconstruction decoder a model of mmsegmentation or mmdetection gets.
 
-`copy_head`, the paper's choice, is a copy of the model's own head with another last layer. What that is depends on the
-head: a Mask2Former or MaskFormer head has queries instead of a last convolution (`MaskHeadCopy`), the other heads of
-mmsegmentation end in one, and detectors that look at regions have nothing that could paint a frame.
+`copy_head`, the paper's choice, is a copy of the model's own head with another last layer. A Mask2Former or MaskFormer
+head has queries in the place of a last convolution, and `MaskHeadCopy` copies it. The other heads of mmsegmentation end
+in a convolution, and `MAEBranch.attach` copies them. Detectors that look at regions have no head that predicts a map of
+the whole frame; they get a convolutional decoder.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from ttt_adapt.errors import ConfigError, EncoderError, nearest
 from ttt_adapt.integration import Features
 
 ATTACH = frozenset(inspect.signature(MAEBranch.attach).parameters) - {"model"}  # the settings of a branch
-QUERIES = ("query_feat", "query_embed")  # the embeddings of a mask head that are one per query
+QUERIES = ("query_feat", "query_embed")  # embeddings of a mask head with one row per query
 
 
 class MaskHeadCopy(nn.Module):
-    """A second Mask2Former or MaskFormer head that paints pixels: the paper's decoder.
+    """A copy of a Mask2Former or MaskFormer head that predicts pixels: the paper's decoder.
 
-    A copy of the whole head, pixel decoder and transformer decoder with their weights, with 3 * s * s fresh queries for
-    a mask stride of s (48 for s = 4) and without the class head. The maps of its last layer are pixel-shuffled to the
-    frame.
+    The pixel decoder and the transformer decoder are copied with their weights. The class head is left out, and there
+    are 3 * s * s new queries for a mask stride of s (48 for s = 4). The mask maps of the last layer are pixel-shuffled
+    to the frame.
 
     Args:
         model: the model; it is not changed.
-        name: which attribute of it is the head.
-        specs: the maps of its backbone, as a decoder factory of `MAEBranch.attach` gets them.
+        name: the attribute of `model` that is the head.
+        specs: the feature maps of its backbone, as a decoder factory of `MAEBranch.attach` gets them.
 
     Raises:
         EncoderError: the backbone's output is not one [B, C, h, w] map per stride, as these heads take it.
@@ -54,13 +55,13 @@ class MaskHeadCopy(nn.Module):
     def forward(self, features: Features) -> Tensor:
         """Features -> image [B, 3, h * s, w * s] of the finest map h x w."""
         maps = self.neck(features.raw)
-        size = features.image_size  # padded images look like whole ones to the head
+        size = features.image_size  # the head takes padding for a part of the image
         samples = [BaseDataElement(metainfo={"batch_input_shape": size, "img_shape": size}) for _ in maps[0]]
         return F.pixel_shuffle(self.head(maps, samples)[1][-1], self.stride)
 
     @torch.no_grad()
     def renew(self, model: nn.Module) -> None:
-        """Take the head's (and neck's) weights of `model` again, in place; the fresh queries stay."""
+        """Copy the weights of the head (and of the neck) of `model` again, in place; the new queries stay."""
         own = self.state_dict()
         for part, source in (("head", getattr(model, self.name)), ("neck", getattr(model, "neck", None))):
             for key, value in (source.state_dict() if source is not None else {}).items():
@@ -68,7 +69,7 @@ class MaskHeadCopy(nn.Module):
                     own[f"{part}.{key}"].copy_(value)
 
     def _freeze_unused(self, features: Features) -> None:
-        """No gradient for what the last layer's masks do not depend on: distributed training waits for all others."""
+        """Freeze what the last layer's masks do not depend on: distributed training would wait for its gradient."""
         with torch.enable_grad():
             parameters = list(self.parameters())
             gradients = torch.autograd.grad(self(features).sum(), parameters, allow_unused=True)
@@ -77,9 +78,10 @@ class MaskHeadCopy(nn.Module):
 
 
 def paint_with(head: Any, channels: int, stride: int) -> Any:
-    """Make a Mask2Former or MaskFormer head one that paints, in place: a fresh query per channel and pixel of a stride.
+    """Turn a Mask2Former or MaskFormer head, in place, into one that predicts pixels.
 
-    It has no class head any more. Its mask maps, [B, channels * stride * stride, h, w], are to be pixel-shuffled.
+    It loses its class head and gets a new query for each channel and each pixel of a stride. Pixel-shuffle its mask
+    maps [B, channels * stride * stride, h, w] to get [B, channels, h * stride, w * stride].
     """
     head.cls_embed = nn.Identity()
     head.num_queries = channels * stride**2
@@ -90,7 +92,7 @@ def paint_with(head: Any, channels: int, stride: int) -> Any:
 
 
 def _example(specs: Sequence[Any], like: Tensor) -> Features:
-    """Random features of a small image, ordered as the backbone returns them."""
+    """Features of a small image, all ones, in the order in which the backbone returns them."""
     if sorted(spec.index for spec in specs) != list(range(len(specs))) or {s.layout for s in specs} != {"nchw"}:
         raise EncoderError(
             f"the backbone returns {[(spec.layout, spec.stride) for spec in specs]}; a copy of a mask head expects one "
@@ -105,7 +107,10 @@ def _example(specs: Sequence[Any], like: Tensor) -> Features:
 
 
 def branch_settings(branch: Any, *others: str) -> dict[str, Any]:
-    """A config's `branch`, checked: keywords of `MAEBranch.attach`, and `others`.
+    """Check a config's `branch`: keywords of `MAEBranch.attach`, or of `others`.
+
+    Returns:
+        A copy of it.
 
     Raises:
         ConfigError: not a mapping, or an unknown keyword.
@@ -124,8 +129,8 @@ def branch_settings(branch: Any, *others: str) -> dict[str, Any]:
 def branch_for(model: nn.Module, *, encoder: str = "backbone", decoder: Any = "auto", **settings: Any) -> MAEBranch:
     """Attach a branch to a model of mmsegmentation or mmdetection.
 
-    As `MAEBranch.attach`, and decoder="copy_head" knows the heads of OpenMMLab. Where a head cannot be copied
-    (two-stage and dense detectors) the branch gets the convolutional decoder, and the log says so.
+    Like `MAEBranch.attach`, and decoder="copy_head" knows the heads of OpenMMLab. Where a head cannot be copied
+    (two-stage and dense detectors), the branch gets the convolutional decoder, and the log says so.
 
     Args:
         model: the plain model, not a `JointMAE`.
@@ -148,7 +153,7 @@ def branch_for(model: nn.Module, *, encoder: str = "backbone", decoder: Any = "a
         reason = (
             f"its {name} reads what the backbone returns" if name else "its head predicts no map of the whole frame"
         )
-    except EncoderError as error:  # of the head, or of the encoder: then the next attach says so
+    except EncoderError as error:  # about the head; or about the encoder, and then the next attach raises it again
         reason = str(error)
     branch = MAEBranch.attach(model, encoder, "conv", **settings)
     print_log(

@@ -29,8 +29,8 @@ def require_packages() -> None:
 def allow_zoo_checkpoints() -> None:
     """Let `torch.load` read what OpenMMLab's checkpoints hold besides tensors: NumPy values and log buffers.
 
-    PyTorch's list of harmless classes grows by classes that only hold data. `getattr`, by which older log buffers name
-    their statistics, is replaced by one that reaches these alone.
+    From version 2.6 on, PyTorch loads only classes of a list. This adds classes to the list that only hold data. Older
+    log buffers name their statistics by `getattr`; it is replaced by a function that returns these statistics alone.
     """
     from mmengine.logging.history_buffer import HistoryBuffer
 

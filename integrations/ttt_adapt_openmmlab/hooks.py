@@ -23,13 +23,13 @@ from ttt_adapt_openmmlab.datasets.frame_order import FrameOrder, file_of, video_
 from ttt_adapt_openmmlab.datasets.loaders import check_stream, offline_indices, stream_infos
 from ttt_adapt_openmmlab.decoders import branch_settings
 from ttt_adapt_openmmlab.joint import data_preprocessor_of, plain_model, unwrapped
-from ttt_adapt_openmmlab.reconstruction import panels
+from ttt_adapt_openmmlab.reconstruction import reconstruction_picture
 from ttt_adapt_openmmlab.stream_branch import branch_for_stream
 
 
 @dataclasses.dataclass
 class _Totals:
-    """What a run sums up: frames predicted, videos, gradient steps' losses, milliseconds spent adapting."""
+    """Sums of a run: frames predicted, videos, losses of gradient steps, milliseconds spent on adapting."""
 
     frames: int = 0
     videos: int = 0
@@ -38,7 +38,7 @@ class _Totals:
     ms: float = 0.0
 
     def gathered(self) -> _Totals:
-        """Of all processes together."""
+        """The sums over all processes."""
         values = torch.tensor(dataclasses.astuple(self), dtype=torch.float64)
         all_reduce(values)
         frames, videos, losses, loss, ms = values.tolist()
@@ -108,7 +108,7 @@ class OnlineTTTHook(Hook):
     # ---- the run
 
     def before_run(self, runner: Any) -> None:
-        """See to it that the model is given back however the test run ends."""
+        """Make sure that the model is given back, also when the test run fails."""
         loop = runner._test_loop
         if not isinstance(loop, BaseLoop) or "run" in vars(loop):
             return
@@ -140,18 +140,18 @@ class OnlineTTTHook(Hook):
             self._follow(runner, order, info)
         self._model = plain_model(runner.model)
         self._objective = branch_for_stream(runner.model, self.branch, self.config.seed)
-        for warning in self._doubts(runner.model):
+        for warning in self._warnings(runner.model):
             runner.logger.warning(warning)
         self._flags = {module: module.training for module in runner.model.modules()}
 
-    def _doubts(self, model: nn.Module) -> Iterator[str]:
-        """What runs, and is hardly what was meant."""
+    def _warnings(self, model: nn.Module) -> Iterator[str]:
+        """Warnings about settings that run, but are probably a mistake."""
         if told := contradiction(self.arm, self.config):
             yield told
         if self.branch is None and unwrapped(model).branch_is_new:
             yield (
-                "the checkpoint holds no trained branch (mae_branch), or not the whole of this one: adapting by an "
-                "untrained one does not help; train it jointly first, by ttt-adapt mm train"
+                "the checkpoint holds no trained branch (mae_branch), or not the whole of this one. Adapting with an "
+                "untrained branch does not help: train it jointly with the model first (ttt-adapt mm train)"
             )
         masks = self._objective.mask_ratio, self._objective.loss_on
         if self.arm == "paper" and masks != (0.85, "all"):
@@ -172,12 +172,12 @@ class OnlineTTTHook(Hook):
             raise
 
     def after_test_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Take the source weights back after the last frame: hooks that swap weights do it after this."""
+        """Put the source weights back after the last frame, before other hooks swap theirs back."""
         if batch_idx + 1 == len(runner.test_dataloader):
             self._detach()
 
     def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        """Sum up, over all processes."""
+        """Log the sums over all processes."""
         self._totals.videos = self._order.videos
         total = self._totals.gathered()
         summary = {"arm": self.arm, "frames": total.frames}
@@ -217,14 +217,14 @@ class OnlineTTTHook(Hook):
             report = self._adapt(x, info)
             self._record(runner, report, self._totals.frames, f"frame {batch_idx + 1}/{len(runner.test_dataloader)}")
         if self.visualize_interval and self._totals.frames % self.visualize_interval == 0:
-            image = panels(self._objective, x, self._preprocessor, self.config.seed)
+            image = reconstruction_picture(self._objective, x, self._preprocessor, self.config.seed)
             runner.visualizer.add_image("ttt_reconstruction", image, step=self._totals.frames)
 
     def _fit_video(self, runner: Any, begin: int, info: Mapping[str, Any]) -> None:
         """Arm "offline": adapt to all frames of the video that begins at position `begin` of the stream.
 
-        "Test-Time Training on Video Streams", section 6.1: batches of all frames in random order, for a fixed number of
-        steps.
+        Source: "Test-Time Training on Video Streams", section 6.1. The model sees all frames in random order, for a
+        fixed number of steps.
         """
         name = video_of(self._infos[begin])
         indices = [index for index, other in zip(self._indices, self._infos, strict=True) if video_of(other) == name]
@@ -259,7 +259,7 @@ class OnlineTTTHook(Hook):
     # ---- the model
 
     def _attached(self) -> StreamAdapter:
-        """The adapter of this run, made at its first frame, when hooks that swap weights have done so."""
+        """The adapter of this run. It is made at the first frame, after other hooks have swapped weights."""
         if self._adapter is None:
             self._adapter = StreamAdapter(self._model, self._objective, config=self.config)
         return self._adapter
@@ -276,7 +276,7 @@ class OnlineTTTHook(Hook):
         self._flags = {}
 
     def _follow(self, runner: Any, order: FrameOrder, info: Mapping[str, Any]) -> bool:
-        """Whether a video begins with this frame; a warning about missing frames comes once per video."""
+        """Whether a video begins with this frame. A warning about missing frames comes once per video."""
         name, new, warning = order.follow(info)
         if warning and name not in self._warned:
             self._warned.add(name)

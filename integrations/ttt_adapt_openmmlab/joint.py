@@ -18,7 +18,7 @@ from ttt_adapt import MAEBranch
 from ttt_adapt.errors import ConfigError
 from ttt_adapt_openmmlab.decoders import ATTACH, branch_for, branch_settings
 
-INNER = "model."  # where the plain model's parameters are; its keys in a state_dict are without it
+INNER = "model."  # prefix of the plain model's parameters; the keys of a state_dict are without it
 BRANCH = "mae_branch."
 
 
@@ -27,21 +27,21 @@ class JointMAE(BaseModel):
     """A model with a reconstruction branch on its backbone: `loss` gains `loss_mae`, all else is the model's own.
 
     Training minimises `main loss + mean squared error of the reconstruction`, weights 1:1. The branch sees the images
-    that the model's data preprocessor makes (padding included) under fresh masks, and its pass comes after the main
+    that the model's data preprocessor makes (padding included), with new masks each time. Its pass comes after the main
     one, so the main losses are bitwise those of the plain model.
 
     Parameters and `state_dict` keys of the model keep their names, so plain checkpoints load, and a checkpoint saved
     here loads into the plain model, which reports the keys of `mae_branch.` as unexpected. A decoder that copies the
-    model's head starts from the head that training starts from: the copy is taken again after `init_weights`, and when
-    a checkpoint without a branch is loaded.
+    model's head begins training with the weights of that head: they are copied again after `init_weights`, and when a
+    checkpoint without a branch is loaded.
 
     Args:
         model: the model, or its config.
         branch: keywords of `MAEBranch.attach`; `encoder` is "backbone" by default.
-        data_preprocessor: for a model config that has none; its own wins like all that stands inside of `model`.
+        data_preprocessor: for a model config that has none; one inside of `model` wins.
         init_cfg: as in every MMEngine module.
-        **inherited: entries that a config inherits from that of the plain model, and those that `init_model` sets to
-            None. They are the model's already; where they differ from `model`, it wins and the log says so.
+        **inherited: entries that the config inherits from the config of the plain model, and entries that `init_model`
+            sets to None. They have no effect. Where they differ from `model`, the log warns.
 
     Raises:
         ConfigError: a model without backbone or data preprocessor, or a misplaced keyword.
@@ -59,15 +59,17 @@ class JointMAE(BaseModel):
         super(BaseModel, self).__init__(init_cfg)  # the data preprocessor is the model's: BaseModel would make another
         settings = branch_settings(branch or {})
         if misplaced := sorted(set(inherited) & (ATTACH - {"encoder"})):
-            raise ConfigError(f"{', '.join(map(repr, misplaced))} belong into branch=dict(...) of JointMAE")
+            raise ConfigError(
+                f"JointMAE got {', '.join(map(repr, misplaced))}, which belong to the branch: write branch=dict(...)"
+            )
         plain = _built(model, data_preprocessor, inherited)
         encoder = settings.setdefault("encoder", "backbone")
         _check_model(plain, encoder)
-        with torch.random.fork_rng(devices=[]):  # the model draws the random numbers that it draws without a branch
+        with torch.random.fork_rng(devices=[]):  # the model gets the same random numbers as without a branch
             attached = branch_for(plain, **settings)
         self.model: Any = plain  # its methods are those of MMEngine's models
         self.mae_branch = attached
-        self.branch_is_new = False  # weights without this branch were loaded, and nothing trained it since
+        self.branch_is_new = False  # whether weights without it were loaded and it was not trained since
         self.register_state_dict_post_hook(_plain_names)
         self.register_load_state_dict_post_hook(_loaded)
 
@@ -105,14 +107,14 @@ class JointMAE(BaseModel):
         return self.model.test_step(data)
 
     def init_weights(self) -> None:
-        """Initialise the model, and let a decoder that copies its head begin with that head."""
+        """Initialise the model; a decoder that copies its head gets the weights of that head."""
         super().init_weights()
         self._renew_copy()
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Under the names in the plain model, which rules such as layer-wise learning rates go by."""
+        """With the names of the plain model, which rules such as layer-wise learning rates match on."""
         start = f"{prefix}." if prefix else ""
         for name, parameter in super().named_parameters("", recurse, remove_duplicate):
             yield start + name.removeprefix(INNER), parameter
@@ -133,7 +135,7 @@ class JointMAE(BaseModel):
             renew(self.model)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Give the plain model's keys the place that they have in here; PyTorch and MMEngine both come by."""
+        """Rename the plain model's keys to their names in this module; PyTorch and MMEngine both call this."""
         own, start = self.mae_branch.state_dict(), prefix + BRANCH
         found = {key.removeprefix(start): value for key, value in state_dict.items() if key.startswith(start)}
         whole = all(key in found and found[key].shape == value.shape for key, value in own.items())
@@ -186,7 +188,7 @@ def _plain_names(_module: nn.Module, state_dict: Any, prefix: str, _metadata: An
 
 
 def _loaded(module: JointMAE, incompatible: Any) -> None:
-    """After loading: names as in the plain model; a checkpoint without a branch lacks nothing."""
+    """After loading, name keys as in the plain model; a checkpoint without a branch has no missing keys."""
     prefix, with_branch, whole = module._loading
     module.branch_is_new = not whole
     for keys in incompatible:
@@ -211,7 +213,9 @@ def _built(model: Any, data_preprocessor: Any, inherited: Mapping[str, Any]) -> 
     beside = {**inherited, "data_preprocessor": data_preprocessor}
     if isinstance(model, nn.Module):
         if extra := [key for key, value in beside.items() if value is not None]:
-            raise ConfigError(f"JointMAE has no {', '.join(map(repr, extra))}, and the model is built already")
+            raise ConfigError(
+                f"JointMAE got {', '.join(map(repr, extra))} and a model that is built already: leave them out"
+            )
         return model
     if not isinstance(model, Mapping) or "type" not in model:
         raise ConfigError(f"model is a {type(model).__name__}; expected a module, or a config dict with a type")
@@ -220,8 +224,8 @@ def _built(model: Any, data_preprocessor: Any, inherited: Mapping[str, Any]) -> 
         config["data_preprocessor"] = data_preprocessor
     if ignored := list(_differences(beside, config, "model.")):
         print_log(
-            f"JointMAE takes {'; '.join(ignored[:5])}. Beside JointMAE's own keywords, such as what a config inherits "
-            "from that of the plain model, these have no effect: changes belong inside of JointMAE's model=...",
+            f"JointMAE takes {'; '.join(ignored[:5])}. Entries beside JointMAE's own keywords have no effect, such as "
+            "those that a config inherits from the plain model's: write changes inside of JointMAE's model=dict(...)",
             logger="current",
             level=logging.WARNING,
         )
@@ -234,7 +238,7 @@ def _built(model: Any, data_preprocessor: Any, inherited: Mapping[str, Any]) -> 
 
 
 def _differences(inherited: Mapping[str, Any], own: Mapping[str, Any], path: str) -> Iterator[str]:
-    """Where `inherited` says something else than `own`, in words."""
+    """Where `inherited` and `own` differ, in words."""
     for key, value in inherited.items():
         kept = own.get(key)
         if isinstance(value, Mapping) and isinstance(kept, Mapping):
@@ -244,8 +248,7 @@ def _differences(inherited: Mapping[str, Any], own: Mapping[str, Any], path: str
 
 
 _NO_BACKBONE = (
-    "{} has no backbone: JointMAE reconstructs from the features of a module named so; for another one write "
-    "branch=dict(encoder=...)"
+    "{} has no backbone, which JointMAE takes as the encoder: name another module by branch=dict(encoder=...)"
 )
 
 

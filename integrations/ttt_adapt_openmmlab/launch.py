@@ -27,7 +27,7 @@ def run(cfg: Config, what: str, launcher: str, local_rank: int | None) -> None:
     """`Runner.train()` or `Runner.test()` on a config.
 
     Raises:
-        ConfigError, CheckpointError, FileNotFoundError: told in one line, for what is wrong in config or checkpoint.
+        ConfigError, CheckpointError, FileNotFoundError: something is wrong with the config or the checkpoint.
     """
     try:
         _prepare_processes(cfg, launcher, local_rank)
@@ -37,14 +37,14 @@ def run(cfg: Config, what: str, launcher: str, local_rank: int | None) -> None:
             raise ConfigError(
                 "there are no weights to test: name them (ttt-adapt mm test CONFIG CHECKPOINT), or set load_from"
             )
-        with _told_in_a_line():
+        with _readable_errors():
             _run(cfg, what)
     finally:
         _end_processes()
 
 
 def _run(cfg: Config, what: str) -> None:
-    """Build the runner and run it; nothing of it is left when this returns."""
+    """Build the runner and run it. The runner is freed when this returns."""
     runner = Runner.from_cfg(cfg)
     _let_one_process_write(runner)
     if what == "test":
@@ -64,11 +64,11 @@ def _build_metrics(runner: Runner) -> None:
 
 
 def _end_processes() -> None:
-    """Leave the process group and join its threads while Python is alive.
+    """Leave the process group and end its threads before Python ends.
 
-    A thread of gloo that lets go of its last tensor while the interpreter ends aborts the process (pytorch/pytorch
-    179291). The group joins its threads when it is freed, and the wrapped model of the runner, in a circle of
-    references, would keep it until then.
+    A thread of gloo that frees its last tensor while Python ends aborts the process (pytorch/pytorch 179291). The group
+    ends its threads when it is freed. The runner's wrapped model holds the group and is part of a circle of references,
+    which only the garbage collector frees.
     """
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -76,14 +76,14 @@ def _end_processes() -> None:
 
 
 def _let_one_process_write(runner: Runner) -> None:
-    """Keep all processes but the first from the file of the scores: MMEngine's LoggerHook writes it in each of them."""
+    """Let only the first process write the file of the scores; MMEngine's LoggerHook writes it in every process."""
     for hook in runner.hooks:
         if isinstance(hook, LoggerHook) and not is_main_process():
             vars(hook)["after_test_epoch"] = lambda *_args, **_metrics: None
 
 
 def _check_weights(model: nn.Module, file: str) -> None:
-    """Refuse a checkpoint of another model or branch, which MMEngine would load as far as it fits.
+    """Refuse a checkpoint of another model or branch. MMEngine would load the part of it that fits.
 
     Raises:
         CheckpointError: less than half of the model's weights are in the file, or it holds another branch.
@@ -95,7 +95,8 @@ def _check_weights(model: nn.Module, file: str) -> None:
     fitting = sum(key in state and getattr(state[key], "shape", None) == value.shape for key, value in own.items())
     if 2 * fitting < len(own):
         raise CheckpointError(
-            f"{file} holds {fitting} of the {len(own)} weights of this {type(plain).__name__}: it is of another config"
+            f"{file} holds {fitting} of the {len(own)} weights of this {type(plain).__name__}: it belongs to "
+            "another config"
         )
     if branch is not None and trained:
         try:
@@ -107,7 +108,7 @@ def _check_weights(model: nn.Module, file: str) -> None:
 
 
 def _prepare_processes(cfg: Config, launcher: str, local_rank: int | None) -> None:
-    """Set what the launcher needs; without CUDA, start the process group here: MMEngine's own start asks for CUDA."""
+    """Set what the launcher needs. Without CUDA, start the process group here: MMEngine's own start needs CUDA."""
     if launcher not in LAUNCHERS:
         raise ConfigError(f"--launcher is {launcher!r}; expected one of {', '.join(LAUNCHERS)}")
     cfg.launcher = launcher
@@ -136,8 +137,8 @@ def _prepare_processes(cfg: Config, launcher: str, local_rank: int | None) -> No
 
 
 @contextmanager
-def _told_in_a_line() -> Iterator[None]:
-    """Turn what MMEngine raises over a wrong config or checkpoint into errors that are told in a line."""
+def _readable_errors() -> Iterator[None]:
+    """Turn errors about a wrong config or checkpoint into errors that the command line prints in one line."""
     try:
         yield
     except KeyError as error:
@@ -149,7 +150,7 @@ def _told_in_a_line() -> Iterator[None]:
             raise
         raise ConfigError(f"the config passes an argument that is not known: {error}") from error
     except FileNotFoundError as error:
-        if error.filename is None:  # MMEngine's own, over weights: its text names the file
+        if error.filename is None:  # MMEngine's own, about weights: its text names the file
             raise
         raise FileNotFoundError(
             f"{error.filename} does not exist: if it belongs to a data set, set data_root of the dataset in "

@@ -1,4 +1,4 @@
-"""Pictures of a reconstruction for a visualizer."""
+"""A picture of a frame's reconstruction, for MMEngine's visualizer."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from ttt_adapt import MAEBranch
 
 
-def panels(branch: MAEBranch, x: Tensor, preprocessor: nn.Module, seed: int) -> np.ndarray:
+def reconstruction_picture(branch: MAEBranch, x: Tensor, preprocessor: nn.Module, seed: int) -> np.ndarray:
     """Frame, masked frame and reconstruction side by side.
 
     Args:
-        branch: what reconstructs; hidden patches are its prediction, visible ones the frame's.
+        branch: reconstructs the hidden patches; visible patches are those of the frame.
         x: float [1, 3, H, W] as `preprocessor` made it.
-        preprocessor: the model's own, whose normalisation is undone.
+        preprocessor: the model's own; its normalisation is undone.
         seed: of the mask.
 
     Returns:

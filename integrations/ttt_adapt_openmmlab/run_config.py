@@ -16,7 +16,7 @@ from ttt_adapt import StreamConfig
 from ttt_adapt.errors import ConfigError, nearest
 from ttt_adapt_openmmlab.arms import arm_name, contradicting_fields, stream_config
 
-_READ_BY_RUNNER = (  # beside its arguments
+_READ_BY_RUNNER = (  # beside the arguments of the runner
     "activation_checkpointing",
     "compile",
     "custom_imports",
@@ -28,7 +28,7 @@ _READ_BY_RUNNER = (  # beside its arguments
 
 
 def read_config(path: Path, work_dir: Path | None, options: list[str]) -> Config:
-    """The config of a file with `KEY=VALUE` options merged in; `custom_imports` are imported.
+    """Read a config file, import its `custom_imports`, and merge `KEY=VALUE` options into it.
 
     Raises:
         FileNotFoundError: no such file.
@@ -88,9 +88,9 @@ def set_amp(cfg: Config) -> None:
 
 
 def set_resume(cfg: Config, resume: str) -> None:
-    """Go on from a file or URL, or from the latest checkpoint of the work dir ("auto").
+    """Continue from a file or URL, or from the latest checkpoint of the work dir ("auto").
 
-    Where "auto" finds none, the run begins as the config says, `load_from` included.
+    Where "auto" finds none, the run begins as the config says, with its `load_from`.
 
     Raises:
         FileNotFoundError: no such file.
@@ -122,7 +122,7 @@ def check_exists(checkpoint: str) -> None:
 
 
 def set_arm(cfg: Config, arm: str) -> None:
-    """Run this arm: sets `arm` of the config's OnlineTTTHook, or adds one; drops its fields that would contradict."""
+    """Set the arm of the config's OnlineTTTHook, or add the hook; drop fields that would make another arm of it."""
     arm = arm_name(arm)
     hooks = list(cfg.get("custom_hooks") or [])
     ours = [hook for hook in hooks if _name_of(hook) == "OnlineTTTHook"]
@@ -139,7 +139,7 @@ def set_arm(cfg: Config, arm: str) -> None:
 
 
 def set_show_dir(cfg: Config, folder: Path) -> None:
-    """Paint predictions into a folder, by the visualization hook of mmseg or mmdet.
+    """Let the visualization hook of mmseg or mmdet write painted predictions into a folder.
 
     Raises:
         ConfigError: the config has no such hook.

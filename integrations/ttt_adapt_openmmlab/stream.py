@@ -1,4 +1,4 @@
-"""stream_adapter: a segmentor or detector in a script, adapting to the frames that it is given."""
+"""stream_adapter: a segmentor or detector in a script that adapts to the frames that it gets."""
 
 from __future__ import annotations
 
@@ -30,9 +30,8 @@ def stream_adapter(
 
     Args:
         model: a segmentor or detector with its config in `.cfg`, or a `JointMAE` around one.
-        branch: a branch on the plain model; by default that of the `JointMAE`. A plain model gets a new one, whose
-            decoder is untrained: that does not help before it was trained jointly with the model, so name the file that
-            a `JointMAE` run saved by `checkpoint=`.
+        branch: a branch on the plain model; by default the branch of the `JointMAE`. A plain model gets a new branch.
+            Adapting with an untrained branch does not help, so name the file of a `JointMAE` run by `checkpoint=`.
         config: the choices of the algorithm.
         **attach: keywords of `MAEBranch.attach` (`decoder`, `mask_ratio`, ...) for a new branch, and `checkpoint`.
 
@@ -45,7 +44,9 @@ def stream_adapter(
     plain = plain_model(model)
     frames = _Frames(plain, getattr(model, "cfg", None))
     if branch is not None and attach:
-        raise ConfigError(f"{', '.join(attach)}: for a new branch, and one was given: pass only one of them")
+        raise ConfigError(
+            f"{', '.join(attach)}: settings of a new branch came together with a branch; pass one or the other"
+        )
     if branch is None:
         new = bool(attach) or find_branch(model) is None
         keywords = branch_settings(attach, "checkpoint") if new else None
@@ -54,7 +55,7 @@ def stream_adapter(
 
 
 class _ImageAdapter(StreamAdapter):
-    """Takes images only in `step`: what a prediction cannot be made of must not be adapted to either."""
+    """Refuses a float frame in `step` before it adapts to it, because it could not predict it."""
 
     def step(self, frame: Any) -> Any:
         if isinstance(frame, np.ndarray | Tensor) and "float" in str(frame.dtype):
@@ -63,8 +64,8 @@ class _ImageAdapter(StreamAdapter):
 
 
 _NO_IMAGE = (
-    "a {} frame {} came, which says nothing of the image behind it (its size before the test pipeline): pass uint8 BGR "
-    "frames [H, W, 3]"
+    "a {} frame {} came; expected a uint8 BGR frame [H, W, 3]. A prediction needs the size of the image before the "
+    "test pipeline, which a float tensor does not tell: pass the image itself"
 )
 
 

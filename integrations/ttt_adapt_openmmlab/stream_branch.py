@@ -18,12 +18,12 @@ from ttt_adapt_openmmlab.joint import BRANCH, find_branch, plain_model
 
 
 def branch_for_stream(model: nn.Module, keywords: Mapping[str, Any] | None, seed: int) -> MAEBranch:
-    """The branch of a `JointMAE` model, or a new one on the plain model; the model stays as it is.
+    """The branch of a `JointMAE` model, or a new one on the plain model; the model itself does not change.
 
     Args:
         model: as the runner has it.
         keywords: None for the model's own branch; else see `branch_settings`, and `checkpoint`.
-        seed: of a new decoder's weights, so that every process has the same.
+        seed: for the weights of a new decoder, so that all processes have the same.
 
     Raises:
         ConfigError: the model has no branch.
@@ -41,7 +41,7 @@ def branch_for_stream(model: nn.Module, keywords: Mapping[str, Any] | None, seed
         return found
     keywords = dict(keywords)
     checkpoint = keywords.pop("checkpoint", None)
-    with torch.random.fork_rng(devices=[]):  # the run's own draws stay as they are
+    with torch.random.fork_rng(devices=[]):  # the random numbers of the run stay the same
         torch.random.default_generator.manual_seed(seed)
         branch = branch_for(plain, **keywords)
     if checkpoint is None:

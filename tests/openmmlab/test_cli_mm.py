@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 from mmengine.utils import ManagerMixin
 
 import miniatures
+import tiny
 import videos as v
 from ttt_adapt.cli.app import main
 from ttt_adapt_openmmlab import launch
@@ -23,7 +24,7 @@ from ttt_adapt_openmmlab.run_config import parse_options, read_config, set_amp, 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    monkeypatch.setattr(Runner, "_log_env", lambda self, env: None)
+    tiny.without_slow_logs(monkeypatch)
     monkeypatch.chdir(tmp_path)
 
 

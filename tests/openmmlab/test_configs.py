@@ -6,7 +6,6 @@ import math
 import numbers
 from pathlib import Path
 
-import mmengine.config.config
 import numpy as np
 import pytest
 from mmengine.config import Config
@@ -24,8 +23,7 @@ STREAMS = ("kitti-step", "coco-videos-instance", "coco-videos-panoptic")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(Runner, "_log_env", lambda self, env: None)  # asks compilers for their versions
-    monkeypatch.setattr(mmengine.config.config, "FormatCode", lambda text, **_: (text, True))  # for logs; takes seconds
+    tiny.without_slow_logs(monkeypatch)
 
 
 def is_arm(path: Path) -> bool:

@@ -13,11 +13,17 @@ import pytest
 from mmengine.config import Config
 from mmengine.runner import Runner, save_checkpoint
 
+import tiny
 import videos as v
 from conftest import settle_norms
 from ttt_adapt_openmmlab import plain_model
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    tiny.without_slow_logs(monkeypatch)
 
 
 def free_port() -> int:

@@ -9,12 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mmengine.config.config
 import pytest
 from mmengine.config import Config
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
+import tiny
 from small_configs import small_config
 from ttt_adapt import MAEBranch
 from ttt_adapt_openmmlab import OnlineTTTHook
@@ -37,8 +37,7 @@ def printed_imports() -> list[str]:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(Runner, "_log_env", lambda self, env: None)  # asks compilers for their versions
-    monkeypatch.setattr(mmengine.config.config, "FormatCode", lambda text, **_: (text, True))  # for logs; takes seconds
+    tiny.without_slow_logs(monkeypatch)
 
 
 def saved(code: str, folder: Path) -> Path:

@@ -57,7 +57,7 @@ def root(tmp_path_factory):
 @pytest.fixture
 def make(root, tmp_path, monkeypatch):
     """A runner with the hook under test (None: without) and a Watcher."""
-    monkeypatch.setattr(Runner, "_log_env", lambda self, env: None)  # asks compilers for their versions
+    tiny.without_slow_logs(monkeypatch)
 
     def runner(hook=None, watcher=None, **changes):
         hooks = [] if hook is None else [hook]
@@ -621,7 +621,7 @@ class Detections(Hook):
 
 
 def test_mmdets_mask2former_adapts_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(Runner, "_log_env", lambda self, env: None)
+    tiny.without_slow_logs(monkeypatch)
     loader, file = coco_loader(tmp_path)
 
     def run(*hooks):

@@ -188,7 +188,7 @@ def test_a_data_preprocessor_that_the_model_s_own_overrides_is_told(monkeypatch)
     model = JointMAE(config, {"decoder": "conv"}, data_preprocessor=outer)
     assert model.data_preprocessor.channel_conversion
     assert "True for model.data_preprocessor.bgr_to_rgb, not False" in logged[0]
-    with pytest.raises(ConfigError, match="'data_preprocessor', and the model is built already"):
+    with pytest.raises(ConfigError, match="'data_preprocessor' and a model that is built already"):
         JointMAE(model.model, {}, data_preprocessor=outer)
 
 
@@ -221,7 +221,7 @@ def without(config: dict, key: str) -> dict:
         (lambda: without(tiny.fcn(), "backbone"), {}, "EncoderDecoder has no backbone"),
         (lambda: without(tiny.fcn(), "data_preprocessor"), {}, "no data_preprocessor.*SegDataPreProcessor"),
         (lambda: "mask2former", {}, "expected a module, or a config"),
-        (tiny.fcn, {"mask_rato": 0.8}, "'mask_rato' .did you mean 'mask_ratio'"),
+        (tiny.fcn, {"mask_rato": 0.8}, "'mask_rato'; nearest: 'mask_ratio'"),
         (tiny.fcn, {"mask_ratio": 1.5}, "mask_ratio is 1.5"),
         (tiny.fcn, {"encoder": "back"}, "no module 'back'"),
         (tiny.fcn, {"decoder": "copyhead"}, "decoder is 'copyhead'"),
@@ -234,7 +234,7 @@ def test_bad_configs_are_refused_with_what_to_do(model, branch, message):
 
 
 def test_settings_of_the_branch_beside_it_are_refused():
-    with pytest.raises(ConfigError, match="'mask_ratio' belong into branch"):
+    with pytest.raises(ConfigError, match="'mask_ratio', which belong to the branch"):
         JointMAE(tiny.fcn(), {}, mask_ratio=0.8)
 
 

@@ -291,7 +291,7 @@ def test_models_that_cannot_stream_are_refused_with_what_to_do(case):
 
 def test_a_branch_and_settings_of_another_are_refused_together():
     model = initialised(joined(tiny.fcn(), config(tiny.fcn())))
-    with pytest.raises(ConfigError, match="decoder: for a new branch"):
+    with pytest.raises(ConfigError, match="decoder: settings of a new branch"):
         stream_adapter(model, model.branch, decoder="conv")
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import mmengine.config.config
 import numpy as np
+import pytest
 import torch
 from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
+from mmengine.runner import Runner
 from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
@@ -16,6 +19,12 @@ import ttt_adapt_openmmlab  # noqa: F401
 CLASSES = 4
 SIZE = (64, 96)
 NORMALISE = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375], "bgr_to_rgb": True}
+
+
+def without_slow_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runners log no compiler versions and no formatted config, which takes seconds."""
+    monkeypatch.setattr(Runner, "_log_env", lambda self, env: None)
+    monkeypatch.setattr(mmengine.config.config, "FormatCode", lambda text, **_: (text, True))
 
 
 def seg_preprocessor(size: tuple[int, int] = SIZE) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def check_tree(kind: str, root: str | Path) -> list[str]:
         return [f"{root} is no folder; expected {layout}"]
     problems: list[str] = []
     try:
-        problems.extend(find(root))  # keeps what was found before an error
+        problems.extend(find(root))  # keeps the problems that were found before an error
     except DataError as error:
         problems.append(f"{error} (layout: {layout})")
     return problems
@@ -187,7 +187,7 @@ def _coco_panoptic(file: Path, maps: Path) -> Iterator[str]:
 
 
 def _segment_problems(where: str, file: Path, pairs: list[tuple[Path, list[dict]]]) -> Iterator[str]:
-    """Segments that are listed and not painted, or painted and not listed, or painted into no panoptic image."""
+    """Panoptic images that cannot be read, that lack a listed segment, or that have a segment which is not listed."""
     wrong = []
     for label, segments in pairs:
         try:

@@ -26,10 +26,10 @@ class Clip:
 
     Attributes:
         name: the video's identity.
-        frames: the images that belong to it, there or not.
+        frames: the images that belong to it, also those that are missing.
         labels: the label image of every frame.
-        mode: Pillow modes that label images may have.
-        encoding: what these modes hold, for messages.
+        mode: Pillow modes that its label images may have.
+        encoding: what the label images hold, for messages.
         same_size: whether all frames of the video have one size.
     """
 

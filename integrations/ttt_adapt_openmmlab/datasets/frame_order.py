@@ -122,7 +122,7 @@ class FrameOrder:
 
 
 def _step(before: Key, key: Key) -> int | None:
-    """How far the frame number went on; None where the names differ in more than one number."""
+    """The difference of two frame numbers; None where the names differ in more than one number."""
     if len(before) != len(key):
         return None
     differing = [(a, b) for a, b in zip(before, key, strict=True) if a != b]

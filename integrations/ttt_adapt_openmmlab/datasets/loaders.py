@@ -47,7 +47,11 @@ def stream_infos(loader: DataLoader) -> tuple[list[int], list[dict[str, Any]]] |
 
 
 def offline_indices(loader: DataLoader) -> tuple[list[int], list[dict[str, Any]]]:
-    """As `stream_infos`, where there is no way without."""
+    """Like `stream_infos`, for an arm that needs them.
+
+    Raises:
+        DataError: they cannot be told.
+    """
     stream = stream_infos(loader)
     if stream is None:
         raise DataError(
@@ -64,8 +68,8 @@ def _check_workers(loader: DataLoader) -> None:
         )
     if isinstance(loader.dataset, IterableDataset) and loader.num_workers > 1:
         raise ConfigError(
-            f"the test dataset is iterable and has num_workers={loader.num_workers}, which take turns in it: set "
-            "num_workers=1 or 0"
+            f"the test dataset is iterable and its dataloader has {loader.num_workers} workers, which take frames in "
+            "turns: set num_workers=1 or 0"
         )
 
 

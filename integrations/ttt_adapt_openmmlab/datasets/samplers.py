@@ -49,7 +49,7 @@ class VideoSampler(Sampler):
 
     Args:
         dataset: an MMEngine dataset (`get_data_info`), whose frames name their video (see `video_of`).
-        seed: taken for MMEngine's sake; nothing is random.
+        seed: accepted because MMEngine passes it; nothing is random.
         shuffle: must be False.
 
     Raises:
@@ -83,4 +83,4 @@ class VideoSampler(Sampler):
         return len(self.indices)
 
     def set_epoch(self, epoch: int) -> None:
-        """Nothing: every epoch is the same."""
+        """Do nothing: every epoch is the same."""

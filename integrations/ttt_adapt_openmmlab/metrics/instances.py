@@ -21,7 +21,7 @@ IOU_TYPES = ("segm", "bbox")
 MOST = 100
 """How many detections of a frame count, those of the highest scores first: COCO's limit for AP."""
 ANY = -1
-"""The label of void: it is ignored whatever the class of a detection there."""
+"""The label of void. Detections there are ignored, whatever their class."""
 
 _AREAS = {"": "all", "_s": "small", "_m": "medium", "_l": "large"}
 

@@ -2,8 +2,8 @@
 
 One operator, `torch.ops.ttt_adapt.deformable_attention`, with an implementation per device: Triton kernels on CUDA
 (`deformable_cuda`), sums over a padded table on the CPU (`deformable_cpu`). `torch.compile` takes it as one
-node, without a graph break. `instead_of` puts it in the place of mmcv's own plain-PyTorch function, which other
-devices keep.
+node, without a graph break. `instead_of` puts it in the place of mmcv's function in plain PyTorch, which is still
+called for tensors on other devices.
 
 Formula: Zhu et al., Deformable DETR (ICLR 2021), equation 3, with bilinear samples as `grid_sample` takes them under
 `align_corners=False, padding_mode="zeros"`.

@@ -1,10 +1,11 @@
 """Multi-scale deformable attention on the CPU: weighted sums of rows of a table, by `F.embedding_bag`.
 
-The table has a row per pixel and head. All levels lie in it one above the other, at the line length of the widest, with
-two zero pixels after every line and two zero lines above and below: a sample that is pulled back to just outside of its
-level meets zeros, and no corner needs a test. The four corners of a sample are one row and three fixed distances from
-it, so that one set of rows serves all four, forward and backward. Next to `grid_sample` per level it writes no sampled
-values, and it reads a pixel's channels in one piece.
+The table has a row for each pixel and head. All levels lie in it, one above the other, with lines as long as those of
+the widest level. Two pixels after every line and two lines above and below every level are zero. A sample outside of
+its level is moved to just outside, where it reads zeros, so that no corner needs a test. The first corner of a sample
+is one row of the table, and the three others lie at fixed distances from it, so that one set of rows serves all four,
+forward and backward. Other than `grid_sample` for each level, this writes no sampled values, and it reads all channels
+of a pixel in one piece.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BORDER = 2
-"""Zero pixels around a level: a sample just outside has both its neighbours in them."""
+"""Zero pixels around a level. Both neighbours of a sample just outside of the level are among them."""
 GROUP = 16384
-"""Sums (query x head) that are computed together: few enough for the caches, enough for the calls to pay."""
+"""Sums (query x head) that are computed together: few enough to fit into the caches, enough to be worth a call."""
 
 
 class _Table:
-    """Where the pixels of all levels lie, and where the samples of an image meet them.
+    """Where the pixels of all levels lie in the table, and which rows a sample reads.
 
     Args:
         sizes: height and width of every level.
         heads: heads.
         points: points per level.
-        dtype: in which locations are computed.
+        dtype: that locations are computed in.
     """
 
     def __init__(self, sizes: list[tuple[int, int]], heads: int, points: int, dtype: torch.dtype) -> None:
@@ -76,7 +77,7 @@ class _Table:
             flat.copy_(inside)
         return value
 
-    def meet(self, locations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def locate(self, locations: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The first row (int32) of every sample, and how far it lies to the right of it and below, in [0, 1).
 
         Args:
@@ -85,7 +86,7 @@ class _Table:
         column, right = _split(locations[..., 0], self.widths)
         line, lower = _split(locations[..., 1], self.heights)
         row = column.add_(line, alpha=self.line).to(torch.int32).mul_(self.heads).add_(self.first)
-        row.clamp_(0, self.rows - 1 - self.corners[-1])  # NaN has no row; its shares carry it on
+        row.clamp_(0, self.rows - 1 - self.corners[-1])  # a NaN gets any row; its weights are NaN, and so is the result
         row += torch.arange(len(row), dtype=torch.int32).view(-1, 1, 1) * self.rows
         return row, right, lower
 
@@ -120,7 +121,7 @@ def forward(value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor) -
     table = _Table(shapes.tolist(), heads, points, exact)
     rows = table.fill(value, exact)
     for part in _groups(batch, queries * heads):
-        row, right, lower = table.meet(_flat(locations[part], exact))
+        row, right, lower = table.locate(_flat(locations[part], exact))
         first, known = row.view(-1, samples), rows[part].view(-1, dim)
         total = out[part].view(-1, dim)
         for distance, share in zip(table.corners, _shares(_flat(weights[part], exact), right, lower), strict=True):
@@ -142,7 +143,7 @@ def backward(
     rows = table.fill(value, exact)
     grad_rows = torch.zeros_like(rows)
     for part in _groups(batch, queries * heads):
-        place = table.meet(_flat(locations[part], exact))
+        place = table.locate(_flat(locations[part], exact))
         weight, g = _flat(weights[part], exact), grad[part].to(exact).reshape(-1, dim)
         _scatter(grad_rows[part].view(-1, dim), g, table, place, weight)
         along = _along(rows[part].view(-1, dim), g, table, place, weight)
@@ -155,14 +156,14 @@ _Place = tuple[Tensor, Tensor, Tensor]
 
 
 def _scatter(target: Tensor, grad: Tensor, table: _Table, place: _Place, weight: Tensor) -> None:
-    """Add the gradient of the table: the sums of `forward`, turned round, for which samples are sorted by row."""
+    """Add the gradient of the table: for each row the sum over the samples that read it, sorted by row for that."""
     row, right, lower = place
     ordered, order = row.view(-1).sort(stable=True)
     begins = torch.searchsorted(ordered, torch.arange(len(target), dtype=torch.int32), out_int32=True)
     bag = order.to(torch.int32).div_(row.numel() // len(grad), rounding_mode="floor")
     for distance, share in zip(table.corners, _shares(weight, right, lower), strict=True):
         share = share.view(-1).index_select(0, order)
-        begin = begins[: len(target) - distance]  # behind them is no row
+        begin = begins[: len(target) - distance]  # the last rows have no row at this distance
         target[distance:] += F.embedding_bag(bag, grad, begin, per_sample_weights=share, mode="sum")
 
 
@@ -205,5 +206,5 @@ def _flat(samples: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _exact(value: Tensor) -> torch.dtype:
-    """In what is computed: float64 for float64, else float32."""
+    """The dtype of the computation: float64 for float64 values, else float32."""
     return torch.float64 if value.dtype == torch.float64 else torch.float32

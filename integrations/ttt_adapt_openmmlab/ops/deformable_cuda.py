@@ -2,7 +2,7 @@
 
 A program holds a tile of queries of one head: [BLOCK_Q, BLOCK_D] of channels, masked where the head's width is no power
 of two. Everything is accumulated in float32, or in float64 where the values are. Level sizes are read on the device, so
-that no call waits for it.
+that no call waits for the device.
 
 The gradient of the values is scattered. Atomic additions of floats come in any order, and its last bits vary with it;
 under `torch.use_deterministic_algorithms(True)` the sum is one of 64-bit integers instead, which is the same in every
@@ -27,7 +27,7 @@ TILE = 1024
 
 @triton.jit
 def _axis(locations, there, size, ACC: tl.constexpr):
-    """The lower of two neighbours along an axis, and the share of the upper; far outside becomes just outside."""
+    """The lower of two neighbours along an axis, and the share of the upper; far outside is moved to just outside."""
     position = tl.load(locations, mask=there, other=0.0).to(ACC) * size - 0.5
     position = tl.clamp(position, -2.0, size.to(ACC), propagate_nan=tl.PropagateNan.ALL)
     low = tl.floor(position)

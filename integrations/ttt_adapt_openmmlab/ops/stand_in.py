@@ -1,9 +1,9 @@
-"""What stands between OpenMMLab's packages and a machine without a compiler, or a newer PyTorch.
+"""A stand-in for mmcv's compiled operators, and a faster function in the place of mmcv's deformable attention.
 
-`mmcv-lite` has no compiled operators (`mmcv._ext`), and `mmcv.ops`, which mmdet imports, does not import without them.
-A stand-in lets it: Mask2Former and most segmentation models never call one. Mask2Former's deformable attention, which
-mmcv also has in plain PyTorch, is replaced there by `ttt_adapt_openmmlab.ops.deformable`. PyTorch from 2.6 on
-loads only what is declared harmless, and checkpoints of the OpenMMLab zoo hold NumPy arrays and log buffers.
+`mmcv-lite` has no compiled operators (`mmcv._ext`). mmdet imports `mmcv.ops`, which cannot be imported without them.
+With the stand-in it can, and an operator raises an error when it is called. Mask2Former and most segmentation models
+never call one. mmcv has the deformable attention of Mask2Former in plain PyTorch, too, and
+`ttt_adapt_openmmlab.ops.deformable` takes the place of that function.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def stand_in_for_missing_ops() -> None:
     if importlib.util.find_spec(EXTENSION) is not None:  # compiled, or this function ran before
         return
     sys.modules[EXTENSION] = _StandIn(EXTENSION)
-    # Deformable attention also exists in plain PyTorch; mmcv takes that path where it believes to have no CUDA.
+    # Deformable attention also exists in plain PyTorch; mmcv calls that where it is told that there is no CUDA.
     attention: Any = importlib.import_module("mmcv.ops.multi_scale_deform_attn")
     attention.IS_CUDA_AVAILABLE = False
 
@@ -40,14 +40,14 @@ def speed_up_deformable_attention() -> None:
     """Put the library's deformable attention in the place of mmcv's function in plain PyTorch.
 
     mmcv calls that function for CPU tensors, and for all tensors where `stand_in_for_missing_ops` told it that there is
-    no CUDA: so on a GPU a compiled operator stays in charge, and without one CUDA tensors come to a Triton kernel.
+    no CUDA. So on a GPU a compiled operator is still used where there is one, and else a Triton kernel.
     """
     attention: Any = importlib.import_module("mmcv.ops.multi_scale_deform_attn")
     attention.multi_scale_deformable_attn_pytorch = instead_of(attention.multi_scale_deformable_attn_pytorch)
 
 
 class _StandIn(ModuleType):
-    """Has every operator that is asked for, and none of them works."""
+    """A module that has an operator of every name; each raises an error when it is called."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name, "Stands in for the compiled operators of mmcv.")
