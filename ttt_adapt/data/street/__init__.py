@@ -20,8 +20,4 @@ __all__ = [
 ]
 
 WEIGHTS = Path(__file__).parent / "street.safetensors"
-<<<<<<< HEAD
 """A small model that segments such streets, trained on clear days only: see `ttt_adapt.tasks.checkpoint`."""
-=======
-"""A small model that segments such streets, trained on clear days only; `load_checkpoint` reads it."""
->>>>>>> docs
