@@ -14,7 +14,7 @@ from report_inputs import make_report, make_run
 from ttt_adapt.errors import DataError, StateError
 from ttt_adapt.evaluation.report import Report, Run, write_json
 from ttt_adapt.evaluation.tables import markdown_table
-from ttt_adapt.tasks.segmentation import SegmentationScore
+from ttt_adapt.tasks.segmentation.score import SegmentationScore
 
 RESULTS = sorted((Path(__file__).parents[2] / "benchmarks" / "results").rglob("report.json"))
 
