@@ -13,7 +13,7 @@ import ttt_adapt.evaluation.session as session
 from arm_inputs import CONFIG, checkpoint, two_rows
 from command_line import status
 from ttt_adapt.arms import ARMS
-from ttt_adapt.data import Clip, open_clips
+from ttt_adapt.data import LabelledClip, open_clips
 from ttt_adapt.errors import ConfigError, DataError, StateError
 from ttt_adapt.evaluation.report import Report
 from ttt_adapt.evaluation.rows import Row, rows_of
@@ -171,8 +171,10 @@ def test_labels_are_read_once_before_a_clips_first_run_and_not_where_nothing_is_
     tmp_path, clips, files, monkeypatch, counted
 ):
     checked = []
-    real = Clip.check_labels
-    monkeypatch.setattr(Clip, "check_labels", lambda clip: checked.append((clip.name, len(counted))) or real(clip))
+    real = LabelledClip.check_labels
+    monkeypatch.setattr(
+        LabelledClip, "check_labels", lambda clip: checked.append((clip.name, len(counted))) or real(clip)
+    )
     evaluate(two_rows(files[:1]), clips, CONFIG, [0, 1], tmp_path / "out")
     assert checked == [("dusk", 0), ("noon", 1)]
     evaluate(two_rows(files[:1]), clips, CONFIG, [0, 1], tmp_path / "out")

@@ -1,6 +1,6 @@
-"""Tasks: what a model's output means, how it is trained, scored and drawn.
+"""Tasks: what a model's output means, and how it is trained, scored and drawn.
 
-Training, evaluation and `run` are the same for all of them and ask the task of the checkpoint.
+Training, evaluation and `run` are the same for every task: they ask the task that the checkpoint names.
 """
 
 from ttt_adapt.tasks.base import Criterion, Metric, Score, Stills, Task, check_output

@@ -1,4 +1,4 @@
-"""What a task is: everything that training, evaluation and `run` ask about outputs, labels, scores and pictures."""
+"""What a task is: all that training, evaluation and `run` ask about outputs, labels, scores and pictures."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ Criterion = Callable[[Any, Any], Tensor]
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that a run holds, and how it is shown.
+    """A number that a run has as a result, and how it is shown.
 
     Attributes:
         field: its name in `Run.scores`.
-        title: as in tables and plots.
-        unit: behind the title, in brackets; "" for none.
-        step: unit of a difference.
-        scale: from the number as it is kept to the number as it is shown.
-        digits: behind the decimal point.
-        higher_is_better: its direction.
+        title: its name in tables and plots.
+        unit: stands in brackets behind the title; "" for none.
+        step: unit of a difference of two such numbers.
+        scale: factor from the number that is kept to the number that is shown.
+        digits: how many are shown behind the decimal point.
+        higher_is_better: whether a higher number is better.
         change: what stands in brackets behind a value: its "percent" change relative to the reference, its
             "difference" to it, or "" for nothing.
         floor: the name in `Run.scores` of what the input itself scores, where bars begin; "" for zero.
@@ -54,7 +54,7 @@ class Metric:
         return f"{self.title} ({self.unit})" if self.unit else self.title
 
     def text(self, mean: float, spread: float | None = None) -> str:
-        """The number as it is shown, with its deviation if there is one."""
+        """The number as it is shown, with its standard deviation if one is given."""
         shown = f"{self.scale * mean:.{self.digits}f}"
         return shown if spread is None else f"{shown} ± {self.scale * spread:.{self.digits}f}"
 
@@ -63,7 +63,7 @@ class Metric:
         return f"{self.scale * difference:+.{self.digits}f}"
 
     def better(self, value: float) -> float:
-        """The number, turned so that larger is better."""
+        """The number, with its sign changed where lower is better: larger is always better."""
         return value if self.higher_is_better else -value
 
 
@@ -75,8 +75,8 @@ class Stills:
         samples: clips, or pairs (uint8 RGB [H, W, 3], uint8 labels [H, W]).
         size: (H, W) of every sample.
         classes: class names; () where the labels mean nothing.
-        palette: one colour per class; () for none of its own.
-        notes: what the user should know about them.
+        palette: one colour per class; () for the default colours.
+        notes: what the user should know about the data, one sentence each.
     """
 
     samples: Sequence[Clip] | Sequence[Sample]
@@ -90,11 +90,11 @@ class Score(Protocol):
     """Collects the scores of one clip, frame by frame."""
 
     def update(self, prediction: Any, label: Any) -> float:
-        """Add a frame; returns the headline metric of this frame, NaN if it has none."""
+        """Add a frame. Returns the task's main metric of this frame, NaN where it has none."""
         ...
 
     def per_frame(self) -> np.ndarray:
-        """The headline metric of every frame so far, NaN where it has none."""
+        """The main metric of every frame so far, NaN where a frame has none."""
         ...
 
     def result(self) -> Mapping[str, Any]:
@@ -113,17 +113,17 @@ class Task(ABC):
 
     Attributes:
         name: as on the command line.
-        metrics: what its score gives, in the order of table columns. The first is the headline over the clip, the
-            second its mean over frames; what `Score.per_frame` holds is shown as that one.
+        metrics: what its score gives, in the order of table columns. The first is the main metric over the whole clip,
+            the second the mean over frames of what `Score.per_frame` holds.
         class_metric: what the `per_class` of a result is, for tasks whose results have one.
-        about: what the metrics are, for a table's caption.
+        about: what the metrics mean, for the caption of a table.
         augment: the random changes to a training sample.
         outputs: what the model returns, in words.
-        distribution: whether its channels are class scores, whose softmax is a distribution.
-        keeps_classes: whether the most likely class of a pixel is all that a prediction is made of.
-        labelled: whether its targets are class ids that come with the frames.
-        source: caption of what the model is shown.
-        weight_files: names of the files that some metrics are measured with.
+        distribution: whether the output's channels are class scores, whose softmax is a distribution.
+        keeps_classes: whether a prediction needs no more than the most likely class of every pixel.
+        labelled: whether the targets are class ids that come with the frames.
+        source: caption of the picture that the model is shown.
+        weight_files: names of the files with networks that some metrics need.
     """
 
     name: str
@@ -149,7 +149,7 @@ class Task(ABC):
         """The task of a checkpoint with this description.
 
         Raises:
-            ConfigError: options that it does not know.
+            ConfigError: the description has an option that the task does not know.
         """
 
     @classmethod
@@ -157,43 +157,43 @@ class Task(ABC):
     def stills(
         cls, data: str, names: Sequence[str], size: tuple[int, int] | None, classes: Sequence[str] | None
     ) -> Stills:
-        """Training data under a folder; errors say what is missing."""
+        """The training data under the folder `data`; errors say what is missing."""
 
     @classmethod
     @abstractmethod
     def clips(
         cls, data: str, names: Sequence[str], size: tuple[int, int] | None, classes: Sequence[str] | None, format: str
     ) -> list[Clip]:
-        """Clips to evaluate on: pairs of what an arm sees, uint8 RGB [H, W, 3], and the label."""
+        """Clips to evaluate on: pairs of the frame that the model is shown, uint8 RGB [H, W, 3], and its label."""
 
     @classmethod
     @abstractmethod
     def adopt(cls, clip: Clip) -> Clip:
-        """A clip of frames and class ids as one of this task."""
+        """A clip of frames and class ids, made into a clip of this task."""
 
     @classmethod  # noqa: B027 - most tasks take every clip
     def check_clip(cls, clip: Clip) -> None:
-        """Refuse a clip that cannot be scored, before the first run; from a few frames.
+        """Refuse a clip that cannot be scored, before the first run. Looks at a few frames.
 
         Raises:
-            DataError: it says why not.
+            DataError: the clip cannot be scored; the message says why.
         """
 
     @abstractmethod
     def sample(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What the model is shown, [3, H, W] in [0, 1], and the criterion's target, of an augmented sample."""
+        """Of an augmented sample: what the model is shown, [3, H, W] in [0, 1], and the target of the criterion."""
 
     @abstractmethod
     def criterion(self, samples: Any) -> Criterion:
-        """(model output, targets) -> scalar loss; `samples` is the data set that it will be used on."""
+        """The loss of the task, (model output, targets) -> scalar; `samples` is the data set to train on."""
 
     @abstractmethod
     def see(self, frame: np.ndarray) -> np.ndarray:
-        """A frame of a video, uint8 RGB [H, W, 3], as the model may see it; of the same type and shape."""
+        """What the model is shown of a video's frame, uint8 RGB [H, W, 3]; same type and shape."""
 
     @abstractmethod
     def predict(self, output: Tensor, frame: np.ndarray) -> np.ndarray:
-        """The prediction that the model's output is, at the size of the frame that was seen."""
+        """The prediction that a model's output stands for, at the size of the frame."""
 
     @abstractmethod
     def draw(self, frame: np.ndarray, prediction: np.ndarray) -> np.ndarray:
@@ -205,12 +205,12 @@ class Task(ABC):
 
         Args:
             ignore: label id of void.
-            weights: folder of the networks that some metrics are measured with; None leaves those out.
+            weights: folder with the networks that some metrics need; None leaves these metrics out.
         """
 
 
 def check_output(output: Any, frame: np.ndarray, task: Task, what: str) -> Tensor:
-    """`output`, if it is what a model of this task returns for a frame of this size.
+    """Check that `output` is what a model of this task returns for a frame of this size, and return it.
 
     Raises:
         FrameTypeError, FrameError: it is not; the message says what came and what was expected.

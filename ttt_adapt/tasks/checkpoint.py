@@ -22,7 +22,7 @@ from ttt_adapt.tasks.lookup import task_of
 from ttt_adapt.tasks.spec import ModelSpec
 
 OBJECTIVES: dict[str, Any] = {"mae": MAEBranch, "rotation": Rotation}
-"""What a model can be trained with jointly."""
+"""The self-supervised tasks that a model can be trained with jointly, by name."""
 FORMAT = 1
 """Number of the layout of checkpoints, in their metadata. Files without a number have the same layout."""
 
@@ -47,7 +47,7 @@ def build_model(spec: ModelSpec, pretrained: bool = False) -> tuple[DenseModel, 
 
 @dataclass
 class Checkpoint:
-    """A model in eval mode, its branch (None if it was trained for the main task alone) and what they are."""
+    """A model in eval mode, its branch (None if it was trained for the main task alone), and their description."""
 
     model: DenseModel
     branch: Attached | None
@@ -55,7 +55,7 @@ class Checkpoint:
 
     @cached_property
     def task(self) -> Task:
-        """What the model was trained for."""
+        """The task that the model was trained for."""
         return task_of(self.spec)
 
     @property
@@ -63,23 +63,24 @@ class Checkpoint:
         """The reconstruction branch.
 
         Raises:
-            ConfigError: it was trained without one.
+            ConfigError: the model was trained without one.
         """
         if not isinstance(self.branch, MAEBranch):
             trained = "the main task alone" if self.branch is None else type(self.branch).__name__
             raise ConfigError(
-                f"this checkpoint was trained for {trained}: adaptation by reconstruction needs its branch"
+                f"this checkpoint was trained for {trained}; adaptation by reconstruction needs one with an MAE "
+                "branch: train it with --recipe joint"
             )
         return self.branch
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint, half: bool = False) -> None:
-    """Write a checkpoint; an existing file stays whole until the new one is complete.
+    """Write a checkpoint. An existing file stays as it is until the new one is complete.
 
     Args:
         path: a .safetensors file.
-        checkpoint: model, branch and spec.
-        half: store weights as float16.
+        checkpoint: what to write.
+        half: store floating-point weights as float16.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -100,10 +101,11 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, half: bool = False
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """Build the model and branch that `save_checkpoint` wrote, in eval mode.
+    """Build the model and the branch that `save_checkpoint` wrote, in eval mode.
 
     Raises:
-        CheckpointError: no such file, not a checkpoint of this library, or weights that do not fit its description.
+        CheckpointError: there is no such file, it is not of this library or of a newer version, or its weights do not
+            fit its description.
     """
     weights, spec = _read(path, device)
     model, branch = build_model(spec)
@@ -115,19 +117,19 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
 
 
 def read_spec(path: str | Path) -> ModelSpec:
-    """What the model of a checkpoint is, without building it.
+    """The description of a checkpoint's model, without building the model.
 
     Raises:
-        CheckpointError: no such file, or not a checkpoint of this library.
+        CheckpointError: as for `load_checkpoint`.
     """
     return _read(path, "cpu")[1]
 
 
 def load_initial(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Start `checkpoint` from another file: its model must be the same; a branch is taken over if there is one.
+    """Load the weights of another file into `checkpoint`: of the model, and of the branch if both have the same kind.
 
     Raises:
-        CheckpointError: the file is of another task, or its model is another one; the message says which keys differ.
+        CheckpointError: the file is of another task, or of another model; the message says which keys differ.
     """
     device = next(checkpoint.model.parameters()).device
     weights, spec = _read(path, device)
@@ -146,7 +148,11 @@ def load_initial(path: str | Path, checkpoint: Checkpoint) -> None:
 
 
 def load_weights(module: torch.nn.Module, weights: dict[str, Tensor], prefix: str, source: str) -> None:
-    """Load the `prefix` part of `weights` into `module`, all or nothing."""
+    """Load the part of `weights` whose names begin with `prefix` into `module`; if one does not fit, load nothing.
+
+    Raises:
+        CheckpointError: names or shapes differ; the message says which, and `source` is named in it.
+    """
     part = {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
     check_state(module.state_dict(), part, f"the {prefix[:-1]} of {source}")
     module.load_state_dict(part)

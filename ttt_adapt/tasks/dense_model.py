@@ -1,6 +1,6 @@
-"""Dense models for the command line: a timm encoder and a light head, saved with their branch in one file.
+"""The model that `ttt-adapt train` builds: a timm encoder and a light head that predict something for every pixel.
 
-Everything here is ordinary PyTorch; the rest of the library does not need it.
+It is ordinary PyTorch. Your own model does not need it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ttt_adapt.objectives.decoders import Pyramid
 from ttt_adapt.objectives.masking import pad_to_multiple
 
 _PLAIN_TRANSFORMERS = ("vision_transformer", "eva", "deit")
-"""Modules of timm whose models keep one grid of tokens, of any size: the last features are all that the head needs."""
+"""Modules of timm whose models have one grid of tokens from first to last: the head needs the last features alone."""
 
 
 class DenseModel(nn.Module):
@@ -24,7 +24,7 @@ class DenseModel(nn.Module):
 
     Args:
         encoder: name of a timm model with `features_only` support.
-        classes: number of classes, or of whatever other channels the task has.
+        classes: number of output channels: of classes, or of what else the task predicts for a pixel.
         width: inner channels of the head.
         pretrained: load timm's pretrained weights.
         encoder_options: further keywords of `timm.create_model`.
@@ -50,7 +50,7 @@ class DenseModel(nn.Module):
         self.channels_last = str(getattr(self.backbone, "output_fmt", "NCHW")).endswith("NHWC")  # timm's Swins
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W], normalised -> [B, classes, H, W], logits of the classes; any H x W."""
+        """Normalised images [B, 3, H, W] of any size -> [B, classes, H, W], such as logits of classes."""
         h, w = images.shape[-2:]
         padded = pad_to_multiple(images, self.multiple)
         maps = self.backbone(padded)[self.first :]
@@ -62,7 +62,7 @@ class DenseModel(nn.Module):
 
 
 def _first(strides: Sequence[int]) -> int:
-    """The first map that the head uses: a stride-2 map costs more than it brings."""
+    """Index of the first feature map that the head uses: a map of stride 2 costs more than it helps."""
     return 1 if strides[0] < 4 and len(strides) > 1 else 0
 
 
@@ -80,7 +80,7 @@ def _timm_encoder(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Mo
         options = {"strict_img_size": False, **options}
     try:
         return timm.create_model(name, pretrained=pretrained, features_only=True, **options)
-    except Exception as error:  # whatever a model's constructor makes of options, and a hub of the network
+    except Exception as error:  # constructors raise all kinds of errors over options, and a download over the network
         if pretrained and _can_be_made(name, options):
             raise ConfigError(
                 f"timm cannot load the pretrained weights of {name!r}, which it downloads from the Hugging Face hub "

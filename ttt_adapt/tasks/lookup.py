@@ -9,14 +9,14 @@ from ttt_adapt.tasks.segmentation.task import Segmentation
 from ttt_adapt.tasks.spec import ModelSpec
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (Segmentation, Colorization)}
-"""Every task by name."""
+"""Every task, by name."""
 
 
 def find_task(name: str) -> type[Task]:
     """The task of that name.
 
     Raises:
-        ConfigError: there is none; the message holds the nearest.
+        ConfigError: there is none; the message names the nearest.
     """
     if name not in TASKS:
         raise ConfigError(f"there is no task {name!r}; {nearest(name, TASKS)}")
@@ -27,6 +27,6 @@ def task_of(spec: ModelSpec) -> Task:
     """The task of a checkpoint.
 
     Raises:
-        ConfigError: an unknown task, or options that it does not know.
+        ConfigError: the task is unknown, or does not know an option.
     """
     return find_task(spec.task).of(spec)

@@ -17,19 +17,19 @@ class ModelSpec:
 
     Attributes:
         encoder: timm model name.
-        classes: class names in the order of their ids; () for a task without classes.
+        classes: class names, in the order of their ids; () for a task without classes.
         size: (H, W) of the training images.
         encoder_options: keywords of `timm.create_model`.
-        branch: keywords of `MAEBranch.attach` (or of `Rotation.attach`); None for a model trained for the main task
-            alone.
-        objective: what it was trained with jointly, "mae" or "rotation".
-        palette: one RGB colour per class; () for the default palette.
-        mean: per channel, of images in 0..1.
-        std: per channel.
+        branch: keywords of `MAEBranch.attach` (or of `Rotation.attach`); None for a model that was trained for the main
+            task alone.
+        objective: the self-supervised task that it was trained with jointly: "mae" or "rotation".
+        palette: one RGB colour per class; () for the default colours.
+        mean: mean of each channel, of images in [0, 1], that is subtracted.
+        std: standard deviation of each channel, that is divided by.
         width: inner channels of the head.
-        training: how the weights were made, for the record.
-        task: what it was trained for, see `ttt_adapt.tasks`.
-        task_options: of the task.
+        training: settings of each training so far, for the record.
+        task: name of the main task, see `ttt_adapt.tasks`.
+        task_options: options of the main task.
     """
 
     encoder: str

@@ -1,18 +1,18 @@
-"""Joint training of the main task and the reconstruction, for a plain PyTorch loop.
+"""Joint training of the main task and the reconstruction, in plain PyTorch.
 
-In a loop of your own, one line is all:
+In your own training loop, one line is enough:
 
     loss = criterion(model(images), labels) + branch.loss(images)
 
-with `branch.parameters()` in the optimizer beside the model's. `fit` is that loop with what goes around it: gradient
-accumulation, mixed precision, resuming, and data-parallel training under `torchrun`.
+Give `branch.parameters()` to the optimizer too. `fit` is that loop with gradient accumulation, mixed precision,
+resuming, and data-parallel training under `torchrun`.
 
 Stages ("Test-Time Training on Video Streams", section 4.1, and its probing alternative):
 
-- "main": the head's loss alone.
-- "joint": main loss + reconstruction loss, 1 : 1, from a checkpoint already trained for the main task.
-- "mae": the reconstruction alone; first half of probing.
-- "probe": the head alone on a frozen encoder; second half of probing.
+- "main": the loss of the main task alone.
+- "joint": main loss + reconstruction loss, from a checkpoint that was trained for the main task.
+- "mae": the reconstruction loss alone; the first half of probing.
+- "probe": the main loss, which trains the head on a frozen encoder; the second half of probing.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ class TrainConfig:
         epochs: passes over the data.
         batch_size: images per process and step, before accumulation.
         accumulate: steps whose gradients are added up for one update.
-        lr: peak learning rate of AdamW; linear warm-up over `warmup` of all updates, then cosine to 0.
-        warmup: share of the updates.
+        lr: highest learning rate of AdamW. It rises linearly during warm-up, then falls to 0 along a cosine.
+        warmup: share of all updates that the warm-up takes.
         weight_decay: decoupled weight decay on matrices and kernels.
-        grad_clip: largest gradient norm; None: unlimited.
+        grad_clip: largest gradient norm; None: no limit.
         mae_weight: weight of the reconstruction loss in "joint".
         precision: "fp32", "bf16", or "fp16" with loss scaling.
         workers: processes that load data.
-        seed: of order, augmentation, masks and dropout.
+        seed: of the order of samples, augmentation, masks and dropout.
     """
 
     stage: str = "joint"
@@ -97,7 +97,7 @@ class Progress:
         epoch: current epoch, from 0.
         step: updates done in all.
         steps: updates to do in all.
-        losses: mean over the epoch so far, "main" and "mae".
+        losses: "main" and "mae", each the mean over the epoch so far.
     """
 
     epoch: int
@@ -107,7 +107,7 @@ class Progress:
 
 
 class JointLoss(nn.Module):
-    """The model, its branch and the criterion as one module: what data-parallel training wraps."""
+    """The model, its branch and the criterion as one module, so that data-parallel training can wrap them."""
 
     def __init__(self, model: nn.Module, branch: Attached | None, criterion: Criterion, stage: str) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class JointLoss(nn.Module):
             losses["main"] = self._criterion(self.model(images), targets)
         if self.branch is not None:
             info = self.branch.info
-            if self._stage == "mae" and info.norms:  # masked passes leave BatchNorm alone: clean ones have to feed it
+            if self._stage == "mae" and info.norms:  # masked passes do not update BatchNorm: this one does
                 with torch.no_grad():
                     run_encoder(info.model, info.module, images)
             losses["mae"] = self.branch.loss(images)
@@ -146,18 +146,18 @@ def fit(
 
     Args:
         model: on the device to train on; it is left in eval mode, also by an error or Ctrl-C.
-        branch: an `MAEBranch` or another objective with layers of its own (`objectives.Rotation`), attached to `model`,
-            on the same device; not needed by "main". Its loss takes the place of the reconstruction loss ("mae").
+        branch: an `MAEBranch`, or another objective with its own layers (`objectives.Rotation`), attached to `model`
+            and on the same device. Its loss is used where "mae" is named. Stage "main" needs none.
         data: samples (image [3, H, W] as the model takes it, target); `set_epoch(epoch)` is called where it exists.
         criterion: (model output, targets) -> scalar loss.
         config: see `TrainConfig`.
-        state_file: written after each epoch; if it exists, training goes on from it exactly.
-        origin: what else a run depends on (data, model), in words; a state of another origin is refused.
+        state_file: written after each epoch. If it exists, training goes on from it as if it had not stopped.
+        origin: what else a run depends on (data, model), as text; a state of another origin is refused.
         on_step: called after each update.
 
     Raises:
-        ConfigError, StateError: settings that do not fit together.
-        CheckpointError: `state_file` is of another run or cannot be read; nothing has changed.
+        ConfigError, StateError: settings do not fit together.
+        CheckpointError: `state_file` is of another run or a newer version, or cannot be read; nothing has changed.
     """
     if branch is None and config.stage != "main":
         raise ConfigError(f'stage {config.stage!r} needs a branch; only "main" trains without one')
@@ -276,7 +276,7 @@ class _Run:
         self.schedule.step()
 
     def save(self, file: str | Path, epoch: int, origin: str) -> None:
-        """Write everything that `resume` needs; the old file stays whole until the new one is complete."""
+        """Write all that `resume` needs. The old file stays as it is until the new one is complete."""
         if self.rank:
             return
         state = {
@@ -294,7 +294,7 @@ class _Run:
             torch.save(state, part)
 
     def resume(self, file: str | Path, origin: str) -> int:
-        """Load a state, all or nothing, and return the epoch to go on with."""
+        """Load a state and return the epoch to go on with. If one part does not fit, nothing is loaded."""
         state = _read_state(file, self.device)
         ours = dataclasses.asdict(self.config)
         other = {k: v for k, v in state["config"].items() if ours.get(k) != v}
@@ -323,7 +323,7 @@ _PARTS = {"config", "origin", "epoch", "model", "branch", "optimizer", "schedule
 def _read_state(file: str | Path, device: torch.device) -> dict[str, Any]:
     try:
         state = torch.load(file, map_location=device, weights_only=True)
-    except Exception as error:  # a broken file raises whatever its broken part makes of it
+    except Exception as error:  # a broken file can raise any error
         raise CheckpointError(f"{file} cannot be read ({type(error).__name__}): remove it to start anew") from error
     if not isinstance(state, dict) or not isinstance(state.get("format", FORMAT), int):
         raise CheckpointError(f"{file} is no training state: remove it to start anew")

@@ -15,10 +15,10 @@ SUFFIXES = PICTURE_SUFFIXES | {".gif"}
 
 
 class ImageFolder:
-    """The images of a folder in natural order; other files and hidden ones are ignored. A `FrameSource`.
+    """The images of a folder in natural order, without other files and hidden ones. A `FrameSource`.
 
-    Images are turned upright as their EXIF data say, and converted as `ttt_adapt.video.pictures.rgb8` says; of an
-    animated one the first frame is taken.
+    Images are turned upright as their EXIF data say, and converted to RGB by `ttt_adapt.video.pictures.rgb8`. Of an
+    animated image the first frame is used.
     """
 
     live = False
@@ -45,12 +45,12 @@ class ImageFolder:
                 (h, w), (height, width) = frame.shape[:2], self.size
                 raise VideoError(
                     f"{file} (frame {index}) is {h} x {w} pixels high and wide, the first image, "
-                    f"{self._files[0].name}, {height} x {width}. Bring all images of a folder to one size."
+                    f"{self._files[0].name}, {height} x {width}. Resize all images of the folder to one size."
                 )
             yield frame
 
     def close(self) -> None:
-        """Nothing stays open between frames."""
+        """Do nothing: no file stays open between frames."""
 
 
 def _read(file: Path, index: int) -> np.ndarray:

@@ -14,12 +14,12 @@ GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 def rgb8(image: Any, file: Path) -> np.ndarray:
-    """A picture as it is meant to be seen, `uint8 [H, W, 3]` RGB: upright, on white where it is transparent.
+    """A picture as it is meant to be seen, `uint8 [H, W, 3]` RGB: upright, and on white where it is transparent.
 
-    Grey, 16-bit grey (its upper 8 bits), palette, RGBA, CMYK and YCbCr pictures are converted.
+    Grey, palette, RGBA, CMYK and YCbCr pictures are converted; of 16-bit grey the upper 8 bits are used.
 
     Raises:
-        DataError: a picture of real numbers, or of another kind whose black and white are not known.
+        DataError: the picture holds real numbers, or its kind does not say which values are black and white.
     """
     try:
         from PIL import Image, ImageOps

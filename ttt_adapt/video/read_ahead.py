@@ -1,4 +1,4 @@
-"""A thread that stays a bounded number of items ahead of the consumer."""
+"""Reading ahead in a thread, by a bounded number of items."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ T = TypeVar("T")
 class ReadAhead(Generic[T]):
     """Iterates over `items` in a thread of its own, at most `depth` + 1 items ahead of the consumer.
 
-    The thread starts with the context and has ended when the context is left, however it is left. An exception of
-    `items` reaches the consumer after every item before it. Closing ends an iteration that is still running.
+    The thread starts when the `with` block begins, and has ended when the block is left in any way. An exception of
+    `items` reaches the consumer after all items before it. `close` ends an iteration that still runs.
     """
 
     def __init__(self, items: Generator[T, None, None], depth: int) -> None:
@@ -25,7 +25,7 @@ class ReadAhead(Generic[T]):
         self._change = threading.Condition()
         self._ended = False  # no more items will come
         self._error: BaseException | None = None
-        # A daemon, because the interpreter waits for other threads before it runs `atexit`; always joined by `close`.
+        # A daemon thread: for others the interpreter waits before it runs `atexit`. `close` always joins it.
         self._thread = threading.Thread(target=self._work, name="ttt_adapt read-ahead", daemon=True)
 
     def __enter__(self) -> ReadAhead[T]:
@@ -51,7 +51,7 @@ class ReadAhead(Generic[T]):
             raise StopIteration
 
     def close(self) -> None:
-        """End the thread, once the item that it works on is done, and drop what it has read ahead. Idempotent."""
+        """End the thread after its current item, and drop the items that it has read ahead. May be called twice."""
         atexit.unregister(self.close)
         with self._change:
             self._ended = True
@@ -76,7 +76,7 @@ class ReadAhead(Generic[T]):
                 self._change.notify_all()
 
     def _put(self, item: T) -> bool:
-        """Hand `item` over as soon as there is room; False where the consumer has left."""
+        """Hand `item` over as soon as there is room. Returns False if the consumer has left."""
         with self._change:
             self._change.wait_for(lambda: self._ended or len(self._buffer) < self._depth)
             if not self._ended:

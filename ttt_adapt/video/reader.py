@@ -26,13 +26,14 @@ def open_video(source: str | int | os.PathLike[str], *, read_ahead: int = 4) -> 
     | camera index, such as `0` or `"0"` | as the camera delivers them | if announced | None |
     | URL, such as `rtsp://...` or `https://...` | as the stream delivers them | if announced | None |
 
-    The first frame is decoded here, so what cannot be read fails here. Frames of variable-rate files are neither
-    repeated nor dropped. The rotation that phones store is applied; non-square pixels stay as they are.
+    The first frame is decoded here, so a source that cannot be read raises here. Frames of files with a variable rate
+    are neither repeated nor dropped. Frames are rotated as the file says (phones store videos so). Pixels that are not
+    square stay as they are.
 
     Args:
         source: what to read. A digit string is a camera; pass `pathlib.Path("0")` for a file of that name.
-        read_ahead: frames that wait decoded while the consumer works, at least 1. Small values keep the delay
-            behind a camera small.
+        read_ahead: how many frames are decoded in advance while the consumer works, at least 1. Small values keep the
+            delay behind a camera small.
 
     Raises:
         VideoError: the source cannot be opened, or holds no frame that can be decoded.
@@ -53,23 +54,24 @@ def _open_source(source: str | int | os.PathLike[str]) -> FrameSource:
         return LiveStream(source)
     path = Path(source)
     if not path.exists():
-        raise VideoError(f"{path} does not exist (looked from {Path.cwd()}).")
+        raise VideoError(f"{path} does not exist (looked from {Path.cwd()}); expected a video file or a folder.")
     return ImageFolder(path) if path.is_dir() else VideoFile(path)
 
 
 class VideoReader:
-    """Frames of one source, lazily: iterate over it; made by `open_video`.
+    """The frames of one source, decoded while you iterate over it. `open_video` makes it.
 
-    Yields uint8 RGB arrays [H, W, 3], each the caller's own. A thread decodes ahead while the consumer works and ends
-    with the iteration, whether that is used up, broken out of, or closed. Files and folders start again from
-    frame 0 with each iteration; a live source goes on, and allows one iteration at a time.
+    Yields uint8 RGB arrays [H, W, 3]; the caller may change them. A thread decodes ahead while the consumer works. It
+    ends with the iteration: at the last frame, at a `break`, or when it is closed. Files and folders start again at
+    frame 0 with each iteration. A live source (a camera, a network stream) goes on where it is, and allows one
+    iteration at a time.
 
-    A source that breaks in the middle yields every frame before the break and then raises a `VideoError` with the
-    index of the frame that could not be read. Damage that the decoder patches up does not end a video; the frames
-    that it reports as damaged are warned about.
+    A source that breaks in the middle yields every frame before the break, and then raises a `VideoError` with the
+    index of the frame that could not be read. Damage that the decoder can repair does not end a video; frames that it
+    reports as damaged give a warning.
 
     Attributes:
-        name: of the source, for messages and progress bars.
+        name: the source's name, for messages and progress bars.
         size: (height, width) of every frame, in pixels.
         fps: frames per second; None where the source has no rate.
         sounds: number of sound tracks of a file, which are not read.
@@ -87,12 +89,12 @@ class VideoReader:
 
     @property
     def uneven(self) -> bool:
-        """Whether the frames are known not to be evenly spaced in time. For a file this reads through it once."""
+        """Whether the frames are unevenly spaced in time, as far as is known. For a file, this reads it once."""
         return self._source.uneven
 
     @property
     def length(self) -> int | None:
-        """Number of frames, None for live sources. For a file this reads through it once, without decoding."""
+        """Number of frames, None for live sources. For a file, this reads it once, without decoding."""
         return self._source.length
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -113,7 +115,7 @@ class VideoReader:
                 self._running.discard(frames)
 
     def close(self) -> None:
-        """Stop decoding and release the source; iterations that still run end. Idempotent."""
+        """Stop decoding and release the source. Iterations that still run end. May be called twice."""
         self._closed = True
         for frames in list(self._running):
             frames.close()

@@ -1,7 +1,7 @@
 """Frames from video files, cameras and network streams, decoded by FFmpeg (PyAV).
 
-decord decodes in a background thread whose queue has no bound: beside a consumer that is slower than the decoder,
-as adaptation always is, it holds the whole clip in memory. PyAV decodes exactly as far as it is asked to.
+Why not decord: it decodes in a background thread whose queue has no bound. When the consumer is slower than the
+decoder, as adaptation is, decord holds the whole clip in memory. PyAV decodes as far as it is asked to.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 NETWORK_TIMEOUT = 10.0  # seconds without an answer or without data
-END_TOLERANCE = 0.1  # seconds, beside two frames, that a file may end before its declared end
+END_TOLERANCE = 0.1  # seconds (and two frames) that a file may end before its declared end
 
 
 class FrameSource(Protocol):
@@ -39,21 +39,25 @@ class FrameSource(Protocol):
 
     @property
     def length(self) -> int | None:
-        """Number of frames, None where it is unknown."""
+        """Number of frames; None where it is unknown."""
 
     def frames(self) -> Generator[np.ndarray, None, None]:
         """Yield the frames."""
 
     @property
     def uneven(self) -> bool:
-        """Whether its frames are known not to be evenly spaced in time."""
+        """Whether its frames are unevenly spaced in time, as far as is known."""
 
     def close(self) -> None:
         """Release what is open."""
 
 
 def import_av() -> ModuleType:
-    """PyAV, or the error that says how to install it."""
+    """The module `av` (PyAV).
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
     try:
         import av
     except ImportError as error:
@@ -94,25 +98,25 @@ class VideoFile:
 
     @cached_property
     def length(self) -> int | None:
-        """Frames in the file: its packets, less those that an edit list hides."""
+        """Frames in the file: its packets without those that an edit list hides."""
         return len(self._times)
 
     @cached_property
     def _times(self) -> np.ndarray:
-        """When each frame is shown, in seconds, NaN where the file does not say; in its order. Reads the file once."""
+        """When each frame is shown, in seconds, in file order; NaN where the file does not say. Reads the file once."""
         return np.array(
             [float(p.pts * p.time_base) if p.pts is not None and p.time_base else np.nan for p in self._packets()]
         )
 
     def _packets(self) -> Iterator[Packet]:
-        """The packets that are shown, as far as the file can be read."""
+        """The packets of frames that are shown, up to where the file can be read."""
         with self._open() as container, suppress(_av_error()):
             for packet in container.demux(container.streams.video[0]):
                 if packet.size and not packet.is_discard:
                     yield packet
 
     def frames(self) -> Generator[np.ndarray, None, None]:
-        """Yield every frame up to the end of the file, or up to where it breaks, and then raise."""
+        """Yield every frame. Where the file breaks, yield those before the break, then raise."""
         index = 0
         last: float | None = None  # when the last frame starts, where the container has times
         with self._open() as container:
@@ -134,7 +138,7 @@ class VideoFile:
             self._check_end(index, declared)
 
     def _check_end(self, index: int, declared: float) -> None:
-        """Tell a file that was cut off between two frames from one whose last frame is shown for long."""
+        """Raise if the file was cut off between two frames; a last frame that is shown for long is fine."""
         times = (((p.pts or 0) + (p.duration or 0)) * p.time_base for p in self._packets() if p.time_base)
         end = float(max(times, default=0))
         if end + 2 / (self.fps or 1) + END_TOLERANCE < declared:
@@ -150,13 +154,13 @@ class VideoFile:
         return bool(gaps.size and gaps.max() - gaps.min() > 0.0021)
 
     def close(self) -> None:
-        """Each iteration closes its own file."""
+        """Do nothing: each iteration closes its own file."""
 
 
 class LiveStream:
     """A network stream or a camera, opened once. A `FrameSource`.
 
-    Packets that cannot be decoded are skipped, since losses belong to live video; a lost connection is an error.
+    Packets that cannot be decoded are skipped, because live video loses some. A lost connection is an error.
     """
 
     live = True
@@ -206,7 +210,7 @@ class LiveStream:
 
 
 def camera(index: int) -> LiveStream:
-    """Camera number `index` through the platform's own capture: v4l2, avfoundation or dshow."""
+    """Camera number `index`, through the capture of the platform: v4l2, avfoundation or dshow."""
     name = f"camera {index}"
     if sys.platform == "darwin":
         return LiveStream(str(index), name=name, format="avfoundation")
@@ -222,7 +226,11 @@ def camera(index: int) -> LiveStream:
 
 
 def video_stream(container: InputContainer, name: str) -> VideoStream:
-    """The first video stream of `container`, if there is one and FFmpeg can decode it."""
+    """The first video stream of `container`.
+
+    Raises:
+        VideoError: there is none, or FFmpeg cannot decode it.
+    """
     if not container.streams.video:
         found = ", ".join(stream.type for stream in container.streams) or "none"
         raise VideoError(f"{name} has no video stream. Streams found: {found}.")
@@ -242,11 +250,11 @@ def to_rgb(frame: VideoFrame) -> np.ndarray:
 
 
 class _BrokenPacketError(Exception):
-    """The container itself marks the next packet as damaged or incomplete."""
+    """The container marks a packet as damaged or incomplete."""
 
 
 def _decode(container: InputContainer, stream: VideoStream, *, skip_broken: bool = False) -> Iterator[VideoFrame]:
-    """Frames in display order; the error of a broken packet comes after every frame that is shown before it."""
+    """Frames in display order. The error of a broken packet comes after all frames that are shown before it."""
     for packet in container.demux(stream):
         try:
             if packet.is_corrupt:
@@ -255,7 +263,7 @@ def _decode(container: InputContainer, stream: VideoStream, *, skip_broken: bool
         except (_av_error(), _BrokenPacketError):
             if skip_broken:
                 continue
-            if packet.pts is not None:  # what the decoder holds back for reordering is still good
+            if packet.pts is not None:  # the decoder still holds good frames, which it reorders
                 yield from (f for f in stream.decode(None) if f.pts is not None and f.pts < packet.pts)
             raise
         yield from frames
@@ -271,7 +279,7 @@ def _rate(stream: VideoStream) -> float | None:
 
 
 def _declared_end(stream: VideoStream) -> float:
-    """When the last frame should end, in seconds; 0 where the container does not say. Matroska says it in a tag."""
+    """When the last frame ends, in seconds, as the container declares (Matroska in a tag); 0 where it does not."""
     if stream.duration is not None and stream.time_base is not None:
         return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
     try:

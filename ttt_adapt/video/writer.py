@@ -1,4 +1,4 @@
-"""`VideoWriter`: frames into an H.264 file that is complete, or absent, or playable up to an interruption."""
+"""`VideoWriter`: writes frames into an H.264 file; after an interruption, the frames so far can be played."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ LIMITED_RANGE = 1
 class VideoWriter:
     """Writes uint8 RGB frames [H, W, 3] as H.264 (yuv420p, BT.709), for use in a `with` block.
 
-    The file is written under a temporary name beside the target and takes the target's name when it is complete.
-    Where the block is left by an exception or Ctrl-C, the frames written so far become a playable file: at the
-    target, or, where a file exists there already, at `NAME.partial.SUFFIX`, since a failed run destroys nothing.
+    The file is written under a temporary name beside the target, and takes the target's name when it is complete. When
+    an exception or Ctrl-C ends the block, the frames written so far become a playable file. It gets the target's name,
+    or `NAME.partial.SUFFIX` where a file of that name exists: a failed run destroys nothing.
 
     yuv420p needs an even height and width: an odd one is padded by repeating the last row or column.
 
     Args:
         path: the target; `.mp4`, `.m4v`, `.mov` or `.mkv`. Its folder must exist.
-        fps: frames per second. A float is taken for the fraction that it stands for, so 29.97002997 is exactly
-            30000/1001. None, as for a folder of images, means 25.
+        fps: frames per second. A float stands for the nearest fraction with a denominator up to 1001, so 29.97002997
+            is exactly 30000/1001. None, as for a folder of images, means 25.
         size: (height, width) of the frames; None takes it from the first.
         crf: quality, 0 (lossless in luma) to 51; 18 looks like the source.
 
     Attributes:
         path: where the file is, or will be.
         count: number of frames written.
-        finished: whether the file at `path` is complete, with all of them.
+        finished: whether the file at `path` is complete, with all frames.
 
     Raises:
         ConfigError: `fps`, `size`, `crf` or the suffix is out of range.
@@ -96,7 +96,7 @@ class VideoWriter:
         if height % 2 or width % 2:
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         av = import_av()
-        with _uninterrupted():  # a frame that is encoded and not written would leave a hole in the video
+        with _uninterrupted():  # an encoded frame that is not written would leave a gap in the video
             try:
                 if self._container is None:
                     self._open(*frame.shape[:2])
@@ -185,21 +185,21 @@ class VideoWriter:
                 self._discard()
 
     def _discard(self) -> None:
-        """Leave no temporary file."""
+        """Remove the temporary file."""
         self._closed = True
         container, self._container = self._container, None
         try:
             if container is not None:
                 container.close()
         except (import_av().FFmpegError, OSError):
-            pass  # what is thrown away need not be complete
+            pass  # the file is thrown away, so it need not be complete
         finally:
             self._part.unlink(missing_ok=True)
 
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C takes effect after the block. Only the main thread of a program gets it, so others need nothing."""
+    """Delay Ctrl-C until the block ends. Only the main thread gets Ctrl-C; other threads need no delay."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or handler is None:
         yield
@@ -215,7 +215,7 @@ def _uninterrupted() -> Iterator[None]:
 
 
 def _exact_rate(fps: float | Fraction) -> Fraction:
-    """`fps` as the fraction it stands for: broadcast rates have the denominator 1001."""
+    """The fraction that `fps` stands for. Broadcast rates have the denominator 1001."""
     if not 0 < fps < 10_000:  # also refuses nan
         raise ConfigError(f"fps is {fps}, expected a number of frames per second above 0 and below 10000.")
     rate = Fraction(fps) if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(1001)
@@ -225,11 +225,11 @@ def _exact_rate(fps: float | Fraction) -> Fraction:
 
 
 def check_format(path: Path, fps: float | Fraction | None = None) -> None:
-    """Refuse a name, or a rate, that no video can have.
+    """Refuse a file name or a frame rate that no video can have.
 
     Raises:
-        ConfigError: the suffix is of no known container, or the rate is out of range.
-        VideoError: it is a folder.
+        ConfigError: the suffix names no known container, or the rate is out of range.
+        VideoError: `path` is a folder.
     """
     if path.suffix.lower() not in CONTAINERS:
         raise ConfigError(f"{path} has the suffix {path.suffix!r}, expected one of {', '.join(CONTAINERS)}.")

@@ -1,1 +1,1 @@
-"""What people see: pictures, overlays and progress."""
+"""What people see: pictures of predictions and reconstructions, and progress in the terminal."""

@@ -1,4 +1,4 @@
-"""Predictions made visible: colours, overlays and captioned panels. Images are uint8 RGB [H, W, 3]."""
+"""Pictures of predictions: colours, overlays, and panels with captions. Images are uint8 RGB [H, W, 3]."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def colorize(labels: np.ndarray, palette: np.ndarray, ignore: int | None = 255) 
         uint8 RGB [H, W, 3].
 
     Raises:
-        FrameTypeError: `labels` are no integers.
-        FrameError: they are not [H, W], or one lies outside the palette.
+        FrameTypeError: `labels` are not integers.
+        FrameError: `labels` are not [H, W], or a label has no colour in the palette.
     """
     labels, palette = np.asarray(labels), np.asarray(palette)
     if labels.dtype.kind not in "iu":
@@ -95,14 +95,14 @@ def panels(
 
     Args:
         images: caption to uint8 RGB [H, W, 3], in order; resized to the first one's size where they differ.
-        columns: panels per row; None puts all in one row. Cells left over are dark.
+        columns: panels per row; None puts all in one row. Empty places are dark.
 
     Returns:
         uint8 RGB [rows * (H + bar), columns * W, 3].
 
     Raises:
         FrameError: there are no images, or one is not [H, W, 3].
-        FrameTypeError: an image is no uint8 array.
+        FrameTypeError: an image is not a uint8 array.
         MissingPackageError: Pillow is not installed.
     """
     try:
@@ -139,7 +139,7 @@ def to_uint8(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -
         std: one per channel, on the scale [0, 1].
 
     Returns:
-        uint8 RGB [H, W, 3]; values outside the range are clipped.
+        uint8 RGB [H, W, 3]; values outside of the range are clipped.
     """
     import torch
 
@@ -173,7 +173,7 @@ def _caption_bar(caption: str, width: int, height: int) -> Image.Image:
 
 
 def _fitting_font(caption: str, width: int, height: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own font, as large as the bar allows, smaller where the caption would not fit its panel."""
+    """The font of Pillow, as large as the bar allows, and smaller where the caption would be too wide."""
     from PIL import ImageFont
 
     size = height * 0.72

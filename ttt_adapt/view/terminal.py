@@ -1,4 +1,4 @@
-"""What is said in the terminal while something runs: a progress bar, and notices."""
+"""What the terminal shows while something runs: a progress bar and notices."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def notice(text: str) -> None:
-    """One line on standard error, never folded."""
+    """Print one line to standard error, without wrapping it."""
     from rich.console import Console
 
     Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)

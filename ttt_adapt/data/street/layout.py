@@ -35,7 +35,7 @@ _HAIRS = ((0.12, 0.09, 0.08), (0.35, 0.22, 0.12), (0.75, 0.58, 0.30), (0.55, 0.5
 
 @dataclass(frozen=True)
 class Buildings:
-    """Both rows of houses, index first; the left row comes before the right one.
+    """The houses of both sides, the left side first. The first axis of an array counts them.
 
     Args:
         start: float32 [n], z of the near end, metres.
@@ -72,9 +72,9 @@ class Thing:
         scale: factor on the drawing's size.
         colours: float32 [PARTS, 3], RGB in [0, 1] of each part.
         phase: where in its cycle it starts, in [0, 1).
-        facing: True when its front looks towards the camera.
-        leads: it stays `z` metres ahead of the camera.
-        crosses: it walks across the road, timed by the camera's approach.
+        facing: whether its front looks towards the camera.
+        leads: whether it drives about `z` metres ahead of the camera.
+        crosses: whether it walks across the road while the camera comes closer.
     """
 
     kind: int
@@ -112,7 +112,7 @@ class Thing:
 
 
 class Layout:
-    """The contents of one street.
+    """Everything on one street.
 
     Args:
         rng: source of every choice.

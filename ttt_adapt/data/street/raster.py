@@ -16,7 +16,7 @@ NEAR = 0.7  # nothing nearer is drawn, metres
 
 
 class Camera:
-    """A camera looking straight along the street, and what that fixes for every sample.
+    """A camera that looks straight along the street, and what follows from that for every sample.
 
     Args:
         size: height and width of the picture, pixels.

@@ -21,20 +21,20 @@ __all__ = ["CLASSES", "IGNORE", "PALETTE", "StreetScene", "Weather", "drift", "s
 
 CLASSES = LABELS
 PALETTE = ((110, 170, 230), (150, 110, 95), (95, 80, 120), (225, 130, 205), (70, 150, 60), (30, 60, 200), (225, 40, 60))
-IGNORE = 255  # for loss functions that want an ignored label; the renderer labels every pixel
+IGNORE = 255  # no pixel has it; loss functions ask for an ignored label
 MIN_SIZE = (48, 64)
 _VIEW = 130.0  # trees, cars and people farther ahead than this are not drawn, metres
 
 
 class StreetScene:
-    """One street and a camera that drives along it.
+    """One street, and a camera that drives along it.
 
     Args:
-        seed: 0 or more; another seed is another street with its own houses, trees, traffic and camera.
+        seed: 0 or more. Each seed is a street with its own houses, trees, traffic and camera.
         size: height and width of the pictures, pixels, at least 48 x 64.
 
     Raises:
-        ConfigError: the seed is negative or no integer, or the size is too small or no pair of integers.
+        ConfigError: the seed is not an integer of 0 or more, or the size is too small or not a pair of integers.
     """
 
     def __init__(self, seed: int = 0, size: tuple[int, int] = (128, 192)) -> None:
@@ -85,7 +85,7 @@ class StreetScene:
     # What stands where.
 
     def _place_houses(self, canvas: Canvas, camera_z: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Fill the canvas with ground and houses; returns house, metres along its front, and blur for each sample."""
+        """Draw ground and houses. Returns for each sample: the house, metres along its front, and level of blur."""
         camera, houses = self._camera, self._layout.buildings
         top = camera.horizon
         canvas.depth[top:] = camera.ground_z
@@ -186,10 +186,10 @@ def street_stream(frames: int = 200, size: tuple[int, int] = (128, 192), seed: i
         size: height and width, pixels.
         seed: which street.
         fps: frames per second of the drive.
-        weather: from progress in [0, 1] to the weather of that frame.
+        weather: function from the progress of the drive, in [0, 1], to the weather of that frame.
 
     Returns:
-        A lazy iterator of (picture uint8 [H, W, 3] RGB, labels uint8 [H, W]); a frame is drawn when it is asked for.
+        An iterator of (picture uint8 [H, W, 3] RGB, labels uint8 [H, W]); a frame is drawn when it is asked for.
 
     Raises:
         ConfigError: at the call itself, if an argument is out of range.
@@ -208,10 +208,10 @@ def street_stills(count: int, size: tuple[int, int] = (128, 192), seed: int = 0,
     Args:
         count: number of pictures, 1 or more.
         size: height and width, pixels.
-        seed: which set of streets; the streets are others than those of `street_stream` with small seeds.
+        seed: which set of streets. `street_stream` shows none of them for a seed below 2**20.
 
     Returns:
-        A lazy iterator of (picture uint8 [H, W, 3] RGB, labels uint8 [H, W]).
+        An iterator of (picture uint8 [H, W, 3] RGB, labels uint8 [H, W]); a picture is drawn when it is asked for.
 
     Raises:
         ConfigError: at the call itself, if an argument is out of range.
@@ -228,7 +228,7 @@ def street_stills(count: int, size: tuple[int, int] = (128, 192), seed: int = 0,
 
 
 def _glowing(colours: np.ndarray, headlight: float = 0.0, tail: float = 0.0) -> np.ndarray:
-    """Colours with the light that parts give off themselves, float32 [PARTS, 6]."""
+    """Colours of an object's parts, and the light that the parts emit, float32 [PARTS, 6]."""
     table = np.zeros((PARTS, 6), np.float32)
     table[:, :3] = colours
     table[HEADLIGHT, 3:] = np.array([1.0, 0.95, 0.8]) * headlight

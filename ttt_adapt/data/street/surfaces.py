@@ -21,10 +21,10 @@ _LAMP_GAP = 24  # metres between wall lamps
 
 
 class Painter:
-    """Colours one street as one camera sees it.
+    """Computes the colours of one street as one camera sees it.
 
     Args:
-        seed: what the sensor noise depends on, besides time.
+        seed: the noise of the camera depends on it, and on the time.
         size: height and width of the picture, pixels.
         camera: where the samples look.
         layout: what stands on the street.
@@ -78,7 +78,7 @@ class Painter:
     def shade(
         self, canvas: Canvas, houses: tuple[np.ndarray, ...], time: float, camera_z: float, light: Light
     ) -> np.ndarray:
-        """Colour every sample, with light, fog and reflections.
+        """The colour of every sample, with light, fog and reflections.
 
         Args:
             canvas: what each sample shows.
@@ -190,7 +190,7 @@ class Painter:
         return colour + on[:, None] * (np.array([0.95, 0.74, 0.42], np.float32) - 0.08 * (chance % 4)[:, None])
 
     def expose(self, colour: np.ndarray, time: float, weather: Weather, light: Light) -> np.ndarray:
-        """Average the samples, add rain and sensor noise; uint8 [H, W, 3]."""
+        """The picture that the camera records, uint8 [H, W, 3]: the mean of the samples, with rain and noise."""
         height, width = self._size
         halves = colour[::2] + colour[1::2]
         picture = (halves[:, ::2] + halves[:, 1::2]) * np.float32(0.25 * self._exposure)

@@ -17,12 +17,12 @@ from ttt_adapt.errors import ConfigError
 
 @dataclass(frozen=True)
 class Weather:
-    """Light and weather of one frame; all zero is a clear day.
+    """Light and weather of one frame; without arguments, a clear day.
 
     Args:
-        darkness: 0 is day, about 0.5 a warm dusk, 1 a blue night with lit windows and headlights.
-        fog: 0 is clear air; at 1 half of the light of an object 14 m away is lost to the fog.
-        rain: 0 is dry; 1 has dense streaks, a wet reflecting road, grey light and a noisy camera.
+        darkness: 0 is day, 0.5 a warm dusk, 1 a blue night with lit windows and headlights.
+        fog: 0 is clear air; at 1, the fog takes half of the light of an object 14 m away.
+        rain: 0 is dry; 1 has dense streaks, a wet road with reflections, grey light and a noisy camera.
 
     Raises:
         ConfigError: a value is not a number in [0, 1].
@@ -38,21 +38,21 @@ class Weather:
 
 
 def unit_interval(value: float, name: str) -> None:
-    """Raise unless `value` is a number in [0, 1].
+    """Check that `value` is a number in [0, 1].
 
     Args:
-        value: what the caller gave.
-        name: what the message calls it.
+        value: what to check.
+        name: its name in the message.
 
     Raises:
-        ConfigError: the value is no number, not finite, or outside [0, 1].
+        ConfigError: the value is not a number, not finite, or outside of [0, 1].
     """
     number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     if not number or not 0.0 <= value <= 1.0:
         raise ConfigError(f"{name} is {value!r}; expected a number in [0, 1]. Clip or rescale it.")
 
 
-# Progress of a stream against each quantity, joined by straight lines.
+# For each quantity, points (progress of the stream, value); straight lines join them.
 _SCHEDULE = {
     "darkness": ((0.15, 0.0), (0.38, 0.9), (0.43, 0.9), (0.60, 0.25), (0.75, 0.25), (1.0, 0.3)),
     "fog": ((0.42, 0.0), (0.60, 1.0), (0.70, 1.0), (0.85, 0.2), (1.0, 0.15)),
@@ -82,14 +82,14 @@ def drift(progress: float) -> Weather:
 
 @dataclass(frozen=True)
 class Light:
-    """Colours and strengths that a weather gives to the scene; every colour is RGB float32 [3] in [0, 1].
+    """The light of a frame, as it follows from the weather. Every colour is RGB float32 [3] in [0, 1].
 
     Args:
         ambient: factor on every surface colour.
         sky_top: sky at the upper edge.
         sky_low: sky at the horizon.
         cloud: clouds.
-        air: what distant things fade to.
+        air: the colour that distant things fade to.
         extinction: share of light lost per metre of air, in 1/m.
         veil: how much the clouds are hidden, in [0, 1].
         sun: strength of cast shadows, in [0, 1].
@@ -111,7 +111,7 @@ class Light:
     noise: float
 
 
-# Darkness 0, 0.5 and 1 for each colour.
+# Each colour at darkness 0, 0.5 and 1.
 _COLOURS = {
     "ambient": ((1.0, 1.0, 1.0), (0.70, 0.55, 0.48), (0.24, 0.26, 0.38)),
     "sky_top": ((0.34, 0.57, 0.88), (0.30, 0.33, 0.55), (0.05, 0.07, 0.17)),
@@ -121,7 +121,7 @@ _COLOURS = {
 
 
 def light_of(weather: Weather) -> Light:
-    """Colours and strengths that follow from a weather.
+    """The light that follows from a weather.
 
     Args:
         weather: the weather of the frame.

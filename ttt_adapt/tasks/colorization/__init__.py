@@ -1,1 +1,1 @@
-"""Colorization: from grey pictures, or film, to colour."""
+"""Colorization: from grey pictures or films to colour."""

@@ -1,4 +1,4 @@
-"""Colours as classes: the cells of a grid over the ab plane that hold a colour of sRGB.
+"""Colours as classes: cells of a grid over the ab plane of CIE Lab; a cell counts if a colour of sRGB lies in it.
 
 Zhang, Isola and Efros, "Colorful Image Colorization" (ECCV 2016), section 2: a grid of 10 units, soft encoding,
 rebalancing of rare colours, and the annealed mean. The cells are computed here from the gamut of sRGB.
@@ -17,18 +17,18 @@ from ttt_adapt.colour import rgb_to_lab
 GRID = 10.0
 """Side of a cell, in units of a and b."""
 NEIGHBOURS = 5
-"""How many cells a colour is spread over."""
-_SIGMA = 5.0  # of the Gaussian that spreads it, and that smooths statistics, as in the paper
+"""A colour is encoded as weights on this many cells."""
+_SIGMA = 5.0  # of the Gaussian that gives these weights and smooths the statistics of colours, as in the paper
 _REACH = 120
-"""Every colour of sRGB has a and b within this."""
+"""a and b of every colour of sRGB lie between minus and plus this number."""
 
 
 @lru_cache(maxsize=1)
 def cells() -> Tensor:
     """The centres of the cells, float32 [Q, 2], multiples of 10.
 
-    A cell is kept if a colour of sRGB lies in it. Moving a colour along L does not change a and b, and ends on the
-    surface of the RGB cube: the surface, at 256 levels, has them all.
+    A cell is kept if a colour of sRGB lies in it. The surface of the RGB cube has all a and b that occur: a colour that
+    is moved along L keeps its a and b, and reaches the surface. The surface is sampled at 256 levels.
     """
     step = torch.arange(256, dtype=torch.float32) / 255
     u, v = (axis.reshape(-1) for axis in torch.meshgrid(step, step, indexing="ij"))
@@ -44,7 +44,7 @@ def cells() -> Tensor:
 def nearest(ab: Tensor) -> Tensor:
     """The cell that every colour lies in: [..., 2] -> int64 [...]; hard encoding.
 
-    Its centre is at most half a cell away in a and in b. A colour that no sRGB has gets the nearest cell.
+    The centre of the cell is at most half a cell away in a and in b. A colour outside of sRGB gets the nearest cell.
     """
     return _look_up((ab / GRID).round() * GRID, _tables()[0])[..., 0]
 
@@ -64,18 +64,18 @@ def decode(cell: Tensor) -> Tensor:
 
 
 def annealed_mean(logits: Tensor, temperature: float = 0.38) -> Tensor:
-    """The colour that scores of cells stand for: [B, Q, H, W] -> a and b, [B, 2, H, W].
+    """The colours that scores of cells stand for: [B, Q, H, W] -> a and b, [B, 2, H, W]; equation 5 of the paper.
 
-    Between the mean (temperature 1, dull) and the most likely cell (0, patchy); equation 5 of the paper.
+    Temperature 1 gives the mean, which is dull; towards 0 it gives the most likely cell, which is patchy.
     """
     return torch.einsum("bqhw,qc->bchw", (logits / temperature).softmax(1), cells().to(logits))
 
 
 def rebalancing(counts: Tensor, uniform: float = 0.5) -> Tensor:
-    """The weight of every cell in the loss, from how often it occurs: rare colours count more.
+    """The weight of every cell in the loss: the rarer a colour, the larger its weight; equation 4 of the paper.
 
-    The empirical distribution is smoothed by a Gaussian of 5 units over the plane and mixed with the uniform one; a
-    weight is the inverse of that, and the mean weight under the distribution is 1; equation 4 of the paper.
+    The distribution of colours is smoothed by a Gaussian of 5 units over the plane, and mixed with the uniform
+    distribution. A weight is the inverse of the result, scaled so that the mean weight of the pixels is 1.
 
     Args:
         counts: pixels in each cell, [Q].

@@ -1,4 +1,4 @@
-"""Clips whose labels are their own colours, and training pictures that have some."""
+"""Clips whose labels are their own colours, and which pictures have colours to learn from."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _LOOKED_AT = 8
 
 
 class GreyedClip(Clip):
-    """Another clip's frames in grey, each with its colours as its label: what an arm is given holds no colour.
+    """The frames of another clip in grey, each with its colours as its label. What the model is shown has no colour.
 
     Args:
-        clip: frames in colour; its own labels are not looked at.
+        clip: frames in colour; its labels are not used.
     """
 
     def __init__(self, clip: Clip) -> None:
@@ -35,7 +35,7 @@ class GreyedClip(Clip):
         return (self._pair(frame) for frame, _ in self._clip)
 
     def describe(self) -> dict[str, Any]:
-        """What the colours depend on."""
+        """The description of the clip in colour."""
         return self._clip.describe()
 
     @staticmethod
@@ -47,7 +47,7 @@ def without_grey(clips: Sequence[Clip]) -> tuple[list[Clip], list[str]]:
     """The clips without pictures that are stored in grey and without videos in black and white.
 
     Returns:
-        What is left; and what was left out, in words.
+        The clips that are left, and sentences that say what was left out.
 
     Raises:
         DataError: nothing is left.
@@ -67,7 +67,7 @@ def without_grey(clips: Sequence[Clip]) -> tuple[list[Clip], list[str]]:
 
 
 def shows_colour(clip: Clip) -> bool:
-    """Whether one of up to `_LOOKED_AT` frames, evenly spread over the clip, is in colour."""
+    """Whether the clip shows colour, by up to `_LOOKED_AT` frames that are evenly spread over it."""
     places = sorted({len(clip) * i // _LOOKED_AT for i in range(_LOOKED_AT)})
     return any(in_colour(clip[place][-1 if isinstance(clip, GreyedClip) else 0]) for place in places)
 
@@ -76,7 +76,7 @@ def check_scorable(clip: Clip) -> None:
     """Refuse a clip whose colours cannot be scored, from a few of its frames.
 
     Raises:
-        DataError: its frames are smaller than the window of SSIM, or grey.
+        DataError: the frames are smaller than the window of SSIM, or grey.
     """
     height, width = clip[0][0].shape[:2]
     if min(height, width) < SMALLEST:
@@ -92,7 +92,7 @@ def common_size(clips: Sequence[Clip]) -> tuple[int, int]:
     """(H, W) of all samples.
 
     Raises:
-        ConfigError: they have several.
+        ConfigError: the samples have several sizes.
     """
     sizes: set[tuple[int, int]] = set()
     for clip in clips:

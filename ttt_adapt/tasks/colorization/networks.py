@@ -1,4 +1,4 @@
-"""Scores that a network gives, through torchmetrics, with weights from files: nothing is downloaded.
+"""Scores of colorization that a network gives, by torchmetrics. Weights come from files; nothing is downloaded.
 
 | file | of | from |
 |---|---|---|
@@ -25,17 +25,17 @@ SOURCES = {
     ALEXNET: f"https://download.pytorch.org/models/{ALEXNET}",
     INCEPTION: f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}",
 }
-"""File -> where it is to be had."""
+"""Name of the file -> where to get it."""
 
 
 class Networks:
     """LPIPS, FID and Inception Score of one clip.
 
     Args:
-        folder: holds `ALEXNET`, `INCEPTION`, or both; what has no file is left out.
+        folder: holds the file `ALEXNET`, `INCEPTION`, or both. Scores whose file is missing are left out.
 
     Raises:
-        DataError: neither is there, or one cannot be read; the message says where it is to be had.
+        DataError: neither file is there, or one cannot be read; the message says where to get it.
         MissingPackageError: a package is not installed.
     """
 
@@ -62,7 +62,7 @@ class Networks:
             self._score.update(prediction)
 
     def result(self) -> dict[str, float | None]:
-        """The scores by name; None for what was not measured."""
+        """The scores by name; None for a score that was not measured."""
         found: dict[str, float | None] = {"lpips": None, "fid": None, "inception_score": None}
         if self._distances:
             found["lpips"] = sum(self._distances) / len(self._distances)

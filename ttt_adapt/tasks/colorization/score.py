@@ -1,15 +1,15 @@
-"""Scores of colorization, through torchmetrics: PSNR, SSIM, LPIPS, FID, Inception Score, and the flicker of colours.
+"""Scores of colorization: PSNR, SSIM, LPIPS, FID and Inception Score by torchmetrics, and the flicker of colours.
 
 - **PSNR** (dB, of 8-bit RGB): from the squared error of the whole clip (`psnr`), and per frame, averaged
-  (`psnr_frames`). It is cut at 100 dB, where a frame would be met exactly. `psnr_grey` is that of the grey that the
-  arms are shown: what doing nothing scores.
+  (`psnr_frames`). It is at most 100 dB, which an exact frame gets. `psnr_grey` is the PSNR of the grey frame: what
+  doing nothing scores.
 - **SSIM** (Wang et al., 2004), mean over frames.
 - **Flicker**: dtSSD (Erofeev et al., "Perceptually Motivated Benchmark for Video Matting", BMVC 2015) of the colours,
   the root mean square over pixels of `(c(t) - c(t - 1)) - (C(t) - C(t - 1))`, c being a and b of the prediction and C
-  those of the truth, averaged over frames. 0 where colours change as the truth's do; wrong colours that stay wrong cost
-  nothing. A grey prediction scores how much the truth itself changes, so it wins nothing beyond that.
+  those of the truth, averaged over frames. It is 0 where colours change as the true ones do; wrong colours that stay as
+  they are cost nothing. The flicker of a grey prediction is the change of the true colours.
 - **LPIPS** (AlexNet), **FID** and **Inception Score** (in one split, since the frames of a clip are few) are measured
-  with networks whose weights are given as files (`ttt_adapt.tasks.colorization.networks`).
+  with networks, whose weights the user gives as files (`ttt_adapt.tasks.colorization.networks`).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from ttt_adapt.colour import rgb_to_lab, to_grey
 from ttt_adapt.errors import DataError, FrameError, FrameTypeError, StateError, missing
 
 PSNR_LIMIT = 100.0
-"""dB, of a frame that is met exactly."""
+"""PSNR of an exact frame, in dB."""
 SMALLEST = 11
-"""Pixels, the side of SSIM's window."""
+"""Side of the window of SSIM, in pixels."""
 COLOURLESS = 1.0
-"""Mean chroma, in units of a and b, below which a frame, or a clip, is grey."""
+"""A frame, or a clip, whose mean chroma (in units of a and b) is below this is grey."""
 
 
 class ColourScore:

@@ -1,8 +1,8 @@
-"""The task: grey in, a and b out, scored against the frame's own colours.
+"""Colorization as a task: the model is shown grey and gives colours, which are scored against the frame's own.
 
 The model is shown the grey of a frame's luminance in three equal channels. It returns a and b of CIE Lab (mode
-"regression"), or scores of the cells of the ab plane (mode "classification"). The picture has those colours and the
-luminance of the frame itself.
+"regression"), or scores of the cells of the ab plane (mode "classification"). The predicted picture has these colours
+and the luminance of the frame.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from ttt_adapt.tasks.spec import ModelSpec
 
 MODES = ("regression", "classification")
 AB_SCALE = 20.0
-"""a and b per unit of a regressing model's output: about their deviation in photographs."""
-_COUNTED = 500  # pictures that the frequency of colours is taken from
-_STRIDE = 4  # of the pixels that scores of cells are compared at: heads predict at a quarter of the resolution
+"""In mode "regression", a and b are the output times this number, about their standard deviation in photographs."""
+_COUNTED = 500  # pictures whose colours are counted
+_STRIDE = 4  # the loss of cells looks at every 4th pixel: heads predict at a quarter of the resolution
 
 
 class Colorization(Task):
@@ -40,11 +40,11 @@ class Colorization(Task):
 
     Args:
         mode: "regression" (a and b, divided by `AB_SCALE`) or "classification" (scores of the cells of the ab plane).
-        temperature: of the annealed mean by which scores of cells become a colour.
-        uniform: share of the uniform distribution in what rare colours are weighted by.
+        temperature: how scores of cells become a colour, see `cells.annealed_mean`.
+        uniform: from 0 (the loss weighs rare colours most) to 1 (it weighs all the same), see `cells.rebalancing`.
 
     Raises:
-        ConfigError: an unknown mode, or a number out of range.
+        ConfigError: the mode is unknown, or a number is out of range.
     """
 
     name = "colorization"
@@ -63,7 +63,7 @@ class Colorization(Task):
         "arms are shown; flicker is how much the colours change otherwise than the truth's from frame to frame (dtSSD "
         "of a and b, lower is better)"
     )
-    augment = Augment(saturation=(1.0, 1.0), hue=(0.0, 0.0))  # its colours are what a picture teaches
+    augment = Augment(saturation=(1.0, 1.0), hue=(0.0, 0.0))  # a picture is there to teach its colours
     keeps_classes = labelled = False
     source = "grey"
     weight_files = tuple(SOURCES)
@@ -90,14 +90,14 @@ class Colorization(Task):
 
     @property
     def channels(self) -> int:
-        """a and b, or one per cell."""
+        """2 for a and b, or one per cell."""
         return len(cells.cells()) if self.distribution else 2
 
     @classmethod
     def stills(
         cls, data: str, names: Sequence[str], size: tuple[int, int] | None, classes: Sequence[str] | None
     ) -> Stills:
-        """Every picture under `data` that is stored in colour, and every frame of its videos in colour."""
+        """Every picture under `data` that is stored in colour, and all frames of the videos that show colour."""
         _refuse_classes(classes)
         found = open_frames(data, list(names) or None, size)
         kept, notes = without_grey(found)
@@ -107,7 +107,7 @@ class Colorization(Task):
     def clips(
         cls, data: str, names: Sequence[str], size: tuple[int, int] | None, classes: Sequence[str] | None, format: str
     ) -> list[Clip]:
-        """Clips of (grey, colour); no arm sees the colours."""
+        """Clips of (grey frame, its colours). The model is never shown the colours."""
         _refuse_classes(classes)
         if format != "auto":
             raise ConfigError(f"--format {format} is of labels, and colorization has none: every folder will do")
@@ -115,12 +115,16 @@ class Colorization(Task):
 
     @classmethod
     def adopt(cls, clip: Clip) -> Clip:
-        """Its frames in grey, with their colours as labels."""
+        """The clip's frames in grey, with their colours as labels."""
         return GreyedClip(clip)
 
     @classmethod
     def check_clip(cls, clip: Clip) -> None:
-        """It is large enough, and a few of its frames show colour."""
+        """Refuse a clip that is too small, or whose frames show no colour. Looks at a few frames.
+
+        Raises:
+            DataError: as said.
+        """
         check_scorable(clip)
 
     def sample(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +134,7 @@ class Colorization(Task):
         return gamma(light).clamp(0, 1).expand(3, -1, -1).contiguous(), lab[1:].contiguous()
 
     def criterion(self, samples: Any) -> Criterion:
-        """Huber loss on a and b, or cross-entropy to softly encoded cells, rare ones weighted up."""
+        """Huber loss on a and b; or cross-entropy over cells, where rare cells weigh more."""
         if not self.distribution:
             return lambda output, ab: F.smooth_l1_loss(output, ab / AB_SCALE)
         weights = cells.rebalancing(_count_cells(samples), self._uniform)
@@ -146,7 +150,7 @@ class Colorization(Task):
         return to_grey(frame)
 
     def predict(self, output: Tensor, frame: np.ndarray) -> np.ndarray:
-        """The frame in colour: a and b of the output at its size, luminance its own.
+        """The frame in colour: a and b come from the output, resized to the frame; the luminance is the frame's.
 
         Raises:
             FrameError: the output holds numbers that are not finite.
@@ -163,11 +167,11 @@ class Colorization(Task):
         return colour_frame(frame, ab[0].cpu())
 
     def draw(self, frame: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-        """The prediction is a picture."""
+        """The prediction itself: it is a picture."""
         return prediction
 
     def score(self, ignore: int = 255, weights: Path | None = None) -> ColourScore:
-        """Differences to the true colours."""
+        """An empty score of the difference to the true colours."""
         return ColourScore(weights)
 
 
@@ -181,7 +185,7 @@ def _refuse_classes(classes: Sequence[str] | None) -> None:
 
 
 def _count_cells(samples: Any) -> Tensor:
-    """Pixels in each cell, over up to `_COUNTED` training samples as they are drawn; float64 [Q]."""
+    """How many pixels are in each cell, float64 [Q], over up to `_COUNTED` augmented training samples."""
     step = max(len(samples) // _COUNTED, 1)
     counts = torch.zeros(len(cells.cells()), dtype=torch.float64)
     for index in range(0, len(samples), step):

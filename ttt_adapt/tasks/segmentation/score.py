@@ -1,25 +1,25 @@
-"""Scores for semantic segmentation, one definition for every arm.
+"""Scores of semantic segmentation: mIoU, pixel accuracy and region similarity, the same for every way to run a model.
 
-Pixels whose label is the ignore id count nowhere. With the pixels that are left,
+Pixels whose label is the ignore id do not count. Over the other pixels,
 
     IoU(c) = |prediction = c and label = c| / |prediction = c or label = c|
 
-- **dataset-level mIoU** (`miou`): IoU from the counts of the whole clip, averaged over the classes present in the
-  clip's labels;
-- **mean over frames** (`miou_frames`): IoU from the counts of one frame, averaged over the classes present in that
-  frame's labels, then averaged over frames.
+- **dataset-level mIoU** (`miou`): IoU from the counts of the whole clip, averaged over the classes in its
+  labels;
+- **mean over frames** (`miou_frames`): IoU from the counts of one frame, averaged over the classes in that frame's
+  labels, then averaged over frames.
 
 With two classes, background and foreground, there is also the **region similarity J** of DAVIS (Perazzi et al., 2016;
 the part of its J & F measure that looks at regions, not boundaries): the IoU of class 1 alone, over the clip (`j`), and
 per frame, averaged over all frames that have a labelled pixel (`j_frames`). A frame without foreground in labels and
-prediction counts 1, as in DAVIS' own code; unlike there, the first and the last frame count too, since nothing was
-given on them.
+prediction counts 1, as in the code of DAVIS. There, the first and the last frame do not count, because the first is
+given to the method; here it is not given, so all frames count.
 
 Instance and panoptic scores (AP, PQ) are for models that predict instances: `StreamAPMetric` and `StreamPQMetric` of
 the OpenMMLab integration.
 
-Which classes are averaged depends on the labels alone, so two arms are always divided by the same number. A class
-predicted where it never occurs still costs: its pixels are missing from the classes that do occur.
+The labels alone decide which classes are averaged, so every way to run a model is divided by the same number. To
+predict a class that is not there still costs: its pixels are missing from the classes that are there.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from ttt_adapt.errors import ConfigError, DataError, FrameError, FrameTypeError,
 
 
 class Scores(TypedDict):
-    """What `SegmentationScore.result` returns; every score is in [0, 1].
+    """What `SegmentationScore.result` returns. Every score is in [0, 1].
 
     Keys:
         miou: dataset-level mIoU.
         miou_frames: mean over frames of the per-frame mIoU; frames that are all void are left out.
-        pixel_accuracy: share of the labelled pixels of the clip that are right.
-        per_class: IoU over the clip by class name; None for a class that its labels never show.
-        frames: number of frames seen, all-void ones included.
+        pixel_accuracy: share of the clip's labelled pixels that are predicted right.
+        per_class: IoU over the clip by class name; None for a class that is not in the labels.
+        frames: number of frames, those that are all void included.
         j: region similarity of class 1 over the clip; None unless there are two classes, and foreground in the clip.
         j_frames: its mean over frames; None unless there are two classes.
     """
@@ -57,7 +57,7 @@ class Scores(TypedDict):
 
 
 class SegmentationScore:
-    """Collects the confusion of one clip, frame by frame.
+    """Counts the right and wrong pixels of one clip, frame by frame.
 
     Attributes:
         confusion: `int64 [C, C]` pixel counts over the clip so far, rows = labels, columns = predictions.
@@ -90,7 +90,7 @@ class SegmentationScore:
             labels: integer class ids `[H, W]` in 0..C-1, or the ignore id.
 
         Returns:
-            This frame's mIoU in [0, 1]; NaN if it is all void.
+            The mIoU of this frame in [0, 1]; NaN if it is all void.
 
         Raises:
             FrameError: the shapes differ or are not [H, W], or a predicted id is out of range.
@@ -156,7 +156,7 @@ class SegmentationScore:
 
 
 def _region_similarity(confusion: np.ndarray) -> float:
-    """IoU of class 1 from counts `[2, 2]` (rows = labels); 1 where it is in neither."""
+    """IoU of class 1 from counts `[2, 2]` (rows = labels); 1 where neither labels nor prediction have it."""
     union = confusion.sum() - confusion[0, 0]
     return float(confusion[1, 1] / union) if union else 1.0
 

@@ -1,4 +1,4 @@
-"""The task: class scores in, a class for every pixel out."""
+"""Semantic segmentation as a task: the model gives class scores, the prediction is a class for every pixel."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Segmentation(Task):
         return frame
 
     def predict(self, output: Tensor, frame: np.ndarray) -> np.ndarray:
-        """The most likely class of every pixel of the frame, nearest, [H, W]; uint8 up to 256 classes."""
+        """The most likely class of every pixel of the frame, [H, W]; uint8 up to 256 classes, else int32."""
         kind = torch.uint8 if output.shape[1] <= 256 else torch.int32
         return resize_labels(output.argmax(1)[0].to(kind).cpu().numpy(), frame.shape[:2])
 
@@ -106,10 +106,10 @@ class Segmentation(Task):
         return blend(frame, prediction, self._palette)
 
     def score(self, ignore: int = 255, weights: Path | None = None) -> SegmentationScore:
-        """IoU of the classes.
+        """An empty score of IoU.
 
         Raises:
-            ConfigError: `weights` is given.
+            ConfigError: `weights` is given; no metric of segmentation needs them.
         """
         if weights is not None:
             raise ConfigError(f"--metric-weights {weights}: no metric of segmentation is measured with a network")
@@ -117,7 +117,7 @@ class Segmentation(Task):
 
 
 def resize_labels(labels: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """[h, w] -> [H, W], nearest."""
+    """Class ids [h, w] at another size, [H, W]: every pixel takes the nearest one."""
     if labels.shape == tuple(size):
         return labels
     rows = (np.arange(size[0]) * labels.shape[0]) // size[0]
