@@ -2,10 +2,10 @@
 
     python benchmarks/deformable_attention.py --out benchmarks/results/deformable_attention.json
 
-The shapes are those of Mask2Former's pixel decoder, where every pixel of three levels is a query. The implementations are
-called in turn. The table shows medians over the rounds (small shapes get ten times as many), as ratios to mmcv's. On one
-CPU thread (`OMP_NUM_THREADS=1`) the clock is that of the process, so that other processes disturb it less. On a GPU the
-time is taken between CUDA events, and mmcv's compiled operator is measured, too, if there is one. First, every
+The shapes are those of Mask2Former's pixel decoder, where every pixel of three levels is a query. The implementations
+are called in turn. The table shows medians over the rounds (small shapes get ten times as many), as ratios to mmcv's.
+On one CPU thread (`OMP_NUM_THREADS=1`) the clock is that of the process, so that other processes disturb it less. On a
+GPU the time is taken between CUDA events, and mmcv's compiled operator is measured, too, if there is one. First, every
 implementation is compared with mmcv's function in float64.
 """
 

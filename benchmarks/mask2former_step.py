@@ -6,14 +6,15 @@
     python benchmarks/mask2former_step.py --paper --precision bf16         # the paper's recipe, for a GPU
 
 With the online preset, the model adapts to a frame and predicts it; then the plain model predicts it. The times are
-medians over `--frames` frames after one to warm up. Each batch size, and the plain model alone, runs in a process of its
-own, so that its peak memory is its own. The parts of a step are encoder and decoder (the masked forward pass), backward,
-optimizer and predict; on a GPU they are timed by CUDA events. Weights are random, which does not change the cost.
+medians over `--frames` frames after one to warm up. Each batch size, and the plain model alone, runs in a process of
+its own, so that its peak memory is its own. The parts of a step are encoder and decoder (the masked forward pass),
+backward, optimizer and predict; on a GPU they are timed by CUDA events. Weights are random, which does not change the
+cost.
 
-`--paper` takes the paper's settings: window 16, 32 crops of 512 x 1024, prediction at 618 x 2048, its masks and loss. The
-floor is the time that the matrix products and convolutions of a step, as PyTorch counts them, take at the rate of one
-large matrix product of the same precision on the same device. Deformable attention, normalisation and softmax are not
-counted.
+`--paper` takes the paper's settings: window 16, 32 crops of 512 x 1024, prediction at 618 x 2048, its masks and loss.
+The floor is the time that the matrix products and convolutions of a step, as PyTorch counts them, take at the rate of
+one large matrix product of the same precision on the same device. Deformable attention, normalisation and softmax are
+not counted.
 """
 
 from __future__ import annotations

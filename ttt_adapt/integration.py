@@ -4,7 +4,7 @@ An integration (one package per ecosystem, in `integrations/`) imports nothing e
 may change without breaking one.
 """
 
-from ttt_adapt.arms import ARMS, Arm, contradictions, find_arm
+from ttt_adapt.arms import ARMS, PRESETS, Arm, contradictions, find_arm
 from ttt_adapt.colour import colour_frame, rgb_to_lab, to_grey
 from ttt_adapt.data.order import shuffled_epochs
 from ttt_adapt.files import (
@@ -27,6 +27,7 @@ __all__ = [
     "LABEL_FOLDERS",
     "PHOTO_SUFFIXES",
     "PICTURE_SUFFIXES",
+    "PRESETS",
     "Arm",
     "Features",
     "colour_frame",

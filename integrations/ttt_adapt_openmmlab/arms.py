@@ -8,9 +8,9 @@ from typing import Any
 
 from ttt_adapt import StreamConfig
 from ttt_adapt.errors import ConfigError, nearest
-from ttt_adapt.integration import ARMS, contradictions, find_arm
+from ttt_adapt.integration import ARMS, PRESETS, contradictions, find_arm
 
-HOOK_ARMS = tuple(name for name, arm in ARMS.items() if arm.preset or name in ("fixed", "offline"))
+HOOK_ARMS = tuple(name for name in ARMS if name in (*PRESETS, "fixed", "offline"))
 """Names of the arms that the hook runs."""
 _HOOK_ARGUMENTS = ("arm", "branch", "log_interval", "visualize_interval", "offline_steps")
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of Mask2Former measure: parts of a step, the floor, attention that is computed in several ways."""
+"""What the benchmarks of Mask2Former measure: parts of a step, the floor, and attention computed in several ways."""
 
 from __future__ import annotations
 
