@@ -225,7 +225,7 @@ def _built(model: Any, data_preprocessor: Any, inherited: Mapping[str, Any]) -> 
     if ignored := list(_differences(extra, config, "model.")):
         print_log(
             f"JointMAE takes {'; '.join(ignored[:5])}. Entries other than JointMAE's own keywords have no effect, such "
-            "as those that a config inherits from the plain model's: write changes inside of JointMAE's model=dict(...)",
+            "as those that a config inherits from the plain model's: write changes into JointMAE's model=dict(...)",
             logger="current",
             level=logging.WARNING,
         )

@@ -55,8 +55,8 @@ def offline_indices(loader: DataLoader) -> tuple[list[int], list[dict[str, Any]]
     stream = stream_infos(loader)
     if stream is None:
         raise DataError(
-            f"arm 'offline' must know the frames of a video before it begins, and a {type(loader.dataset).__name__} with "
-            f"a {type(loader.sampler).__name__} does not tell: use a dataset with get_data_info, and {_FIX}"
+            f"arm 'offline' must know the frames of a video before it begins, and a {type(loader.dataset).__name__} "
+            f"with a {type(loader.sampler).__name__} does not tell: use a dataset with get_data_info, and {_FIX}"
         )
     return stream
 
