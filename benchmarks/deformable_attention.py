@@ -2,11 +2,11 @@
 
     python benchmarks/deformable_attention.py --out benchmarks/results/deformable_attention.json
 
-Shapes are those of Mask2Former's pixel decoder: every pixel of three levels is a query. The contenders are called in
-turn; medians over the rounds (ten times as many for the small shapes), and ratios to mmcv's. On one CPU thread
-(`OMP_NUM_THREADS=1`) the time is that of the process, which others on the machine disturb less. On a GPU it is taken
-between CUDA events, and mmcv's compiled operator is a contender where there is one. Every contender is checked against
-mmcv's function in float64 first.
+The shapes are those of Mask2Former's pixel decoder, where every pixel of three levels is a query. The implementations
+are called in turn. The table shows medians over the rounds (small shapes get ten times as many), as ratios to mmcv's.
+On one CPU thread (`OMP_NUM_THREADS=1`) the clock is that of the process, so that other processes disturb it less. On a
+GPU the time is taken between CUDA events, and mmcv's compiled operator is measured, too, if there is one. First, every
+implementation is compared with mmcv's function in float64.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def compiled_mmcv(value: Tensor, shapes: Tensor, locations: Tensor, weights: Ten
     return mmcv_attention.MultiScaleDeformableAttnFunction.apply(value, shapes, starts, locations, weights, 64)
 
 
-def contenders(device: str) -> dict[str, Callable[..., Tensor]]:
+def implementations(device: str) -> dict[str, Callable[..., Tensor]]:
     found = {
         "mmcv": MMCV,
         "ours": deformable_attention,
@@ -176,7 +176,7 @@ def seconds(call: Callable[[], Any], device: str) -> float:
 def medians(
     found: dict[str, Callable[..., Tensor]], arguments: list[Tensor], backward: bool, rounds: int, device: str
 ) -> dict[str, float]:
-    """Milliseconds per contender, called in turn and each round in another order."""
+    """Milliseconds of each implementation; they are called in turn, in another order in each round."""
     times: dict[str, list[float]] = {name: [] for name in found}
     names = list(found)
     for index in range(rounds + 1):
@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[options.precision]
-    found = contenders(options.device)
+    found = implementations(options.device)
     where = environment()
     named = where["cuda_device"] if options.device == "cuda" else f"CPU, {where['torch_threads']} thread"
     report: dict[str, Any] = {"environment": where, "device": named, "precision": options.precision, "rows": []}

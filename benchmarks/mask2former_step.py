@@ -5,14 +5,16 @@
     python benchmarks/mask2former_step.py --batches 8 --micro-batch 2      # large batches in little memory
     python benchmarks/mask2former_step.py --paper --precision bf16         # the paper's recipe, for a GPU
 
-A frame is adapted to by the online preset and predicted, and the plain model predicts it in turn; medians over
-`--frames` frames after one to warm up. Each batch size, and plain inference by itself, runs in a process of its own, so
-that its peak memory is its own. The parts of a step: encoder and decoder (the masked forward pass), backward,
-optimizer, predict; on a GPU between CUDA events. Weights are random: they do not change the cost.
+With the online preset, the model adapts to a frame and predicts it; then the plain model predicts it. The times are
+medians over `--frames` frames after one to warm up. Each batch size, and the plain model alone, runs in a process of
+its own, so that its peak memory is its own. The parts of a step are encoder and decoder (the masked forward pass),
+backward, optimizer and predict; on a GPU they are timed by CUDA events. Weights are random, which does not change the
+cost.
 
-`--paper` is the recipe of the paper: window 16, 32 crops of 512 x 1024, prediction at 618 x 2048, its masks and loss.
-The floor is what the matrix products and convolutions of a step, as PyTorch counts them, take at the rate of one large
-matrix product of the same precision on the same device. Deformable attention, normalisation and softmax count nothing.
+`--paper` takes the paper's settings: window 16, 32 crops of 512 x 1024, prediction at 618 x 2048, its masks and loss.
+The floor is the time that the matrix products and convolutions of a step, as PyTorch counts them, take at the rate of
+one large matrix product of the same precision on the same device. Deformable attention, normalisation and softmax are
+not counted.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ class Clock:
         self._mark(None)
 
     def enter(self, *_: Any) -> None:
-        """The encoder's forward pass begins; behind a decoder's, the backward pass of a part of the batch has ended."""
+        """The encoder's forward pass begins. After a decoder's, the backward pass of a part of the batch has ended."""
         self._mark("backward" if self._marks and self._marks[-1][0] == "decoder" else None)
 
     def stop(self, part: str) -> Any:
@@ -59,7 +61,7 @@ class Clock:
         return lambda *_: self._mark(part)
 
     def read(self) -> dict[str, float]:
-        """What was measured since the last call, by part; waits for the device."""
+        """Milliseconds of each part since the last call; waits for the device."""
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.synchronize()
@@ -96,7 +98,7 @@ def build(device: torch.device) -> nn.Module:
 
 
 def predictor(model: nn.Module, size: tuple[int, int]) -> Callable[[torch.Tensor], Any]:
-    """How the segmentor is called on one frame."""
+    """A function that predicts one frame by the segmentor."""
     from mmseg.structures import SegDataSample
 
     meta = [SegDataSample(metainfo={"img_shape": size, "ori_shape": size, "pad_shape": size})]
@@ -104,7 +106,7 @@ def predictor(model: nn.Module, size: tuple[int, int]) -> Callable[[torch.Tensor
 
 
 def set_precision(name: str) -> None:
-    """Matrix products and convolutions in float32 proper, or as tf32; bf16 is the adapter's own."""
+    """Let matrix products and convolutions run in float32, or in tf32; bf16 is set by the adapter's configuration."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name != "fp32"
 
 
@@ -160,7 +162,7 @@ def measure(options: argparse.Namespace, batch: int, device: torch.device) -> di
 
 
 def branch_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Masks and loss: the library's own, or those of the paper's released code."""
+    """Masks and loss: the library's defaults, or those of the paper's released code."""
     return {"mask_ratio": 0.85, "loss_on": "all"} if options.paper else {}
 
 
@@ -180,8 +182,8 @@ def floor(
 ) -> dict[str, float]:
     """Counted TFLOP of both halves of a step, and the milliseconds that they take as one large matrix product.
 
-    `adapt` is a step on one crop, and a step on `batch` of them has as many times its products. A prediction is the
-    model's own and runs in float32 (or tf32), whatever the precision of the gradient step.
+    `adapt` is a step on one crop; a step on `batch` crops has `batch` times as many products. A prediction runs in
+    float32 (or tf32), whatever the precision of the gradient step.
     """
     tflop = {"adapt": batch * flops(adapt) / 1e12, "predict": flops(predict) / 1e12}
     rate = matmul_tflops(precision, device)
@@ -300,7 +302,7 @@ def compare(options: argparse.Namespace) -> None:
         options.out.write_text(json.dumps(report, indent=2) + "\n")
         if isinstance(found, str):
             print(f"| {batch} | {found} |")
-            break  # larger batches need more
+            break  # larger batches need more memory
         cells = [f"{found[name]:.0f}" for name in columns]
         cells += [f"{found['step'] / found['forward']:.1f}", f"{found['step_over_floor']:.1f}"]
         cells += [f"{found['adapt_tflop'] + found['predict_tflop']:.2f}", f"{found['peak_mib']:.0f}"]

@@ -1,4 +1,4 @@
-# CamVid at 96 x 128: daylight clips to train on, clips that training never saw as streams.
+# CamVid at 96 x 128: daylight clips for training, and two other clips as streams.
 camvid_root = "data/camvid/"
 camvid_size = (128, 96)  # width, height, as mmcv takes it
 camvid_train_dataloader = dict(
@@ -21,7 +21,7 @@ camvid_train_dataloader = dict(
         ],
     ),
 )
-camvid_test_pipeline = [  # of an image in a script; the data loader's also loads labels
+camvid_test_pipeline = [  # for an image in a script; the pipeline of the data loader also loads labels
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=camvid_size, keep_ratio=False),
     dict(type="PackSegInputs"),

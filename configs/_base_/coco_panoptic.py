@@ -1,5 +1,5 @@
-# COCO panoptic without `panopticapi`, which upstream's loading and scoring need and which is not on the package index.
-# A config that inherits from upstream's takes these by name: `val_dataloader = _base_.coco_panoptic_test_dataloader`.
+# COCO panoptic without `panopticapi`, which mmdet's own loading and scoring need and which is not on the package index.
+# A config that inherits from mmdet's uses the entries by name: `val_dataloader = _base_.coco_panoptic_test_dataloader`.
 coco_panoptic_test_dataloader = dict(
     dataset=dict(
         pipeline=[

@@ -1,5 +1,5 @@
-# COCO Videos as streams: 800 / 1333, whole videos in order, one frame at a time. A config that inherits from a COCO
-# config takes these by name: `test_dataloader = _base_.coco_videos_instance_dataloader`.
+# COCO Videos as streams: frames of at most 800 x 1333, one at a time, video after video. A config that inherits from a
+# COCO config uses the entries by name: `test_dataloader = _base_.coco_videos_instance_dataloader`.
 _load = [
     dict(type="LoadImageFromFile", to_float32=True),
     dict(type="Resize", scale=(1333, 800), keep_ratio=True),

@@ -1,5 +1,5 @@
 # Pictures in ImageNet's folders to learn colours from, and folders of frames to colour. A config that inherits from
-# upstream's takes these by name.
+# mmseg's uses the entries by name.
 colour_root = "data/imagenet/train/"
 colour_stream_root = "data/videos/"
 colour_train_dataloader = dict(

@@ -1,5 +1,6 @@
-# KITTI-STEP as streams: at most 1024 x 2048 (so 618 x 2048), whole videos in order, one frame at a time. A config that
-# inherits from a Cityscapes config takes these by name: `test_dataloader = _base_.kitti_step_dataloader`.
+# KITTI-STEP as streams: frames of at most 1024 x 2048 (they become 618 x 2048), one at a time, video after video. A
+# config that inherits from a Cityscapes config uses the entries by name:
+# `test_dataloader = _base_.kitti_step_dataloader`.
 kitti_step_dataloader = dict(
     _delete_=True,
     batch_size=1,

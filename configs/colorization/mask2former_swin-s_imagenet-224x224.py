@@ -1,4 +1,4 @@
-# Colorization with Swin-S and a Mask2Former head, on pictures in ImageNet's folders: the main task.
+# Colorization with Swin-S and a Mask2Former head, trained on pictures in ImageNet's folders.
 _base_ = [
     "mmseg::mask2former/mask2former_swin-s_8xb2-90k_cityscapes-512x1024.py",
     "../_base_/imagenet_colours.py",

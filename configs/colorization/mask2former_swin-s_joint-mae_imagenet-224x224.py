@@ -1,4 +1,4 @@
-# Joint training of the colouring model and its reconstruction, from the main task's checkpoint.
+# Joint training of the colorization model and its branch, from the model's own checkpoint (`load_from`).
 _base_ = ["./mask2former_swin-s_imagenet-224x224.py"]
 
 model = dict(

@@ -1,4 +1,4 @@
-# DeepLabV3+ with ResNet-101, trained on Cityscapes, as it is on KITTI-STEP: a baseline that does not adapt.
+# DeepLabV3+ with ResNet-101, trained on Cityscapes and tested on KITTI-STEP: a baseline that does not adapt.
 _base_ = ["mmseg::deeplabv3plus/deeplabv3plus_r101-d8_4xb2-80k_cityscapes-512x1024.py", "../_base_/kitti_step.py"]
 custom_imports = dict(imports=["ttt_adapt_openmmlab"], allow_failed_imports=False)
 

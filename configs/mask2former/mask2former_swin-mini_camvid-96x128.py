@@ -1,4 +1,4 @@
-# A Mask2Former that trains on a CPU: Swin of width 32, 3 decoder layers, from scratch on CamVid's daylight stills.
+# A Mask2Former that trains on a CPU: Swin of width 32, 3 decoder layers, from scratch on CamVid's daylight images.
 _base_ = ["mmseg::mask2former/mask2former_swin-t_8xb2-90k_cityscapes-512x1024.py", "../_base_/camvid.py"]
 custom_imports = dict(imports=["ttt_adapt_openmmlab"], allow_failed_imports=False)
 

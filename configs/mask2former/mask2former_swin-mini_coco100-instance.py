@@ -1,5 +1,5 @@
-# Instance segmentation of 100 COCO images by a Mask2Former that trains on a CPU. So few images teach it
-# nothing: it shows that training, streaming and scoring work end to end on real annotations.
+# Instance segmentation of 100 COCO images by a Mask2Former that trains on a CPU. It learns nothing
+# from so few images. It shows that training, streaming and scoring work on real annotations.
 _base_ = ["mmdet::mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco.py"]
 custom_imports = dict(imports=["ttt_adapt_openmmlab"], allow_failed_imports=False)
 

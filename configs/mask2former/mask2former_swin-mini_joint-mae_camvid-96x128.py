@@ -1,4 +1,4 @@
-# Joint training of the small Mask2Former from its task checkpoint, which `load_from` names.
+# Joint training of the small Mask2Former and its branch, from the Mask2Former's own checkpoint (`load_from`).
 _base_ = ["./mask2former_swin-mini_camvid-96x128.py"]
 
 model = dict(

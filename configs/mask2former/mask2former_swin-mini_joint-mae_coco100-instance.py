@@ -1,5 +1,5 @@
-# Joint training of the small Mask2Former from its task checkpoint, which `load_from` names, and its test with the hook;
-# `--arm fixed` tests without adaptation.
+# Joint training of the small Mask2Former and its branch, from the Mask2Former's own checkpoint (`load_from`); and its
+# test with the hook. `--arm fixed` tests without adaptation.
 _base_ = ["./mask2former_swin-mini_coco100-instance.py"]
 
 model = dict(

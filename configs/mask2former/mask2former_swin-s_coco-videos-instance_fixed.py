@@ -1,4 +1,4 @@
-# COCO Videos, instance: as trained.
+# COCO Videos, instance, arm fixed: the model as trained, without adaptation.
 _base_ = ["./mask2former_swin-s_coco-videos-instance.py"]
 
 custom_hooks = [dict(type="OnlineTTTHook", arm="fixed")]

@@ -1,4 +1,4 @@
-# COCO Videos, instance: 1000 steps on all frames before the first prediction (looks ahead).
+# COCO Videos, instance, arm offline: 1000 steps on all frames of a video before its first prediction.
 _base_ = ["./mask2former_swin-s_coco-videos-instance.py"]
 
 custom_hooks = [dict(type="OnlineTTTHook", arm="offline")]

@@ -1,4 +1,4 @@
-# COCO Videos, instance: both memories, our preset.
+# COCO Videos, instance, arm online: the weights go on, and the window holds recent frames.
 _base_ = ["./mask2former_swin-s_coco-videos-instance.py"]
 
 custom_hooks = [dict(type="OnlineTTTHook", arm="online")]

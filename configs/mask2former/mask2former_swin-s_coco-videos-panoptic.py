@@ -1,4 +1,4 @@
-# The jointly trained model on COCO Videos, panoptic: data and scores. The configs that inherit from this add an arm.
+# The jointly trained model on COCO Videos, panoptic: data and scores. Configs that inherit from it add an arm.
 _base_ = ["./mask2former_swin-s_joint-mae_coco-panoptic.py", "../_base_/coco_videos.py"]
 
 load_from = None  # `ttt-adapt mm test CONFIG CHECKPOINT`: the checkpoint of the joint training

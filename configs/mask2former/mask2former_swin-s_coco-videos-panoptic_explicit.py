@@ -1,4 +1,4 @@
-# COCO Videos, panoptic: window of frames, weights do not go on.
+# COCO Videos, panoptic, arm explicit: a window of recent frames; each frame starts from the source weights.
 _base_ = ["./mask2former_swin-s_coco-videos-panoptic.py"]
 
 custom_hooks = [dict(type="OnlineTTTHook", arm="explicit")]

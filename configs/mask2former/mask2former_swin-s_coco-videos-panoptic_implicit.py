@@ -1,4 +1,4 @@
-# COCO Videos, panoptic: weights go on, window of one frame.
+# COCO Videos, panoptic, arm implicit: the weights go on from frame to frame, and the window holds one frame.
 _base_ = ["./mask2former_swin-s_coco-videos-panoptic.py"]
 
 custom_hooks = [dict(type="OnlineTTTHook", arm="implicit")]

@@ -1,4 +1,4 @@
-# Joint training on COCO, instance, from the zoo checkpoint of the main task, by the upstream schedule.
+# Joint training on COCO, instance, from the zoo checkpoint of the model, with the schedule of mmdet.
 _base_ = ["mmdet::mask2former/mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco.py"]
 custom_imports = dict(imports=["ttt_adapt_openmmlab"], allow_failed_imports=False)
 

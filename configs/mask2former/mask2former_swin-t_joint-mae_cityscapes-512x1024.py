@@ -1,4 +1,4 @@
-# Joint training on Cityscapes, semantic, from the zoo checkpoint of the main task, by the upstream schedule.
+# Joint training on Cityscapes, semantic, from the zoo checkpoint of the model, with the schedule of mmseg.
 _base_ = ["mmseg::mask2former/mask2former_swin-t_8xb2-90k_cityscapes-512x1024.py"]
 custom_imports = dict(imports=["ttt_adapt_openmmlab"], allow_failed_imports=False)
 

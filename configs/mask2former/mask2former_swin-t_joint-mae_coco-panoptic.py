@@ -1,4 +1,4 @@
-# Joint training on COCO, panoptic, from the zoo checkpoint of the main task, by the upstream schedule.
+# Joint training on COCO, panoptic, from the zoo checkpoint of the model, with the schedule of mmdet.
 _base_ = [
     "mmdet::mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco-panoptic.py",
     "../_base_/coco_panoptic.py",

@@ -1,4 +1,4 @@
-# SegFormer-B4, trained on Cityscapes, as it is on KITTI-STEP: a baseline that does not adapt.
+# SegFormer-B4, trained on Cityscapes and tested on KITTI-STEP: a baseline that does not adapt.
 _base_ = ["mmseg::segformer/segformer_mit-b4_8xb1-160k_cityscapes-1024x1024.py", "../_base_/kitti_step.py"]
 custom_imports = dict(imports=["ttt_adapt_openmmlab"], allow_failed_imports=False)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from ttt_adapt.errors import DataError
 from ttt_adapt.integration import AB_SCALE, LABEL_FOLDERS, PHOTO_SUFFIXES, colour_frame, psnr, rgb_to_lab, to_grey
 from ttt_adapt_openmmlab.datasets.frame_order import file_of
-from ttt_adapt_openmmlab.decoders import paint_with
+from ttt_adapt_openmmlab.decoders import into_pixel_head
 from ttt_adapt_openmmlab.metrics.base import Scores, StreamMetric
 
 STRIDE = 4
@@ -119,7 +119,7 @@ class Colorizer(BaseModel):
     ) -> None:
         super().__init__(data_preprocessor, init_cfg)
         self.backbone = MODELS.build(backbone)
-        self.decode_head = paint_with(MODELS.build(decode_head), 2, STRIDE)
+        self.decode_head = into_pixel_head(MODELS.build(decode_head), 2, STRIDE)
 
     def forward(self, inputs: Tensor, data_samples: Any = None, mode: str = "tensor") -> Any:
         """Colours, losses, or data samples with `pred_ab`.

@@ -47,7 +47,7 @@ class MaskHeadCopy(nn.Module):
     def __init__(self, model: nn.Module, name: str, specs: Sequence[Any]) -> None:
         super().__init__()
         self.name, self.stride = name, specs[0].stride
-        self.head = paint_with(copy.deepcopy(getattr(model, name)), 3, self.stride)
+        self.head = into_pixel_head(copy.deepcopy(getattr(model, name)), 3, self.stride)
         self.neck: nn.Module = copy.deepcopy(getattr(model, "neck", None)) or nn.Identity()
         self.requires_grad_(True)
         self._freeze_unused(_example(specs, next(self.head.parameters())))
@@ -77,7 +77,7 @@ class MaskHeadCopy(nn.Module):
             parameter.requires_grad_(gradient is not None)
 
 
-def paint_with(head: Any, channels: int, stride: int) -> Any:
+def into_pixel_head(head: Any, channels: int, stride: int) -> Any:
     """Turn a Mask2Former or MaskFormer head, in place, into one that predicts pixels.
 
     It loses its class head and gets a new query for each channel and each pixel of a stride. Pixel-shuffle its mask

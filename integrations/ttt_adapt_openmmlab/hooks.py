@@ -146,8 +146,8 @@ class OnlineTTTHook(Hook):
 
     def _warnings(self, model: nn.Module) -> Iterator[str]:
         """Warnings about settings that run, but are probably a mistake."""
-        if told := contradiction(self.arm, self.config):
-            yield told
+        if warning := contradiction(self.arm, self.config):
+            yield warning
         if self.branch is None and unwrapped(model).branch_is_new:
             yield (
                 "the checkpoint holds no trained branch (mae_branch), or not the whole of this one. Adapting with an "

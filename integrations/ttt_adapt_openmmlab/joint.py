@@ -210,11 +210,11 @@ def _rename(state_dict: dict[str, Any], prefix: str, rename: Callable[[str], str
 
 def _built(model: Any, data_preprocessor: Any, inherited: Mapping[str, Any]) -> nn.Module:
     """The model itself, or what its config describes."""
-    beside = {**inherited, "data_preprocessor": data_preprocessor}
+    extra = {**inherited, "data_preprocessor": data_preprocessor}
     if isinstance(model, nn.Module):
-        if extra := [key for key, value in beside.items() if value is not None]:
+        if given := [key for key, value in extra.items() if value is not None]:
             raise ConfigError(
-                f"JointMAE got {', '.join(map(repr, extra))} and a model that is built already: leave them out"
+                f"JointMAE got {', '.join(map(repr, given))} and a model that is built already: leave them out"
             )
         return model
     if not isinstance(model, Mapping) or "type" not in model:
@@ -222,10 +222,10 @@ def _built(model: Any, data_preprocessor: Any, inherited: Mapping[str, Any]) -> 
     config = copy.deepcopy(ConfigDict(model))
     if config.get("data_preprocessor") is None and data_preprocessor is not None:
         config["data_preprocessor"] = data_preprocessor
-    if ignored := list(_differences(beside, config, "model.")):
+    if ignored := list(_differences(extra, config, "model.")):
         print_log(
-            f"JointMAE takes {'; '.join(ignored[:5])}. Entries beside JointMAE's own keywords have no effect, such as "
-            "those that a config inherits from the plain model's: write changes inside of JointMAE's model=dict(...)",
+            f"JointMAE takes {'; '.join(ignored[:5])}. Entries other than JointMAE's own keywords have no effect, such "
+            "as those that a config inherits from the plain model's: write changes into JointMAE's model=dict(...)",
             logger="current",
             level=logging.WARNING,
         )

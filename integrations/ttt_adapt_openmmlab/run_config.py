@@ -16,7 +16,7 @@ from ttt_adapt import StreamConfig
 from ttt_adapt.errors import ConfigError, nearest
 from ttt_adapt_openmmlab.arms import arm_name, contradicting_fields, stream_config
 
-_READ_BY_RUNNER = (  # beside the arguments of the runner
+_READ_BY_RUNNER = (  # entries that the runner reads, other than its arguments
     "activation_checkpointing",
     "compile",
     "custom_imports",

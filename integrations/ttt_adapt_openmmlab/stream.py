@@ -104,7 +104,7 @@ class _Frames:
 
         Args:
             x: float [1, 3, H', W'].
-            data: what preprocessing made of the frame beside x. It stays as it is: a frame may be predicted again.
+            data: what else preprocessing made of the frame. It stays as it is: a frame may be predicted again.
 
         Raises:
             FrameError: no data, because the frame came as a float tensor, without the image behind it.

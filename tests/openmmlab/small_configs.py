@@ -1,4 +1,4 @@
-"""Configs made small: those of `configs/` and of the documents, and that of a joint model as a page shows it."""
+"""Configs of `configs/` and of the documents, made small; and a config of a joint model as a page shows it."""
 
 from __future__ import annotations
 

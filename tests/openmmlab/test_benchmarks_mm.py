@@ -1,4 +1,4 @@
-"""What the benchmarks of Mask2Former measure: parts, floor, the paper's recipe, contenders that compute the same."""
+"""What the benchmarks of Mask2Former measure: parts of a step, the floor, and attention computed in several ways."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def measured(options, batch: int) -> dict:
     return step.measure(options, batch, CPU) if batch else step.measure_plain(options, CPU)
 
 
-def test_the_contenders_of_deformable_attention_compute_the_same(monkeypatch, tmp_path, capsys):
+def test_the_implementations_of_deformable_attention_compute_the_same(monkeypatch, tmp_path, capsys):
     bench = load("deformable_attention")
     monkeypatch.setattr(bench, "CASES", {"small": ((64, 96), 2, (2, 8))})
     out = tmp_path / "attention.json"

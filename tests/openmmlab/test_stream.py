@@ -78,7 +78,7 @@ def plain(model: nn.Module) -> nn.Module:
 
 
 def joined(model: dict, cfg: Config) -> Config:
-    """The config of a JointMAE, as it looks after it inherited from the plain model's."""
+    """The config of a JointMAE, as it looks when it inherits from the plain model's config."""
     cfg = Config(cfg.to_dict())
     cfg.model = {**model, "type": "JointMAE", "model": model, "branch": {"decoder": "copy_head"}}
     return cfg

@@ -313,7 +313,7 @@ def scope_of(config: dict[str, Any]) -> str:
 def enter(scope: str) -> None:
     """Make `scope` the default scope, as `init_model` and the Runner do."""
     if DefaultScope.check_instance_created(scope):
-        DefaultScope._instance_dict.move_to_end(scope)  # asked for before: current again
+        DefaultScope._instance_dict.move_to_end(scope)  # it exists: make it the current one again
     init_default_scope(scope)
 
 

@@ -177,7 +177,7 @@ def _coco_images(images: Path, file: Path, kind: str) -> Iterator[str]:
 
 def _coco_panoptic(file: Path, maps: Path) -> Iterator[str]:
     data = _json(file, "panoptic")
-    if isinstance(data, str):  # told already
+    if isinstance(data, str):  # _coco_images has said what is wrong
         return
     pairs = [(maps / item["file_name"], item["segments_info"]) for item in data["annotations"]]
     missing = [path for path, _ in pairs if not path.is_file()]

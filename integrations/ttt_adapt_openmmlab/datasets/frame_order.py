@@ -47,7 +47,7 @@ def frame_key(metainfo: Mapping[str, Any]) -> Key:
     if number is None and isinstance(path, str | os.PathLike):
         return natural_key(os.path.splitext(os.path.basename(os.fspath(path)))[0])
     try:
-        return ((0, int(number), ""),)  # type: ignore[arg-type]  # None is told like any other that is no number
+        return ((0, int(number), ""),)  # type: ignore[arg-type]  # None raises, like anything else that is no number
     except (TypeError, ValueError) as error:
         raise DataError(
             f"a frame of video {video_of(metainfo)!r} has frame_id={number!r} and img_path={path!r}; expected its "

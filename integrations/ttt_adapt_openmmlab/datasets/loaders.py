@@ -16,7 +16,7 @@ _FIX = "set test_dataloader.sampler to dict(type='VideoSampler')"
 
 
 def check_stream(loader: Any) -> None:
-    """Refuse a test dataloader that is no video stream, as far as can be told before it runs.
+    """Refuse a test dataloader that is no video stream, as far as this is known before it runs.
 
     Raises:
         ConfigError: more than one frame per batch, a shuffled order, workers whose results are not put in order, videos
@@ -36,7 +36,7 @@ def check_stream(loader: Any) -> None:
 def stream_infos(loader: DataLoader) -> tuple[list[int], list[dict[str, Any]]] | None:
     """The dataset's indices and infos in the order of the stream, without loading a frame.
 
-    None where that cannot be told: a dataset without `get_data_info`, or a sampler of another kind.
+    None where they are not known: for a dataset without `get_data_info`, or a sampler of another kind.
     """
     known = isinstance(loader.sampler, VideoSampler | DefaultSampler | SequentialSampler)
     infos = frame_infos(loader.dataset) if known and type(loader.batch_sampler) is BatchSampler else None
@@ -50,13 +50,13 @@ def offline_indices(loader: DataLoader) -> tuple[list[int], list[dict[str, Any]]
     """Like `stream_infos`, for an arm that needs them.
 
     Raises:
-        DataError: they cannot be told.
+        DataError: they are not known.
     """
     stream = stream_infos(loader)
     if stream is None:
         raise DataError(
-            f"arm 'offline' must know the frames of a video beforehand, and a {type(loader.dataset).__name__} with a "
-            f"{type(loader.sampler).__name__} does not tell: use a dataset with get_data_info, and {_FIX}"
+            f"arm 'offline' must know the frames of a video before it begins, and a {type(loader.dataset).__name__} "
+            f"with a {type(loader.sampler).__name__} does not tell: use a dataset with get_data_info, and {_FIX}"
         )
     return stream
 

@@ -31,7 +31,7 @@ def stand_in_for_missing_ops() -> None:
     if importlib.util.find_spec(EXTENSION) is not None:  # compiled, or this function ran before
         return
     sys.modules[EXTENSION] = _StandIn(EXTENSION)
-    # Deformable attention also exists in plain PyTorch; mmcv calls that where it is told that there is no CUDA.
+    # mmcv has deformable attention in plain PyTorch, too, and calls it where this says that there is no CUDA.
     attention: Any = importlib.import_module("mmcv.ops.multi_scale_deform_attn")
     attention.IS_CUDA_AVAILABLE = False
 
@@ -39,7 +39,7 @@ def stand_in_for_missing_ops() -> None:
 def speed_up_deformable_attention() -> None:
     """Put the library's deformable attention in the place of mmcv's function in plain PyTorch.
 
-    mmcv calls that function for CPU tensors, and for all tensors where `stand_in_for_missing_ops` told it that there is
+    mmcv calls that function for CPU tensors, and for all tensors where `stand_in_for_missing_ops` set that there is
     no CUDA. So on a GPU a compiled operator is still used where there is one, and else a Triton kernel.
     """
     attention: Any = importlib.import_module("mmcv.ops.multi_scale_deform_attn")
