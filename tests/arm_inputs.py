@@ -11,9 +11,10 @@ from PIL import Image
 
 from conftest import settle_norms
 from ttt_adapt import StreamConfig
-from ttt_adapt.arms import Arm
+from ttt_adapt.arms import Arm, find_arm
 from ttt_adapt.evaluation.rows import Row
-from ttt_adapt.evaluation.runners import RUNNERS
+from ttt_adapt.evaluation.runners import RUNNERS, start
+from ttt_adapt.objectives import Rotation
 from ttt_adapt.tasks.checkpoint import Checkpoint, build_model
 from ttt_adapt.tasks.spec import ModelSpec
 
@@ -58,3 +59,26 @@ def write_clip(folder: Path, count: int, seed: int = 0) -> None:
 def two_rows(files: list[Path]) -> list[Row]:
     """The fixed and the online arm."""
     return [Row("fixed", "Fixed", tuple(files)), Row("online", "Online", tuple(files))]
+
+
+def suited(name: str, seed: int = 0) -> Checkpoint:
+    """A checkpoint that the arm applies to."""
+    if name.startswith("ln-adapt"):
+        return checkpoint(seed, **VIT)
+    made = checkpoint(seed)
+    if name == "rotation":
+        return Checkpoint(made.model, Rotation.attach(made.model, "backbone"), made.spec)
+    return made
+
+
+def predictions(name: str, made: Checkpoint, config=CONFIG, clip=None) -> list[torch.Tensor]:
+    clip = frames() if clip is None else clip
+    arm = find_arm(name)
+    runner = start(arm, made, config)
+    try:
+        if not arm.streaming:
+            first = clip[0][0]
+            runner.prepare([frame for frame, _ in clip], (lambda p: float(p(first).std())) if arm.oracle else None)
+        return [runner.step(frame).clone() for frame, _ in clip]
+    finally:
+        runner.close()
