@@ -43,7 +43,7 @@ def _hand_over(entry: EntryPoint) -> Callable[[typer.Context], None]:
     return call
 
 
-for _entry in entry_points(group="ttt_adapt.cli"):
+for _entry in entry_points(group="ttt_adapt.commands"):
     app.command(
         _entry.name,
         help=f"{_entry.module.split('.')[0]}: see 'ttt-adapt {_entry.name} --help'.",
