@@ -236,8 +236,8 @@ def test_the_record_of_a_coco_clip_depends_on_its_annotations(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "match"),
     [
-        (lambda root: (root / "panoptic_images" / "bar" / "bar_2.png").unlink(), r"names bar_2\.png, which is missing"),
-        (lambda root: (root / "raw_images" / "bar" / "bar_1.png").unlink(), r"bar\.json names bar_1\.png, which is miss"),
+        (lambda root: (root / "panoptic_images" / "bar" / "bar_2.png").unlink(), r"names the file bar_2\.png, and"),
+        (lambda root: (root / "raw_images" / "bar" / "bar_1.png").unlink(), r"names the file bar_1\.png, and"),
         (lambda root: (root / "annotations" / "val" / "bar.json").write_text("{}"), r"bar\.json is no COCO annotation"),
         (lambda root: (root / "annotations" / "val" / "bar.json").write_text("{"), r"bar\.json is no COCO annotation"),
         (lambda root: (root / "annotations" / "val" / "bar.json").write_text(LONELY), r"bar_1\.png has no annotation"),

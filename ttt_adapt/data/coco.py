@@ -97,7 +97,7 @@ def _locate(root: Path, kinds: Sequence[str], video: str, name: str) -> Path:
         if place.is_file():
             return place
     raise DataError(
-        f"{video}.json names {name}, which is missing; expected it at {' or '.join(str(place) for place in places)}"
+        f"{video}.json names the file {name}, and it is missing; expected {' or '.join(str(place) for place in places)}"
     )
 
 
