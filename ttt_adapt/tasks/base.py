@@ -25,12 +25,12 @@ class Metric:
 
     Attributes:
         field: the attribute of `Run`.
-        title: as in tables and plots.
-        unit: behind the title, in brackets; "" for none.
-        step: unit of a difference.
-        scale: from the number as it is kept to the number as it is shown.
-        digits: behind the decimal point.
-        higher_is_better: its direction.
+        title: its name in tables and plots.
+        unit: stands in brackets behind the title; "" for none.
+        step: unit of a difference of two such numbers.
+        scale: factor from the number that is kept to the number that is shown.
+        digits: how many are shown behind the decimal point.
+        higher_is_better: whether a higher number is better.
         change: what stands in brackets behind a value: its "percent" change relative to the reference, its
             "difference" to it, or "" for nothing.
         floor: the attribute of `Run` with what the input itself scores, where bars begin; "" for zero.
@@ -109,9 +109,9 @@ class Task(ABC):
 
     Attributes:
         name: as on the command line.
-        metrics: what its score gives, in the order of table columns. The first is the headline over the clip, the
-            second its mean over frames; what `Score.per_frame` holds is shown as that one.
-        about: what the metrics are, for a table's caption.
+        metrics: what its score gives, in the order of table columns. The first is the main metric over the whole clip,
+            the second the mean over frames of what `Score.per_frame` holds.
+        about: what the metrics mean, for the caption of a table.
         augment: the random changes to a training sample.
         outputs: what the model returns, in words.
         distribution: whether the output's channels are class scores, whose softmax is a distribution.
