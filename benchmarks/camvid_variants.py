@@ -25,7 +25,7 @@ import numpy as np
 from ttt_adapt import StreamConfig
 from ttt_adapt.arms import ARMS
 from ttt_adapt.data import open_clips
-from ttt_adapt.evaluation.runner import run_arm
+from ttt_adapt.evaluation.run_arm import run_arm
 from ttt_adapt.model.norms import norm_layers
 from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint
 

@@ -28,7 +28,7 @@ from ttt_adapt import StreamConfig
 from ttt_adapt.arms import find_arm
 from ttt_adapt.data import Clip, open_frames
 from ttt_adapt.evaluation.rows import Row
-from ttt_adapt.evaluation.runner import run_arm
+from ttt_adapt.evaluation.run_arm import run_arm
 from ttt_adapt.evaluation.session import evaluate
 from ttt_adapt.tasks import Colorization
 from ttt_adapt.tasks.checkpoint import load_checkpoint

@@ -15,7 +15,7 @@ from ttt_adapt import StreamConfig
 from ttt_adapt.arms import ARMS
 from ttt_adapt.data.street.scene import street_stream
 from ttt_adapt.evaluation.demo import FPS, WEIGHTS
-from ttt_adapt.evaluation.runner import run_arm
+from ttt_adapt.evaluation.run_arm import run_arm
 from ttt_adapt.tasks.checkpoint import load_checkpoint
 
 FRAMES = 240

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from timing import Step, device_name, interleaved, now, table, write
 from ttt_adapt import StreamAdapter, StreamConfig
-from ttt_adapt.evaluation.memory import PeakMemory
+from ttt_adapt.evaluation.peak_memory import PeakMemory
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

@@ -83,7 +83,7 @@ def files(tmp_path, model_folder) -> list:
 def counted(monkeypatch) -> list[str]:
     """The runs that an evaluation really makes, as "ARM CLIP"."""
     import ttt_adapt.evaluation.session as session
-    from ttt_adapt.evaluation.runner import run_arm
+    from ttt_adapt.evaluation.run_arm import run_arm
 
     made = []
 

@@ -24,10 +24,10 @@ from ttt_adapt.errors import ConfigError, StateError
 from ttt_adapt.model.norms import frame_statistics, norm_layers, updating_norms
 from ttt_adapt.model.ownership import Ownership, check_unowned, check_unshared
 from ttt_adapt.objectives.base import Objective
-from ttt_adapt.objectives.choose import check_objective
+from ttt_adapt.objectives.check_objective import check_objective
 from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.stream.auto_window import gradient_sketch
-from ttt_adapt.stream.compatibility import FORMAT, check_compatible, current_format, setting_of
+from ttt_adapt.stream.check_saved import FORMAT, check_compatible, current_format, setting_of
 from ttt_adapt.stream.frames import FrameIntake, Preprocess, TakenFrame, default_preprocess
 from ttt_adapt.stream.optimizer import ParamGroups, adamw, parameter_groups, total_norm
 from ttt_adapt.stream.report import StepReport
@@ -201,7 +201,7 @@ class StreamAdapter:
             state.window.stage(taken.x[0], taken.pixels)
             skipped, surprise = self._skipped()
             if not skipped:
-                update = self._engine.update(self._update, state, taken.x)
+                update = self._engine.update(partial(self._update, taken.context), state, taken.x)
         numbers, sketch = (None, None) if update is None else update
         state.window.commit()
         if surprise is not None:
@@ -228,26 +228,30 @@ class StreamAdapter:
         surprise = float(self._engine.loss(batch, self._state.random.generator))
         return "" if self._state.gate.is_open(surprise) else "gate", surprise
 
-    def _update(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _update(self, context: tuple[Any, ...], x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What a frame does to the weights; nothing here waits for the device.
+
+        Args:
+            context: what `predict` gets beside x.
+            x: the frame, [1, 3, H, W].
 
         Returns:
             [iterations, 2], the loss and gradient norm of each step; and what the automatic window wants to know of the
             frame's first gradient.
         """
         self._state.weights.pull(self.config.pull_fraction)
-        self._move_statistics(x)
+        self._move_statistics(x, *context)
         if self.config.restart_optimizer or self.config.pull_fraction == 1.0:
             self._engine.restart(self._state.optimizer)
         steps = [self._gradient_step(i) for i in range(self.config.iterations)]
         return torch.stack([numbers for numbers, _ in steps]), steps[0][1]
 
     @torch.no_grad()
-    def _move_statistics(self, x: Tensor) -> None:
+    def _move_statistics(self, x: Tensor, *context: Any) -> None:
         """Let the clean frame into the running statistics of BatchNorm, if the configuration says so."""
         if self.config.norm_stats == "ema" and self._norms:
             with updating_norms(self._norms, self.config.frame_share):
-                self._predict(x)
+                self._predict(x, *context)
 
     def _gradient_step(self, iteration: int) -> tuple[Tensor, Tensor | None]:
         """Draw a batch and step if the gradient is finite: the loss and gradient norm, and a sketch of the gradient."""

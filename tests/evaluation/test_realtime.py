@@ -14,7 +14,7 @@ from arm_inputs import CONFIG, arm_run_by, checkpoint, frames
 from ttt_adapt.arms import ARMS
 from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt.evaluation.realtime import measure_forwards, stride
-from ttt_adapt.evaluation.runner import run_arm
+from ttt_adapt.evaluation.run_arm import run_arm
 
 pytestmark = pytest.mark.usefixtures("small_collections")
 

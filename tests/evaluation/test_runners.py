@@ -12,7 +12,7 @@ from arm_inputs import CLASSES, CONFIG, SIZE, VIT, arm_run_by, checkpoint, frame
 from conftest import photograph, same_bits
 from ttt_adapt.arms import ARMS, find_arm
 from ttt_adapt.errors import ConfigError, DataError
-from ttt_adapt.evaluation.runner import run_arm
+from ttt_adapt.evaluation.run_arm import run_arm
 from ttt_adapt.evaluation.runners import Fixed, configured, start
 
 pytestmark = pytest.mark.usefixtures("small_collections")

@@ -17,7 +17,7 @@ from ttt_adapt.data import LabelledClip, open_clips
 from ttt_adapt.errors import ConfigError, DataError, StateError
 from ttt_adapt.evaluation.report import Report
 from ttt_adapt.evaluation.rows import Row, rows_of
-from ttt_adapt.evaluation.runner import run_arm
+from ttt_adapt.evaluation.run_arm import run_arm
 from ttt_adapt.evaluation.session import check_failures, evaluate
 from ttt_adapt.tasks.checkpoint import load_checkpoint, save_checkpoint
 

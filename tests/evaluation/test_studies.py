@@ -15,7 +15,7 @@ from ttt_adapt.data import open_clips
 from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt.evaluation.report import Report
 from ttt_adapt.evaluation.rows import Row
-from ttt_adapt.evaluation.runner import run_arm
+from ttt_adapt.evaluation.run_arm import run_arm
 from ttt_adapt.evaluation.session import evaluate
 from ttt_adapt.evaluation.studies import STUDIES, Study, find_study, rows_of_study
 from ttt_adapt.evaluation.tables import study_table

@@ -15,8 +15,8 @@ from conftest import same_bits, settle_norms
 from ttt_adapt import MAEBranch, Normalize, StreamAdapter, StreamConfig
 from ttt_adapt.errors import CheckpointError, StateError
 from ttt_adapt.objectives import PseudoLabel
-from ttt_adapt.stream.part import Part
 from ttt_adapt.stream.state import StreamState
+from ttt_adapt.stream.state_part import Part
 
 SIZE = (32, 48)
 CONFIG = StreamConfig(window=3, batch_size=2, lr=1e-2, source_pull=0.1, seed=11)

@@ -23,7 +23,7 @@ from ttt_adapt.errors import ConfigError, DataError, FrameError
 from ttt_adapt.evaluation.adapt_video import adapt_video
 from ttt_adapt.evaluation.report import Report, Run
 from ttt_adapt.evaluation.rows import fingerprints, metric_files, rows_of
-from ttt_adapt.evaluation.runner import run_arm
+from ttt_adapt.evaluation.run_arm import run_arm
 from ttt_adapt.evaluation.runners import start
 from ttt_adapt.evaluation.tables import markdown_table
 from ttt_adapt.tasks import Colorization, find_task

@@ -14,7 +14,7 @@ from ttt_adapt.data.street.scene import PALETTE, street_stream
 from ttt_adapt.evaluation.environment import environment
 from ttt_adapt.evaluation.plots import plot_stream
 from ttt_adapt.evaluation.report import Report
-from ttt_adapt.evaluation.runner import run_arm
+from ttt_adapt.evaluation.run_arm import run_arm
 from ttt_adapt.evaluation.tables import markdown_table
 from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint
 from ttt_adapt.video import VideoWriter

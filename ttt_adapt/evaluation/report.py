@@ -41,7 +41,7 @@ class Run:
         per_class: a score of every class by its name; None for classes that the clip never shows; empty for tasks
             without classes.
         fps: labelled frames per second of the clip; None where unknown.
-        peak_memory_mib: peak memory above what was held at the start (`ttt_adapt.evaluation.memory`); None if unknown.
+        peak_memory_mib: peak memory above what was held at the start (see `peak_memory`); None if unknown.
         forwards: under real-time scoring, the forward passes per frame that the arm was charged; None without.
         streaming: whether the arm saw no frame before its time.
         oracle: whether it chose by the labels.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt_adapt.errors import CheckpointError, ConfigError, FrameError
-from ttt_adapt.stream.part import Part
+from ttt_adapt.stream.state_part import Part
 from ttt_adapt.theory import check_from
 
 

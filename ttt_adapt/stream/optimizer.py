@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError
 from ttt_adapt.model.parameters import split_by_decay
-from ttt_adapt.stream.part import Part, nothing
 from ttt_adapt.stream.source import copied
+from ttt_adapt.stream.state_part import Part, nothing
 
 ParamGroups = list[dict[str, Any]]
 

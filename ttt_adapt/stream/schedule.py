@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ttt_adapt.errors import CheckpointError
-from ttt_adapt.stream.part import Part
+from ttt_adapt.stream.state_part import Part
 
 LENGTH = 50
 """How many earlier losses the surprise gate looks at."""

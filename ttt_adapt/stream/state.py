@@ -22,10 +22,10 @@ from ttt_adapt.objectives.base import Objective, StatefulObjective
 from ttt_adapt.stream.auto_window import AutoWindow
 from ttt_adapt.stream.frames import FrameIntake, scaling
 from ttt_adapt.stream.optimizer import StreamOptimizer
-from ttt_adapt.stream.part import Part
 from ttt_adapt.stream.report import StepReport
 from ttt_adapt.stream.schedule import SurpriseGate
 from ttt_adapt.stream.source import SourceWeights
+from ttt_adapt.stream.state_part import Part
 from ttt_adapt.stream.window import FrameWindow
 
 Self = TypeVar("Self", bound="StreamState")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ttt_adapt.errors import CheckpointError
-from ttt_adapt.stream.part import Part
+from ttt_adapt.stream.state_part import Part
 
 
 class FrameWindow(Part):

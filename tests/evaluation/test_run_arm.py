@@ -9,7 +9,7 @@ import torch
 from arm_inputs import CONFIG, arm_run_by, checkpoint, frames
 from ttt_adapt.arms import ARMS, Arm
 from ttt_adapt.errors import DataError, FrameError, FrameTypeError
-from ttt_adapt.evaluation.runner import run_arm
+from ttt_adapt.evaluation.run_arm import run_arm
 
 
 def test_a_run_holds_memory_and_rate():

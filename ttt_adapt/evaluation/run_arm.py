@@ -13,7 +13,7 @@ import numpy as np
 from ttt_adapt.arms import Arm
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import ConfigError, DataError
-from ttt_adapt.evaluation.memory import PeakMemory
+from ttt_adapt.evaluation.peak_memory import PeakMemory
 from ttt_adapt.evaluation.realtime import stride, timed
 from ttt_adapt.evaluation.report import Run
 from ttt_adapt.evaluation.runners import Predict, Runner, start

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ttt_adapt.evaluation.memory import PeakMemory
+from ttt_adapt.evaluation.peak_memory import PeakMemory
 
 
 def test_peak_memory_counts_what_a_block_allocates_even_if_it_is_gone_at_the_end():
