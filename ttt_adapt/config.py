@@ -16,14 +16,15 @@ class StreamConfig:
     """How a model adapts to a stream. Immutable; `replace` makes a changed copy.
 
     Attributes:
-        window: explicit memory, the last k frames (the current one included); "auto" chooses k for each frame from
-            how far and how noisily the gradient moves (`ttt_adapt.stream.auto_window.AutoWindow`), at most 32.
-        batch_size: crops or frames drawn from the window, with replacement, for each gradient step.
+        window: explicit memory, the last k frames, the current one included. "auto" chooses k for each frame, at most
+            32, from how far and how noisily the gradient moves (`ttt_adapt.stream.auto_window.AutoWindow`).
+        batch_size: frames (or crops of them) that are drawn from the window, with replacement, for a gradient step.
         iterations: gradient steps per frame.
-        carry_weights: implicit memory; False starts every frame from the source weights.
-        source_pull: in [0, 1]; before each frame's steps the adapted weights go this fraction of the way back to the
-            source. 0 is the paper, 1 is no memory. Running statistics have a memory of their own, `norm_momentum`, and
-            go back only with 1.
+        carry_weights: implicit memory: the weights go on from frame to frame. False: every frame starts from the source
+            weights.
+        source_pull: in [0, 1]; before the steps of each frame the adapted weights go this fraction of the way back to
+            the source weights. 0 is the paper, 1 is no memory. Running statistics follow `norm_momentum`; only 1 takes
+            them back too.
         restart_optimizer: forget the optimizer's state before each frame, as the paper's code does. Without carried
             weights it is always forgotten.
         lr: learning rate of the decoder.
@@ -31,28 +32,29 @@ class StreamConfig:
         weight_decay: decoupled weight decay; never on norms, biases, tokens and position embeddings.
         grad_clip: largest norm of the whole gradient; None: unlimited.
         crop_size: (H, W) or side of random crops for the gradient step; None: whole frames.
-        micro_batch: largest number of draws in one forward and backward pass: larger batches are taken in parts whose
-            gradients are summed, in less memory. The sum is the gradient of the whole batch, in another order of
-            summation, for objectives that follow `objectives.base.SplitLoss`, as `MAEBranch` does; others draw for each
-            part anew, and parts count by their images. None: the whole batch at once.
-        grad_checkpointing: the encoder's repeated blocks keep their inputs only and run again in the backward pass: the
-            same gradients in less memory, for a forward pass of the blocks more.
-        precision: of the gradient step: "fp32" (as the process is set up), "tf32" (CUDA devices from compute capability
-            8.0 on), or "bf16" by autocast. Weights and optimizer stay as they are, and predictions are always the
-            model's own. "fp16" is refused: its gradients would need a loss scale, and bf16 needs none.
-        norm_stats: statistics of BatchNorm: "frozen", "ema" (running ones move over the clean frames that are adapted
-            to), "blend" (each frame is predicted with a blend of the running ones and its own, of unbiased variance),
-            or "batch" (with its own alone, of biased variance, as PyTorch has it in training). Masked frames never
-            enter. A layer that sees one value per channel, such as BatchNorm behind global pooling, keeps to its
-            running statistics. Nothing for models without BatchNorm.
+        micro_batch: how many draws go through the model at once; None: the whole batch. A larger batch goes in parts,
+            in less memory, and the gradients of the parts are added. The sum is the gradient of the whole batch, up to
+            rounding, for objectives that follow `objectives.SplitLoss`, as `MAEBranch` does. Other objectives draw anew
+            for each part, and a part counts by the number of its images.
+        grad_checkpointing: the encoder's repeated blocks keep only their inputs and run again in the backward pass. The
+            gradients are the same, in less memory, and a step takes one more forward pass of the blocks.
+        precision: of the gradient step: "fp32" (as the process is set up), "tf32" (on CUDA devices from compute
+            capability 8.0 on), or "bf16" by autocast. Weights, optimizer and predictions keep their own precision.
+            "fp16" is refused: its gradients would need a loss scale, and "bf16" needs none.
+        norm_stats: the statistics that BatchNorm normalises a frame with: "frozen" (the running statistics), "ema" (the
+            running statistics, which move with every frame that is adapted to), "blend" (a blend of the running
+            statistics and the frame's own, with its unbiased variance) or "batch" (the frame's own, with its biased
+            variance, as PyTorch does in training). Masked frames never change the running statistics. A layer that sees
+            one value per channel, such as BatchNorm behind global pooling, uses its running statistics. Models without
+            BatchNorm ignore this.
         norm_momentum: weight of the current frame in "ema" and "blend"; None: 0.05 and 0.5.
-        drop_path: stochastic depth and dropout active in the gradient step.
+        drop_path: stochastic depth and dropout are active in the gradient step.
         engine: how a step runs: "eager", "compile" (`torch.compile`), "cudagraph" (recorded once, then replayed), or
-            "auto", which picks for the device and the model (`StreamAdapter.engine` says what and why).
-        every: adapt on every n-th frame only.
-        gate: "none", or "surprise": update only where the loss of a batch, taken first and without a gradient, exceeds
-            the mean plus one standard deviation of those of the last 50 frames. While the gate is shut the weights
-            stay as they are: the pull toward the source belongs to an update.
+            "auto", which is the eager engine today. `StreamAdapter.engine` says which one runs, and why.
+        every: adapt to every n-th frame only.
+        gate: "none", or "surprise": the loss of a batch is taken first, without a gradient, and the frame is adapted to
+            only if that loss exceeds the mean of the last 50 such losses by more than one standard deviation. Otherwise
+            the weights stay as they are; they are not pulled to the source either.
         seed: of masks, draws and crops.
     """
 

@@ -356,6 +356,20 @@ def test_weights_of_the_branch_that_are_replaced_mid_stream_are_an_error(make, k
         adapter.step(frames[4])
 
 
+@pytest.mark.parametrize("kind", ENGINES)
+def test_videos_that_take_turns_over_one_model_are_streams_of_their_own_on_every_engine(make, kind):
+    clips = [clip(2 * WARM_UP + 6), clip(2 * WARM_UP + 6, seed=5)]
+    alone, shared = [make(kind, window=2) for _ in clips], make(kind, window=2)
+    states = [shared.state, shared.new_state()]
+    for index, frames in enumerate(zip(*clips, strict=True)):
+        for adapter, state, frame in zip(alone, states, frames, strict=True):
+            shared.swap(state)
+            assert_near([shared.step(frame)], [adapter.step(frame)], kind)
+        if index == WARM_UP + 3:  # by now both are recorded
+            states[0].reset()
+            alone[0].reset()
+
+
 # ---- compile
 
 
@@ -818,7 +832,7 @@ def test_what_is_not_available_is_refused_before_anything_changes(changes, messa
 
 def test_compiling_needs_a_compiler_and_an_objective_whose_draws_come_apart(monkeypatch):
     model = zoo.TinySeg()
-    with pytest.raises(ConfigError, match="Entropy does not say how its random draws"):
+    with pytest.raises(ConfigError, match="Entropy does not separate its random draws"):
         StreamAdapter(model, Entropy(model), config=CONFIG.replace(engine="compile"))
     monkeypatch.setattr(shutil, "which", lambda _name: None)
     with pytest.raises(ConfigError, match=r"C\+\+ compiler.*install g\+\+"):

@@ -61,11 +61,11 @@ def no_compile(config: StreamConfig, objective: Objective, device: torch.device)
     """Why `torch.compile` cannot run this stream; "" if it can."""
     if not isinstance(objective, SplitLoss):
         return (
-            f"{type(objective).__name__} does not say how its random draws come apart from its loss (draw, loss_of, "
-            "weight, settings)"
+            f"{type(objective).__name__} does not separate its random draws from its loss, as objectives.SplitLoss "
+            "does (draw, loss_of, weight, settings)"
         )
     if config.grad_checkpointing:
-        return "the compiler takes apart what grad_checkpointing runs again: set micro_batch instead"
+        return "it cannot be combined with grad_checkpointing: set micro_batch instead"
     if device.type == "cpu" and not _has_cpp_compiler():
         return "torch.compile needs a C++ compiler on the CPU, and none was found: install g++, or set CXX"
     if device.type == "cuda":
@@ -93,7 +93,7 @@ def no_recording(config: StreamConfig, objective: Objective, optimizer: type[tor
     if config.drop_path:
         return "drop_path sets PyTorch's global random source at every step, so that the seed decides what is dropped"
     if isinstance(objective, StatefulObjective) and objective.memory():
-        return f"{type(objective).__name__} moves an average after each step that was taken, which the host decides"
+        return f"{type(objective).__name__} changes its memory after each step, and a recording skips no step"
     return ""
 
 

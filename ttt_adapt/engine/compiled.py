@@ -1,9 +1,9 @@
 """The compile engine: loss, backward pass and prediction through `torch.compile`.
 
-The branch's hooks exist only during its own passes, and a compiler that reads Python would have to follow them. So the
-pass is first written down with the hooks in place, as the list of tensor operations that it is, forward and backward
-in one, and that list is compiled: it has no Python left in it to break a graph or to ask for a recompilation. Random
-draws are made outside, where the other engines make them. One list is kept per shape of the images.
+The branch's hooks exist only during its own passes, and `torch.compile` would have to follow their Python code. So the
+pass is traced first, with the hooks in place: the result is a list of tensor operations, forward and backward in one,
+without Python. That list is compiled, so nothing breaks its graph or causes a recompilation. Random draws are made
+outside of it, where the other engines make them. One list is kept for each shape of the images.
 """
 
 from __future__ import annotations
@@ -96,13 +96,13 @@ class CompileEngine(EagerEngine):
             reached[:] = [i for i, gradient in enumerate(found) if gradient is not None]
             return [value.detach(), *(gradient for gradient in found if gradient is not None)]
 
-        # writing it down runs it once, and what it draws beside `drawn` has to be there for the first real run
+        # tracing runs the pass once; the random source goes back after it, for the first real run
         with torch.no_grad(), torch.random.fork_rng(_devices(step.device)):
             operations = make_fx(both)(images, drawn)
         return self._compile(operations, fullgraph=True), reached
 
     def _compile(self, call: Callable[..., Any], fullgraph: bool = False) -> Callable[..., Any]:
-        # stochastic depth draws from PyTorch's random source as in the eager engine, if not always the same numbers
+        # stochastic depth draws from PyTorch's random source, as in the eager engine, but not always the same numbers
         options: Any = {"fallback_random": True} if self._backend == "inductor" else None
         return torch.compile(call, fullgraph=fullgraph, dynamic=False, backend=self._backend, options=options)
 
@@ -118,22 +118,22 @@ class CompileEngine(EagerEngine):
             return self._predictions[shape][1](x)
 
     def forget(self) -> None:
-        """Nothing: what is compiled reads the weights where they are."""
+        """Nothing to do: compiled passes hold no tensors of a video."""
 
 
 def _devices(device: torch.device) -> list[torch.device]:
-    """Those beside the CPU whose random source a pass can draw from."""
+    """The devices, other than the CPU, whose random source a pass may draw from."""
     return [device] if device.type == "cuda" else []
 
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Say of a pass that cannot be compiled, or written down, that another engine runs it."""
+    """If a pass cannot be traced or compiled, raise an error that says which engine to use."""
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError, TTTAdaptError):
         raise
-    except Exception as error:  # whatever a compiler, or a model that reads values while it is written down, raises
+    except Exception as error:  # a compiler, or a model that reads values while it is traced, may raise anything
         if "allocate memory" in str(error):
             raise
         raise ConfigError(

@@ -159,7 +159,8 @@ class GraphEngine(EagerEngine):
         objective, buffer = self.gradient_step.objective, state.window.buffer
         settings = objective.settings() if isinstance(objective, SplitLoss) else ()
         place = None if buffer is None else buffer.data_ptr()
-        key = (state.serial, state.window.known(state.newest), place, settings, self.gradient_step.look())
+        video = (state.serial, state.optimizer.version, state.window.known(state.newest), place)
+        key = (*video, settings, self.gradient_step.look())
         return self._run("update", call, inputs, key, state.random.generator)
 
     def restart(self, optimizer: StreamOptimizer) -> None:

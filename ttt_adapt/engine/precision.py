@@ -1,4 +1,4 @@
-"""The precision of a gradient step. Weights and optimizer keep their own: float32 masters under "bf16" and "tf32"."""
+"""The precision of a gradient step. Weights and optimizer keep their own precision."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ttt_adapt.errors import ConfigError
 
 
 def forward_pass(precision: str, device: torch.device) -> AbstractContextManager[None]:
-    """For the forward pass: autocast to bfloat16, if asked for, and none of the caller's own.
+    """For the forward pass: autocast to bfloat16 if the precision is "bf16"; a caller's own autocast is off.
 
-    Casts are not kept: inside a caller's autocast they would outlive the update of the weights that they are of.
+    Casts of weights are not cached: after the update of the weights they would be stale.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
 
 
 @contextmanager
 def both_passes(precision: str) -> Iterator[None]:
-    """For forward and backward pass: TF32 products and convolutions if asked for; the process' own after it."""
+    """For forward and backward pass: TF32 is on if the precision is "tf32", and as it was after the block."""
     if precision != "tf32":
         yield
         return

@@ -57,17 +57,17 @@ def _inside(module: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def recomputing(blocks: Mapping[nn.Module, Sequence[nn.Module]], recorded: bool = False) -> Iterator[None]:
-    """Inside the block of code, these modules keep nothing but their inputs, and run again in the backward pass.
+    """Inside the block of code, these modules keep only their inputs, and run again in the backward pass.
 
-    The backward pass has to lie inside too. Checkpointing that the model does itself is off: it cannot be told to
-    follow `torch.autograd.grad`. A block runs once, as it is, with hooks on modules inside of it (they may be gone by
-    the time of the backward pass, and a user's own would be called twice), or where it is given anything but tensors
-    and plain values in lists, tuples and dicts (which may be something else by then).
+    The backward pass must be inside of the block of code too. The model's own checkpointing is off there, because it
+    does not work with `torch.autograd.grad`. Modules with inner hooks or unusual inputs are not checkpointed: a hook
+    may be gone when the module runs again, or would be called twice; and an input that is no tensor and no plain value
+    may have changed.
 
     Args:
         blocks: as `repeated_blocks` found them.
-        recorded: a recording may be under way, in which PyTorch's random source cannot be put back: whatever a block
-            draws there, it draws anew when it runs again.
+        recorded: whether the pass may be recorded. A recording cannot put PyTorch's random source back, so a module
+            draws anew when it runs again.
 
     Raises:
         ConfigError: a block cannot run again on what it was given, with the weights that it had.
@@ -82,7 +82,7 @@ def recomputing(blocks: Mapping[nn.Module, Sequence[nn.Module]], recorded: bool 
             if isinstance(error, CheckpointError) or "modified by an inplace operation" in str(error):
                 raise ConfigError(
                     "grad_checkpointing is True, but a block of this model does not run again as it ran: it changes "
-                    "what it is given in place, or the model does afterwards: set micro_batch instead"
+                    "its input in place, or the model changes that input afterwards: set micro_batch instead"
                 ) from error
             raise
         finally:
@@ -99,9 +99,9 @@ def _run(forward: Callable[..., Any], modules: Sequence[nn.Module], redraw: bool
     Args:
         forward: the block's own.
         modules: the block, and all that are inside of it.
-        redraw: whether PyTorch's random source is put back for the second time.
-        args: the block's.
-        kwargs: the block's.
+        redraw: whether PyTorch's random source is put back before the block runs again.
+        args: the arguments of the block.
+        kwargs: its keywords.
     """
     if not is_grad_enabled() or any(m._forward_hooks or m._forward_pre_hooks for m in modules[1:]):
         return forward(*args, **kwargs)
@@ -114,7 +114,7 @@ def _run(forward: Callable[..., Any], modules: Sequence[nn.Module], redraw: bool
         if not first and _state(modules) != state:
             raise ConfigError(
                 "grad_checkpointing is True, but the objective gives blocks of the model other weights or another mode "
-                "while its loss is taken, which are gone when they run again: set micro_batch instead"
+                "only while it takes its loss, so the blocks cannot run again: set micro_batch instead"
             )
         given, named = first.pop() if first else tree_unflatten(leaves, structure)
         return forward(*given, **named)
@@ -127,5 +127,5 @@ _VALUES = (Tensor, bool, int, float, str, Size, dtype, device)
 
 
 def _state(modules: Sequence[nn.Module]) -> list[Any]:
-    """The mode of the modules, which weights they have, and how often those were changed."""
+    """The mode of the modules, their weights, and how often the weights were changed."""
     return [(m.training, *((id(p), p._version) for p in m._parameters.values() if p is not None)) for m in modules]

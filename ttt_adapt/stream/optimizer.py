@@ -49,11 +49,10 @@ def parameter_groups(
 class FusedAdamW(torch.optim.AdamW):
     """`torch.optim.AdamW(fused=True)` that prepares its lists of tensors once: a step is one fused call per group.
 
-    Results and `state_dict()` are those of its base class, bit for bit. A fused step goes through the memory of a
-    parameter, its gradient and its moments side by side: gradients have to lie there as the parameter does (see
-    `laid_out_alike`), which `.backward()` sees to and `torch.autograd.grad` does not. It may be recorded into a CUDA
-    graph, and heeds `found_inf`, the flag on the device by which `torch.amp.GradScaler` has an optimizer leave a step
-    out.
+    Results and `state_dict()` are those of its base class, bit for bit. A fused step reads the memory of a parameter,
+    of its gradient and of its moments in the same order, so a gradient must have the memory layout of its parameter
+    (see `laid_out_alike`). `.backward()` gives it that layout, `torch.autograd.grad` may not. The optimizer supports
+    CUDA graphs and `found_inf`, the flag on the device with which `torch.amp.GradScaler` leaves a step out.
     """
 
     def __init__(self, groups: ParamGroups) -> None:
@@ -97,8 +96,7 @@ class FusedAdamW(torch.optim.AdamW):
     def restart(self) -> None:
         """Forget the moments, as before the first step.
 
-        Their memory, twice that of the parameters, is free until the next step: for the whole forward and backward
-        pass.
+        Their memory, twice that of the parameters, is free until the next step.
         """
         self.state.clear()
         for _, _, lists in self._ready:
@@ -174,12 +172,15 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
 class StreamOptimizer(Part):
     """The optimizer of one video.
 
+    Attributes:
+        version: how often another optimizer was put in.
+
     Args:
         make: makes a fresh optimizer of the adapted parameters.
     """
 
     def __init__(self, make: Callable[[], torch.optim.Optimizer]) -> None:
-        self._make = torch.inference_mode(False)(make)
+        self._make, self.version = torch.inference_mode(False)(make), 0
         self._use(self._make())
 
     @property
@@ -233,6 +234,7 @@ class StreamOptimizer(Part):
 
     def _use(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
+        self.version += 1
         self._fresh = [copied({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups]
 
 

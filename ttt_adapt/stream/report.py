@@ -1,4 +1,4 @@
-"""StepReport: what a step did, read from the device when somebody asks."""
+"""StepReport: what a step did."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 class StepReport:
     """What `adapt` did with one frame.
 
-    The numbers stay on the device until one of them is read: reading waits for the step, and a step waits for nobody.
+    The numbers stay on the device until somebody reads one of them. Reading waits until the step is done.
 
     Attributes:
         frame_index: position of the frame in the stream, from 0.
@@ -27,7 +27,7 @@ class StepReport:
         skipped: why there was no gradient step; "" if there was.
         ms: as above.
         numbers: [iterations, 2], the loss and the gradient norm of each step; None without a step.
-        surprise: the loss that the gate looked at and shut on.
+        surprise: the loss that the surprise gate compared, if the frame was not adapted to because of it.
     """
 
     def __init__(
