@@ -142,7 +142,7 @@ def test_activation_checkpointing_is_recorded_as_it_runs(make):
 
 def test_activation_checkpointing_is_refused_by_the_compiler():
     model = settle_norms(zoo.vit())
-    with left_as_it_was(model), pytest.raises(ConfigError, match="runs again: set micro_batch instead"):
+    with left_as_it_was(model), pytest.raises(ConfigError, match="cannot be combined with grad_checkpointing: set micro_batch instead"):
         StreamAdapter(model, encoder="norm", config=CONFIG.replace(engine="compile", grad_checkpointing=True))
 
 
