@@ -921,7 +921,7 @@ def test_a_state_that_does_not_fit_changes_nothing(kind):
     other_model = attached(zoo.TinySeg)
     shapes = {**good["weights"], "model.backbone.0.weight": torch.zeros(1)}
     state, message = {
-        "empty": ({}, "no state of a StreamAdapter.*weights"),
+        "empty": ({}, "no state of a StreamAdapter.*config"),
         "other config": ({**good, "config": {**good["config"], "window": 9}}, "'window': 9.*'window': 3"),
         "other model": (other_model.state_dict(), "missing.*unknown|unknown.*missing|missing"),
         "other shapes": ({**good, "weights": shapes}, r"other shapes \(1\): model.backbone.0.weight: \(1,\), expected"),
@@ -1124,6 +1124,55 @@ def test_predict_says_how_the_model_is_called():
     assert calls == [(1, 3, *SIZE)]
     assert out.dtype == torch.int64
     assert not out.is_inference()
+
+
+@pytest.mark.parametrize("norm_stats", ["frozen", "ema", "blend", "batch"])
+def test_what_preprocess_returns_beside_x_comes_back_in_the_prediction_of_that_frame(norm_stats):
+    normalize, frames = Normalize(), np.random.default_rng(0).integers(0, 256, (4, *SIZE, 3), dtype=np.uint8)
+    config = CONFIG.replace(norm_stats=norm_stats)
+    model = settle_norms(zoo.TinySeg())
+    plain = attached(zoo.TinySeg, config=config, preprocess=normalize)
+    model.load_state_dict(plain.branch.model.state_dict())
+    branch = MAEBranch.attach(model, "backbone")
+    branch.load_state_dict(plain.branch.state_dict())
+    counted = iter(range(len(frames)))
+
+    def predict(x, number):
+        return number, model(x)
+
+    adapter = StreamAdapter(
+        model, branch, config=config, preprocess=lambda frame: (normalize(frame), next(counted)), predict=predict
+    )
+    for number, frame in enumerate(frames):
+        found, output = adapter.step(frame)
+        assert found == number
+        assert same_bits(output, plain.step(frame))
+
+
+def test_floats_that_preprocess_never_saw_have_nothing_beside_them():
+    calls = []
+    model = zoo.PlainSeg()
+    adapter = StreamAdapter(
+        model, encoder="backbone", config=CONFIG, preprocess=lambda frame: (Normalize()(frame), "context"),
+        predict=lambda *given: calls.append(given[1:]),
+    )  # fmt: skip
+    adapter.step(clip(1)[0])
+    adapter.step(np.zeros((*SIZE, 3), np.uint8))
+    assert calls == [(), ("context",)]
+
+
+def test_a_detach_that_failed_can_be_repeated(monkeypatch):
+    model = zoo.PlainSeg()
+    source = photograph(model)["bytes"]
+    adapter = StreamAdapter(model, encoder="backbone", config=CONFIG)
+    adapter.step(clip(1)[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "_foreach_copy_", lambda *_: (_ for _ in ()).throw(RuntimeError("the card fell off")))
+        with pytest.raises(RuntimeError, match="fell off"):
+            adapter.detach()
+    adapter.detach()
+    assert photograph(model)["bytes"] == source
+    StreamAdapter(model, encoder="backbone", config=CONFIG).detach()
 
 
 def test_uint8_frames_and_normalised_floats_are_one_stream():

@@ -79,21 +79,22 @@ class StreamAdapter:
         self._branch: Objective = MAEBranch.attach(model, **attach) if branch is None else branch
         self._model, self._predict = model, model if predict is None else predict
         self._norms = norm_layers(model)
-        self._step = step = GradientStep(self._branch, config)
+        self._gradient = step = GradientStep(self._branch, config)
         first = step.parameters[0]
         preprocess = default_preprocess(model, first.device) if preprocess is None else preprocess
         self._intake = FrameIntake(preprocess, first.device, first.dtype, config.crop_size)  # type: ignore[arg-type]
         moving = self._norms if config.norm_stats == "ema" else []
-        tensors = adapted_tensors(self._branch, step.encoder, step.own, moving)
+        adapted = adapted_tensors(self._branch, step.encoder, step.own, moving)
+        tensors = adapted.everything
         check_unshared(tensors)
         modules = [m for m in (model, self._branch) if isinstance(m, nn.Module)]
         make = partial(_fresh, optimizer or adamw, parameter_groups(step.encoder, step.own, modules, config))
-        source = SourceWeights(tensors, whole=[name for name in tensors if name.startswith(("norm.", "memory."))])
-        self._begin = partial(StreamState.begin, config, tensors, source, make, self._intake)
+        source = SourceWeights(tensors, whole=[*adapted.statistics, *adapted.memory])
+        self._begin = partial(StreamState.begin, config, adapted, source, make, self._intake)
         self._state = self._begin()
-        self._engine = choose_engine(self._step, self._state.optimizer.optimizer)
+        self._engine = choose_engine(step, self._state.optimizer.optimizer)
         self._branch_training = bool(getattr(self._branch, "training", False))
-        self._ownership = Ownership(self, model, tensors, self._step.parameters, source.restore)
+        self._ownership = Ownership(self, model, tensors, step.parameters, source.restore)
         self._branch.train(False)
 
     @property
@@ -113,8 +114,8 @@ class StreamAdapter:
 
     @property
     def window(self) -> int:
-        """How many frames the next step draws from, the frame that comes included, once as many were seen."""
-        return self._state.newest
+        """How many of the last frames the next step draws from at most, the next frame included."""
+        return self._state.window_length
 
     @property
     def engine(self) -> tuple[str, str]:
@@ -152,7 +153,8 @@ class StreamAdapter:
         return self._predict_frame(self._take(frame))
 
     def forward(self, x: Tensor) -> Any:
-        """What the model (or `predict`) returns for x [1, 3, H, W], as it takes it, of any size; nothing is checked."""
+        """What the model (or `predict`) returns for x [1, 3, H, W], as it takes it, of any size; x is not checked."""
+        self._check_attached()
         return self._predict_frame(TakenFrame(x))
 
     def stream(self, frames: Iterable[Any]) -> Iterator[Any]:
@@ -176,6 +178,7 @@ class StreamAdapter:
             self._engine.forget()
             self._branch.train(self._branch_training)  # first: a decoder may hold layers of the model's own
             self._ownership.give_back(keep_adapted)
+            self._state.weights.release()
             if self._owns_branch:
                 self._branch.detach()
         return self._model
@@ -195,32 +198,30 @@ class StreamAdapter:
 
     def _adapt(self, taken: TakenFrame) -> StepReport:
         started = time.perf_counter()
-        state, update = self._state, None
+        state, numbers, sketch = self._state, None, None
         with self._undone_if_it_fails():
             self._engine.check()
             state.window.stage(taken.x[0], taken.pixels)
-            skipped, surprise = self._skipped()
+            skipped, surprise = self._decide()
             if not skipped:
-                update = self._engine.update(partial(self._update, taken.context), state, taken.x)
-        numbers, sketch = (None, None) if update is None else update
-        state.window.commit()
-        if surprise is not None:
-            state.gate.record(surprise)
-        if state.auto is not None and sketch is not None and numbers is not None and bool(numbers[0, 1].isfinite()):
-            state.auto.update(sketch.tolist())
-        ms = (time.perf_counter() - started) * 1e3
-        report = StepReport(state.progress.frame_index, skipped, ms, numbers, surprise if skipped == "gate" else None)
-        state.progress.count(report)
+                numbers, sketch = self._engine.update(self._update, state, taken)
+            state.window.commit()
+            if surprise is not None:
+                state.gate.record(surprise)
+            if state.auto is not None and sketch is not None and numbers is not None and bool(numbers[0, 1].isfinite()):
+                state.auto.update(sketch.tolist())
+            ms = (time.perf_counter() - started) * 1e3
+            index, shut = state.progress.frame_index, surprise if skipped == "gate" else None
+            report = StepReport(index, skipped, ms, numbers, shut)
+            state.progress.count(report)
         return report
 
-    def _skipped(self) -> tuple[str, float | None]:
-        """Why this frame is not adapted to, "" if it is; and the loss that the surprise gate looked at."""
+    def _decide(self) -> tuple[str, float | None]:
+        """Whether to adapt to this frame: why not, or "" for yes; and the loss that the surprise gate compared."""
         due = is_due(self._state.progress.frame_index, self.config.every)
         if due and self.config.gate == "none":
             return "", None
-        if (
-            self.config.pull_fraction == 1.0
-        ):  # every frame starts from the source weights, also one that is not adapted to
+        if self.config.pull_fraction == 1.0:  # without memory, a frame that is skipped is predicted by the source too
             self._state.weights.pull(1.0)
         if not due:
             return "every", None
@@ -228,36 +229,32 @@ class StreamAdapter:
         surprise = float(self._engine.loss(batch, self._state.random.generator))
         return "" if self._state.gate.is_open(surprise) else "gate", surprise
 
-    def _update(self, context: tuple[Any, ...], x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _update(self, taken: TakenFrame) -> tuple[Tensor, Tensor | None]:
         """What a frame does to the weights; nothing here waits for the device.
 
-        Args:
-            context: what `predict` gets beside x.
-            x: the frame, [1, 3, H, W].
-
         Returns:
-            [iterations, 2], the loss and gradient norm of each step; and what the automatic window wants to know of the
+            [iterations, 2], the loss and gradient norm of each step; and for the automatic window a sketch of the
             frame's first gradient.
         """
         self._state.weights.pull(self.config.pull_fraction)
-        self._move_statistics(x, *context)
+        self._move_statistics(taken)
         if self.config.restart_optimizer or self.config.pull_fraction == 1.0:
             self._engine.restart(self._state.optimizer)
         steps = [self._gradient_step(i) for i in range(self.config.iterations)]
         return torch.stack([numbers for numbers, _ in steps]), steps[0][1]
 
     @torch.no_grad()
-    def _move_statistics(self, x: Tensor, *context: Any) -> None:
+    def _move_statistics(self, taken: TakenFrame) -> None:
         """Let the clean frame into the running statistics of BatchNorm, if the configuration says so."""
         if self.config.norm_stats == "ema" and self._norms:
             with updating_norms(self._norms, self.config.frame_share):
-                self._predict(x, *context)
+                self._predict(taken.x, *taken.context)
 
     def _gradient_step(self, iteration: int) -> tuple[Tensor, Tensor | None]:
         """Draw a batch and step if the gradient is finite: the loss and gradient norm, and a sketch of the gradient."""
-        state, parameters = self._state, self._step.parameters
+        state, parameters = self._state, self._gradient.parameters
         batch = state.draw(self.config)
-        with self._step.learning(state.progress.frame_index * self.config.iterations + iteration):
+        with self._gradient.learning(state.progress.frame_index * self.config.iterations + iteration):
             loss = self._engine.gradients(batch, state.random.generator)
             norm = total_norm([p.grad for p in parameters if p.grad is not None])
             sketch = gradient_sketch(parameters) if iteration == 0 and state.auto is not None else None
@@ -269,20 +266,17 @@ class StreamAdapter:
     def _predict_frame(self, taken: TakenFrame) -> Any:
         own = frame_statistics(self.config.norm_stats, self._norms, self.config.frame_share)
         with torch.no_grad(), explained_memory_errors(self.config):
-            if not taken.context:
-                return self._engine.predict(self._predict, taken.x, own)
-            with own:
-                return self._predict(taken.x, *taken.context)
+            return self._engine.predict(self._predict, taken, own)
 
     @contextmanager
     def _undone_if_it_fails(self) -> Iterator[None]:
-        """Outside of inference mode; if the block raises, the stream is as it was before."""
+        """Outside of inference mode; if the block raises, see `step` for what stays."""
         with torch.inference_mode(False), torch.no_grad():
             try:
                 with self._state.undone_if_it_fails(), explained_memory_errors(self.config):
                     yield
             finally:
-                self._step.forget_gradients()
+                self._gradient.forget_gradients()
                 torch.clear_autocast_cache()  # an outer autocast would predict with casts of the old weights
 
     def _check_attached(self) -> None:
@@ -306,15 +300,16 @@ class StreamAdapter:
         self._check_attached()
         saved = current_format(state)
         check_compatible(saved, self.config, setting_of(self._branch, self._intake.preprocess))
-        self._state.load_state_dict(saved)
         self._engine.forget()
+        with explained_memory_errors(self.config):
+            self._state.load_state_dict(saved)
 
     def new_state(self) -> StreamState:
         """The state of another video over the same model, at its beginning; `swap` puts it in."""
         self._check_attached()
         state = self._begin()
         state.weights.leave()
-        state.reset()
+        state.weights.reset()
         return state
 
     def swap(self, state: StreamState) -> StreamState:

@@ -142,7 +142,10 @@ def test_activation_checkpointing_is_recorded_as_it_runs(make):
 
 def test_activation_checkpointing_is_refused_by_the_compiler():
     model = settle_norms(zoo.vit())
-    with left_as_it_was(model), pytest.raises(ConfigError, match="cannot be combined with grad_checkpointing: set micro_batch instead"):
+    with (
+        left_as_it_was(model),
+        pytest.raises(ConfigError, match="combined with grad_checkpointing: set micro_batch"),
+    ):
         StreamAdapter(model, encoder="norm", config=CONFIG.replace(engine="compile", grad_checkpointing=True))
 
 
@@ -368,6 +371,27 @@ def test_videos_that_take_turns_over_one_model_are_streams_of_their_own_on_every
         if index == WARM_UP + 3:  # by now both are recorded
             states[0].reset()
             alone[0].reset()
+
+
+@pytest.mark.parametrize("norm_stats", ["frozen", "ema"])
+@pytest.mark.parametrize("kind", ENGINES[1:])
+def test_frames_with_a_context_give_the_eager_results_and_the_reason_says_so(monkeypatch, kind, norm_stats):
+    normalize, found = Normalize(), []
+    frames = np.random.default_rng(0).integers(0, 256, (WARM_UP + 3, *SIZE, 3), dtype=np.uint8)
+    for engine in ("eager", kind):
+        monkeypatch.setattr("ttt_adapt.adapter.choose_engine", stand_in(engine))
+        torch.manual_seed(9)
+        model, numbers = settle_norms(zoo.TinySeg()), itertools.count()
+        adapter = StreamAdapter(
+            model,
+            encoder="backbone",
+            config=CONFIG.replace(norm_stats=norm_stats),
+            preprocess=lambda frame, numbers=numbers: (normalize(frame), next(numbers)),
+            predict=lambda x, number, model=model: model(x) + number,
+        )
+        found.append([adapter.step(frame) for frame in frames])
+    assert_near(found[1], found[0], kind)
+    assert "context" in adapter.engine[1]
 
 
 # ---- compile

@@ -13,7 +13,7 @@ import torch
 import models as zoo
 from conftest import same_bits, settle_norms
 from ttt_adapt import MAEBranch, Normalize, StreamAdapter, StreamConfig
-from ttt_adapt.errors import CheckpointError, StateError
+from ttt_adapt.errors import CheckpointError, MemoryLimitError, StateError
 from ttt_adapt.objectives import PseudoLabel
 from ttt_adapt.stream.state import StreamState
 from ttt_adapt.stream.state_part import Part
@@ -113,7 +113,7 @@ def test_a_field_that_is_added_is_required_and_checked_before_anything_changes(s
     with pytest.raises(CheckpointError, match="smiles missing"):
         smiling.load_state_dict({name: value for name, value in before.items() if name != "smiles"})
     with pytest.raises(CheckpointError, match="smiles are 'wide'"):
-        smiling.load_state_dict({**before, "frame_index": 7, "smiles": "wide"})
+        smiling.load_state_dict({**before, "progress": {"frame_index": 7}, "smiles": "wide"})
     assert same_bits(smiling.state_dict(), before)
 
 
@@ -201,6 +201,62 @@ def test_a_state_of_another_adapter_is_refused_and_changes_nothing():
         with pytest.raises(StateError, match="no state of this adapter"):
             adapter.swap(state)
     assert same_bits(adapter.state_dict(), before)
+
+
+def test_states_of_a_detached_adapter_touch_the_model_no_more():
+    adapter = attached()
+    branch, current, waiting = adapter.branch, adapter.state, adapter.new_state()
+    adapter.step(clip(1)[0])
+    saved = current.state_dict()
+    adapter.detach()
+    model = {name: tensor.clone() for name, tensor in branch.model.state_dict().items()}
+    again = StreamAdapter(branch.model, branch, config=CONFIG)
+    for state in (current, waiting):
+        with pytest.raises(StateError, match="no state of this adapter"):
+            again.swap(state)
+        with pytest.raises(StateError, match="detached"):
+            state.reset()
+        with pytest.raises(StateError, match="detached"):
+            state.load_state_dict(saved)
+    assert same_bits(dict(branch.model.state_dict()), model)
+
+
+def test_a_video_that_waits_pulls_no_weights_of_the_one_in_the_model():
+    adapter = attached()
+    waiting = adapter.new_state()
+    adapter.step(clip(1)[0])
+    before = adapter.state_dict()
+    with pytest.raises(StateError, match="not in the model"):
+        waiting.weights.pull(1.0)
+    assert same_bits(adapter.state_dict(), before)
+
+
+@pytest.mark.parametrize("changes", [{"gate": "surprise"}, {"window": "auto"}, {}], ids=str)
+def test_a_frame_that_cannot_be_committed_is_in_no_part_of_the_state(monkeypatch, changes):
+    adapter, frames = attached(CONFIG.replace(**changes)), clip(5)
+    for frame in frames[:4]:
+        adapter.step(frame)
+    before, last = adapter.state_dict(), adapter.last
+    with monkeypatch.context() as patch:
+        patch.setattr("ttt_adapt.adapter.StepReport", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            adapter.step(frames[4])
+    after = adapter.state_dict()
+    for name in ("window", "random", "gate", "auto", "progress"):
+        assert same_bits(after[name], before[name]), name
+    assert adapter.last is last
+
+
+def test_a_load_that_runs_out_of_memory_changes_nothing(monkeypatch):
+    adapter, other = attached(), attached()
+    for frame in clip(2):
+        adapter.step(frame)
+    saved, before = adapter.state_dict(), other.state_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "zeros", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+        with pytest.raises(MemoryLimitError):
+            other.load_state_dict(saved)
+    assert same_bits(other.state_dict(), before)
 
 
 # ---- states that an earlier version saved

@@ -21,6 +21,7 @@ from ttt_adapt.engine.eager import EagerEngine, Gradients, apart
 from ttt_adapt.engine.gradient_step import GradientStep
 from ttt_adapt.engine.precision import forward_pass
 from ttt_adapt.errors import ConfigError, TTTAdaptError
+from ttt_adapt.stream.frames import TakenFrame
 
 KEPT = 4  # shapes whose compiled passes are kept
 
@@ -106,8 +107,15 @@ class CompileEngine(EagerEngine):
         options: Any = {"fallback_random": True} if self._backend == "inductor" else None
         return torch.compile(call, fullgraph=fullgraph, dynamic=False, backend=self._backend, options=options)
 
-    def predict(self, predict: Callable[[Tensor], Any], x: Tensor, around: AbstractContextManager[None]) -> Any:
-        """As in `EagerEngine`, with `predict` compiled; the compiler watches what else it depends on."""
+    def predict(self, predict: Callable[..., Any], taken: TakenFrame, around: AbstractContextManager[None]) -> Any:
+        """As in `EagerEngine`, with `predict` compiled; the compiler watches what else it depends on.
+
+        A prediction with a context runs eagerly: the context is another object for every frame.
+        """
+        if taken.context:
+            self.note("predictions run eagerly: their frames come with a context")
+            return super().predict(predict, taken, around)
+        x = taken.x
         shape = (tuple(x.shape), x.dtype, x.stride())
         if shape not in self._predictions or self._predictions[shape][0] is not predict:
             self._predictions[shape] = (predict, self._compile(_afresh(lambda x: predict(x))))

@@ -15,7 +15,8 @@ from ttt_adapt.engine.precision import both_passes, forward_pass
 from ttt_adapt.engine.recompute import recomputing
 from ttt_adapt.errors import EncoderError, MemoryLimitError
 from ttt_adapt.objectives.base import SplitLoss
-from ttt_adapt.stream.optimizer import StreamOptimizer, decides_on_device, laid_out_alike
+from ttt_adapt.stream.frames import TakenFrame
+from ttt_adapt.stream.optimizer import StreamOptimizer, decides_on_device, laid_out_alike, step_if
 from ttt_adapt.stream.state import StreamState
 
 Gradients = tuple[Tensor | None, ...]
@@ -35,6 +36,11 @@ class EagerEngine:
     def __init__(self, step: GradientStep, reason: str = "asked for") -> None:
         self.gradient_step, self.reason = step, reason
 
+    def note(self, remark: str) -> None:
+        """Add a remark to the reason, once."""
+        if remark not in self.reason:
+            self.reason += f"; {remark}"
+
     def check(self) -> None:
         """Look at the model before a step.
 
@@ -43,15 +49,15 @@ class EagerEngine:
         """
         self.gradient_step.check_parameters()
 
-    def update(self, call: Callable[..., Any], state: StreamState, *inputs: Tensor) -> Any:
-        """`call(*inputs)`, which changes the weights of a video.
+    def update(self, call: Callable[[TakenFrame], Any], state: StreamState, taken: TakenFrame) -> Any:
+        """`call(taken)`, which changes the weights of a video.
 
         Args:
-            call: returns tensors, nested in lists, tuples and dicts.
+            call: reads x and the context of a frame, and returns tensors, nested in lists, tuples and dicts.
             state: the video.
-            inputs: tensors that differ from frame to frame.
+            taken: the frame.
         """
-        return call(*inputs)
+        return call(taken)
 
     def gradients(self, batch: Tensor, generator: torch.Generator) -> Tensor:
         """Leave the gradients of the loss of `batch` [B, 3, H, W] in `.grad` of the parameters, and no others.
@@ -125,16 +131,16 @@ class EagerEngine:
         """
         waits = self.gradient_step.remembers or not decides_on_device(optimizer.optimizer)
         if finite.device.type == "cuda" and not waits:
-            optimizer.step_if(finite)
+            step_if(optimizer.optimizer, finite)
             self.gradient_step.after_step()
         elif bool(finite):
             optimizer.optimizer.step()
             self.gradient_step.after_step()
 
-    def predict(self, predict: Callable[[Tensor], Any], x: Tensor, around: AbstractContextManager[None]) -> Any:
-        """`predict(x)` inside of the context manager `around`."""
+    def predict(self, predict: Callable[..., Any], taken: TakenFrame, around: AbstractContextManager[None]) -> Any:
+        """`predict(x)`, or `predict(x, context)` where the frame has one, inside of the context manager `around`."""
         with around:
-            return predict(x)
+            return predict(taken.x, *taken.context)
 
     def forget(self) -> None:
         """Let go of everything that holds a video's tensors; it is made again when it is needed."""

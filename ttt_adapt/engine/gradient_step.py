@@ -15,7 +15,7 @@ from ttt_adapt.model.replaced import ReplacementCounter
 from ttt_adapt.objectives.base import Objective, StatefulObjective
 
 PATIENCE = 8
-"""Steps in a row before which a model may put other tensors in the place of its own."""
+"""After this many steps in a row that find a tensor replaced, compiled and recording engines refuse the model."""
 
 REPLACED = (
     "they were replaced after the branch was attached (by load_state_dict(assign=True), for example); attach again"
@@ -70,7 +70,7 @@ class GradientStep:
         Raises:
             EncoderError: other parameters stand in their place.
         """
-        version = self.look()
+        version = self.replacements()
         if version == self.version:
             self._changes = 0
             return
@@ -83,8 +83,8 @@ class GradientStep:
             raise EncoderError(f"the branch's parameters are not those that are adapted: {REPLACED}")
         self.version = version
 
-    def look(self) -> int:
-        """Another number than before if tensors or modules were replaced since the last call."""
+    def replacements(self) -> int:
+        """How often tensors or modules were found replaced; it grows if some were replaced since the last call."""
         return self._replaced.count()
 
     def check_steady(self, engine: str) -> None:

@@ -22,10 +22,11 @@ from ttt_adapt.engine.eager import EagerEngine
 from ttt_adapt.engine.gradient_step import GradientStep
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.objectives.base import SplitLoss
-from ttt_adapt.stream.optimizer import StreamOptimizer
+from ttt_adapt.stream.frames import TakenFrame
+from ttt_adapt.stream.optimizer import StreamOptimizer, step_if
 from ttt_adapt.stream.state import StreamState
 
-KEPT = 4  # recordings, each with the memory of its own intermediate results
+KEPT = 4  # recordings, each with the memory of its own intermediate results; more videos in turns record nothing
 WARM_UP = 2  # ordinary runs before a recording: libraries choose their kernels, the optimizer makes its state
 
 
@@ -150,37 +151,44 @@ class GraphEngine(EagerEngine):
         super().check()
         self.gradient_step.check_steady(self.name)
 
-    def update(self, call: Callable[..., Any], state: StreamState, *inputs: Tensor) -> Any:
+    def update(self, call: Callable[[TakenFrame], Any], state: StreamState, taken: TakenFrame) -> Any:
         """As in `EagerEngine`, replayed.
 
         Raises:
             ConfigError: the call cannot be recorded; nothing of it was done.
         """
+        if taken.context:
+            self.note("it runs eagerly: the frames come with a context, which is another object for every frame")
+            return call(taken)
         objective, buffer = self.gradient_step.objective, state.window.buffer
         settings = objective.settings() if isinstance(objective, SplitLoss) else ()
         place = None if buffer is None else buffer.data_ptr()
-        video = (state.serial, state.optimizer.version, state.window.known(state.newest), place)
-        key = (*video, settings, self.gradient_step.look())
-        return self._run("update", call, inputs, key, state.random.generator)
+        # the optimizer stands for the video: each video has one, and a reset or a load makes another
+        video = (state.optimizer.optimizer, state.window.known(state.window_length), place)
+        key = (*video, settings, self.gradient_step.replacements())
+        return self._run("update", lambda x: call(TakenFrame(x)), (taken.x,), key, state.random.generator)
 
     def restart(self, optimizer: StreamOptimizer) -> None:
         """Zero the optimizer's state where it is: recordings read and write that memory."""
-        for values in optimizer.optimizer.state.values():
-            torch._foreach_zero_([value for value in values.values() if isinstance(value, Tensor)])
+        held = [value for values in optimizer.optimizer.state.values() for value in values.values()]
+        if tensors := [value for value in held if isinstance(value, Tensor)]:
+            torch._foreach_zero_(tensors)
         optimizer.restore_settings()
 
     def take_step(self, optimizer: StreamOptimizer, finite: Tensor) -> None:
         """As in `EagerEngine`, without looking at `finite` on the host."""
-        optimizer.step_if(finite)
+        step_if(optimizer.optimizer, finite)
         self.gradient_step.after_step()
 
-    def predict(self, predict: Callable[[Tensor], Any], x: Tensor, around: AbstractContextManager[None]) -> Any:
+    def predict(self, predict: Callable[..., Any], taken: TakenFrame, around: AbstractContextManager[None]) -> Any:
         """As in `EagerEngine`, replayed."""
-        key = self.gradient_step.look()  # before `around` puts statistics of the frame in the place of the model's
+        key = (
+            self.gradient_step.replacements()
+        )  # before `around` puts statistics of the frame in the place of the model's
+        if self._predicts_eagerly or taken.context:
+            return super().predict(predict, taken, around)
         with around:
-            if self._predicts_eagerly:
-                return predict(x)
-            return self._run("predict", predict, (x,), key)
+            return self._run("predict", predict, (taken.x,), key)
 
     def _run(
         self,

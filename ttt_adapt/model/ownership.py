@@ -65,7 +65,7 @@ class Ownership:
         restore: Callable[[], None],
     ) -> None:
         flags = {module: module.training for module in model.modules()}
-        self._parts = model, flags, parameters
+        self._parts, self._restore = (model, flags, parameters), restore
         _changed[model] = [weakref.ref(tensor) for tensor in tensors.values()]
         self._finalizer = weakref.finalize(owner, _give_back, *self._parts, restore)
         self._finalizer.atexit = False
@@ -78,10 +78,9 @@ class Ownership:
 
     def give_back(self, keep_adapted: bool = False) -> None:
         """Give the model back with its source weights, or with the adapted ones, and with its own flags."""
-        if not keep_adapted:
-            self._finalizer()
-        elif self._finalizer.detach():
-            _give_back(*self._parts)
+        if self._finalizer.alive:
+            _give_back(*self._parts, None if keep_adapted else self._restore)
+            self._finalizer.detach()  # after it: a call that failed can be repeated
 
 
 def _give_back(

@@ -172,15 +172,12 @@ def total_norm(gradients: Sequence[Tensor]) -> Tensor:
 class StreamOptimizer(Part):
     """The optimizer of one video.
 
-    Attributes:
-        version: how often another optimizer was put in.
-
     Args:
         make: makes a fresh optimizer of the adapted parameters.
     """
 
     def __init__(self, make: Callable[[], torch.optim.Optimizer]) -> None:
-        self._make, self.version = torch.inference_mode(False)(make), 0
+        self._make = torch.inference_mode(False)(make)
         self._use(self._make())
 
     @property
@@ -200,10 +197,6 @@ class StreamOptimizer(Part):
         """Give the groups the settings that they were made with, such as a learning rate that a user changed."""
         for group, fresh in zip(self._optimizer.param_groups, self._fresh, strict=True):
             group.update(copied(fresh))
-
-    def step_if(self, finite: Tensor) -> None:
-        """Take the step where `finite`, a bool scalar on the device, is true; nothing waits for it."""
-        step_if(self._optimizer, finite)
 
     def reset(self) -> None:
         """See `Part`."""
@@ -234,7 +227,6 @@ class StreamOptimizer(Part):
 
     def _use(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self.version += 1
         self._fresh = [copied({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups]
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttt_adapt.errors import StateError
+
 
 class SourceWeights:
     """A copy of live tensors that never shares memory with them.
@@ -23,6 +25,21 @@ class SourceWeights:
         pulled = [name not in whole and tensor.is_floating_point() for name, tensor in live.items()]
         self._pulled = [tensor for tensor, chosen in zip(self._live, pulled, strict=True) if chosen]
         self._targets = [tensor for tensor, chosen in zip(self._copies, pulled, strict=True) if chosen]
+        self._released = False
+
+    def check(self) -> None:
+        """Refuse to go on after `release`.
+
+        Raises:
+            StateError: the adapter was detached.
+        """
+        if self._released:
+            raise StateError("the adapter of this video is detached and its model is free: make a new StreamAdapter")
+
+    def release(self) -> None:
+        """Let go of the live tensors and free the copies: the model is free."""
+        self._released = True
+        self._live, self._copies, self._pulled, self._targets = [], [], [], []
 
     def restore(self) -> None:
         """Write the copies back into the live tensors, bit for bit."""
@@ -30,7 +47,8 @@ class SourceWeights:
 
     @torch.no_grad()
     def copy_to(self, tensors: Sequence[Tensor]) -> None:
-        """Write the copies into tensors of the same shapes and order as the live ones."""
+        """Write the copies into tensors of the same shapes and order as the live ones; errors as in `check`."""
+        self.check()
         if tensors:
             torch._foreach_copy_(list(tensors), self._copies)
 

@@ -1,16 +1,16 @@
 """StreamState: everything that belongs to one video, so that it can be reset, saved, loaded and undone in one place.
 
-To add to the state, write a `Part` and a field for it. Nothing else changes: the methods of `StreamState` go through
-the fields.
+To add to the state, write a `Part`, a field for it, and what makes it in `StreamState.begin`. Nothing else changes: the
+methods of `StreamState` go through the fields. States that were saved without the field do not load any more, unless
+`check_saved.current_format` adds it to them.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,24 @@ from ttt_adapt.stream.window import FrameWindow
 
 Self = TypeVar("Self", bound="StreamState")
 
-_serial = itertools.count()
+
+class AdaptedTensors(NamedTuple):
+    """The tensors that adaptation changes, by name.
+
+    Attributes:
+        weights: of the encoder and of the objective; gradient steps change them.
+        statistics: running statistics of BatchNorm that follow the video.
+        memory: what the objective remembers.
+    """
+
+    weights: dict[str, Tensor]
+    statistics: dict[str, Tensor]
+    memory: dict[str, Tensor]
+
+    @property
+    def everything(self) -> dict[str, Tensor]:
+        """All of them, by name."""
+        return {**self.weights, **self.statistics, **self.memory}
 
 
 class AdaptedWeights(Part):
@@ -51,13 +68,22 @@ class AdaptedWeights(Part):
         self._parked: list[Tensor] = []
 
     def shares_model_with(self, other: AdaptedWeights) -> bool:
-        """Whether both are of the same model and branch."""
-        mine, theirs = self._live, other._live
-        return len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))
+        """Whether both are of the same adapter."""
+        return self._source is other._source
 
     def pull(self, fraction: float) -> None:
-        """Move the weights `fraction` of the way back to the source weights; 1 restores everything."""
+        """Move the weights `fraction` of the way back to the source weights; 1 restores everything.
+
+        Raises:
+            StateError: the values of this video are not in the model.
+        """
+        if self._here is not self._live:
+            raise StateError("this video is not in the model: swap(state) puts it in")
         self._source.pull(fraction)
+
+    def release(self) -> None:
+        """Let go of the model: it was given back. What is called after this raises a StateError."""
+        self._source.release()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -72,6 +98,7 @@ class AdaptedWeights(Part):
     @torch.no_grad()
     def enter(self) -> None:
         """Move the values into the model."""
+        self._source.check()
         if self._here is not self._live:
             torch._foreach_copy_(self._live, self._here)
             self._here = self._live
@@ -88,6 +115,7 @@ class AdaptedWeights(Part):
 
     def prepare_load(self, saved: Any) -> Callable[[], None]:
         """See `Part`."""
+        self._source.check()
         check_state(dict(zip(self._names, self._here, strict=True)), saved, "this adapter's model")
 
         def load() -> None:
@@ -188,7 +216,7 @@ class Progress(Part):
         self.frame_index, self.last = index, last
 
 
-@dataclass
+@dataclass(eq=False)
 class StreamState:
     """One video.
 
@@ -200,7 +228,6 @@ class StreamState:
         gate: the losses that the surprise gate compares with.
         auto: chooses the length of the window; None where the configuration fixes it.
         progress: the position in the video, and the last report.
-        serial: a number that no other state of this process has.
     """
 
     weights: AdaptedWeights
@@ -210,17 +237,12 @@ class StreamState:
     gate: SurpriseGate
     auto: AutoWindow | None
     progress: Progress
-    serial: int = field(init=False, default_factory=lambda: next(_serial))
-
-    def __post_init__(self) -> None:
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        self._parts: dict[str, Part] = {name: value for name, value in values.items() if isinstance(value, Part)}
 
     @classmethod
     def begin(
         cls: type[Self],
         config: StreamConfig,
-        live: Mapping[str, Tensor],
+        adapted: AdaptedTensors,
         source: SourceWeights,
         make_optimizer: Callable[[], torch.optim.Optimizer],
         intake: FrameIntake,
@@ -229,15 +251,14 @@ class StreamState:
 
         Args:
             config: the choices of the algorithm.
-            live: name -> tensor, from `adapted_tensors`.
+            adapted: what changes, from `adapted_tensors`.
             source: their source values.
             make_optimizer: makes a fresh optimizer.
             intake: how frames come in.
         """
-        statistics = [name for name in live if name.startswith("norm.")]
         normalize = scaling(intake.preprocess, intake.dtype)
         return cls(
-            weights=AdaptedWeights(live, source, undone=statistics),
+            weights=AdaptedWeights(adapted.everything, source, undone=list(adapted.statistics)),
             optimizer=StreamOptimizer(make_optimizer),
             window=FrameWindow(config.capacity, normalize, intake.dtype, intake.device),
             random=RandomState(config.seed, intake.device),
@@ -247,35 +268,37 @@ class StreamState:
         )
 
     @property
-    def newest(self) -> int:
-        """How many frames a draw may reach back, the current one included."""
+    def parts(self) -> dict[str, Part | None]:
+        """Name of a field -> what is there; None for a part that the configuration does not need."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+    @property
+    def window_length(self) -> int:
+        """How many of the last frames a draw sees at most, the current one included."""
         return self.window.capacity if self.auto is None else self.auto.length
 
     def draw(self, config: StreamConfig) -> Tensor:
         """A batch [B, 3, H, W] from the staged frame and the window."""
         crop: Any = config.crop_size
-        return self.window.draw(config.batch_size, self.random.generator, crop, self.newest)
+        return self.window.draw(config.batch_size, self.random.generator, crop, self.window_length)
 
     def reset(self) -> None:
         """Begin a new video."""
-        for part in self._parts.values():
+        for part in filter(None, self.parts.values()):
             part.reset()
 
     @contextmanager
     def undone_if_it_fails(self) -> Iterator[None]:
         """If the block raises, every part goes back to its `mark`: window, counters and random state are as before."""
-        undo = [part.mark() for part in self._parts.values()]
-        try:
+        with ExitStack() as undo:
+            for part in filter(None, self.parts.values()):
+                undo.callback(part.mark())
             yield
-        except BaseException:
-            for each in undo:
-                each()
-            raise
+            undo.pop_all()  # nothing to undo
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of every part, under the name of its field; None for a part that is not there."""
-        saved = {name: part.state_dict() for name, part in self._parts.items()}
-        return {**saved, "auto": saved.get("auto")}
+        return {name: None if part is None else part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned, all parts or none.
@@ -283,17 +306,18 @@ class StreamState:
         Raises:
             CheckpointError: a part is missing or does not fit; nothing has changed.
         """
-        if missing := [name for name in self._parts if name not in saved]:
+        parts = {name: part for name, part in self.parts.items() if part is not None}
+        if missing := [name for name in parts if name not in saved]:
             raise CheckpointError(f"this is no state of a StreamAdapter: {', '.join(missing)} missing")
         with torch.inference_mode(False), torch.no_grad():
-            takers = [part.prepare_load(saved[name]) for name, part in self._parts.items()]
+            takers = [part.prepare_load(saved[name]) for name, part in parts.items()]
             for take in takers:
                 take()
 
 
 def adapted_tensors(
     objective: Objective, encoder: Mapping[str, Tensor], own: Mapping[str, Tensor], norms: Sequence[nn.Module]
-) -> dict[str, Tensor]:
+) -> AdaptedTensors:
     """Everything that adaptation changes.
 
     Args:
@@ -301,16 +325,11 @@ def adapted_tensors(
         encoder: name -> parameter of the user's model.
         own: name -> parameter of the objective's own.
         norms: layers whose running statistics move.
-
-    Returns:
-        Name -> tensor; names begin with "model.", "branch.", "norm." or "memory.".
     """
-    tensors = {f"model.{name}": p for name, p in encoder.items()}
-    tensors |= {f"branch.{name}": p for name, p in own.items()}
-    for i, norm in enumerate(norms):
-        tensors |= {f"norm.{i}.{name}": buffer for name, buffer in norm.named_buffers()}
+    weights = {f"model.{name}": p for name, p in encoder.items()} | {f"branch.{name}": p for name, p in own.items()}
+    buffers = [(f"norm.{i}.{name}", buffer) for i, norm in enumerate(norms) for name, buffer in norm.named_buffers()]
     memory = objective.memory() if isinstance(objective, StatefulObjective) else {}
-    return tensors | {f"memory.{name}": tensor for name, tensor in memory.items()}
+    return AdaptedTensors(weights, dict(buffers), {f"memory.{name}": tensor for name, tensor in memory.items()})
 
 
 def swap(old: StreamState, new: StreamState) -> None:

@@ -43,4 +43,4 @@ class Part(ABC):
 
 
 def nothing() -> None:
-    """For a part that a failed step does not change."""
+    """For a part that stays as it is after a failed step."""

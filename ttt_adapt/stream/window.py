@@ -160,15 +160,15 @@ class FrameWindow(Part):
     def prepare_load(self, saved: Any) -> Callable[[], None]:
         """See `Part`."""
         frames, seen = self._checked(saved)
+        buffer = self._buffer
+        if frames is not None:
+            device = self._device or frames.device
+            buffer = torch.zeros(self.capacity + 1, *frames.shape[1:], dtype=frames.dtype, device=device)
+            for i, frame in zip(range(seen - min(seen, self.capacity), seen), frames, strict=True):
+                buffer[i % (self.capacity + 1)].copy_(frame)
 
         def load() -> None:
-            if frames is not None:
-                device = self._device or frames.device
-                buffer = torch.zeros(self.capacity + 1, *frames.shape[1:], dtype=frames.dtype, device=device)
-                for i, frame in zip(range(seen - min(seen, self.capacity), seen), frames, strict=True):
-                    buffer[i % (self.capacity + 1)].copy_(frame)
-                self._buffer = buffer
-            self._committed = seen
+            self._buffer, self._committed = buffer, seen
 
         return load
 
