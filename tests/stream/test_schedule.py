@@ -36,7 +36,7 @@ def test_the_gate_opens_above_mean_plus_deviation_of_the_last_fifty():
         assert gate.is_open(loss) == expected
         opened += expected
         gate.record(loss)
-    assert gate.losses() == losses[-50:]
+    assert gate.state_dict() == losses[-50:]
     assert 10 < opened < 60
 
 
@@ -44,7 +44,7 @@ def test_a_loss_that_is_not_finite_is_no_measure_of_surprise():
     gate = SurpriseGate([1.0, 2.0])
     gate.record(float("nan"))
     gate.record(float("inf"))
-    assert gate.losses() == [1.0, 2.0]
+    assert gate.state_dict() == [1.0, 2.0]
 
 
 def test_a_shut_gate_leaves_weights_and_optimizer_alone_and_says_so():
@@ -146,6 +146,6 @@ def test_the_gate_takes_a_batch_in_the_same_parts_as_the_gradient_step(micro_bat
     parted.branch.model.register_forward_pre_hook(lambda _m, args: sizes.append(len(args[0])))
     for frame in clip(3):
         assert parted.adapt(frame).losses == pytest.approx(whole.adapt(frame).losses, rel=1e-4)
-        surprises = parted.state.gate.losses()
-        assert surprises == pytest.approx(whole.state.gate.losses(), rel=1e-4)
+        surprises = parted.state.gate.state_dict()
+        assert surprises == pytest.approx(whole.state.gate.state_dict(), rel=1e-4)
     assert max(sizes) == micro_batch

@@ -42,17 +42,13 @@ class SurpriseGate(Part):
         if math.isfinite(loss):
             self._losses.append(loss)
 
-    def losses(self) -> list[float]:
-        """The recorded losses, oldest first."""
-        return list(self._losses)
-
     def reset(self) -> None:
         """Forget all losses."""
         self._losses.clear()
 
     def state_dict(self) -> list[float]:
         """The recorded losses, oldest first."""
-        return self.losses()
+        return list(self._losses)
 
     def prepare_load(self, saved: Any) -> Callable[[], None]:
         """See `Part`."""
@@ -62,7 +58,7 @@ class SurpriseGate(Part):
 
     def mark(self) -> Callable[[], None]:
         """See `Part`."""
-        losses = self.losses()
+        losses = self.state_dict()
         return lambda: self._put_back(losses)
 
     def _put_back(self, losses: Iterable[float]) -> None:
