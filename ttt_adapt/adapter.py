@@ -26,6 +26,7 @@ from ttt_adapt.model.ownership import Ownership, check_unowned, check_unshared
 from ttt_adapt.objectives.base import Objective
 from ttt_adapt.objectives.check_objective import check_objective
 from ttt_adapt.objectives.mae import MAEBranch
+from ttt_adapt.stream.adapted_weights import adapted_tensors
 from ttt_adapt.stream.auto_window import gradient_sketch
 from ttt_adapt.stream.check_saved import FORMAT, check_compatible, current_format, setting_of
 from ttt_adapt.stream.frames import FrameIntake, Preprocess, TakenFrame, default_preprocess
@@ -33,7 +34,7 @@ from ttt_adapt.stream.optimizer import ParamGroups, adamw, parameter_groups, tot
 from ttt_adapt.stream.report import StepReport
 from ttt_adapt.stream.schedule import is_due
 from ttt_adapt.stream.source import SourceWeights
-from ttt_adapt.stream.state import StreamState, adapted_tensors, swap
+from ttt_adapt.stream.state import StreamState, swap
 
 
 class StreamAdapter:

@@ -7,18 +7,17 @@ methods of `StreamState` go through the fields. States that were saved without t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError, StateError
-from ttt_adapt.model.parameters import check_state
-from ttt_adapt.objectives.base import Objective, StatefulObjective
+from ttt_adapt.stream.adapted_weights import AdaptedTensors, AdaptedWeights
 from ttt_adapt.stream.auto_window import AutoWindow
 from ttt_adapt.stream.frames import FrameIntake, scaling
 from ttt_adapt.stream.optimizer import StreamOptimizer
@@ -29,111 +28,6 @@ from ttt_adapt.stream.state_part import Part
 from ttt_adapt.stream.window import FrameWindow
 
 Self = TypeVar("Self", bound="StreamState")
-
-
-class AdaptedTensors(NamedTuple):
-    """The tensors that adaptation changes, by name.
-
-    Attributes:
-        weights: of the encoder and of the objective; gradient steps change them.
-        statistics: running statistics of BatchNorm that follow the video.
-        memory: what the objective remembers.
-    """
-
-    weights: dict[str, Tensor]
-    statistics: dict[str, Tensor]
-    memory: dict[str, Tensor]
-
-    @property
-    def everything(self) -> dict[str, Tensor]:
-        """All of them, by name."""
-        return {**self.weights, **self.statistics, **self.memory}
-
-
-class AdaptedWeights(Part):
-    """The tensors that adaptation changes: weights, running statistics, and what an objective remembers.
-
-    Of several videos over one model, the values of one are in the model. Those of the others are in copies.
-
-    Args:
-        live: name -> tensor of the model or of its branch. They are written in place: their addresses stay.
-        source: their values before adaptation.
-        undone: names of the tensors that a failed step may leave half changed.
-    """
-
-    def __init__(self, live: Mapping[str, Tensor], source: SourceWeights, undone: Sequence[str] = ()) -> None:
-        self._names, self._live, self._source = list(live), list(live.values()), source
-        self._undone = [live[name] for name in undone]
-        self._here = self._live
-        self._parked: list[Tensor] = []
-
-    def shares_model_with(self, other: AdaptedWeights) -> bool:
-        """Whether both are of the same adapter."""
-        return self._source is other._source
-
-    def pull(self, fraction: float) -> None:
-        """Move the weights `fraction` of the way back to the source weights; 1 restores everything.
-
-        Raises:
-            StateError: the values of this video are not in the model.
-        """
-        if self._here is not self._live:
-            raise StateError("this video is not in the model: swap(state) puts it in")
-        self._source.pull(fraction)
-
-    def release(self) -> None:
-        """Let go of the model: it was given back. What is called after this raises a StateError."""
-        self._source.release()
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def leave(self) -> None:
-        """Move the values out of the model, into copies."""
-        if not self._parked:
-            self._parked = [torch.empty_like(tensor, requires_grad=False) for tensor in self._live]
-        torch._foreach_copy_(self._parked, self._live)
-        self._here = self._parked
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def enter(self) -> None:
-        """Move the values into the model."""
-        self._source.check()
-        if self._here is not self._live:
-            torch._foreach_copy_(self._live, self._here)
-            self._here = self._live
-            torch.clear_autocast_cache()
-
-    def reset(self) -> None:
-        """Go back to the source weights."""
-        self._source.copy_to(self._here)
-        torch.clear_autocast_cache()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """A copy of every tensor, by name."""
-        return {name: tensor.detach().clone() for name, tensor in zip(self._names, self._here, strict=True)}
-
-    def prepare_load(self, saved: Any) -> Callable[[], None]:
-        """See `Part`."""
-        self._source.check()
-        check_state(dict(zip(self._names, self._here, strict=True)), saved, "this adapter's model")
-
-        def load() -> None:
-            for name, tensor in zip(self._names, self._here, strict=True):
-                tensor.copy_(saved[name])
-            torch.clear_autocast_cache()
-
-        return load
-
-    def mark(self) -> Callable[[], None]:
-        """See `Part`; weights stay as the last finished gradient step left them, statistics are put back."""
-        before = [tensor.clone() for tensor in self._undone]
-
-        def undo() -> None:
-            for live, kept in zip(self._undone, before, strict=True):
-                live.copy_(kept)
-
-        return undo
 
 
 class RandomState(Part):
@@ -313,23 +207,6 @@ class StreamState:
             takers = [part.prepare_load(saved[name]) for name, part in parts.items()]
             for take in takers:
                 take()
-
-
-def adapted_tensors(
-    objective: Objective, encoder: Mapping[str, Tensor], own: Mapping[str, Tensor], norms: Sequence[nn.Module]
-) -> AdaptedTensors:
-    """Everything that adaptation changes.
-
-    Args:
-        objective: with what it remembers, if it is a `StatefulObjective`.
-        encoder: name -> parameter of the user's model.
-        own: name -> parameter of the objective's own.
-        norms: layers whose running statistics move.
-    """
-    weights = {f"model.{name}": p for name, p in encoder.items()} | {f"branch.{name}": p for name, p in own.items()}
-    buffers = [(f"norm.{i}.{name}", buffer) for i, norm in enumerate(norms) for name, buffer in norm.named_buffers()]
-    memory = objective.memory() if isinstance(objective, StatefulObjective) else {}
-    return AdaptedTensors(weights, dict(buffers), {f"memory.{name}": tensor for name, tensor in memory.items()})
 
 
 def swap(old: StreamState, new: StreamState) -> None:
