@@ -760,7 +760,7 @@ def test_a_frame_in_double_precision_is_taken_as_the_model_takes_it():
     [
         ({}, "pass a branch.*or encoder"),
         ({"encoder": "backbone", "config": {"window": 2}}, "config is a dict; expected a StreamConfig"),
-        ({"branch": "mine", "encoder": "backbone"}, "encoder belong to MAEBranch.attach"),
+        ({"branch": "mine", "encoder": "backbone"}, "a branch was given, and encoder for MAEBranch.attach"),
         ({"branch": "other"}, "attached to another model"),
         ({"encoder": "backbon"}, "nearest: 'backbone'"),
     ],

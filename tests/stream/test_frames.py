@@ -104,8 +104,8 @@ def test_a_preprocess_of_the_users_own_gets_the_frame_as_it_came():
 @pytest.mark.parametrize(
     ("frame", "error", "message"),
     [
-        ("clip.mp4", FrameTypeError, "the frame is a str; expected a uint8 RGB frame"),
-        ([[1, 2], [3, 4]], FrameTypeError, "the frame is a list"),
+        ("clip.mp4", FrameTypeError, "the frame is of type str; expected a uint8 RGB frame"),
+        ([[1, 2], [3, 4]], FrameTypeError, "the frame is of type list"),
         (np.zeros((6, 9, 3), np.int64), FrameTypeError, "dtype int64; expected a uint8 RGB frame"),
         (np.zeros((6, 9, 3), np.uint16), FrameTypeError, "dtype uint16"),
         (np.zeros((6, 9, 3), bool), FrameTypeError, "dtype bool"),
@@ -114,7 +114,9 @@ def test_a_preprocess_of_the_users_own_gets_the_frame_as_it_came():
         (torch.zeros(3, 6, 9, dtype=torch.complex64), FrameTypeError, "complex64"),
         (torch.zeros(3, 6, 9).short(), FrameTypeError, "int16"),
         (np.zeros((3, 6, 9), np.uint8), FrameError, r"\(3, 6, 9\).*\[H, W, 3\] RGB: transpose it"),
-        (np.zeros((6, 9), np.uint8), FrameError, r"\(6, 9\); expected \[H, W, 3\]"),
+        (np.zeros((6, 9), np.uint8), FrameError, r"\(6, 9\); expected \[H, W, 3\].*grey, repeat it"),
+        (np.zeros((6, 9, 4), np.uint8), FrameError, r"alpha channel out, frame\[..., :3\]"),
+        (None, FrameTypeError, r"the frame is None \(did the video end\?\)"),
         (np.zeros((6, 9, 4), np.uint8), FrameError, r"\(6, 9, 4\)"),
         (np.zeros((1, 6, 9, 3), np.uint8), FrameError, r"\(1, 6, 9, 3\)"),
         (np.zeros((0, 9, 3), np.uint8), FrameError, "empty"),

@@ -38,6 +38,8 @@ def check_objective(model: nn.Module, branch: Objective | None, attach: Mapping[
     if unknown:
         raise ConfigError(f"{', '.join(map(repr, sorted(unknown)))}: unknown; expected keywords of MAEBranch.attach")
     if branch is not None and attach:
-        raise ConfigError(f"{', '.join(attach)} belong to MAEBranch.attach and a branch was given: pass only one")
+        raise ConfigError(
+            f"a branch was given, and {', '.join(attach)} for MAEBranch.attach, which makes a new branch: pass only one"
+        )
     if branch is not None and branch.model is not model:
         raise ConfigError("the branch is attached to another model: attach one to this model")

@@ -173,7 +173,7 @@ class FrameIntake:
         x = x.clone() if x.is_inference() else x
         if stream_shape is not None and stream_shape != tuple(x.shape[1:]):
             raise FrameError(
-                f"the frame became {tuple(x.shape[2:])} (H, W) as the model takes it, and the stream so far is "
+                f"the frame is {tuple(x.shape[2:])} (H, W) after preprocessing, and the frames of the stream so far are "
                 f"{stream_shape[1:]}: call reset() where a new video begins, or resize the frames"
             )
         if self._crop is not None and (self._crop[0] > x.shape[2] or self._crop[1] > x.shape[3]):
@@ -201,7 +201,8 @@ def _model_input(
 ) -> tuple[Tensor, tuple[Any, ...]]:
     """`to_model_input`, and the context that came with it."""
     if not isinstance(frame, np.ndarray | Tensor):
-        raise FrameTypeError(f"the frame is a {type(frame).__name__}; expected {ACCEPTED}")
+        got = "None (did the video end?)" if frame is None else f"of type {type(frame).__name__}"
+        raise FrameTypeError(f"the frame is {got}; expected {ACCEPTED}")
     take = _from_uint8 if frame.dtype in (np.uint8, torch.uint8) else _from_float
     context: tuple[Any, ...] = ()
     x = take(frame, preprocess)
@@ -219,8 +220,7 @@ def _model_input(
 def _from_uint8(frame: Any, preprocess: Preprocess | None) -> Any:
     shape = tuple(frame.shape)
     if len(shape) != 3 or shape[2] != 3:
-        hint = ": transpose it to channels last" if len(shape) == 3 and shape[0] == 3 else ""
-        raise FrameError(f"the uint8 frame is {shape}; expected [H, W, 3] RGB{hint}")
+        raise FrameError(f"the uint8 frame is {shape}; expected [H, W, 3] RGB{_hint(shape)}")
     if 0 in shape:
         raise FrameError(f"the frame is empty: {shape}")
     if preprocess is None:
@@ -229,6 +229,15 @@ def _from_uint8(frame: Any, preprocess: Preprocess | None) -> Any:
             "std) (from ttt_adapt), or frames as float [3, H, W] already normalised as the model takes them"
         )
     return preprocess(np.require(frame, requirements=["C", "W"]) if isinstance(frame, np.ndarray) else frame)
+
+
+def _hint(shape: tuple[int, ...]) -> str:
+    """What to do with a uint8 frame of another shape."""
+    if len(shape) == 3 and shape[0] == 3:
+        return ": transpose it to channels last"
+    if len(shape) == 2 or shape[2:] == (1,):
+        return ": it is grey, repeat it in three channels"
+    return ": leave its alpha channel out, frame[..., :3]" if shape[2:] == (4,) else ""
 
 
 def _from_float(frame: Any, preprocess: Preprocess | None) -> Tensor:
