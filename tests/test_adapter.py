@@ -727,8 +727,8 @@ def test_a_runtime_error_that_is_not_about_memory_stays_what_it_is():
         (torch.zeros(*SIZE, 3), FrameError, r"\(32, 48, 3\).*channels come first"),
         (torch.zeros(2, 3, *SIZE), FrameError, r"\(2, 3, 32, 48\).*expected \[3, H, W\]"),
         (torch.full((3, *SIZE), float("inf")), FrameError, "NaN or infinite"),
-        (torch.zeros(3, 16, 16), FrameError, r"became \(16, 16\).*so far is \(32, 48\).*reset\(\)"),
-        (None, FrameTypeError, "NoneType.*expected"),
+        (torch.zeros(3, 16, 16), FrameError, r"is \(16, 16\) .*so far are \(32, 48\).*reset\(\)"),
+        (None, FrameTypeError, "frame is None.*expected"),
     ],
 )
 def test_a_bad_frame_is_refused_with_what_came_and_what_is_expected(frame, error, message):

@@ -173,7 +173,7 @@ class FrameIntake:
         x = x.clone() if x.is_inference() else x
         if stream_shape is not None and stream_shape != tuple(x.shape[1:]):
             raise FrameError(
-                f"the frame is {tuple(x.shape[2:])} (H, W) after preprocessing, and the frames of the stream so far are "
+                f"the frame is {tuple(x.shape[2:])} (H, W) after preprocessing, and those of the stream so far are "
                 f"{stream_shape[1:]}: call reset() where a new video begins, or resize the frames"
             )
         if self._crop is not None and (self._crop[0] > x.shape[2] or self._crop[1] > x.shape[3]):
