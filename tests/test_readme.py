@@ -18,15 +18,20 @@ from ttt_adapt import StreamConfig
 
 DOCS = readme.ROOT / "docs"
 FIRST, *OTHERS = readme.blocks("python")
-OBJECTIVES = readme.blocks("python", DOCS / "objectives.md")
+PAGES_WITH_CODE = [DOCS / "objectives.md", DOCS / "architecture.md"]
+CODE_OF_PAGES = [code for page in PAGES_WITH_CODE for code in readme.blocks("python", page)]
 CODE = readme.ROOT / "ttt_adapt"
 PRESENT = [page for page in readme.PAGES if page.name != "CHANGELOG.md"]
 """Pages that speak of what is there now; the changelog names what was there, too."""
-LONGEST = 950
+ENTRY_POINTS = set(
+    re.findall(r'^\[project\.entry-points\."([^"]+)"\]', (readme.ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+)
+"""The groups of entry points under which integrations add commands."""
+LONGEST = 920
 """Words that the README may have outside of its code blocks."""
 
 
-@pytest.mark.parametrize("code", [*OTHERS, *OBJECTIVES], ids=lambda code: code.strip().splitlines()[0][:40])
+@pytest.mark.parametrize("code", [*OTHERS, *CODE_OF_PAGES], ids=lambda code: code.strip().splitlines()[-1][:40])
 def test_every_python_block_runs_as_it_stands(code: str, tmp_path: Path) -> None:
     done = _run(code, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -75,7 +80,13 @@ def test_every_file_that_a_page_names_is_there(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PRESENT, ids=lambda page: page.name)
 def test_every_module_and_name_of_the_library_that_a_page_names_is_there(page: Path) -> None:
-    assert [name for name in readme.named_objects(page) if not _found(name)] == []
+    assert [name for name in readme.named_objects(page) if name not in ENTRY_POINTS and not _found(name)] == []
+
+
+def test_the_page_on_the_architecture_names_the_entry_point_that_the_command_line_reads() -> None:
+    assert ENTRY_POINTS
+    assert set(readme.named_objects(DOCS / "architecture.md")) >= ENTRY_POINTS
+    assert set(re.findall(r'entry_points\(group="([^"]+)"\)', (CODE / "cli" / "app.py").read_text())) == ENTRY_POINTS
 
 
 def test_the_page_on_the_architecture_names_every_module_of_the_core() -> None:
