@@ -27,7 +27,7 @@ ENTRY_POINTS = set(
     re.findall(r'^\[project\.entry-points\."([^"]+)"\]', (readme.ROOT / "pyproject.toml").read_text(), re.MULTILINE)
 )
 """The groups of entry points under which integrations add commands."""
-LONGEST = 920
+LONGEST = 900
 """Words that the README may have outside of its code blocks."""
 
 
@@ -55,7 +55,8 @@ def test_the_two_commands_install_then_run_the_demo_and_the_tests() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    assert 0 < len(readme.prose().split()) <= LONGEST
+    words = [word for word in readme.prose().split() if re.search(r"\w", word)]  # the bars of tables are none
+    assert 0 < len(words) <= LONGEST
 
 
 @pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
