@@ -21,6 +21,18 @@ def test_underscores_and_long_names_are_accepted(name, expected):
     assert normalized(name) == find_arm(name).name == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("offline-1000", "offline"), ("offline_oracle_1000", "offline-oracle"), ("every-04", "every-4"),
+        ("tent+smooth-08", "tent+smooth-8"),
+    ],
+)  # fmt: skip
+def test_a_number_has_one_spelling(name, expected):
+    assert find_arm(name) == find_arm(expected)
+    assert find_arm(name).name == expected
+
+
 def test_every_preset_is_there_by_name_and_as_a_method():
     methods = {
         "online": StreamConfig.online,

@@ -229,6 +229,9 @@ def normalized(name: str) -> str:
 def find_arm(name: str) -> Arm:
     """The arm called `name`, with its modifiers.
 
+    All spellings of a name give the same arm. Its `name` is the one spelling that arms are compared by: `every-04` ->
+    `every-4`, `offline-1000` -> `offline`.
+
     Raises:
         ConfigError: an unknown name or modifier; the message holds the nearest.
     """
@@ -278,11 +281,11 @@ def _modified(arm: Arm, modifier: str) -> Arm:
     if known is None or (number is not None and not (known.numbered and number)):
         choices = ", ".join(f"+{each.word}" + ("-N" if each.numbered else "") for each in MODIFIERS.values())
         raise ConfigError(f"arm {arm.name!r} cannot be modified by {'+' + modifier!r}; expected one of {choices}")
-    shown = known.title if number is None else f"{known.title} {number}"
+    suffix, shown = ("", "") if number is None else (f"-{number}", f" {number}")
     return dataclasses.replace(
         arm,
-        name=f"{arm.name}+{modifier}",
-        title=f"{arm.title} + {shown}",
+        name=f"{arm.name}+{word}{suffix}",
+        title=f"{arm.title} + {known.title}{shown}",
         modifiers=(*arm.modifiers, (word, number)),
     )
 

@@ -27,6 +27,15 @@ def test_a_row_knows_its_arm_by_any_of_its_names():
         ["no-memory"], [], changes={"no_memory": {"lr": 1.0}}
     )
     assert Row("implicit_only", "I") == Row("implicit", "I")
+    assert Row("offline-1000", "O") == Row("offline", "O")
+    with pytest.raises(ConfigError, match="no arm 'offlin'"):
+        Row("offlin", "O")
+
+
+@pytest.mark.parametrize(("asked", "named"), [("offline-1000", "offline-1000"), ("every-4", "every-04")])
+def test_changes_find_their_arm_however_its_number_is_spelled(asked, named):
+    (row,) = rows_of([asked], [], changes={named: {"lr": 1e-3}})
+    assert row.changes == {"lr": 1e-3}
 
 
 def test_what_does_not_fit_fails_before_anything_runs_or_is_written(tmp_path, clips, files, counted):
@@ -39,11 +48,10 @@ def test_what_does_not_fit_fails_before_anything_runs_or_is_written(tmp_path, cl
         (Row("online", "O", (tmp_path / "main.safetensors",)), ConfigError, "main task alone"),
         (Row("fixed", "F", (tmp_path / "other.safetensors",)), CheckpointError, "cat, dog; clip dusk has road"),
         (Row("online", "O", (files[0], tmp_path / "none.safetensors")), CheckpointError, "no checkpoint"),
-        (Row("offlin", "O", (files[0],)), ConfigError, "no arm 'offlin'"),
     ]
-    for contender, kind, match in bad:
+    for row, kind, match in bad:
         with pytest.raises(kind, match=match):
-            evaluate([fixed, contender], clips, CONFIG, [0], tmp_path / "out")
+            evaluate([fixed, row], clips, CONFIG, [0], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not counted
 

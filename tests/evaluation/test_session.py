@@ -87,17 +87,19 @@ def test_a_row_may_change_the_configuration_and_says_so(tmp_path, clips, files):
 def test_real_time_charges_given_costs_and_measures_the_others_once(tmp_path, clips, files, monkeypatch):
     measured = []
     monkeypatch.setattr(session, "measure_forwards", lambda arm, *_: measured.append(arm.name) or 1.4)
-    rows = rows_of(["fixed", "implicit", "online", "online-shuffled"], files[:1])
-    report = evaluate(rows, clips, CONFIG, [0, 1], tmp_path / "out", real_time=({"online": 3}))
+    rows = rows_of(["fixed", "implicit", "online", "every-4", "online-shuffled"], files[:1])
+    costs = {"online": 3, "every-04": 2}
+    report = evaluate(rows, clips, CONFIG, [0, 1], tmp_path / "out", real_time=costs)
     charged = {run.arm: run.forwards for run in report.runs}
     assert charged == {
         "Fixed": 1.4,
         "Implicit Memory Only": 1.4,
         "Online TTT-MAE": 3,
+        "Online TTT-MAE, every 4 frames": 2,
         "Online TTT-MAE, shuffled frames": None,
     }
     assert measured == ["fixed", "implicit"]
-    assert report.config["real_time"] == {"online": 3}
+    assert report.config["real_time"] == {"online": 3, "every-4": 2}
     assert "Online TTT-MAE 3" in (tmp_path / "out" / "table.md").read_text()
     losses = [run.losses for run in report.select("Online TTT-MAE", "dusk")]
     assert [[loss is None for loss in run] for run in losses] == [[False, True, True]] * 2

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ttt_adapt.arms import find_arm, normalized
+from ttt_adapt.arms import find_arm
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.data import Clip, StreetClip, is_unnamed
 from ttt_adapt.errors import CheckpointError, ConfigError, missing
@@ -27,12 +27,15 @@ class Row:
     """One row of the table.
 
     Attributes:
-        arm: the arm's name.
+        arm: the arm's name; it is kept as `find_arm` spells it.
         label: the row's name in the report.
         checkpoints: the files it runs, one for all seeds or one per seed.
         changes: fields of the online configuration that differ in this row.
         branch: what the branch hides and scores in this row, see `MAEBranch.using`.
         value: the row's place on the axis of a study; None where it has none.
+
+    Raises:
+        ConfigError: an unknown arm.
     """
 
     arm: str
@@ -43,7 +46,7 @@ class Row:
     value: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "arm", normalized(self.arm))
+        object.__setattr__(self, "arm", find_arm(self.arm).name)
 
 
 def rows_of(
@@ -67,7 +70,7 @@ def rows_of(
     """
     if not arms:
         raise ConfigError("--arms is comma-separated; expected at least one arm")
-    own = {normalized(name): fields for name, fields in (changes or {}).items()}
+    own = {find_arm(name).name: fields for name, fields in (changes or {}).items()}
     found = [find_arm(name) for name in arms]
     names = [arm.name for arm in found]
     for name in own:
@@ -151,16 +154,13 @@ def check(
 
 
 def _check_arms(rows: Sequence[Row], config: StreamConfig, costs: Mapping[str, float]) -> None:
-    """Raises ConfigError for an unknown arm, two rows of one name, or a configuration that is not the online arm's."""
-    for row in rows:
-        find_arm(row.arm)
+    """Raises ConfigError for two rows of one name, a cost that is none, or a configuration that is not the online arm's."""
     if not config.carry_weights or config.window == 1:
         raise ConfigError(
             f"the configuration is that of the online arm, and has carry_weights={config.carry_weights} and "
             f"window={config.window}; expected both memories. With less there are arms: no-memory, implicit, explicit"
         )
-    for arm, forwards in costs.items():
-        find_arm(arm)
+    for forwards in costs.values():
         stride(forwards)
     labels = [row.label for row in rows]
     for label in labels:

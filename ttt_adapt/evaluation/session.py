@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ttt_adapt.arms import find_arm, normalized
+from ttt_adapt.arms import find_arm
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.data import Clip
 from ttt_adapt.errors import ConfigError, DataError, StateError
@@ -65,7 +65,7 @@ def evaluate(
             of other settings, of another machine or of other code; before anything runs or is written.
         StateError: every run failed.
     """
-    costs = None if real_time is None else {normalized(arm): cost for arm, cost in real_time.items()}
+    costs = None if real_time is None else {find_arm(arm).name: cost for arm, cost in real_time.items()}
     check_seeds(seeds, config)
     check(rows, clips, config, device, costs, metric_weights)
     if out.exists() and not out.is_dir():
