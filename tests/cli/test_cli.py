@@ -177,6 +177,14 @@ def test_eval_writes_report_table_and_plots_and_goes_on_where_it_was(trained, cl
     assert (out / "report.json").read_bytes() == before
 
 
+@pytest.mark.usefixtures("committed")
+def test_a_setting_that_an_arm_does_not_take_is_told(trained, clips, tmp_path, capsys, monkeypatch):
+    call = ["eval", clips, f"--checkpoint={trained}", "--clips=first", f"--out={tmp_path / 'out'}"]
+    call += ["--arms=fixed,no-memory", "--set=window=4", "--set=crop_size=(48, 48)"]
+    assert status(monkeypatch, *call) == 0
+    assert "--set window=4 does not change every arm: no-memory has window=1\n" in capsys.readouterr().err
+
+
 @needs_clip
 @pytest.mark.parametrize("name", ["out.mp4", "out [final].mkv"])
 def test_run_writes_every_frame_at_the_rate_and_size_of_the_video(trained, tmp_path, name):

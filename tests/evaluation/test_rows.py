@@ -7,7 +7,7 @@ import pytest
 import ttt_adapt.evaluation.rows as rows_module
 from arm_inputs import CONFIG, VIT, checkpoint, two_rows
 from ttt_adapt.errors import CheckpointError, ConfigError, MissingPackageError
-from ttt_adapt.evaluation.rows import Row, rows_of
+from ttt_adapt.evaluation.rows import Row, rows_of, unheeded
 from ttt_adapt.evaluation.session import evaluate
 from ttt_adapt.tasks.checkpoint import save_checkpoint
 
@@ -36,6 +36,19 @@ def test_a_row_knows_its_arm_by_any_of_its_names():
 def test_changes_find_their_arm_however_its_number_is_spelled(asked, named):
     (row,) = rows_of([asked], [], changes={named: {"lr": 1e-3}})
     assert row.changes == {"lr": 1e-3}
+
+
+def test_arms_that_replace_a_common_setting_are_found():
+    rows = rows_of(["fixed", "online", "no-memory", "paper", "tent", "tent+class"], [], changes={"tent": {"lr": 1.0}})
+    config = CONFIG.replace(window=4, lr=0.5, source_pull=0.25)
+    assert unheeded(rows, config, ["window", "lr", "source_pull", "batch_size"]) == {
+        "window": {"no-memory": 1, "paper": 16},
+        "lr": {"paper": 1e-4},
+        "source_pull": {"paper": 0.0, "tent": 0.0, "tent+class": 0.0},
+        "batch_size": {"paper": 32},
+    }
+    assert unheeded(rows, config.replace(window=16), ["window"]) == {"window": {"no-memory": 1}}
+    assert unheeded(rows, config, []) == {}
 
 
 def test_what_does_not_fit_fails_before_anything_runs_or_is_written(tmp_path, clips, files, counted):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,28 @@ def rows_of(
     return [Row("fixed", "Main Task Only", tuple(baselines)), *rows] if baselines else rows
 
 
+def unheeded(rows: Sequence[Row], config: StreamConfig, fields: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The fields of the common configuration that some arms replace by a value of their own.
+
+    Args:
+        rows: what runs.
+        config: of the online arm.
+        fields: names of the fields to look at.
+
+    Returns:
+        Field -> arm -> the arm's own value. Fields that every arm takes from `config`, or that a row changes for its
+        arm, are not in it.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in fields:
+        for row in rows:
+            arm = find_arm(row.arm)
+            own = arm.settings() if arm.adapts and name not in row.changes else {}
+            if own.get(name, getattr(config, name)) != getattr(config, name):
+                found.setdefault(name, {})[arm.name] = own[name]
+    return found
+
+
 def clips_from(
     data: str,
     names: Sequence[str],
@@ -154,7 +176,7 @@ def check(
 
 
 def _check_arms(rows: Sequence[Row], config: StreamConfig, costs: Mapping[str, float]) -> None:
-    """Raises ConfigError for two rows of one name, a cost that is none, or a configuration that is not the online arm's."""
+    """Raises ConfigError for two rows of one name, a bad cost, or a configuration that is not the online arm's."""
     if not config.carry_weights or config.window == 1:
         raise ConfigError(
             f"the configuration is that of the online arm, and has carry_weights={config.carry_weights} and "
