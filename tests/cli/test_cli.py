@@ -22,8 +22,7 @@ import ttt_adapt.training.recipe as recipe
 from command_line import CAMVID, CLIP, SCRIPT, TINY, TRAIN, fail, invoke, needs_camvid, needs_clip, status, video
 from conftest import same_bits
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.data.street.scene import CLASSES, street_stream
-from ttt_adapt.evaluation.demo import WEIGHTS
+from ttt_adapt.data.street import CLASSES, WEIGHTS, street_stream
 from ttt_adapt.evaluation.model_info import inspect_model
 from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 

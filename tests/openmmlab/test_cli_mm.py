@@ -18,7 +18,7 @@ import tiny
 import videos as v
 from ttt_adapt.cli.app import main
 from ttt_adapt_openmmlab import launch
-from ttt_adapt_openmmlab.arms import contradiction
+from ttt_adapt_openmmlab.arms import HOOK_ARMS, contradiction
 from ttt_adapt_openmmlab.run_config import parse_options, read_config, set_amp, set_arm
 
 
@@ -197,6 +197,13 @@ def test_an_arm_by_name_drops_what_contradicts_it_and_nothing_else(arm, given, l
     assert cfg.custom_hooks[1] == {"type": "OnlineTTTHook", "arm": arm, **(given if left is None else left)}
     hook = HOOKS.build(cfg.custom_hooks[1])
     assert not contradiction(arm, hook.config)
+
+
+def test_help_names_the_arms_of_the_hook(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert mm("test", "--help") == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"{', '.join(HOOK_ARMS[:-1])} or {HOOK_ARMS[-1]}." in shown
 
 
 @pytest.mark.parametrize(("given", "arm"), [("online", "online"), ("no_memory", "no-memory")])

@@ -28,11 +28,9 @@ class ModelInfo:
 
     Attributes:
         rows: pairs of a name and a value, as text for people.
-        branch: the branch that they describe.
     """
 
     rows: list[tuple[str, str]]
-    branch: MAEBranch
 
 
 def inspect_model(
@@ -74,7 +72,7 @@ def inspect_model(
         else:
             model = _timm_model(name).to(device)
             branch = MAEBranch.attach(model, encoder or _default_encoder(model), **settings)
-        return ModelInfo(_describe(model, branch, size or branch.info.probe_size, config), branch)
+        return ModelInfo(_describe(model, branch, size or branch.info.probe_size, config))
 
 
 def _refuse_encoder(name: str, encoder: str | None, own: str) -> None:

@@ -185,7 +185,10 @@ class Report:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if data["format"] not in (1, FORMAT):
-                raise DataError(f"{path} has format {data['format']}; this version reads formats 1 and {FORMAT}")
+                raise DataError(
+                    f"{path} has format {data['format']}, and this version of ttt_adapt reads formats up to {FORMAT}: "
+                    "update ttt_adapt (pip install --upgrade ttt-adapt)"
+                )
             if data["format"] == 1:
                 _upgrade(data)
             names = {entry.name for entry in fields(Run)}
