@@ -136,7 +136,7 @@ def parse_forwards(real_time: bool, pairs: Sequence[str] | None, arms: Sequence[
     """
     if not real_time:
         if pairs:
-            raise ConfigError("--forwards is what --real-time charges; give both or neither")
+            raise ConfigError("--forwards sets the costs for --real-time; give both or neither")
         return None
     costs = {find_arm(arm).name: cost for arm, cost in parse_settings(pairs).items()}
     known = [find_arm(arm).name for arm in arms]

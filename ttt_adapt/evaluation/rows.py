@@ -179,7 +179,7 @@ def _check_arms(rows: Sequence[Row], config: StreamConfig, costs: Mapping[str, f
     """Raises ConfigError for two rows of one name, a bad cost, or a configuration that is not the online arm's."""
     if not config.carry_weights or config.window == 1:
         raise ConfigError(
-            f"the configuration is that of the online arm, and has carry_weights={config.carry_weights} and "
+            f"the configuration must be that of the online arm; it has carry_weights={config.carry_weights} and "
             f"window={config.window}; expected both memories. With less there are arms: no-memory, implicit, explicit"
         )
     for forwards in costs.values():

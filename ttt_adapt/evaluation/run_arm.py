@@ -98,7 +98,7 @@ def _stream(
     what: str,
     on_frame: OnFrame | None,
 ) -> tuple[list[float | None], list[float]]:
-    """Predict and score frame after frame; the runner is given every `every`-th of them, and none before its time.
+    """Predict and score frame after frame; the runner is given every `every`-th of them, and never sees a later frame.
 
     Returns:
         Of every frame the loss (None: there was none) and the milliseconds (NaN: it was missed).

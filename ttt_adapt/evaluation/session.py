@@ -69,7 +69,7 @@ def evaluate(
     check_seeds(seeds, config)
     check(rows, clips, config, device, costs, metric_weights)
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out is {out}, a file; expected a folder, new or of an evaluation that goes on")
+        raise ConfigError(f"--out is {out}, a file; expected a new folder, or the folder of an evaluation to continue")
     output_folder(out)
     settings = {
         "config": asdict(config),
@@ -150,7 +150,7 @@ def _make_missing(
     make: Callable[[Row, Checkpoint, Clip, int], Run],
     device: torch.device | str,
 ) -> None:
-    """Make runs and save the report after each; what breaks off is noted, and the next one is made."""
+    """Make runs and save the report after each; a failed run is recorded, and the next one starts."""
     loaded: dict[Path, Checkpoint] = {}  # the checkpoint of the last run, if its model is whole
     fits: dict[str, bool] = {}
     report.failures.clear()

@@ -33,7 +33,7 @@ class ImageFolder:
             inner = sorted({f.parent for f in folder.glob("*/*") if f.suffix.lower() in SUFFIXES and f.is_file()})
             hint = f" There are some in {' and '.join(map(str, inner[:3]))}." if inner else ""
             raise VideoError(f"{folder} holds no images.{hint} Known suffixes: {' '.join(sorted(SUFFIXES))}.")
-        # Unlike files_in, this order takes no notice of upper case, and is complete: a.jpg comes before a.png.
+        # Unlike the order of files_in, this one ignores upper case and compares suffixes: a.jpg, a.png, B.jpg.
         self._files = sorted(files, key=lambda file: (natural_key(file.name.lower()), file.name))
         self.length: int | None = len(files)
         self.size: tuple[int, int] = _read(self._files[0], 0).shape[:2]

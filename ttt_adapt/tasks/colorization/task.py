@@ -123,7 +123,7 @@ class Colorization(Task):
         """Refuse a clip that is too small, or whose frames show no colour. Looks at a few frames.
 
         Raises:
-            DataError: as said.
+            DataError: the clip is too small, or shows no colour.
         """
         check_scorable(clip)
 
