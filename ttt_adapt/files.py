@@ -116,5 +116,5 @@ def output_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(
-            f"--out: {folder} is no folder that can be written to ({error.strerror}); choose another one"
+            f"{folder} is no folder that can be written to ({error.strerror}); choose another one"
         ) from error

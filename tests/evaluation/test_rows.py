@@ -18,7 +18,7 @@ def test_settings_are_of_all_arms_or_of_one():
     rows = rows_of(["fixed", "tent"], [], [], {"tent": {"lr": 1e-3}}, {"loss_on": "all"})
     assert [dict(row.changes) for row in rows] == [{}, {"lr": 1e-3}]
     assert {tuple(row.branch.items()) for row in rows} == {(("loss_on", "all"),)}
-    with pytest.raises(ConfigError, match=r"--set online\.lr: online is none of --arms tent"):
+    with pytest.raises(ConfigError, match=r"online\.lr is to change, and online is none of the arms tent"):
         rows_of(["tent"], [], [], {"online": {"lr": 1e-3}})
 
 

@@ -291,7 +291,7 @@ def test_other_code_or_another_machine_does_not_go_on(name, value, tmp_path, cli
     here = session.environment()
     monkeypatch.setattr(session, "environment", lambda: {**here, name: value})
     shown = "torch" if name == "packages" else name
-    with pytest.raises(DataError, match=rf"begun with another .*{shown} \(.*, now .*--out, or remove it"):
+    with pytest.raises(DataError, match=rf"begun with another .*{shown} \(.*, now .*another folder, or remove it"):
         evaluate(rows, clips, CONFIG, [0], tmp_path / "out")
     assert (tmp_path / "out" / "report.json").read_text() == text
     assert counted == ["fixed dusk", "fixed noon"]
@@ -307,10 +307,10 @@ def test_uncommitted_code_begins_no_report_that_others_go_on_with_and_goes_on_wi
         monkeypatch.setattr(session, "environment", lambda now=first: {**clean, "dirty": now})
         report = evaluate(rows, clips, CONFIG, [0], out)
         report.failures.append({"arm": "Fixed", "clip": "dusk", "seed": 9, "error": "E"})
-        with pytest.raises(StateError, match="commit it, and choose another --out" if first else "same command tries"):
+        with pytest.raises(StateError, match="commit it, and choose another folder" if first else "same command tries"):
             check_failures(report, out)
         monkeypatch.setattr(session, "environment", lambda now=then: {**clean, "dirty": now})
-        with pytest.raises(DataError, match=rf"{told}.*choose another --out"):
+        with pytest.raises(DataError, match=rf"{told}.*choose another folder"):
             evaluate(rows, clips, CONFIG, [0], out)
     monkeypatch.setattr(session, "environment", lambda: {**clean, "dirty": True})
     with pytest.raises(DataError, match="made by uncommitted code"):

@@ -184,7 +184,7 @@ def test_a_few_steps_teach_a_model_the_colours_of_one_picture(mode):
 
 def test_training_on_several_sizes_asks_for_one(pictures, tmp_path, capsys, monkeypatch):
     line = fail(capsys, monkeypatch, "train", pictures, "--task=colorization", f"--out={tmp_path / 'm.safetensors'}")
-    assert "--size HEIGHTxWIDTH" in line
+    assert "give one size for all, height x width" in line
     assert "48x64" in line
     assert not list(tmp_path.iterdir())
 

@@ -78,7 +78,7 @@ def inspect_model(
 def _refuse_encoder(name: str, encoder: str | None, own: str) -> None:
     if encoder not in (None, own):
         raise ConfigError(
-            f"--encoder is {encoder!r}, and the branch of {name} was trained on {own!r}: leave it out, or train "
+            f"encoder is {encoder!r}, and the branch of {name} was trained on {own!r}: leave it out, or train "
             "another checkpoint"
         )
 
@@ -174,4 +174,4 @@ def _default_encoder(model: nn.Module) -> str:
     for name in ("norm", "stages", "layers", "blocks", "layer4", "features"):
         if name in names and not isinstance(getattr(model, name), nn.Identity):
             return name
-    raise ConfigError(f"pass --encoder: which of {', '.join(names)} ends the encoder?")
+    raise ConfigError(f"encoder is not given: which of {', '.join(names)} ends the encoder?")

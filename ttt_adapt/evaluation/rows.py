@@ -69,13 +69,15 @@ def rows_of(
         ConfigError: an unknown arm, or none; changes of an arm that is not among them.
     """
     if not arms:
-        raise ConfigError("--arms is comma-separated; expected at least one arm")
+        raise ConfigError("arms is empty; expected at least one arm")
     own = {find_arm(name).name: fields for name, fields in (changes or {}).items()}
     found = [find_arm(name) for name in arms]
     names = [arm.name for arm in found]
     for name in own:
         if name not in names:
-            raise ConfigError(f"--set {name}.{next(iter(own[name]))}: {name} is none of --arms {', '.join(names)}")
+            raise ConfigError(
+                f"{name}.{next(iter(own[name]))} is to change, and {name} is none of the arms {', '.join(names)}"
+            )
     rows = [Row(arm.name, arm.title, tuple(checkpoints), own.get(arm.name, {}), branch or {}) for arm in found]
     return [Row("fixed", "Main Task Only", tuple(baselines)), *rows] if baselines else rows
 
@@ -129,13 +131,13 @@ def clips_from(
     """
     if data == "street" and not Path(data).exists():
         if names:
-            raise ConfigError(f"'street' is one clip, got --clips {', '.join(names)}; choose a street with --seed")
+            raise ConfigError(f"'street' is one clip, got the clips {', '.join(names)}; choose a street by its seed")
         return [find_task(task).adopt(StreetClip(seed or 0, 240 if frames is None else frames, size))]
-    for name, value in (("--seed", seed), ("--frames", frames)):
+    for name, value in (("seed", seed), ("frames", frames)):
         if value is not None:
             raise ConfigError(
-                f"{name} {value} is an option of the rendered street, and the data are {data}: leave it out; seeds of "
-                "adaptation are --seeds"
+                f"{name} is {value}, an option of the rendered street, and the data are {data}: leave it out; "
+                "the seeds of adaptation are called seeds"
             )
     return find_task(task).clips(data, names, size, list(classes) or _unnamed(data, default_classes), format)
 
@@ -204,10 +206,10 @@ def _check_row(row: Row, checkpoint: Checkpoint, path: Path, config: StreamConfi
 def check_seeds(seeds: Sequence[int], config: StreamConfig) -> None:
     """Raises ConfigError unless there are seeds, each once, and each one that adaptation can take."""
     if not seeds:
-        raise ConfigError("--seeds is comma-separated; expected at least one seed")
+        raise ConfigError("seeds is empty; expected at least one")
     if twice := sorted({seed for seed in seeds if list(seeds).count(seed) > 1}):
         raise ConfigError(
-            f"--seeds names {', '.join(map(str, twice))} more than once, and a seed runs once; expected different ones"
+            f"seeds names {', '.join(map(str, twice))} more than once, and a seed runs once; expected different ones"
         )
     for seed in seeds:
         config.replace(seed=seed)  # its checks

@@ -69,7 +69,7 @@ def evaluate(
     check_seeds(seeds, config)
     check(rows, clips, config, device, costs, metric_weights)
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out is {out}, a file; expected a new folder, or the folder of an evaluation to continue")
+        raise ConfigError(f"out is {out}, a file; expected a new folder, or the folder of an evaluation to continue")
     output_folder(out)
     settings = {
         "config": asdict(config),
@@ -124,7 +124,7 @@ def check_failures(report: Report, out: Path) -> None:
 def _way_on(report: Report, what: str) -> str:
     """What the user can do to get the runs that are missing."""
     if report.environment.get("dirty"):
-        return "results of uncommitted code cannot be continued: commit it, and choose another --out"
+        return "results of uncommitted code cannot be continued: commit it, and choose another folder"
     return f"the same command {what}"
 
 
@@ -256,7 +256,7 @@ def _open_report(path: Path, settings: dict[str, Any]) -> Report:
     known = json.loads(json.dumps(settings))  # JSON has no tuples
     if other := [name for name in {*known, *report.config} if report.config.get(name) != known.get(name)]:
         raise DataError(
-            f"{path} holds results of other settings ({', '.join(sorted(other))}): choose another --out, or remove it"
+            f"{path} holds results of other settings ({', '.join(sorted(other))}): choose another folder, or remove it"
         )
     _check_same_code(path, report.environment, environment())
     return report
@@ -267,12 +267,12 @@ def _check_same_code(path: Path, before: Mapping[str, Any], here: Mapping[str, A
     if before.get("dirty"):
         raise DataError(
             f"{path} was made by uncommitted code, which cannot be compared with the code that runs now: choose "
-            "another --out, or remove it"
+            "another folder, or remove it"
         )
     if here["dirty"]:
         raise DataError(
             f"the code that runs has uncommitted changes (git status), so it cannot go on with {path}: commit or stash "
-            "them, or choose another --out"
+            "them, or choose another folder"
         )
     if other := differing(before, here):
-        raise DataError(f"{path} was begun with another {', '.join(other)}: choose another --out, or remove it")
+        raise DataError(f"{path} was begun with another {', '.join(other)}: choose another folder, or remove it")
