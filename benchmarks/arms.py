@@ -14,7 +14,7 @@ window sweep. Everything goes on where it stopped when the command is given agai
 
     python benchmarks/arms.py --average benchmarks/results       # writes dense.md there
 
-averages over the dense streams: the 15 Hz clip, the ten sequences and the three streets, each of these three as much.
+averages over the dense streams: the 15 Hz clip, the ten sequences and the three streets, with equal weights.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from timing import interleaved, table, write
 from ttt_adapt import StreamConfig
 from ttt_adapt.arms import find_arm
 from ttt_adapt.data import Clip, StreetClip, open_clips
-from ttt_adapt.evaluation.demo import WEIGHTS
+from ttt_adapt.data.street import WEIGHTS
 from ttt_adapt.evaluation.report import Report
 from ttt_adapt.evaluation.rows import Row, rows_of
 from ttt_adapt.evaluation.runners import start
@@ -156,7 +156,7 @@ def write_average(results: Path) -> None:
 
 
 def gains(results: Path, streams: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
-    """Arm -> mIoU above the fixed model's, in points, [seeds], mean over the clips; of a name without clips, all."""
+    """Arm -> mIoU above the fixed model's, in points, [seeds], mean over the clips: all clips where none is named."""
     found: dict[str, list[list[float]]] = {}
     for name, clips in streams.items():
         report = Report.load(results / f"{name}-arms" / "report.json")

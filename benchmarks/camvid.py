@@ -8,8 +8,8 @@ augmentation go on, one with the main task alone ("Main Task Only"), one jointly
 stream the 15 Hz clip and the dusk clip at 144 x 192. Hyper-parameters of adaptation are chosen on the 15 Hz clip, as it
 is and artificially darkened (`camvid_variants.py`).
 
-As many trainings, and then evaluations, run side by side as there are cores, each on one thread; a training writes what
-it says to a log beside its checkpoints. Everything goes on where it stopped when the command is given again.
+As many trainings, and then evaluations, run side by side as there are cores, each on one thread; each training writes
+its messages to a log beside its checkpoints. Everything goes on where it stopped when the command is given again.
 """
 
 from __future__ import annotations

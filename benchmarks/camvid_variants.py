@@ -7,8 +7,8 @@ Each row streams the 15 Hz clip twice, as it is and darkened step by step (dark,
 checkpoint with one seed each; scores are means over the checkpoints. The dusk clip is not looked at. The rules, fixed
 before the tables were made:
 
-- the online preset is, of the rows that change StreamConfig alone (mask ratio and loss are the branch's, settled when
-  it is trained) and lose at most 2 % as it is, the one that gains most on the darkened clip;
+- the online preset is, of the rows that change StreamConfig alone (mask ratio and loss belong to the branch and are
+  fixed by training) and lose at most 2 % as it is, the one that gains most on the darkened clip;
 - a baseline's learning rate is the one with the highest mean over both.
 """
 

@@ -45,7 +45,7 @@ STREAMS = (
     "decord_pancake",
 )
 FRAMES = 60
-"""Of every clip, the first so many."""
+"""Frames used of each clip, from the first on."""
 SIZE = (96, 160)
 EPOCHS = 16
 FIXED = "MAE Joint Training (fixed)"

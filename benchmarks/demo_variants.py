@@ -3,7 +3,7 @@
     python benchmarks/demo_variants.py
 
 Three rendered streets (demo seeds 100, 101, 102), one table. The rule, fixed before the table was made: the setting
-with the highest mean mIoU over the three. The README reports streets 0, 1 and 2.
+with the highest mean mIoU over the three. docs/results.md reports streets 0, 1 and 2.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from pathlib import Path
 
 from ttt_adapt import StreamConfig
 from ttt_adapt.arms import ARMS
-from ttt_adapt.data.street.scene import street_stream
-from ttt_adapt.evaluation.demo import FPS, WEIGHTS
+from ttt_adapt.data.street import WEIGHTS, StreetClip
 from ttt_adapt.evaluation.run_arm import run_arm
 from ttt_adapt.tasks.checkpoint import load_checkpoint
 
@@ -28,7 +27,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "demo-variants.md")
     options = parser.parse_args()
     checkpoint = load_checkpoint(WEIGHTS)
-    streets = [list(street_stream(FRAMES, checkpoint.spec.size, seed + 1000, FPS)) for seed in options.seeds]
+    streets = [list(StreetClip(seed, FRAMES, checkpoint.spec.size)) for seed in options.seeds]
     rows = [f"| setting | {' | '.join(f'street {seed}' for seed in options.seeds)} | mean |"]
     rows.append("|---|" + "---:|" * (len(streets) + 1))
     means: dict[str, float] = {}

@@ -8,7 +8,7 @@ users run today (`fixed`), the same model compiled at the precision of the row (
 `StreamAdapter.step` on each engine. `to_fixed` is the ratio of the fastest engine to the first, `to_best` that to the
 faster of the two. `gflop` is counted by PyTorch: three times the masked forward pass of the batch (a backward pass
 costs two), and the prediction; `share` is the part of the device's peak that the fastest engine reaches. Every step
-runs until windows are full and everything is compiled or recorded; one that breaks off there is reported with its
+runs until windows are full and everything is compiled or recorded; one that fails there is reported with its
 reason, and costs the others nothing. Weights are random: they do not change the cost.
 """
 

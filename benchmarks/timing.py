@@ -60,7 +60,11 @@ def interleaved(
 
 
 def now() -> float:
-    """Seconds: of the clock, on a GPU once it is idle; with one CPU thread of the processor, whatever runs beside."""
+    """Seconds.
+
+    With one CPU thread, processor time, which other programs do not change; else clock time, after the GPU has
+    finished.
+    """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     elif torch.get_num_threads() == 1:

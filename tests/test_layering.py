@@ -35,7 +35,7 @@ def imported(path: Path, top_level_only: bool = False, runs_only: bool = False) 
     when a function is called.
     """
     tree = ast.parse(path.read_text())
-    package = [ROOT.name, *path.relative_to(ROOT).parent.parts]
+    package = [ROOT.name, *path.relative_to(ROOT).parent.parts] if path.is_relative_to(ROOT) else []
     nodes = _run(tree, functions=not top_level_only) if top_level_only or runs_only else ast.walk(tree)
     names = set()
     for node in nodes:
@@ -186,6 +186,14 @@ def test_integrations_use_the_public_surface_only(path):
             elif node.module not in open_to_all:
                 wrong.append(node.module)
     assert not wrong
+
+
+BENCHMARKS = sorted((ROOT.parent / "benchmarks").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.name)
+def test_benchmarks_import_no_module_of_the_command_line(path):
+    assert not [name for name in imported(path) if f"{name}.".startswith(f"{ROOT.name}.cli.")]
 
 
 def test_the_core_knows_no_integration():

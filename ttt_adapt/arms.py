@@ -24,8 +24,8 @@ from ttt_adapt.errors import ConfigError, nearest
 BASE = {"lr": 1e-4, "source_pull": 0.5}
 """What presets change in `StreamConfig` before the changes of their arm.
 
-The learning rate is larger than the default. The pull toward the source weights bounds how far it leads: without the
-pull a stream of any length drifts away from the head.
+The learning rate is larger than the default. The pull toward the source weights limits how far the weights move:
+without the pull a stream of any length drifts away from the head.
 """
 
 OFFLINE_STEPS = 1000
@@ -45,7 +45,7 @@ class Arm:
         options: keywords of the method.
         needs: what a checkpoint must have: "MAE branch", "rotation head", "BatchNorm", "LayerNorm" or "class scores".
         least_window: frames that the arm's window holds at least, to be this arm.
-        adapts: whether it reads the configuration at all.
+        adapts: whether it adapts weights; other arms ignore the configuration.
         streaming: whether frame t and those before it are all that the prediction of frame t depends on.
         oracle: whether it chooses by the labels; its results are a bound, not a method.
         modifiers: (word, number) for each modifier on top of it; the number is None where there is none.
@@ -179,7 +179,7 @@ ARMS = {
         _mae("implicit", "Implicit Memory Only", {"window": 1, **_CARRIED}, 1),
         _mae("explicit", "Explicit Memory Only", {"carry_weights": False}),
         _mae("online", "Online TTT-MAE", _CARRIED),
-        _mae("paper", "Online TTT-MAE, settings of the paper's code", _PAPER),
+        _mae("paper", "Online TTT-MAE, optimizer settings of the paper's code", _PAPER),
         _mae(
             "online-norm-ema",
             "Online TTT-MAE + BatchNorm EMA",
@@ -229,6 +229,9 @@ def normalized(name: str) -> str:
 def find_arm(name: str) -> Arm:
     """The arm called `name`, with its modifiers.
 
+    All spellings of a name give the same arm. Its `name` is the one spelling that arms are compared by: `every-04` ->
+    `every-4`, `offline-1000` -> `offline`.
+
     Raises:
         ConfigError: an unknown name or modifier; the message holds the nearest.
     """
@@ -243,9 +246,20 @@ def preset_fields(name: str) -> dict[str, Any]:
     """What the preset of an arm changes in `StreamConfig`.
 
     Raises:
-        ConfigError: an unknown arm.
+        ConfigError: an unknown arm, or one that a configuration alone cannot be: it adapts no weights, or it has
+            modifiers.
     """
-    return {**BASE, **find_arm(name).settings()}
+    arm = find_arm(name)
+    if not arm.adapts:
+        raise ConfigError(
+            f"arm {arm.name} adapts no weights, so it has no configuration: expected an arm that adapts, such as online"
+        )
+    if arm.modifiers:
+        base = arm.name.partition("+")[0]
+        raise ConfigError(
+            f"arm {arm.name} has modifiers, which a configuration cannot hold: expected an arm without, such as {base}"
+        )
+    return {**BASE, **arm.settings()}
 
 
 def contradictions(arm: Arm, config: Any) -> dict[str, str]:
@@ -278,11 +292,11 @@ def _modified(arm: Arm, modifier: str) -> Arm:
     if known is None or (number is not None and not (known.numbered and number)):
         choices = ", ".join(f"+{each.word}" + ("-N" if each.numbered else "") for each in MODIFIERS.values())
         raise ConfigError(f"arm {arm.name!r} cannot be modified by {'+' + modifier!r}; expected one of {choices}")
-    shown = known.title if number is None else f"{known.title} {number}"
+    suffix, shown = ("", "") if number is None else (f"-{number}", f" {number}")
     return dataclasses.replace(
         arm,
-        name=f"{arm.name}+{modifier}",
-        title=f"{arm.title} + {shown}",
+        name=f"{arm.name}+{word}{suffix}",
+        title=f"{arm.title} + {known.title}{shown}",
         modifiers=(*arm.modifiers, (word, number)),
     )
 

@@ -151,7 +151,8 @@ class StreamConfig:
         """The configuration of an arm of `ttt_adapt.arms`, by name, with some fields changed.
 
         Raises:
-            ConfigError: an unknown arm or field, or a value out of range.
+            ConfigError: an unknown arm or field, a value out of range, or an arm that a configuration alone cannot be:
+                it adapts no weights, or it has modifiers.
         """
         return cls(**{**preset_fields(name), **_known(cls, changes)})
 

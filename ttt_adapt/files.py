@@ -13,7 +13,7 @@ from pathlib import Path
 from ttt_adapt.errors import CheckpointError, ConfigError
 
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg"})
-"""Photographs. A PNG file of the same stem beside one is its label, not a picture."""
+"""Photographs. A PNG file with the same stem in the same folder is its label, not a picture."""
 FRAME_SUFFIXES = PHOTO_SUFFIXES | {".png", ".bmp", ".webp"}
 """Frames of a labelled clip."""
 PICTURE_SUFFIXES = FRAME_SUFFIXES | {".tif", ".tiff", ".ppm", ".pgm"}
@@ -116,5 +116,5 @@ def output_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(
-            f"--out: {folder} is no folder that can be written to ({error.strerror}); choose another one"
+            f"{folder} is no folder that can be written to ({error.strerror}); choose another one"
         ) from error

@@ -1,21 +1,13 @@
-"""What integrations build on, beside the public names, `ttt_adapt.errors` and `ttt_adapt.objectives`.
+"""What integrations may import in addition to the public names, `ttt_adapt.errors` and `ttt_adapt.objectives`.
 
 An integration (one package per ecosystem, in `integrations/`) imports nothing else of this library, so everything else
 may change without breaking one.
 """
 
-from ttt_adapt.arms import ARMS, PRESETS, Arm, contradictions, find_arm
+from ttt_adapt.arms import ARMS, PRESETS, contradictions, find_arm
 from ttt_adapt.colour import colour_frame, rgb_to_lab, to_grey
 from ttt_adapt.data.order import shuffled_epochs
-from ttt_adapt.files import (
-    FRAME_SUFFIXES,
-    LABEL_FOLDERS,
-    PHOTO_SUFFIXES,
-    PICTURE_SUFFIXES,
-    files_in,
-    folders_in,
-    natural_key,
-)
+from ttt_adapt.files import LABEL_FOLDERS, PHOTO_SUFFIXES, folders_in, natural_key
 from ttt_adapt.model.features import Features
 from ttt_adapt.tasks.colorization.score import psnr
 from ttt_adapt.tasks.colorization.task import AB_SCALE
@@ -23,16 +15,12 @@ from ttt_adapt.tasks.colorization.task import AB_SCALE
 __all__ = [
     "AB_SCALE",
     "ARMS",
-    "FRAME_SUFFIXES",
     "LABEL_FOLDERS",
     "PHOTO_SUFFIXES",
-    "PICTURE_SUFFIXES",
     "PRESETS",
-    "Arm",
     "Features",
     "colour_frame",
     "contradictions",
-    "files_in",
     "find_arm",
     "folders_in",
     "natural_key",

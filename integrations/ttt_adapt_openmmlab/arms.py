@@ -44,12 +44,16 @@ def stream_config(arm: str, fields: Mapping[str, Any]) -> StreamConfig:
                 f"OnlineTTTHook has no argument {field!r}; expected a field of StreamConfig or one of "
                 f"{', '.join(_HOOK_ARGUMENTS)}; {nearest(field, [*known, *_HOOK_ARGUMENTS])}"
             )
-    return StreamConfig.for_arm(name, **fields)
+    return StreamConfig.for_arm("online" if name == "fixed" else name, **fields)  # "fixed" only has its fields checked
 
 
 def contradicting_fields(arm: str, config: StreamConfig) -> dict[str, str]:
-    """The fields of `config` that turn the arm into another one, each with what the arm means by it."""
-    return contradictions(find_arm(arm), config)
+    """The fields of `config` that turn the arm into another one, each with what the arm means by it.
+
+    The hook's arm "offline" takes any number of iterations, any gate and any pull below 1, so it is compared like
+    "online".
+    """
+    return contradictions(find_arm("online" if arm == "offline" else arm), config)
 
 
 def contradiction(arm: str, config: StreamConfig) -> str:

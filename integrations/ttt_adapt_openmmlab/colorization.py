@@ -49,7 +49,7 @@ class ColourPictures(BaseDataset):
     METAINFO: ClassVar[dict] = {"classes": ()}
 
     def __init__(
-        self, data_root: str | Path, suffixes: Sequence[str] = (".jpg", ".jpeg", ".png"), **options: Any
+        self, data_root: str | Path, suffixes: Sequence[str] = (*sorted(PHOTO_SUFFIXES), ".png"), **options: Any
     ) -> None:
         self._suffixes = tuple(suffixes)
         super().__init__(ann_file="", data_root=str(data_root), **options)

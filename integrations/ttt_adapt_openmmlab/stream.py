@@ -120,7 +120,10 @@ def _scope(model: nn.Module, cfg: Config) -> str:
     packages = [parent.__module__.partition(".")[0] for parent in type(model).__mro__]
     scope = next((name for name in packages if name in ("mmseg", "mmdet")), cfg.get("default_scope"))
     if scope not in ("mmseg", "mmdet"):
-        raise ConfigError(f"{type(model).__name__} is neither a model of mmseg nor one of mmdet")
+        raise ConfigError(
+            f"{type(model).__name__} is neither a model of mmseg nor one of mmdet: pass a model of one of them, or set "
+            "default_scope='mmseg' or default_scope='mmdet' in its config, whichever it follows"
+        )
     return scope
 
 

@@ -22,8 +22,7 @@ import ttt_adapt.training.recipe as recipe
 from command_line import CAMVID, CLIP, SCRIPT, TINY, TRAIN, fail, invoke, needs_camvid, needs_clip, status, video
 from conftest import same_bits
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.data.street.scene import CLASSES, street_stream
-from ttt_adapt.evaluation.demo import WEIGHTS
+from ttt_adapt.data.street import CLASSES, WEIGHTS, street_stream
 from ttt_adapt.evaluation.model_info import inspect_model
 from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
@@ -144,7 +143,7 @@ def test_info_applies_what_a_trained_branch_can_change_and_refuses_the_rest(trai
     line = fail(capsys, monkeypatch, "info", trained, "--branch=decoder=conv", "--branch=mask_ratio=0.5")
     assert "'decoder' cannot change after attaching" in line
     line = fail(capsys, monkeypatch, "info", trained, "--encoder=nonsense")
-    assert "--encoder is 'nonsense'" in line
+    assert "encoder is 'nonsense'" in line
     assert "trained on 'backbone'" in line
     made = load_checkpoint(trained)
     bare = tmp_path / "main.safetensors"
@@ -175,6 +174,14 @@ def test_eval_writes_report_table_and_plots_and_goes_on_where_it_was(trained, cl
     before = (out / "report.json").read_bytes()
     invoke(*arguments)
     assert (out / "report.json").read_bytes() == before
+
+
+@pytest.mark.usefixtures("committed")
+def test_a_setting_that_an_arm_does_not_take_is_told(trained, clips, tmp_path, capsys, monkeypatch):
+    call = ["eval", clips, f"--checkpoint={trained}", "--clips=first", f"--out={tmp_path / 'out'}"]
+    call += ["--arms=fixed,no-memory", "--set=window=4", "--set=crop_size=(48, 48)"]
+    assert status(monkeypatch, *call) == 0
+    assert "--set window=4 does not change every arm: no-memory has window=1\n" in capsys.readouterr().err
 
 
 @needs_clip
@@ -251,7 +258,7 @@ def test_a_model_for_the_main_task_alone_can_be_the_start_of_joint_training(tmp_
     assert load_checkpoint(main).branch is None
     line = fail(capsys, monkeypatch, "run", "x.mp4", f"--checkpoint={main}", f"--out={tmp_path / 'o.mp4'}")
     assert "main task alone" in line
-    assert "--recipe joint" in line
+    assert "train it with the recipe 'joint'" in line
     invoke("train", *TRAIN, "--first-epochs=0", f"--init={main}", f"--out={joint}", "--lr=1e-7")
     first, second = (load_checkpoint(path) for path in (main, joint))
     for name, value in first.model.state_dict().items():
@@ -457,9 +464,9 @@ BAD_EVAL = [
     (["{clips}", "--seeds=a"], "seed 'a'"),
     (["{clips}", "--seeds=²"], "seed '²' is no whole number"),
     (["{clips}", "--seeds=1,-1"], "seed '-1' is no whole number"),
-    (["{clips}", "--seeds=,"], "at least one seed"),
-    (["{clips}", "--seeds=0,1,00"], "--seeds names 0 more than once"),
-    (["{clips}", "--checkpoint={trained}", "--seeds=0,0"], "--seeds names 0 more than once"),
+    (["{clips}", "--seeds=,"], "seeds is empty"),
+    (["{clips}", "--seeds=0,1,00"], "seeds names 0 more than once"),
+    (["{clips}", "--checkpoint={trained}", "--seeds=0,0"], "seeds names 0 more than once"),
     (["{clips}", "--size=²x64"], "HEIGHTxWIDTH"),
     (["{clips}", "--arms=norm-ema"], "no BatchNorm"),
     (["{clips}", "--checkpoint=none.safetensors", "--seeds=0,1"], "none.safetensors"),
@@ -597,7 +604,7 @@ def test_class_names_are_given_or_written_beside_the_clips(tmp_path, nameless, c
     invoke("train", written, *quick, f"--out={tmp_path / 'n.safetensors'}")
     # the checkpoint knows the names
     invoke("eval", nameless, f"--checkpoint={out}", "--arms=fixed", f"--out={tmp_path / 'out'}")
-    assert "--resume" in fail(capsys, monkeypatch, "train", written, *quick, f"--out={out}", "--resume")
+    assert "resume is set" in fail(capsys, monkeypatch, "train", written, *quick, f"--out={out}", "--resume")
 
 
 def test_settings_that_do_not_fit_name_the_arm_and_the_nearest_field(tmp_path, trained, clips, capsys, monkeypatch):

@@ -89,8 +89,12 @@ def test_palette_labels_give_ids_not_colours(tmp_path):
 
 
 def test_frames_and_labels_may_be_changed_in_place(tmp_path):
-    frame, labels = LabelledClip(write_clip(tmp_path / "street"), classes=CLASSES)[0]
-    frame[:], labels[:] = 0, 0
+    clip = LabelledClip(write_clip(tmp_path / "street"), classes=CLASSES)
+    frame, labels = clip[0]
+    before = frame.copy(), labels.copy()
+    frame[:], labels[:] = frame + 1, labels + 1
+    for again, first in zip(clip[0], before, strict=True):
+        np.testing.assert_array_equal(again, first)
 
 
 def test_an_index_beside_the_clip_gives_classes_ignore_id_and_times(tmp_path):

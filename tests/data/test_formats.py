@@ -334,7 +334,7 @@ def test_the_street_is_chosen_by_its_seed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (clip,) = clips_from("street", [], (48, 64), seed=2, frames=3)
     assert (clip.name, len(clip), clip.size) == ("street-2", 3, (48, 64))
-    with pytest.raises(ConfigError, match="--seed"):
+    with pytest.raises(ConfigError, match="choose a street by its seed"):
         clips_from("street", ["first"], None)
     with pytest.raises(ConfigError, match="seed is -1"):
         StreetClip(-1)

@@ -83,6 +83,13 @@ def test_a_file_that_is_no_report_is_refused(tmp_path, text):
         Report.load(path)
 
 
+def test_a_report_of_a_newer_format_says_what_to_do(tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text('{"format": 99}')
+    with pytest.raises(DataError, match=r"format 99, .* reads formats up to 2: update ttt_adapt"):
+        Report.load(path)
+
+
 def test_a_missing_report_is_refused(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         Report.load(tmp_path / "report.json")

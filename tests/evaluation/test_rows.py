@@ -7,7 +7,7 @@ import pytest
 import ttt_adapt.evaluation.rows as rows_module
 from arm_inputs import CONFIG, VIT, checkpoint, two_rows
 from ttt_adapt.errors import CheckpointError, ConfigError, MissingPackageError
-from ttt_adapt.evaluation.rows import Row, rows_of
+from ttt_adapt.evaluation.rows import Row, rows_of, unheeded
 from ttt_adapt.evaluation.session import evaluate
 from ttt_adapt.tasks.checkpoint import save_checkpoint
 
@@ -18,7 +18,7 @@ def test_settings_are_of_all_arms_or_of_one():
     rows = rows_of(["fixed", "tent"], [], [], {"tent": {"lr": 1e-3}}, {"loss_on": "all"})
     assert [dict(row.changes) for row in rows] == [{}, {"lr": 1e-3}]
     assert {tuple(row.branch.items()) for row in rows} == {(("loss_on", "all"),)}
-    with pytest.raises(ConfigError, match=r"--set online\.lr: online is none of --arms tent"):
+    with pytest.raises(ConfigError, match=r"online\.lr is to change, and online is none of the arms tent"):
         rows_of(["tent"], [], [], {"online": {"lr": 1e-3}})
 
 
@@ -27,6 +27,28 @@ def test_a_row_knows_its_arm_by_any_of_its_names():
         ["no-memory"], [], changes={"no_memory": {"lr": 1.0}}
     )
     assert Row("implicit_only", "I") == Row("implicit", "I")
+    assert Row("offline-1000", "O") == Row("offline", "O")
+    with pytest.raises(ConfigError, match="no arm 'offlin'"):
+        Row("offlin", "O")
+
+
+@pytest.mark.parametrize(("asked", "named"), [("offline-1000", "offline-1000"), ("every-4", "every-04")])
+def test_changes_find_their_arm_however_its_number_is_spelled(asked, named):
+    (row,) = rows_of([asked], [], changes={named: {"lr": 1e-3}})
+    assert row.changes == {"lr": 1e-3}
+
+
+def test_arms_that_replace_a_common_setting_are_found():
+    rows = rows_of(["fixed", "online", "no-memory", "paper", "tent", "tent+class"], [], changes={"tent": {"lr": 1.0}})
+    config = CONFIG.replace(window=4, lr=0.5, source_pull=0.25)
+    assert unheeded(rows, config, ["window", "lr", "source_pull", "batch_size"]) == {
+        "window": {"no-memory": 1, "paper": 16},
+        "lr": {"paper": 1e-4},
+        "source_pull": {"paper": 0.0, "tent": 0.0, "tent+class": 0.0},
+        "batch_size": {"paper": 32},
+    }
+    assert unheeded(rows, config.replace(window=16), ["window"]) == {"window": {"no-memory": 1}}
+    assert unheeded(rows, config, []) == {}
 
 
 def test_what_does_not_fit_fails_before_anything_runs_or_is_written(tmp_path, clips, files, counted):
@@ -39,11 +61,10 @@ def test_what_does_not_fit_fails_before_anything_runs_or_is_written(tmp_path, cl
         (Row("online", "O", (tmp_path / "main.safetensors",)), ConfigError, "main task alone"),
         (Row("fixed", "F", (tmp_path / "other.safetensors",)), CheckpointError, "cat, dog; clip dusk has road"),
         (Row("online", "O", (files[0], tmp_path / "none.safetensors")), CheckpointError, "no checkpoint"),
-        (Row("offlin", "O", (files[0],)), ConfigError, "no arm 'offlin'"),
     ]
-    for contender, kind, match in bad:
+    for row, kind, match in bad:
         with pytest.raises(kind, match=match):
-            evaluate([fixed, contender], clips, CONFIG, [0], tmp_path / "out")
+            evaluate([fixed, row], clips, CONFIG, [0], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not counted
 

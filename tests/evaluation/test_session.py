@@ -69,7 +69,7 @@ def test_a_clip_of_one_frame_is_evaluated_to_the_end(tmp_path, clips, files):
 
 def test_a_file_where_the_results_should_go_is_refused_and_stays(tmp_path, clips, files):
     before = files[0].read_bytes()
-    with pytest.raises(ConfigError, match="a file; expected a folder"):
+    with pytest.raises(ConfigError, match="a file; expected a new folder"):
         evaluate(two_rows(files[:1]), clips, CONFIG, [0], files[0])
     assert files[0].read_bytes() == before
 
@@ -87,17 +87,19 @@ def test_a_row_may_change_the_configuration_and_says_so(tmp_path, clips, files):
 def test_real_time_charges_given_costs_and_measures_the_others_once(tmp_path, clips, files, monkeypatch):
     measured = []
     monkeypatch.setattr(session, "measure_forwards", lambda arm, *_: measured.append(arm.name) or 1.4)
-    rows = rows_of(["fixed", "implicit", "online", "online-shuffled"], files[:1])
-    report = evaluate(rows, clips, CONFIG, [0, 1], tmp_path / "out", real_time=({"online": 3}))
+    rows = rows_of(["fixed", "implicit", "online", "every-4", "online-shuffled"], files[:1])
+    costs = {"online": 3, "every-04": 2}
+    report = evaluate(rows, clips, CONFIG, [0, 1], tmp_path / "out", real_time=costs)
     charged = {run.arm: run.forwards for run in report.runs}
     assert charged == {
         "Fixed": 1.4,
         "Implicit Memory Only": 1.4,
         "Online TTT-MAE": 3,
+        "Online TTT-MAE, every 4 frames": 2,
         "Online TTT-MAE, shuffled frames": None,
     }
     assert measured == ["fixed", "implicit"]
-    assert report.config["real_time"] == {"online": 3}
+    assert report.config["real_time"] == {"online": 3, "every-4": 2}
     assert "Online TTT-MAE 3" in (tmp_path / "out" / "table.md").read_text()
     losses = [run.losses for run in report.select("Online TTT-MAE", "dusk")]
     assert [[loss is None for loss in run] for run in losses] == [[False, True, True]] * 2
@@ -289,7 +291,7 @@ def test_other_code_or_another_machine_does_not_go_on(name, value, tmp_path, cli
     here = session.environment()
     monkeypatch.setattr(session, "environment", lambda: {**here, name: value})
     shown = "torch" if name == "packages" else name
-    with pytest.raises(DataError, match=rf"begun with another .*{shown} \(.*, now .*--out, or remove it"):
+    with pytest.raises(DataError, match=rf"begun with another .*{shown} \(.*, now .*another folder, or remove it"):
         evaluate(rows, clips, CONFIG, [0], tmp_path / "out")
     assert (tmp_path / "out" / "report.json").read_text() == text
     assert counted == ["fixed dusk", "fixed noon"]
@@ -305,10 +307,10 @@ def test_uncommitted_code_begins_no_report_that_others_go_on_with_and_goes_on_wi
         monkeypatch.setattr(session, "environment", lambda now=first: {**clean, "dirty": now})
         report = evaluate(rows, clips, CONFIG, [0], out)
         report.failures.append({"arm": "Fixed", "clip": "dusk", "seed": 9, "error": "E"})
-        with pytest.raises(StateError, match="commit it, and choose another --out" if first else "same command tries"):
+        with pytest.raises(StateError, match="commit it, and choose another folder" if first else "same command tries"):
             check_failures(report, out)
         monkeypatch.setattr(session, "environment", lambda now=then: {**clean, "dirty": now})
-        with pytest.raises(DataError, match=rf"{told}.*choose another --out"):
+        with pytest.raises(DataError, match=rf"{told}.*choose another folder"):
             evaluate(rows, clips, CONFIG, [0], out)
     monkeypatch.setattr(session, "environment", lambda: {**clean, "dirty": True})
     with pytest.raises(DataError, match="made by uncommitted code"):

@@ -18,7 +18,7 @@ import tiny
 import videos as v
 from ttt_adapt.cli.app import main
 from ttt_adapt_openmmlab import launch
-from ttt_adapt_openmmlab.arms import contradiction
+from ttt_adapt_openmmlab.arms import HOOK_ARMS, contradiction
 from ttt_adapt_openmmlab.run_config import parse_options, read_config, set_amp, set_arm
 
 
@@ -181,7 +181,8 @@ MEMORIES = {"window": 16, "batch_size": 4, "carry_weights": True}
         ("online", {"window": 1, "source_pull": 1.0, "batch_size": 4}, {"batch_size": 4}),
         ("online", {"carry_weights": False, "window": None}, {"window": None}),
         ("offline", MEMORIES, MEMORIES),
-        ("offline", {"source_pull": 0.5, "lr": 0.1}, {"lr": 0.1}),
+        ("offline", {"source_pull": 0.5, "iterations": 2, "every": 2, "gate": "surprise", "lr": 0.1}, None),
+        ("offline", {"source_pull": 1.0, "carry_weights": False, "lr": 0.1}, {"lr": 0.1}),
         ("offline", {"window": 1, "offline_steps": 3}, {"offline_steps": 3}),
         ("fixed", MEMORIES, MEMORIES),
         ("paper", {**MEMORIES, "grad_clip": None, "lr": 0.1}, {"window": 16, "carry_weights": True}),
@@ -196,6 +197,13 @@ def test_an_arm_by_name_drops_what_contradicts_it_and_nothing_else(arm, given, l
     assert cfg.custom_hooks[1] == {"type": "OnlineTTTHook", "arm": arm, **(given if left is None else left)}
     hook = HOOKS.build(cfg.custom_hooks[1])
     assert not contradiction(arm, hook.config)
+
+
+def test_help_names_the_arms_of_the_hook(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert mm("test", "--help") == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"{', '.join(HOOK_ARMS[:-1])} or {HOOK_ARMS[-1]}." in shown
 
 
 @pytest.mark.parametrize(("given", "arm"), [("online", "online"), ("no_memory", "no-memory")])

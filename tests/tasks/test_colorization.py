@@ -184,7 +184,7 @@ def test_a_few_steps_teach_a_model_the_colours_of_one_picture(mode):
 
 def test_training_on_several_sizes_asks_for_one(pictures, tmp_path, capsys, monkeypatch):
     line = fail(capsys, monkeypatch, "train", pictures, "--task=colorization", f"--out={tmp_path / 'm.safetensors'}")
-    assert "--size HEIGHTxWIDTH" in line
+    assert "give one size for all, height x width" in line
     assert "48x64" in line
     assert not list(tmp_path.iterdir())
 
@@ -310,9 +310,9 @@ def test_run_does_not_claim_to_have_kept_what_could_not_be_written(trained, tmp_
 
 def test_a_checkpoint_of_the_other_mode_cannot_begin_one(trained, cell_model, pictures, tmp_path, capsys, monkeypatch):
     call = ["train", pictures / "trip", *TRAIN, f"--out={tmp_path / 'm.safetensors'}"]
-    assert "with --task-option mode=classification, which" in fail(capsys, monkeypatch, *call, f"--init={cell_model}")
+    assert "with mode=classification as task options, which" in fail(capsys, monkeypatch, *call, f"--init={cell_model}")
     line = fail(capsys, monkeypatch, *call, "--task-option=mode=classification", f"--init={trained}")
-    assert "with no --task-option, which makes another head" in line
+    assert "with none as task options, which makes another head" in line
 
 
 def test_a_checkpoint_of_another_task_cannot_begin_one(pictures, tmp_path, capsys, monkeypatch):

@@ -73,12 +73,13 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Compare arms on clips: tables, a JSON and plots."""
-    from ttt_adapt.evaluation.rows import clips_from, rows_of
+    from ttt_adapt.evaluation.rows import clips_from, rows_of, unheeded
     from ttt_adapt.evaluation.session import check_failures
     from ttt_adapt.evaluation.session import evaluate as evaluate_rows
     from ttt_adapt.evaluation.studies import find_study, rows_of_study
     from ttt_adapt.evaluation.tables import rich_table
     from ttt_adapt.tasks.checkpoint import read_spec
+    from ttt_adapt.view.terminal import notice
 
     if study is not None and (arms is not None or baseline):
         raise ConfigError("--study brings its own rows: leave out --arms and --baseline")
@@ -105,10 +106,15 @@ def evaluate(
         frames=frames,
         task=spec.task,
     )
+    rows = rows_of_study(chosen, found, checkpoint, hidden) if chosen else rows
+    config = preset_config(preset, **common)
+    for field, arms_with in unheeded(rows, config, common).items():
+        own_values = ", ".join(f"{arm} has {field}={value!r}" for arm, value in arms_with.items())
+        notice(f"--set {field}={common[field]!r} does not change every arm: {own_values}")
     report = evaluate_rows(
-        rows_of_study(chosen, found, checkpoint, hidden) if chosen else rows,
+        rows,
         found,
-        preset_config(preset, **common),
+        config,
         numbers,
         out,
         pick_device(device),

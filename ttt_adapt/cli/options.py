@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ttt_adapt.arms import PRESETS, normalized
+from ttt_adapt.arms import PRESETS, find_arm, normalized
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import ConfigError, nearest
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Seed = Annotated[int, typer.Option(help="Seed of masks and draws.")]
-Preset = Annotated[str, typer.Option(help="online, paper, no-memory, implicit or explicit.")]
+Preset = Annotated[str, typer.Option(help=f"{', '.join(PRESETS[:-1])} or {PRESETS[-1]}.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a field of StreamConfig; repeatable.")
 ]
@@ -116,7 +116,7 @@ def parse_arm_settings(pairs: Sequence[str] | None) -> tuple[dict[str, Any], dic
     """["lr=1e-4", "tent.lr=1e-3"] -> ({"lr": 1e-4}, {"tent": {"lr": 1e-3}}): for all arms, and for one of them.
 
     Raises:
-        ConfigError: an entry without "=", or the seed, which has an option of its own.
+        ConfigError: an entry without "=", an unknown arm, or the seed, which has an option of its own.
     """
     common: dict[str, Any] = {}
     own: dict[str, dict[str, Any]] = {}
@@ -124,7 +124,7 @@ def parse_arm_settings(pairs: Sequence[str] | None) -> tuple[dict[str, Any], dic
         arm, dot, field = name.rpartition(".")
         if field == "seed":
             raise ConfigError(f"--set {name}={value}: the seeds of an evaluation are --seeds 0,1,2")
-        (own.setdefault(normalized(arm), {}) if dot else common)[field] = value
+        (own.setdefault(find_arm(arm).name, {}) if dot else common)[field] = value
     return common, own
 
 
@@ -136,10 +136,10 @@ def parse_forwards(real_time: bool, pairs: Sequence[str] | None, arms: Sequence[
     """
     if not real_time:
         if pairs:
-            raise ConfigError("--forwards is what --real-time charges; give both or neither")
+            raise ConfigError("--forwards sets the costs for --real-time; give both or neither")
         return None
-    costs = {normalized(arm): cost for arm, cost in parse_settings(pairs).items()}
-    known = [normalized(arm) for arm in arms]
+    costs = {find_arm(arm).name: cost for arm, cost in parse_settings(pairs).items()}
+    known = [find_arm(arm).name for arm in arms]
     for arm, cost in costs.items():
         if arm not in known:
             raise ConfigError(f"--forwards {arm}={cost}: {arm} is none of the arms {', '.join(known)}")

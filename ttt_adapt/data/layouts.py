@@ -236,7 +236,7 @@ def _clips(
 
 
 class _All(dict[str, Opener]):
-    """All clips by name. Iterating goes over those alone that have labels."""
+    """All clips by name. Iteration yields only clips with labels."""
 
     def __init__(self, every: dict[str, Opener], listed: dict[str, Opener]) -> None:
         super().__init__(every)

@@ -69,7 +69,7 @@ class VideoClip(Clip):
         name: the clip's name.
         file: the video.
         size: (height, width) of the samples, as for `PictureClip`.
-        frames: use the first so many frames alone; None for all.
+        frames: use only this many frames, from the first on; None for all.
     """
 
     def __init__(self, name: str, file: Path, size: tuple[int, int] | None = None, frames: int | None = None) -> None:
@@ -131,7 +131,7 @@ class _Kept:
     """The frames of an iteration, by index. Decoded frames lie in a temporary file, not in memory.
 
     Attributes:
-        process: id of the one process that may use it.
+        process: id of the only process that may use it.
     """
 
     def __init__(self, frames: Iterator[np.ndarray]) -> None:
@@ -170,7 +170,7 @@ def open_frames(
         source: a folder, or one video file.
         names: open only these clips, in this order.
         size: (height, width) of the samples.
-        frames: open the first so many frames of every clip alone; None for all.
+        frames: open only this many frames of every clip, from the first on; None for all.
 
     Raises:
         DataError: there are no pictures and no videos, or no clip of that name. Reading raises it for a file that is

@@ -109,7 +109,7 @@ def _check_files(source: str, checkpoint: Path, out: Path, fps: float | None) ->
     """Raises ConfigError where the output would overwrite an input, or cannot be a video."""
     for read in (Path(source), checkpoint):
         if read.exists() and out.exists() and out.samefile(read):
-            raise ConfigError(f"--out is {out}, which is an input and would be lost; choose another file")
+            raise ConfigError(f"out is {out}, which is an input and would be lost; choose another file")
     check_format(out, fps)
 
 
@@ -120,12 +120,11 @@ def _load(file: Path, task: str | None, device: torch.device | str) -> Checkpoin
     checkpoint = load_checkpoint(file, device)
     if task not in (None, checkpoint.task.name):
         raise CheckpointError(
-            f"{file} was trained for {checkpoint.task.name}, not for {task}: leave --task out, or train one with "
-            f"--task {task}"
+            f"{file} was trained for {checkpoint.task.name}, not for {task}: leave task out, or train one for {task}"
         )
     if checkpoint.branch is None:
         raise CheckpointError(
-            f"{file} was trained for the main task alone and cannot adapt: train it with --recipe joint"
+            f"{file} was trained for the main task alone and cannot adapt: train it with the recipe 'joint'"
         )
     return checkpoint
 
@@ -163,7 +162,7 @@ class _Remarks:
     def _begin(self, name: str, height: int, width: int) -> None:
         """Say what is known when the first picture is there."""
         if self._rate is None:
-            notice(f"{name} has no frame rate: written at {DEFAULT_FPS} frames a second; another one with --fps")
+            notice(f"{name} has no frame rate: written at {DEFAULT_FPS} frames a second; fps sets another rate")
         elif self._video.uneven:
             notice(f"{name}: its frames are not evenly spaced in time; every one is written, {self._rate:.4g} a second")
         if tracks := self._video.sounds:

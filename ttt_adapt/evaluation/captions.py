@@ -49,8 +49,8 @@ def _real_time_note(report: Report) -> str:
         return ""
     costs = ", ".join(f"{report.marked(arm)} {forwards:g}" for arm, forwards in charged.items())
     return (
-        f"Real-time scoring, forward passes per frame: {costs}; an arm misses ceil of it - 1 frames after each that it "
-        "sees, and keeps its last prediction."
+        f"Real-time scoring, forward passes per frame: {costs}; an arm that costs R passes misses the next "
+        "ceil(R) - 1 frames after each frame it sees, and keeps its last prediction."
     ) + ("" if all(run.streaming for run in report.runs) else " Arms with a mark are not charged.")
 
 

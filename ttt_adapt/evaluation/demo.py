@@ -10,7 +10,7 @@ import torch
 
 from ttt_adapt.arms import ARMS
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.data.street.scene import PALETTE, street_stream
+from ttt_adapt.data.street import PALETTE, WEIGHTS, StreetClip
 from ttt_adapt.evaluation.environment import environment
 from ttt_adapt.evaluation.plots import plot_stream
 from ttt_adapt.evaluation.report import Report
@@ -22,8 +22,6 @@ from ttt_adapt.view.overlay import blend, panels
 from ttt_adapt.view.reconstruction import reconstruction_image
 from ttt_adapt.view.terminal import progress_bar
 
-WEIGHTS = Path(__file__).parents[1] / "data" / "street" / "street.safetensors"
-FPS = 10
 CONFIG = StreamConfig.online(source_pull=0.02)
 """Chosen by `benchmarks/demo_variants.py` on streets that the demo does not show. The street changes much, so the pull
 toward the source weights is weak."""
@@ -46,9 +44,10 @@ def run_demo(
     checkpoint = load_checkpoint(WEIGHTS, device)
     out.mkdir(parents=True, exist_ok=True)
     size = checkpoint.spec.size
+    street = StreetClip(seed, frames, size)
     with progress_bar("render the street", frames) as advance:
         clip = []
-        for sample in street_stream(frames, size, seed + 1000, FPS):
+        for sample in street:
             clip.append(sample)
             advance()
     report = Report({"config": asdict(config), "frames": frames, "seed": seed, "size": list(size)}, environment())
@@ -66,7 +65,7 @@ def run_demo(
             report.add(
                 run_arm(ARMS[arm], checkpoint, clip, config.replace(seed=seed), name="street", label=arm, on_frame=keep)
             )
-    _write_video(out / "demo.mp4", [frame for frame, _ in clip], predictions, rebuilt)
+    _write_video(out / "demo.mp4", street.fps, [frame for frame, _ in clip], predictions, rebuilt)
     plot_stream(out / "stream.png", report.runs, "A street that drifts from clear day to dusk, fog and rain")
     report.save(out / "report.json")
     (out / "table.md").write_text(markdown_table(report), encoding="utf-8")
@@ -82,10 +81,14 @@ def _reconstruct(checkpoint: Checkpoint, frame: np.ndarray) -> np.ndarray:
 
 
 def _write_video(
-    path: Path, frames: list[np.ndarray], predictions: dict[str, list[np.ndarray]], rebuilt: list[np.ndarray]
+    path: Path,
+    fps: float | None,
+    frames: list[np.ndarray],
+    predictions: dict[str, list[np.ndarray]],
+    rebuilt: list[np.ndarray],
 ) -> None:
     palette = np.asarray(PALETTE, dtype=np.uint8)
-    with VideoWriter(path, FPS) as writer, progress_bar("write the video", len(frames)) as advance:
+    with VideoWriter(path, fps) as writer, progress_bar("write the video", len(frames)) as advance:
         for frame, fixed, online, image in zip(
             frames, predictions["fixed"], predictions["online"], rebuilt, strict=True
         ):

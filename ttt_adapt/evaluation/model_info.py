@@ -28,11 +28,9 @@ class ModelInfo:
 
     Attributes:
         rows: pairs of a name and a value, as text for people.
-        branch: the branch that they describe.
     """
 
     rows: list[tuple[str, str]]
-    branch: MAEBranch
 
 
 def inspect_model(
@@ -74,13 +72,13 @@ def inspect_model(
         else:
             model = _timm_model(name).to(device)
             branch = MAEBranch.attach(model, encoder or _default_encoder(model), **settings)
-        return ModelInfo(_describe(model, branch, size or branch.info.probe_size, config), branch)
+        return ModelInfo(_describe(model, branch, size or branch.info.probe_size, config))
 
 
 def _refuse_encoder(name: str, encoder: str | None, own: str) -> None:
     if encoder not in (None, own):
         raise ConfigError(
-            f"--encoder is {encoder!r}, and the branch of {name} was trained on {own!r}: leave it out, or train "
+            f"encoder is {encoder!r}, and the branch of {name} was trained on {own!r}: leave it out, or train "
             "another checkpoint"
         )
 
@@ -176,4 +174,4 @@ def _default_encoder(model: nn.Module) -> str:
     for name in ("norm", "stages", "layers", "blocks", "layer4", "features"):
         if name in names and not isinstance(getattr(model, name), nn.Identity):
             return name
-    raise ConfigError(f"pass --encoder: which of {', '.join(names)} ends the encoder?")
+    raise ConfigError(f"encoder is not given: which of {', '.join(names)} ends the encoder?")

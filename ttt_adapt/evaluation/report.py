@@ -43,7 +43,7 @@ class Run:
         fps: labelled frames per second of the clip; None where unknown.
         peak_memory_mib: peak memory above what was held at the start (see `peak_memory`); None if unknown.
         forwards: under real-time scoring, the forward passes per frame that the arm was charged; None without.
-        streaming: whether the arm saw no frame before its time.
+        streaming: whether the arm predicted each frame before it saw a later one.
         oracle: whether it chose by the labels.
     """
 
@@ -108,7 +108,7 @@ class Report:
         config: the settings it ran with; anything JSON can hold.
         environment: where it ran; see `ttt_adapt.evaluation.environment.environment`.
         runs: in the order they were made.
-        failures: runs that broke off, with arm, clip, seed and error, and clips that cannot be scored, with clip and
+        failures: runs that failed, with arm, clip, seed and error, and clips that cannot be scored, with clip and
             error; they are tried again by the next call.
     """
 
@@ -185,7 +185,10 @@ class Report:
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
             if data["format"] not in (1, FORMAT):
-                raise DataError(f"{path} has format {data['format']}; this version reads formats 1 and {FORMAT}")
+                raise DataError(
+                    f"{path} has format {data['format']}, and this version of ttt_adapt reads formats up to {FORMAT}: "
+                    "update ttt_adapt (pip install --upgrade ttt-adapt)"
+                )
             if data["format"] == 1:
                 _upgrade(data)
             names = {entry.name for entry in fields(Run)}

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ttt_adapt.arms import find_arm, normalized
+from ttt_adapt.arms import find_arm
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.data import Clip, StreetClip, is_unnamed
 from ttt_adapt.errors import CheckpointError, ConfigError, missing
@@ -27,12 +27,15 @@ class Row:
     """One row of the table.
 
     Attributes:
-        arm: the arm's name.
+        arm: the arm's name; it is kept as `find_arm` spells it.
         label: the row's name in the report.
         checkpoints: the files it runs, one for all seeds or one per seed.
         changes: fields of the online configuration that differ in this row.
         branch: what the branch hides and scores in this row, see `MAEBranch.using`.
         value: the row's place on the axis of a study; None where it has none.
+
+    Raises:
+        ConfigError: an unknown arm.
     """
 
     arm: str
@@ -43,7 +46,7 @@ class Row:
     value: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "arm", normalized(self.arm))
+        object.__setattr__(self, "arm", find_arm(self.arm).name)
 
 
 def rows_of(
@@ -66,15 +69,39 @@ def rows_of(
         ConfigError: an unknown arm, or none; changes of an arm that is not among them.
     """
     if not arms:
-        raise ConfigError("--arms is comma-separated; expected at least one arm")
-    own = {normalized(name): fields for name, fields in (changes or {}).items()}
+        raise ConfigError("arms is empty; expected at least one arm")
+    own = {find_arm(name).name: fields for name, fields in (changes or {}).items()}
     found = [find_arm(name) for name in arms]
     names = [arm.name for arm in found]
     for name in own:
         if name not in names:
-            raise ConfigError(f"--set {name}.{next(iter(own[name]))}: {name} is none of --arms {', '.join(names)}")
+            raise ConfigError(
+                f"{name}.{next(iter(own[name]))} is to change, and {name} is none of the arms {', '.join(names)}"
+            )
     rows = [Row(arm.name, arm.title, tuple(checkpoints), own.get(arm.name, {}), branch or {}) for arm in found]
     return [Row("fixed", "Main Task Only", tuple(baselines)), *rows] if baselines else rows
+
+
+def unheeded(rows: Sequence[Row], config: StreamConfig, fields: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The fields of the common configuration that some arms replace by a value of their own.
+
+    Args:
+        rows: what runs.
+        config: of the online arm.
+        fields: names of the fields to look at.
+
+    Returns:
+        Field -> arm -> the arm's own value. Fields that every arm takes from `config`, or that a row changes for its
+        arm, are not in it.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in fields:
+        for row in rows:
+            arm = find_arm(row.arm)
+            own = arm.settings() if arm.adapts and name not in row.changes else {}
+            if own.get(name, getattr(config, name)) != getattr(config, name):
+                found.setdefault(name, {})[arm.name] = own[name]
+    return found
 
 
 def clips_from(
@@ -104,13 +131,13 @@ def clips_from(
     """
     if data == "street" and not Path(data).exists():
         if names:
-            raise ConfigError(f"'street' is one clip, got --clips {', '.join(names)}; choose a street with --seed")
+            raise ConfigError(f"'street' is one clip, got the clips {', '.join(names)}; choose a street by its seed")
         return [find_task(task).adopt(StreetClip(seed or 0, 240 if frames is None else frames, size))]
-    for name, value in (("--seed", seed), ("--frames", frames)):
+    for name, value in (("seed", seed), ("frames", frames)):
         if value is not None:
             raise ConfigError(
-                f"{name} {value} is an option of the rendered street, and the data are {data}: leave it out; seeds of "
-                "adaptation are --seeds"
+                f"{name} is {value}, an option of the rendered street, and the data are {data}: leave it out; "
+                "the seeds of adaptation are called seeds"
             )
     return find_task(task).clips(data, names, size, list(classes) or _unnamed(data, default_classes), format)
 
@@ -151,16 +178,13 @@ def check(
 
 
 def _check_arms(rows: Sequence[Row], config: StreamConfig, costs: Mapping[str, float]) -> None:
-    """Raises ConfigError for an unknown arm, two rows of one name, or a configuration that is not the online arm's."""
-    for row in rows:
-        find_arm(row.arm)
+    """Raises ConfigError for two rows of one name, a bad cost, or a configuration that is not the online arm's."""
     if not config.carry_weights or config.window == 1:
         raise ConfigError(
-            f"the configuration is that of the online arm, and has carry_weights={config.carry_weights} and "
+            f"the configuration must be that of the online arm; it has carry_weights={config.carry_weights} and "
             f"window={config.window}; expected both memories. With less there are arms: no-memory, implicit, explicit"
         )
-    for arm, forwards in costs.items():
-        find_arm(arm)
+    for forwards in costs.values():
         stride(forwards)
     labels = [row.label for row in rows]
     for label in labels:
@@ -182,10 +206,10 @@ def _check_row(row: Row, checkpoint: Checkpoint, path: Path, config: StreamConfi
 def check_seeds(seeds: Sequence[int], config: StreamConfig) -> None:
     """Raises ConfigError unless there are seeds, each once, and each one that adaptation can take."""
     if not seeds:
-        raise ConfigError("--seeds is comma-separated; expected at least one seed")
+        raise ConfigError("seeds is empty; expected at least one")
     if twice := sorted({seed for seed in seeds if list(seeds).count(seed) > 1}):
         raise ConfigError(
-            f"--seeds names {', '.join(map(str, twice))} more than once, and a seed runs once; expected different ones"
+            f"seeds names {', '.join(map(str, twice))} more than once, and a seed runs once; expected different ones"
         )
     for seed in seeds:
         config.replace(seed=seed)  # its checks

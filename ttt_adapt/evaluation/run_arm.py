@@ -83,7 +83,7 @@ def run_arm(
     try:
         run = Run.from_score(label or arm.name, name, config.seed, score, losses, ms, task.name)
     except DataError as error:
-        raise DataError(f"clip {name} has {error}; leave it out with --clips") from error
+        raise DataError(f"clip {name} has {error}; leave this clip out") from error
     run.fps, run.peak_memory_mib, run.forwards = getattr(clip, "fps", None), memory.mib, forwards
     run.streaming, run.oracle = arm.streaming, arm.oracle
     return run
@@ -98,7 +98,7 @@ def _stream(
     what: str,
     on_frame: OnFrame | None,
 ) -> tuple[list[float | None], list[float]]:
-    """Predict and score frame after frame; the runner is given every `every`-th of them, and none before its time.
+    """Predict and score frame after frame; the runner is given every `every`-th of them, and never sees a later frame.
 
     Returns:
         Of every frame the loss (None: there was none) and the milliseconds (NaN: it was missed).

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ttt_adapt.arms import find_arm, normalized
+from ttt_adapt.arms import find_arm
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.data import Clip
 from ttt_adapt.errors import ConfigError, DataError, StateError
@@ -65,11 +65,11 @@ def evaluate(
             of other settings, of another machine or of other code; before anything runs or is written.
         StateError: every run failed.
     """
-    costs = None if real_time is None else {normalized(arm): cost for arm, cost in real_time.items()}
+    costs = None if real_time is None else {find_arm(arm).name: cost for arm, cost in real_time.items()}
     check_seeds(seeds, config)
     check(rows, clips, config, device, costs, metric_weights)
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out is {out}, a file; expected a folder, new or of an evaluation that goes on")
+        raise ConfigError(f"out is {out}, a file; expected a new folder, or the folder of an evaluation to continue")
     output_folder(out)
     settings = {
         "config": asdict(config),
@@ -124,7 +124,7 @@ def check_failures(report: Report, out: Path) -> None:
 def _way_on(report: Report, what: str) -> str:
     """What the user can do to get the runs that are missing."""
     if report.environment.get("dirty"):
-        return "results of uncommitted code cannot be continued: commit it, and choose another --out"
+        return "results of uncommitted code cannot be continued: commit it, and choose another folder"
     return f"the same command {what}"
 
 
@@ -150,7 +150,7 @@ def _make_missing(
     make: Callable[[Row, Checkpoint, Clip, int], Run],
     device: torch.device | str,
 ) -> None:
-    """Make runs and save the report after each; what breaks off is noted, and the next one is made."""
+    """Make runs and save the report after each; a failed run is recorded, and the next one starts."""
     loaded: dict[Path, Checkpoint] = {}  # the checkpoint of the last run, if its model is whole
     fits: dict[str, bool] = {}
     report.failures.clear()
@@ -256,7 +256,7 @@ def _open_report(path: Path, settings: dict[str, Any]) -> Report:
     known = json.loads(json.dumps(settings))  # JSON has no tuples
     if other := [name for name in {*known, *report.config} if report.config.get(name) != known.get(name)]:
         raise DataError(
-            f"{path} holds results of other settings ({', '.join(sorted(other))}): choose another --out, or remove it"
+            f"{path} holds results of other settings ({', '.join(sorted(other))}): choose another folder, or remove it"
         )
     _check_same_code(path, report.environment, environment())
     return report
@@ -267,12 +267,12 @@ def _check_same_code(path: Path, before: Mapping[str, Any], here: Mapping[str, A
     if before.get("dirty"):
         raise DataError(
             f"{path} was made by uncommitted code, which cannot be compared with the code that runs now: choose "
-            "another --out, or remove it"
+            "another folder, or remove it"
         )
     if here["dirty"]:
         raise DataError(
             f"the code that runs has uncommitted changes (git status), so it cannot go on with {path}: commit or stash "
-            "them, or choose another --out"
+            "them, or choose another folder"
         )
     if other := differing(before, here):
-        raise DataError(f"{path} was begun with another {', '.join(other)}: choose another --out, or remove it")
+        raise DataError(f"{path} was begun with another {', '.join(other)}: choose another folder, or remove it")

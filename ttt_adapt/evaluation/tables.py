@@ -84,7 +84,7 @@ def rich_table(report: Report, reference: str | None = None, width: int | None =
     """The table of `markdown_table` for the terminal, best values in bold.
 
     Args:
-        report: what it is of.
+        report: the results to show.
         reference: as in `markdown_table`.
         width: of the terminal, in characters. Columns that do not fit are left out, but never the headline metric, and
             the caption names them. None: all columns.

@@ -115,12 +115,12 @@ class Task(ABC):
         name: as on the command line.
         metrics: what its score gives, in the order of table columns. The first is the main metric over the whole clip,
             the second the mean over frames of what `Score.per_frame` holds.
-        class_metric: what the `per_class` of a result is, for tasks whose results have one.
+        class_metric: the metric of the scores per class (`per_class` of a result), for tasks whose results have them.
         about: what the metrics mean, for the caption of a table.
         augment: the random changes to a training sample.
         outputs: what the model returns, in words.
         distribution: whether the output's channels are class scores, whose softmax is a distribution.
-        keeps_classes: whether a prediction needs no more than the most likely class of every pixel.
+        keeps_classes: whether a prediction needs only the most likely class of every pixel.
         labelled: whether the targets are class ids that come with the frames.
         source: caption of the picture that the model is shown.
         weight_files: names of the files with networks that some metrics need.

@@ -69,7 +69,7 @@ class Checkpoint:
             trained = "the main task alone" if self.branch is None else type(self.branch).__name__
             raise ConfigError(
                 f"this checkpoint was trained for {trained}; adaptation by reconstruction needs one with an MAE "
-                "branch: train it with --recipe joint"
+                "branch: train it with the recipe 'joint'"
             )
         return self.branch
 
@@ -138,9 +138,10 @@ def load_initial(path: str | Path, checkpoint: Checkpoint) -> None:
             f"{path} was trained for {spec.task}, and its head is of no use to a model for {checkpoint.spec.task}"
         )
     if task_of(spec).channels != checkpoint.task.channels and spec.task_options != checkpoint.spec.task_options:
-        given = [f"--task-option {name}={value}" for name, value in spec.task_options.items()]
+        given = [f"{name}={value}" for name, value in spec.task_options.items()]
         raise CheckpointError(
-            f"{path} was trained with {' '.join(given) or 'no --task-option'}, which makes another head: give the same"
+            f"{path} was trained with {', '.join(given) or 'none'} as task options, which makes another head: "
+            "give the same"
         )
     load_weights(checkpoint.model, weights, "model.", str(path))
     if checkpoint.branch is not None and spec.branch is not None and spec.objective == checkpoint.spec.objective:

@@ -181,14 +181,16 @@ def _check(out: Path, recipe: str, objective: str, branch: Mapping[str, Any], re
         raise ConfigError(f"objective is {objective!r}; expected one of {', '.join(OBJECTIVES)}")
     if branch and objective != "mae":
         raise ConfigError(
-            f"--branch {next(iter(branch))} is a setting of the MAE branch; {objective} has none: leave it out"
+            f"branch has {next(iter(branch))}, which is a setting of the MAE branch; {objective} has none: leave it out"
         )
     if out.suffix != ".safetensors":
-        raise ConfigError(f"--out is {out}; expected a file name ending in .safetensors")
+        raise ConfigError(f"out is {out}; expected a file name ending in .safetensors")
     if out.is_dir():
-        raise ConfigError(f"--out is {out}, a folder; expected the name of a file")
+        raise ConfigError(f"out is {out}, a folder; expected the name of a file")
     if resume and out.exists() and not any(out.parent.glob(f"{out.stem}.*.state")):
-        raise ConfigError(f"--resume: {out} is complete; leave --resume out to train it anew, or choose another --out")
+        raise ConfigError(
+            f"resume is set, and {out} is complete; leave resume out to train it anew, or choose another file"
+        )
 
 
 @torch.no_grad()

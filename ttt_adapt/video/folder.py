@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ttt_adapt.errors import VideoError, missing
-from ttt_adapt.files import PICTURE_SUFFIXES, natural_key
+from ttt_adapt.files import PICTURE_SUFFIXES, files_in, natural_key
 from ttt_adapt.video.pictures import rgb8
 
 SUFFIXES = PICTURE_SUFFIXES | {".gif"}
@@ -28,11 +28,12 @@ class ImageFolder:
 
     def __init__(self, folder: Path) -> None:
         self.name = folder.name or str(folder)
-        files = [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
+        files = files_in(folder, SUFFIXES)
         if not files:
-            inner = sorted({f.parent for f in folder.glob("*/*") if f.suffix.lower() in SUFFIXES})
+            inner = sorted({f.parent for f in folder.glob("*/*") if f.suffix.lower() in SUFFIXES and f.is_file()})
             hint = f" There are some in {' and '.join(map(str, inner[:3]))}." if inner else ""
             raise VideoError(f"{folder} holds no images.{hint} Known suffixes: {' '.join(sorted(SUFFIXES))}.")
+        # Unlike the order of files_in, this one ignores upper case and compares suffixes: a.jpg, a.png, B.jpg.
         self._files = sorted(files, key=lambda file: (natural_key(file.name.lower()), file.name))
         self.length: int | None = len(files)
         self.size: tuple[int, int] = _read(self._files[0], 0).shape[:2]

@@ -90,7 +90,7 @@ class VideoWriter:
             StateError: the writer is closed.
         """
         if self._closed:
-            raise StateError(f"The writer of {self.path} is closed.")
+            raise StateError(f"The writer of {self.path} is closed. Make another VideoWriter to write another video.")
         self._check(frame)
         height, width = frame.shape[:2]
         if height % 2 or width % 2:
@@ -145,7 +145,10 @@ class VideoWriter:
     def _check(self, frame: np.ndarray) -> None:
         if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8:
             what = f"{frame.dtype} array" if isinstance(frame, np.ndarray) else type(frame).__name__
-            raise FrameTypeError(f"The frame is a {what}, expected a uint8 NumPy array [H, W, 3]. See to_uint8.")
+            raise FrameTypeError(
+                f"The frame is a {what}, expected a uint8 NumPy array [H, W, 3]. "
+                "ttt_adapt.view.overlay.to_uint8 makes one from a normalized tensor."
+            )
         if frame.ndim != 3 or frame.shape[2] != 3 or 0 in frame.shape:
             raise FrameError(f"The frame has shape {list(frame.shape)}, expected [H, W, 3].")
         self._size = self._size or frame.shape[:2]
@@ -254,5 +257,5 @@ def _check_encoder() -> None:
     except (av.FFmpegError, ValueError) as error:
         raise VideoError(
             "This FFmpeg build has no H.264 encoder (libx264). The wheels from PyPI have it: "
-            'pip install --force-reinstall --only-binary av "av>=13"; with conda: conda install -c conda-forge av'
+            'pip install --force-reinstall --only-binary av "av>=16"; with conda: conda install -c conda-forge av'
         ) from error

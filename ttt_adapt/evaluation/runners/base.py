@@ -34,7 +34,7 @@ class Runner(Protocol):
         ...
 
     def predict(self, x: Tensor) -> Tensor:
-        """Class scores for images [1, 3, H, W] as the model takes them, of any size; the stream takes no notice."""
+        """Class scores for images [1, 3, H, W] as the model takes them, of any size; the stream does not change."""
         ...
 
     def close(self) -> None:

@@ -53,7 +53,10 @@ class Shuffled:
         self._losses = [losses[i] for i in range(len(frames))]
 
     def step(self, frame: Any) -> Tensor:
-        """The kept prediction for the next frame of the clip; of a class, scores that are largest there."""
+        """The kept prediction for the next frame of the clip.
+
+        For classes: scores that are highest for the predicted class.
+        """
         if self._next >= len(self._labels):
             raise StateError("step() got more frames than prepare() was given: give both the same clip")
         self.loss, label = self._losses[self._next], self._labels[self._next]
@@ -72,7 +75,7 @@ class Shuffled:
 
 
 class Offline:
-    """Adapt to all frames of the clip in random order, many times, then predict with the weights that come of it.
+    """Adapt to all frames of the clip in random order, many times, then predict with the resulting weights.
 
     "Test-Time Training on Video Streams", section 6.1 ("training on all possible futures"). Batches are drawn from a
     window, as online, but the stream is shuffled and goes through the clip again and again. Without `score` it stops

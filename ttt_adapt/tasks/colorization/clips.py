@@ -82,10 +82,10 @@ def check_scorable(clip: Clip) -> None:
     if min(height, width) < SMALLEST:
         raise DataError(
             f"clip {clip.name} has frames of {height} x {width}; expected both sides at least {SMALLEST} pixels: "
-            "leave it out (--clips), or choose a --size"
+            "leave this clip out, or choose another size"
         )
     if not shows_colour(clip):
-        raise DataError(f"clip {clip.name} is black and white: no colours to score against; leave it out (--clips)")
+        raise DataError(f"clip {clip.name} is black and white: no colours to score against; leave this clip out")
 
 
 def common_size(clips: Sequence[Clip]) -> tuple[int, int]:
@@ -99,6 +99,6 @@ def common_size(clips: Sequence[Clip]) -> tuple[int, int]:
         sizes |= clip.sizes() if isinstance(clip, PictureClip) else {clip[0][1].shape}
     if len(sizes) > 1:
         some = ", ".join(f"{h}x{w}" for h, w in sorted(sizes)[:3])
-        raise ConfigError(f"the pictures have {len(sizes)} sizes ({some}, ...): choose one with --size HEIGHTxWIDTH")
+        raise ConfigError(f"the pictures have {len(sizes)} sizes ({some}, ...): give one size for all, height x width")
     height, width = sizes.pop()
     return height, width

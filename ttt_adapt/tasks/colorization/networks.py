@@ -80,7 +80,7 @@ def check_weights(folder: Path) -> None:
         wanted = "; ".join(f"{name} from {url}" for name, url in SOURCES.items())
         what = "holds no weights" if folder.is_dir() else "is not a folder"
         raise DataError(
-            f"--metric-weights {folder} {what}; expected one of these or both, none is downloaded: {wanted}"
+            f"the folder of metric weights {folder} {what}; expected one of these or both, none is downloaded: {wanted}"
         )
 
 

@@ -110,7 +110,9 @@ class Colorization(Task):
         """Clips of (grey frame, its colours). The model is never shown the colours."""
         _refuse_classes(classes)
         if format != "auto":
-            raise ConfigError(f"--format {format} is of labels, and colorization has none: every folder will do")
+            raise ConfigError(
+                f"format {format!r} is of labels, and colorization has none: leave it out, every folder will do"
+            )
         return [cls.adopt(clip) for clip in open_frames(data, list(names) or None, size)]
 
     @classmethod
@@ -123,7 +125,7 @@ class Colorization(Task):
         """Refuse a clip that is too small, or whose frames show no colour. Looks at a few frames.
 
         Raises:
-            DataError: as said.
+            DataError: the clip is too small, or shows no colour.
         """
         check_scorable(clip)
 
@@ -158,7 +160,7 @@ class Colorization(Task):
         if not output.isfinite().all():
             raise FrameError(
                 f"the model returned {self.outputs} that are not finite (NaN or infinity): it has diverged; lower the "
-                "learning rate of adaptation (--set lr=...), or train the checkpoint anew"
+                "learning rate of adaptation (lr), or train the checkpoint anew"
             )
         ab = cells.annealed_mean(output, self._temperature) if self.distribution else output * AB_SCALE
         ab = ab.detach().float()
@@ -181,7 +183,7 @@ def _is_number(value: Any) -> bool:
 
 def _refuse_classes(classes: Sequence[str] | None) -> None:
     if classes:
-        raise ConfigError(f"--classes {','.join(classes)}: colorization has no classes")
+        raise ConfigError(f"classes are {', '.join(classes)}; colorization has no classes: leave them out")
 
 
 def _count_cells(samples: Any) -> Tensor:

@@ -49,7 +49,9 @@ class Segmentation(Task):
     def of(cls, spec: ModelSpec) -> Segmentation:
         """The task of a checkpoint with these classes."""
         if spec.task_options:
-            raise ConfigError(f"--task-option {next(iter(spec.task_options))}: segmentation has no options")
+            raise ConfigError(
+                f"task_options has {next(iter(spec.task_options))!r}; segmentation has no options: leave it out"
+            )
         return cls(spec.classes, spec.palette)
 
     @property
@@ -112,7 +114,9 @@ class Segmentation(Task):
             ConfigError: `weights` is given; no metric of segmentation needs them.
         """
         if weights is not None:
-            raise ConfigError(f"--metric-weights {weights}: no metric of segmentation is measured with a network")
+            raise ConfigError(
+                f"metric weights are {weights}; no metric of segmentation is measured with a network: leave them out"
+            )
         return SegmentationScore(self.channels, ignore, self._classes)
 
 
