@@ -22,7 +22,6 @@ from ttt_adapt import MAEBranch, Normalize, Objective, StepReport, StreamAdapter
 from ttt_adapt.errors import CheckpointError, ConfigError, EncoderError, FrameError, FrameTypeError, StateError
 from ttt_adapt.model.dropout import drop_layers
 from ttt_adapt.model.features import Features
-from ttt_adapt.model.ownership import number_of_owned_models
 
 SIZE = (32, 48)
 CONFIG = StreamConfig(window=3, batch_size=2, lr=1e-2, encoder_lr_scale=0.5, seed=11)
@@ -852,17 +851,17 @@ def test_two_branches_that_share_a_decoder_are_not_adapted_at_once():
         StreamAdapter(second, encoder="backbone", config=CONFIG).detach()
 
 
-def test_nothing_is_remembered_of_adapters_that_are_gone():
-    live_tensors()  # collects
-    before = number_of_owned_models()
-    kept = attached()
-    lost = attached()
+def test_models_are_free_again_once_their_adapters_are_gone():
+    kept, lost = attached(), attached()
     models = kept.branch.model, lost.branch.model  # which live on
-    assert number_of_owned_models() == before + len(models)
+    for model in models:
+        with pytest.raises(StateError, match="already has a StreamAdapter"):
+            StreamAdapter(model, encoder="backbone", config=CONFIG)
     kept.detach()
     del lost
-    live_tensors()
-    assert number_of_owned_models() == before
+    live_tensors()  # collects
+    for model in models:
+        StreamAdapter(model, encoder="backbone", config=CONFIG).detach()
 
 
 def test_a_model_that_is_none_is_refused():

@@ -86,7 +86,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             part.unlink()
 
 
-def check_format(number: int, newest: int, file: str | Path) -> None:
+def check_format_number(number: object, newest: int, file: str | Path) -> None:
     """Refuse a saved file whose format is newer than this version of the library.
 
     Args:
@@ -95,12 +95,12 @@ def check_format(number: int, newest: int, file: str | Path) -> None:
         file: where it was read from, for the message.
 
     Raises:
-        CheckpointError: `number` is above `newest`, or below 1.
+        CheckpointError: `number` is no whole number from 1 to `newest`.
     """
-    if not 1 <= number <= newest:
+    if not isinstance(number, int) or not 1 <= number <= newest:
         raise CheckpointError(
-            f"{file} has format {number}, and this version of ttt_adapt reads formats up to {newest}: update ttt_adapt "
-            "(pip install --upgrade ttt-adapt)"
+            f"{file} has format {number!r}, and this version of ttt_adapt reads formats up to {newest}: update "
+            "ttt_adapt"
         )
 
 

@@ -31,7 +31,8 @@ class EagerEngine:
     """
 
     name = "eager"
-    recorded = False  # whether what runs may be written down, and repeated without Python
+    written_down = False  # whether a pass is written down once, and repeated without the model's Python
+    recorded = False  # whether it is written down while it runs, in a recording of the device
 
     def __init__(self, step: GradientStep, reason: str = "asked for") -> None:
         self.gradient_step, self.reason = step, reason
@@ -46,8 +47,11 @@ class EagerEngine:
 
         Raises:
             EncoderError: the model's weights were replaced by other tensors.
+            ConfigError: a pass is written down, and the model replaces tensors of its own again and again.
         """
         self.gradient_step.check_parameters()
+        if self.written_down:
+            self.gradient_step.check_steady(self.name)
 
     def update(self, call: Callable[[TakenFrame], Any], state: StreamState, taken: TakenFrame) -> Any:
         """`call(taken)`, which changes the weights of a video.

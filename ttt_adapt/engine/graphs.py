@@ -130,7 +130,7 @@ class GraphEngine(EagerEngine):
     """
 
     name = "cudagraph"
-    recorded = True
+    recorded = written_down = True
 
     def __init__(self, step: GradientStep, recorder: Recorder, reason: str = "asked for") -> None:
         super().__init__(step, reason)
@@ -141,15 +141,6 @@ class GraphEngine(EagerEngine):
     def kept(self) -> int:
         """How many recordings are kept, those included that wait for their first run."""
         return len(self._recordings)
-
-    def check(self) -> None:
-        """As in `EagerEngine`.
-
-        Raises:
-            ConfigError: the model replaces tensors of its own again and again.
-        """
-        super().check()
-        self.gradient_step.check_steady(self.name)
 
     def update(self, call: Callable[[TakenFrame], Any], state: StreamState, taken: TakenFrame) -> Any:
         """As in `EagerEngine`, replayed.
@@ -182,9 +173,8 @@ class GraphEngine(EagerEngine):
 
     def predict(self, predict: Callable[..., Any], taken: TakenFrame, around: AbstractContextManager[None]) -> Any:
         """As in `EagerEngine`, replayed."""
-        key = (
-            self.gradient_step.replacements()
-        )  # before `around` puts statistics of the frame in the place of the model's
+        # counted here: inside of `around`, statistics of the frame replace those of the model
+        key = self.gradient_step.replacements()
         if self._predicts_eagerly or taken.context:
             return super().predict(predict, taken, around)
         with around:
@@ -251,9 +241,8 @@ class GraphEngine(EagerEngine):
             self.forget()  # a recording that failed may have cost the others their random source
             if what == "predict":
                 self._predicts_eagerly = True
-                self.reason += (
-                    f"; the predict pass runs eagerly, it cannot be recorded ({type(error).__name__}: {error})"
-                )
+                why = f"{type(error).__name__}: {error}"
+                self.note(f"the predict pass runs eagerly, it cannot be recorded ({why})")
                 return False
             if isinstance(error, MemoryError | torch.OutOfMemoryError):
                 raise

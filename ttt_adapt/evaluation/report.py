@@ -187,7 +187,7 @@ class Report:
             if data["format"] not in (1, FORMAT):
                 raise DataError(
                     f"{path} has format {data['format']}, and this version of ttt_adapt reads formats up to {FORMAT}: "
-                    "update ttt_adapt (pip install --upgrade ttt-adapt)"
+                    "update ttt_adapt"
                 )
             if data["format"] == 1:
                 _upgrade(data)

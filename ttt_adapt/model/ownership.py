@@ -97,8 +97,3 @@ def _give_back(
         module.training = training
     torch.clear_autocast_cache()
     _changed.pop(model, None)
-
-
-def number_of_owned_models() -> int:
-    """How many models have an adapter now."""
-    return len(_changed)

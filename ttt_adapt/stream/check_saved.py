@@ -8,6 +8,7 @@ from typing import Any
 
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError
+from ttt_adapt.files import check_format_number
 from ttt_adapt.objectives.base import Objective, SplitLoss
 from ttt_adapt.objectives.mae import SETTINGS, MAEBranch
 from ttt_adapt.stream.frames import Normalize, Preprocess
@@ -29,14 +30,10 @@ def current_format(state: Any) -> dict[str, Any]:
     """
     if not isinstance(state, Mapping):
         raise CheckpointError(f"the state is a {type(state).__name__}; expected what state_dict() returned")
-    version = state.get("format", 0)
-    if version not in range(FORMAT + 1):
-        raise CheckpointError(
-            f"the state has format {version!r}, and this version of ttt_adapt reads formats up to {FORMAT}: update "
-            "ttt_adapt"
-        )
     state = dict(state)
-    if version == 0:
+    if "format" in state:
+        check_format_number(state["format"], FORMAT, "the state")
+    else:
         _upgrade_from_0(state)
     if not isinstance(state.get("config"), Mapping):
         raise CheckpointError("this is no state of a StreamAdapter: config missing")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ttt_adapt.errors import CheckpointError, ConfigError, missing
-from ttt_adapt.files import atomic_write, check_format
+from ttt_adapt.files import atomic_write, check_format_number
 from ttt_adapt.model.parameters import check_state
 from ttt_adapt.objectives.base import Attached
 from ttt_adapt.objectives.mae import MAEBranch
@@ -167,7 +167,7 @@ def _read(path: str | Path, device: torch.device | str) -> tuple[dict[str, Tenso
         with library.safe_open(str(path), framework="pt", device=str(device)) as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        check_format(int(metadata.get("format", FORMAT)), FORMAT, path)
+        check_format_number(int(metadata.get("format", FORMAT)), FORMAT, path)
         spec = ModelSpec.of_json(metadata["spec"])
     except CheckpointError:
         raise

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ttt_adapt.errors import CheckpointError, ConfigError, StateError
-from ttt_adapt.files import atomic_write, check_format
+from ttt_adapt.files import atomic_write, check_format_number
 from ttt_adapt.model.hooks import run_encoder
 from ttt_adapt.model.norms import frozen_norms
 from ttt_adapt.model.parameters import check_state, split_by_decay
@@ -327,7 +327,7 @@ def _read_state(file: str | Path, device: torch.device) -> dict[str, Any]:
         raise CheckpointError(f"{file} cannot be read ({type(error).__name__}): remove it to start anew") from error
     if not isinstance(state, dict) or not isinstance(state.get("format", FORMAT), int):
         raise CheckpointError(f"{file} is no training state: remove it to start anew")
-    check_format(state.get("format", FORMAT), FORMAT, file)
+    check_format_number(state.get("format", FORMAT), FORMAT, file)
     if state.keys() - {"format"} != _PARTS:
         raise CheckpointError(f"{file} is no training state: remove it to start anew")
     return state
