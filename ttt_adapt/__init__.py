@@ -8,17 +8,17 @@ if TYPE_CHECKING:  # what type checkers see; a test compares it with the table b
     from ttt_adapt.adapter import StreamAdapter as StreamAdapter
     from ttt_adapt.config import StreamConfig as StreamConfig
     from ttt_adapt.errors import TTTAdaptError as TTTAdaptError
+    from ttt_adapt.model.frames import Normalize as Normalize
     from ttt_adapt.objectives.base import Objective as Objective
     from ttt_adapt.objectives.mae import MAEBranch as MAEBranch
     from ttt_adapt.objectives.mae import Reconstruction as Reconstruction
-    from ttt_adapt.stream.frames import Normalize as Normalize
     from ttt_adapt.stream.report import StepReport as StepReport
     from ttt_adapt.training.joint import TrainConfig as TrainConfig
     from ttt_adapt.training.joint import fit as fit
 
 _MODULE_OF = {
     "MAEBranch": "objectives.mae",
-    "Normalize": "stream.frames",
+    "Normalize": "model.frames",
     "Objective": "objectives.base",
     "Reconstruction": "objectives.mae",
     "StepReport": "stream.report",

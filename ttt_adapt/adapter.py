@@ -21,6 +21,7 @@ from ttt_adapt.engine.choose import choose_engine
 from ttt_adapt.engine.eager import explained_memory_errors
 from ttt_adapt.engine.gradient_step import GradientStep
 from ttt_adapt.errors import ConfigError, StateError
+from ttt_adapt.model.frames import FrameIntake, Preprocess, TakenFrame, default_preprocess
 from ttt_adapt.model.norms import frame_statistics, norm_layers, updating_norms
 from ttt_adapt.model.ownership import Ownership, check_unowned, check_unshared
 from ttt_adapt.objectives.base import Objective
@@ -29,7 +30,6 @@ from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.stream.adapted_weights import adapted_tensors
 from ttt_adapt.stream.auto_window import gradient_sketch
 from ttt_adapt.stream.check_saved import FORMAT, check_compatible, current_format, setting_of
-from ttt_adapt.stream.frames import FrameIntake, Preprocess, TakenFrame, default_preprocess
 from ttt_adapt.stream.optimizer import ParamGroups, adamw, parameter_groups, total_norm
 from ttt_adapt.stream.report import StepReport
 from ttt_adapt.stream.schedule import is_due

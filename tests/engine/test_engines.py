@@ -24,8 +24,8 @@ from ttt_adapt.engine.gradient_step import PATIENCE, GradientStep
 from ttt_adapt.engine.graphs import KEPT, WARM_UP, CudaRecorder, GraphEngine, cached_tensors
 from ttt_adapt.engine.precision import both_passes
 from ttt_adapt.errors import ConfigError, EncoderError
+from ttt_adapt.model.frames import copied_beside, copy_stream
 from ttt_adapt.objectives import Entropy
-from ttt_adapt.stream.frames import copied_beside, copy_stream
 from ttt_adapt.stream.optimizer import FusedAdamW, StreamOptimizer, adamw, step_if, total_norm
 
 SIZE = (32, 48)

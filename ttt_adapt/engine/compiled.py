@@ -21,7 +21,7 @@ from ttt_adapt.engine.eager import EagerEngine, Gradients, apart
 from ttt_adapt.engine.gradient_step import GradientStep
 from ttt_adapt.engine.precision import forward_pass
 from ttt_adapt.errors import ConfigError, TTTAdaptError
-from ttt_adapt.stream.frames import TakenFrame
+from ttt_adapt.model.frames import TakenFrame
 
 KEPT = 4  # shapes whose compiled passes are kept
 

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ttt_adapt.engine.eager import EagerEngine
 from ttt_adapt.engine.gradient_step import GradientStep
 from ttt_adapt.errors import ConfigError
+from ttt_adapt.model.frames import TakenFrame
 from ttt_adapt.objectives.base import SplitLoss
-from ttt_adapt.stream.frames import TakenFrame
 from ttt_adapt.stream.optimizer import StreamOptimizer, step_if
 from ttt_adapt.stream.state import StreamState
 

@@ -17,7 +17,7 @@ from ttt_adapt.adapter import StreamAdapter
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError, ConfigError
 from ttt_adapt.files import output_folder
-from ttt_adapt.stream.frames import Normalize
+from ttt_adapt.model.frames import Normalize
 from ttt_adapt.tasks import find_task
 from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint
 from ttt_adapt.video import DEFAULT_FPS, VideoReader, VideoWriter, check_format, open_video

@@ -79,7 +79,7 @@ def describe(output: Any, image_size: tuple[int, int], token_stride: int | None)
     shapes = []
     for index, tensor in enumerate(tensors(output)):
         shapes.append(tuple(tensor.shape))
-        spec = _describe_one(index, tensor, image_size, token_stride)
+        spec = describe_map(tuple(tensor.shape), image_size, token_stride, index)
         if spec is not None:
             found[spec.stride] = spec
     if not found:
@@ -91,15 +91,23 @@ def describe(output: Any, image_size: tuple[int, int], token_stride: int | None)
     return [found[stride] for stride in sorted(found)]
 
 
-def _describe_one(index: int, tensor: Tensor, image_size: tuple[int, int], stride: int | None) -> MapSpec | None:
-    """The layout of one output tensor; None if it is not a feature map."""
-    shape = tuple(tensor.shape)
-    if tensor.ndim == 4:
+def describe_map(
+    shape: tuple[int, ...], image_size: tuple[int, int], stride: int | None, index: int = 0
+) -> MapSpec | None:
+    """The layout of a tensor of this shape; None if it is not a feature map.
+
+    Args:
+        shape: of the tensor.
+        image_size: (H, W) of the images that it comes from.
+        stride: side of a token in pixels; None: tokens are no map.
+        index: which of the encoder's output tensors it is.
+    """
+    if len(shape) == 4:
         if step := _stride(image_size, shape[2:]):
             return MapSpec(index, "nchw", shape[1], step)
         if step := _stride(image_size, shape[1:3]):
             return MapSpec(index, "nhwc", shape[3], step)
-    if tensor.ndim == 3 and stride:
+    if len(shape) == 3 and stride:
         prefix = shape[1] - (image_size[0] // stride) * (image_size[1] // stride)
         if 0 <= prefix <= MAX_PREFIX:
             return MapSpec(index, "tokens", shape[2], stride, prefix)

@@ -9,9 +9,9 @@ from typing import Any
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError
 from ttt_adapt.files import check_format_number
+from ttt_adapt.model.frames import Normalize, Preprocess
 from ttt_adapt.objectives.base import Objective, SplitLoss
 from ttt_adapt.objectives.mae import SETTINGS, MAEBranch
-from ttt_adapt.stream.frames import Normalize, Preprocess
 
 FORMAT = 1
 """Version of the layout of a saved stream. States without a number are of version 0."""

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError, StateError
+from ttt_adapt.model.frames import FrameIntake, scaling
 from ttt_adapt.stream.adapted_weights import AdaptedTensors, AdaptedWeights
 from ttt_adapt.stream.auto_window import AutoWindow
-from ttt_adapt.stream.frames import FrameIntake, scaling
 from ttt_adapt.stream.optimizer import StreamOptimizer
 from ttt_adapt.stream.report import StepReport
 from ttt_adapt.stream.schedule import SurpriseGate

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ttt_adapt.stream.frames import Normalize
+from ttt_adapt.model.frames import Normalize
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.evaluation.runners.base import ClipRunner, Runner, Score, log_scores
 from ttt_adapt.evaluation.runners.streaming import Adapting
-from ttt_adapt.stream.frames import Preprocess, to_model_input
+from ttt_adapt.model.frames import Preprocess, to_model_input
 
 
 class Modified:

@@ -14,9 +14,9 @@ from ttt_adapt.evaluation.runners.base import Runner, device_of
 from ttt_adapt.evaluation.runners.modifiers import ClassBalanced, Smoothed, Voting
 from ttt_adapt.evaluation.runners.streaming import Adapting, Fixed, LayerStatistics, NormAverage, NormBlend
 from ttt_adapt.evaluation.runners.whole_clip import Offline, Shuffled
+from ttt_adapt.model.frames import Normalize
 from ttt_adapt.model.norms import norm_layers
 from ttt_adapt.objectives import Entropy, PseudoLabel, Rotation
-from ttt_adapt.stream.frames import Normalize
 from ttt_adapt.tasks.checkpoint import Checkpoint
 
 SMOOTH_LENGTH = 5

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ttt_adapt.adapter import StreamAdapter
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import ConfigError
+from ttt_adapt.model.frames import Preprocess, to_model_input
 from ttt_adapt.model.hooks import hooks
 from ttt_adapt.model.norms import blended_statistics, norm_layers, updating_norms
 from ttt_adapt.objectives import Objective
-from ttt_adapt.stream.frames import Preprocess, to_model_input
 from ttt_adapt.stream.source import SourceWeights
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import models as zoo
 from ttt_adapt import Normalize, TTTAdaptError
 from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError
-from ttt_adapt.stream.frames import default_preprocess, to_model_input
+from ttt_adapt.model.frames import default_preprocess, to_model_input
 
 CPU = torch.device("cpu")
 NORMALIZE = Normalize()

@@ -1,0 +1,281 @@
+"""What a model is like on its own ground, and how much of a frame's own statistics it is normalised with.
+
+A frame that looks like the source is predicted as the model was trained. The further its statistics are from those of
+the source, the more of its own they are replaced by:
+
+    d     = (mean_frame - mean)^2 / std^2 + (std_frame / std - 1)^2           per channel, or its mean over a layer
+    share = clip(1 - strength * usual / d, 0, largest)                        usual: the d of source stills
+
+A share of this form is that of James and Stein ("Estimation with quadratic loss", 1961): an estimate is shrunk toward
+what is known, by the ratio of the variance that is expected to the distance that is seen. Blending BatchNorm's
+statistics by a fixed share is of Schneider et al., "Improving robustness against common corruptions by covariate shift
+adaptation" (NeurIPS 2020).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttt_adapt.errors import CheckpointError, ConfigError, missing
+from ttt_adapt.files import atomic_write, check_format_number
+from ttt_adapt.model.points import KINDS, Point
+
+FORMAT = 1
+"""Number of the layout of saved calibrations."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How calibrated statistics correct a pass.
+
+    Attributes:
+        points: where: "batchnorm", "norms" or "blocks" (`ttt_adapt.model.points`); "none": nowhere.
+        per: "layer": one share for all channels of a point; "channel": one for each.
+        margin: what counts as usual: "mean", the mean divergence of the source stills, or "high", their 95th
+            percentile.
+        strength: factor on what is usual: the larger, the more a frame has to differ before anything happens.
+        largest: the largest share of a frame's own statistics, in [0, 1].
+    """
+
+    points: str
+    per: str = "layer"
+    margin: str = "mean"
+    strength: float = 1.0
+    largest: float = 0.5
+
+    def __post_init__(self) -> None:
+        choices = {"points": (*KINDS, "none"), "per": ("layer", "channel"), "margin": ("mean", "high")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(repr, allowed))}")
+        if not 0.0 <= self.largest <= 1.0 or not self.strength >= 0.0:
+            raise ConfigError(
+                f"strength {self.strength!r} must be at least 0, and largest {self.largest!r} between 0 and 1"
+            )
+
+
+@dataclass(frozen=True)
+class PointStatistics:
+    """What the source stills are like at one point.
+
+    Attributes:
+        mean: [C], mean over the stills of a channel's mean over space; of BatchNorm its running mean.
+        std: [C], likewise of its standard deviation.
+        usual: [C], mean over the stills of a channel's divergence d.
+        high: [C], its 95th percentile.
+        layer_usual: scalar, mean over the stills of the mean of d over the channels.
+        layer_high: scalar, its 95th percentile.
+    """
+
+    mean: Tensor
+    std: Tensor
+    usual: Tensor
+    high: Tensor
+    layer_usual: Tensor
+    layer_high: Tensor
+
+    @classmethod
+    def of(cls, point: Point, means: Tensor, variances: Tensor) -> PointStatistics:
+        """From the moments of every still.
+
+        Args:
+            point: where they were measured.
+            means: [stills, C].
+            variances: [stills, C].
+        """
+        mean, std = means.mean(0), variances.sqrt().mean(0)
+        if point.keeps_statistics:
+            mean, std = running_moments(point.module, means)
+        d = divergence(means, variances, mean, std)  # [stills, C]
+        layer = d.mean(1)
+        high = d.quantile(0.95, 0), layer.quantile(0.95)
+        return cls(mean, std, d.mean(0), high[0], layer.mean(), high[1])
+
+    def threshold(self, rule: Rule) -> Tensor:
+        """The divergence up to which nothing is corrected: [C], or a scalar for a whole layer."""
+        if rule.per == "layer":
+            return rule.strength * (self.layer_usual if rule.margin == "mean" else self.layer_high)
+        return rule.strength * (self.usual if rule.margin == "mean" else self.high)
+
+
+def running_moments(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Running mean and standard deviation of a layer, [C] each, copies; the latter as the layer divides by it."""
+    mean, variance = norm.running_mean.detach().to(like), norm.running_var.detach().to(like)
+    return mean.clone(), (variance + norm.eps).sqrt()
+
+
+def divergence(mean: Tensor, variance: Tensor, source_mean: Tensor, source_std: Tensor) -> Tensor:
+    """d of every channel, [..., C]; formula in this module's docstring.
+
+    A channel that is constant in the source has no scale to compare with; its deviation counts as one ten-thousandth
+    of the largest of its layer.
+    """
+    std = source_std.clamp_min(source_std.max() * 1e-4 + torch.finfo(source_std.dtype).tiny)
+    return ((mean - source_mean) / std).square() + (variance.sqrt() / std - 1.0).square()
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a model is like on its own ground. Make one with `ttt_adapt.calibrate` or `MAEBranch.calibrate`.
+
+    Attributes:
+        statistics: kind of points -> name of a point -> what the source stills are like there.
+        rule: how a pass is corrected.
+        fingerprint: of the weights that were calibrated (`fingerprint_of`).
+        stills: how many source stills were measured.
+        size: (H, W) of the stills as the model takes them.
+        loss: mean and standard deviation over the stills of the reconstruction loss; None without a branch.
+        settings: fields of `StreamConfig` that were chosen for this model; the presets take them over.
+        record: how rule and settings were chosen, in plain values, for people.
+    """
+
+    statistics: Mapping[str, Mapping[str, PointStatistics]]
+    rule: Rule
+    fingerprint: str
+    stills: int
+    size: tuple[int, int]
+    loss: tuple[float, float] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def points(self) -> Mapping[str, PointStatistics]:
+        """Name -> statistics, for the points of the rule."""
+        return self.statistics.get(self.rule.points, {})
+
+    @property
+    def distance(self) -> float | None:
+        """How far the stills are from the data that the model was trained on: their mean divergence from the running
+        statistics of BatchNorm; None for a model without."""
+        layers = [float(each.layer_usual) for each in self.statistics.get("batchnorm", {}).values()]
+        return sum(layers) / len(layers) if layers else None
+
+    def replace(self, **changes: Any) -> Calibration:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def check(self, model: nn.Module) -> None:
+        """Check that this is a calibration of the model's weights as they are.
+
+        Raises:
+            ConfigError: it is of others.
+        """
+        if fingerprint_of(model) != self.fingerprint:
+            raise ConfigError(
+                f"the calibration is of other weights than those of this {type(model).__name__}: calibrate the model "
+                "again after it was trained, or load the weights that were calibrated"
+            )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, on the CPU, for a file; `of_tensors` reads them back with `to_json`."""
+        return {
+            f"{kind}/{name}/{each.name}": getattr(statistics, each.name).cpu()
+            for kind, points in self.statistics.items()
+            for name, statistics in points.items()
+            for each in fields(PointStatistics)
+        }
+
+    def to_json(self) -> str:
+        """All that is not a tensor, as text."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "statistics"}
+        return json.dumps({"format": FORMAT, **plain, "rule": dataclasses.asdict(self.rule)})
+
+    @classmethod
+    def of_tensors(cls, tensors: Mapping[str, Tensor], text: str, source: str = "the calibration") -> Calibration:
+        """What `tensors` and `to_json` wrote.
+
+        Raises:
+            CheckpointError: they do not belong together, or a later version wrote them.
+        """
+        try:
+            plain = json.loads(text)
+            check_format_number(plain.pop("format"), FORMAT, source)
+            plain["rule"] = Rule(**plain["rule"])
+            plain["size"] = tuple(plain["size"])
+            plain["loss"] = None if plain["loss"] is None else tuple(plain["loss"])
+            parts: dict[str, dict[str, dict[str, Tensor]]] = {}
+            for key, tensor in tensors.items():
+                kind, name, part = key.split("/")
+                parts.setdefault(kind, {}).setdefault(name, {})[part] = tensor.float()
+            statistics = {
+                kind: {name: PointStatistics(**each) for name, each in points.items()} for kind, points in parts.items()
+            }
+            return cls(statistics=statistics, **plain)
+        except CheckpointError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{source} is no calibration that ttt_adapt wrote: {error}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write a .safetensors file. An existing file stays as it is until the new one is complete.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        library = _safetensors()
+        try:
+            with atomic_write(path) as part:
+                part.write_bytes(library.save(self.tensors(), {"calibration": self.to_json()}))
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: there is no such file, or it holds something else.
+        """
+        library = _safetensors()
+        try:
+            data = Path(path).read_bytes()
+            tensors = library.load(data)
+            length = int.from_bytes(data[:8], "little")
+            text = json.loads(data[8 : 8 + length]).get("__metadata__", {})["calibration"]
+        except FileNotFoundError as error:
+            raise CheckpointError(f"there is no calibration {path}: make one with `ttt-adapt calibrate`") from error
+        except Exception as error:  # a broken file can raise any error
+            raise CheckpointError(
+                f"{path} is no calibration that ttt_adapt wrote ({type(error).__name__}: {error})"
+            ) from error
+        return cls.of_tensors(tensors, text, str(path))
+
+
+def default_rule(kinds: Mapping[str, Any]) -> Rule:
+    """The rule of a model that was measured and not chosen for: at the first of these kinds of points that it has.
+
+    Args:
+        kinds: kinds of points that the model has, "batchnorm", "blocks" or "norms".
+    """
+    for kind in ("batchnorm", "blocks", "norms"):
+        if kinds.get(kind):
+            return Rule(kind)
+    return Rule("none")
+
+
+def fingerprint_of(model: nn.Module) -> str:
+    """A hash of all parameters and buffers, as float16: a model and its copy in half precision have the same."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, Tensor):
+            tensor = tensor.detach().half() if tensor.is_floating_point() else tensor.detach()
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise missing("safetensors", "timm") from error
+    return safetensors.torch

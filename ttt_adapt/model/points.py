@@ -1,0 +1,197 @@
+"""Points of a model where the statistics of a frame can be measured and corrected.
+
+There are three kinds. Each point has C channels, and a frame has one mean and one deviation per channel there, over
+space.
+
+| kind | where |
+|---|---|
+| "batchnorm" | the input of every layer with running statistics: the frame's own may replace a part of them |
+| "norms" | the output of every other normalisation layer (LayerNorm, RMSNorm, GroupNorm, ...) |
+| "blocks" | the output of the model's repeated blocks (of a ViT, Swin, ConvNeXt, ResNet) |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ttt_adapt.errors import EncoderError
+from ttt_adapt.model.features import describe_map, tensors
+from ttt_adapt.model.hooks import hooks, uncompiled
+from ttt_adapt.model.norms import channel_moments, norm_layers
+from ttt_adapt.model.probe import evaluating, probe_images, probe_sizes
+from ttt_adapt.model.trace import Trace
+
+KINDS = ("batchnorm", "norms", "blocks")
+"""Kinds of points, in the order in which a default is chosen."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place in a model.
+
+    Attributes:
+        name: dotted path of the module.
+        module: whose input (of a layer with running statistics) or output (of every other) is meant.
+        layout: "nchw", "nhwc" or "tokens" ([B, prefix + h * w, C]).
+        channels: C.
+        prefix: leading tokens that are no patches (class, registers): they are neither measured nor corrected.
+    """
+
+    name: str
+    module: nn.Module
+    layout: Literal["nchw", "nhwc", "tokens"]
+    channels: int
+    prefix: int = 0
+
+    @property
+    def keeps_statistics(self) -> bool:
+        """Whether the module has running statistics, so that its input is meant."""
+        return isinstance(self.module, _NormBase)
+
+    def patches(self, x: Tensor) -> Tensor:
+        """A view of `x` without its prefix tokens."""
+        return x[:, self.prefix :] if self.prefix else x
+
+    def along_channels(self, values: Tensor) -> Tensor:
+        """Values [C] in a shape that multiplies the module's tensor."""
+        return values.view(-1, 1, 1) if self.layout == "nchw" else values
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance of every channel of `x`, over the batch and over space: [C] each."""
+        return channel_moments(self.patches(x), 1 if self.layout == "nchw" else -1)
+
+
+def find_points(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> dict[str, list[Point]]:
+    """The points of a model by kind, found by running it on random images; a kind without points is left out.
+
+    Points that are reached more than once in a pass are left out too: a shared layer has no statistics of its own.
+
+    Args:
+        model: any module that takes images [B, 3, H, W].
+        image_size: (H, W) or side of the random images; by default several sizes are tried.
+
+    Raises:
+        EncoderError: the model takes none of the sizes, or it has no point at all.
+    """
+    failures = []
+    for size in probe_sizes(model, image_size):
+        with evaluating(model), torch.inference_mode(False), torch.no_grad(), uncompiled():
+            images = probe_images(model, size)
+            try:
+                found = points_of_pass(model, images, lambda: model(images))  # noqa: B023 - called at once
+            except Exception as error:  # the model does not take this size: try the next one
+                failures.append(f"{size[0]} x {size[1]}: {type(error).__name__}: {error}")
+                continue
+        if not found:
+            raise EncoderError(
+                f"{type(model).__name__} has no normalisation layer and no repeated block whose output has a grid: "
+                "there is no point where the statistics of a frame could be compared with those of the source"
+            )
+        return found
+    raise EncoderError(
+        "the model could not be run on random images to find its normalisation layers and blocks; tried "
+        + "; ".join(failures)
+        + ". Pass image_size=(H, W) with a size that it takes"
+    )
+
+
+def points_of_pass(model: nn.Module, images: Tensor, run: Any) -> dict[str, list[Point]]:
+    """As `find_points`, for one pass.
+
+    Args:
+        model: the user's model.
+        images: [B, 3, H, W], what it runs on.
+        run: runs the model on them; its result is not used.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    running = set(norm_layers(model))
+    norms = {m for m in names if _is_norm(m) and m not in running}
+    with Trace(model, images) as trace:
+        candidates = {child for group in trace.lists for child in group if _is_block(child)}
+        with _Seen(running | norms | candidates) as seen:
+            run()
+    strides = _strides(trace)
+    size = (images.shape[-2], images.shape[-1])
+    found: dict[str, list[Point]] = {kind: [] for kind in KINDS}
+    for module in names:
+        if seen.calls.get(module) != 1:
+            continue
+        before, after = seen.shapes[module]
+        kind = "batchnorm" if module in running else "norms" if module in norms else "blocks"
+        shape = before if kind == "batchnorm" else after
+        if shape is None or (kind == "blocks" and before != after):
+            continue
+        point = _point(names[module], module, shape, size, strides)
+        if point is not None:
+            found[kind].append(point)
+    found["blocks"] = list(_innermost(found["blocks"]))
+    return {kind: points for kind, points in found.items() if points}
+
+
+class _Seen:
+    """Records how often modules are called, and with tensors of which shapes."""
+
+    def __init__(self, modules: set[nn.Module]) -> None:
+        self._modules = modules
+        self.calls: dict[nn.Module, int] = {}
+        self.shapes: dict[nn.Module, tuple[tuple[int, ...] | None, tuple[int, ...] | None]] = {}
+
+    def __enter__(self) -> _Seen:
+        self._hooks = hooks(m.register_forward_hook(self._see, with_kwargs=True) for m in self._modules)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._hooks.__exit__(None, None, None)
+
+    def _see(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        before, after = next(tensors([args, kwargs]), None), next(tensors(output), None)
+        self.calls[module] = self.calls.get(module, 0) + 1
+        self.shapes[module] = tuple(None if x is None else tuple(x.shape) for x in (before, after))  # type: ignore[assignment]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation layer, by the name of its class: frameworks have many of their own."""
+    name = type(module).__name__.lower()
+    return "norm" in name and not any(True for _ in module.children())
+
+
+def _is_block(module: nn.Module) -> bool:
+    """Whether a member of a list of modules is a block: it has at least two kernels or matrices, in layers of its own."""
+    layers = list(module.modules())[1:]
+    return sum(p.ndim > 1 for layer in layers for p in layer.parameters(recurse=False)) > 1
+
+
+def _strides(trace: Trace) -> list[int]:
+    """Sides in pixels that a token may have: that of the first convolution, and its multiples by powers of two."""
+    stem = trace.stem
+    first = 4 if stem is None else int(stem.stride[0])
+    return [first * 2**i for i in range(6)]
+
+
+def _point(
+    name: str, module: nn.Module, shape: tuple[int, ...], size: tuple[int, int], strides: list[int]
+) -> Point | None:
+    """The point with a tensor of this shape; None where it has no grid."""
+    spec = None
+    if len(shape) == 4:
+        spec = describe_map(shape, size, None)
+    elif len(shape) == 3:
+        specs = [each for stride in strides if (each := describe_map(shape, size, stride)) is not None]
+        spec = min(specs, key=lambda each: each.prefix, default=None)
+    if spec is None:
+        return None
+    return Point(name, module, spec.layout, spec.channels, spec.prefix)
+
+
+def _innermost(points: list[Point]) -> Iterator[Point]:
+    """The points that have no other inside of them: blocks, and not the stages that they are in."""
+    for point in points:
+        if not any(other.name.startswith(f"{point.name}.") for other in points):
+            yield point
