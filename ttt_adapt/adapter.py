@@ -20,12 +20,15 @@ from ttt_adapt.config import StreamConfig
 from ttt_adapt.engine.choose import choose_engine
 from ttt_adapt.engine.eager import explained_memory_errors
 from ttt_adapt.engine.gradient_step import GradientStep
-from ttt_adapt.errors import ConfigError, StateError
+from ttt_adapt.errors import StateError
+from ttt_adapt.model.calibration import Calibration, settled_config
+from ttt_adapt.model.correction import correction_of
 from ttt_adapt.model.frames import FrameIntake, Preprocess, TakenFrame, default_preprocess
 from ttt_adapt.model.norms import frame_statistics, norm_layers, updating_norms
 from ttt_adapt.model.ownership import Ownership, check_unowned, check_unshared
 from ttt_adapt.objectives.base import Objective
 from ttt_adapt.objectives.check_objective import check_objective
+from ttt_adapt.objectives.forward_only import ForwardOnly
 from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.stream.adapted_weights import adapted_tensors
 from ttt_adapt.stream.auto_window import gradient_sketch
@@ -47,7 +50,11 @@ class StreamAdapter:
         model: the trained model.
         branch: an `MAEBranch` or any other `Objective` on this model. Without it, `encoder` and the other keywords of
             `MAEBranch.attach` make one.
-        config: the choices of the algorithm.
+        config: the choices of the algorithm; by default `StreamConfig()`, or for a calibrated model
+            `StreamConfig.online()` with the settings that calibration chose.
+        calibration: what the model is like on its own ground, from `ttt_adapt.calibrate`; by default the branch's.
+            With a calibration and without a branch, the stream takes no gradient step: frames are corrected by
+            calibrated statistics alone.
         preprocess: uint8 RGB [H, W, 3] -> float [1, 3, H, W] as the model takes it; for timm models the model's own. It
             may return a tuple (that, context): then `predict(x, context)` is called for this frame.
         predict: how the model is called on one preprocessed frame [1, 3, H, W]; `model(x)` by default.
@@ -66,24 +73,27 @@ class StreamAdapter:
         branch: Objective | None = None,
         *,
         config: StreamConfig | None = None,
+        calibration: Calibration | None = None,
         preprocess: Preprocess | None = None,
         predict: Callable[..., Any] | None = None,
         optimizer: Callable[[ParamGroups], torch.optim.Optimizer] | None = None,
         **attach: Any,
     ) -> None:
-        self.config = config = StreamConfig() if config is None else config
-        check_objective(model, branch, attach)
-        if not isinstance(config, StreamConfig):
-            raise ConfigError(f"config is a {type(config).__name__}; expected a StreamConfig")
+        check_objective(model, branch, attach, needed=calibration is None)
+        calibration = getattr(branch, "calibration", None) if calibration is None else calibration
+        self.config = config = settled_config(config, calibration)
         check_unowned(model)
+        self._correction = correction_of(model, config, calibration)
+        self._calibrated_as = calibration.digest if calibration is not None and self._correction is not None else None
         self._owns_branch = branch is None
-        self._branch: Objective = MAEBranch.attach(model, **attach) if branch is None else branch
+        if branch is None:
+            branch = MAEBranch.attach(model, **attach) if attach else ForwardOnly(model)
+        self._branch: Objective = branch
         self._model, self._predict = model, model if predict is None else predict
         self._norms = norm_layers(model)
         self._gradient = step = GradientStep(self._branch, config)
-        first = step.parameters[0]
-        preprocess = default_preprocess(model, first.device) if preprocess is None else preprocess
-        self._intake = FrameIntake(preprocess, first.device, first.dtype, config.crop_size)  # type: ignore[arg-type]
+        preprocess = default_preprocess(model, step.device) if preprocess is None else preprocess
+        self._intake = FrameIntake(preprocess, step.device, step.dtype, config.crop_size)  # type: ignore[arg-type]
         moving = self._norms if config.norm_stats == "ema" else []
         adapted = adapted_tensors(self._branch, step.encoder, step.own, moving)
         tensors = adapted.everything
@@ -112,6 +122,16 @@ class StreamAdapter:
     def last(self) -> StepReport | None:
         """The report of the last step; None at the beginning of a video."""
         return self._state.progress.last
+
+    @property
+    def drift(self) -> float | None:
+        """How far the last predicted frame is from the source, in units of what is usual there.
+
+        1 is the mean of the stills that the model was calibrated on. None without calibrated statistics, and before the
+        first prediction. Reading it waits for the device.
+        """
+        found = None if self._correction is None else self._correction.drift()
+        return None if found is None else float(found)
 
     @property
     def window(self) -> int:
@@ -199,6 +219,8 @@ class StreamAdapter:
 
     def _adapt(self, taken: TakenFrame) -> StepReport:
         started = time.perf_counter()
+        if not self._gradient.parameters:
+            return self._only_count(started)
         state, numbers, sketch = self._state, None, None
         with self._undone_if_it_fails():
             self._engine.check()
@@ -215,6 +237,13 @@ class StreamAdapter:
             index, shut = state.progress.frame_index, surprise if skipped == "gate" else None
             report = StepReport(index, skipped, ms, numbers, shut)
             state.progress.count(report)
+        return report
+
+    def _only_count(self, started: float) -> StepReport:
+        """A frame of a stream without an objective: there is nothing to adapt by."""
+        progress = self._state.progress
+        report = StepReport(progress.frame_index, "no branch", (time.perf_counter() - started) * 1e3)
+        progress.count(report)
         return report
 
     def _decide(self) -> tuple[str, float | None]:
@@ -265,8 +294,11 @@ class StreamAdapter:
         return torch.stack([loss.float(), norm.float()]), sketch
 
     def _predict_frame(self, taken: TakenFrame) -> Any:
-        own = frame_statistics(self.config.norm_stats, self._norms, self.config.frame_share)
-        with torch.no_grad(), explained_memory_errors(self.config):
+        config, correction = self.config, self._correction
+        own = (
+            correction.active() if correction else frame_statistics(config.norm_stats, self._norms, config.frame_share)
+        )
+        with torch.no_grad(), explained_memory_errors(config):
             return self._engine.predict(self._predict, taken, own)
 
     @contextmanager
@@ -289,8 +321,12 @@ class StreamAdapter:
     def state_dict(self) -> dict[str, Any]:
         """A copy of all of the stream's state: weights, optimizer, window, random state, counters."""
         self._check_attached()
-        setting = setting_of(self._branch, self._intake.preprocess)
+        setting = self._setting()
         return {"format": FORMAT, "config": asdict(self.config), "setting": setting, **self._state.state_dict()}
+
+    def _setting(self) -> dict[str, Any]:
+        """What the stream depends on beside its configuration and its tensors, in plain values."""
+        return setting_of(self._branch, self._intake.preprocess, self._calibrated_as)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken; a state that does not fit changes nothing.
@@ -300,7 +336,7 @@ class StreamAdapter:
         """
         self._check_attached()
         saved = current_format(state)
-        check_compatible(saved, self.config, setting_of(self._branch, self._intake.preprocess))
+        check_compatible(saved, self.config, self._setting())
         self._engine.forget()
         with explained_memory_errors(self.config):
             self._state.load_state_dict(saved)

@@ -44,9 +44,12 @@ class StreamConfig:
         norm_stats: the statistics that BatchNorm normalises a frame with: "frozen" (the running statistics), "ema" (the
             running statistics, which move with every frame that is adapted to), "blend" (a blend of the running
             statistics and the frame's own, with its unbiased variance) or "batch" (the frame's own, with its biased
-            variance, as PyTorch does in training). Masked frames never change the running statistics. A layer that sees
+            variance, as PyTorch does in training). "calibrated" is for every kind of model, and needs a calibration: a
+            frame is corrected by the share of its own statistics that its distance from the source asks for
+            (`ttt_adapt.model.calibration`). "auto" is "calibrated" for a model with a calibration, and else "frozen".
+            Masked frames never change the running statistics. A layer that sees
             one value per channel, such as BatchNorm behind global pooling, uses its running statistics. Models without
-            BatchNorm ignore this.
+            BatchNorm ignore "ema", "blend" and "batch".
         norm_momentum: weight of the current frame in "ema" and "blend"; None: 0.05 and 0.5.
         drop_path: stochastic depth and dropout are active in the gradient step.
         engine: how a step runs: "eager", "compile" (`torch.compile`), "cudagraph" (recorded once, then replayed), or
@@ -115,7 +118,7 @@ class StreamConfig:
                 "'bf16' costs the same and needs none"
             )
         _check_choice("precision", self.precision, ("fp32", "tf32", "bf16"))
-        _check_choice("norm_stats", self.norm_stats, ("frozen", "ema", "blend", "batch"))
+        _check_choice("norm_stats", self.norm_stats, ("frozen", "ema", "blend", "batch", "calibrated", "auto"))
         _check_choice("gate", self.gate, ("none", "surprise"))
         _check_choice("engine", self.engine, ("auto", "eager", "compile", "cudagraph"))
         if self.crop_size is not None:
@@ -138,7 +141,7 @@ class StreamConfig:
     @property
     def frame_share(self) -> float:
         """Weight of the current frame in the statistics that BatchNorm predicts with, as `norm_stats` has it."""
-        default = {"frozen": 0.0, "ema": 0.05, "blend": 0.5, "batch": 1.0}[self.norm_stats]
+        default = {"ema": 0.05, "blend": 0.5, "batch": 1.0}.get(self.norm_stats, 0.0)
         given = self.norm_momentum if self.norm_stats in ("ema", "blend") else None
         return default if given is None else given
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import models as zoo
 from conftest import left_as_it_was, same_bits, settle_norms
 from ttt_adapt import MAEBranch, StreamAdapter, StreamConfig
-from ttt_adapt.engine.recompute import recomputing, repeated_blocks
+from ttt_adapt.engine.recompute import blocks_to_repeat, recomputing
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.objectives import PseudoLabel
 
@@ -92,7 +92,7 @@ def test_blocks_are_those_that_a_model_repeats_however_they_are_grouped(make, ki
     model = make()
     expected = [m for m in model.modules() if type(m).__name__ == kind]
     assert len(expected) > 1
-    assert set(repeated_blocks(model, model.parameters())) == set(expected)
+    assert set(blocks_to_repeat(model, model.parameters())) == set(expected)
 
 
 def test_stages_that_are_no_lists_are_looked_into_too():
@@ -100,13 +100,13 @@ def test_stages_that_are_no_lists_are_looked_into_too():
     stages = [stage for stage in model.children() if type(stage).__name__ == "RegStage"]
     expected = {block for stage in stages if len(list(stage.children())) > 1 for block in stage.children()}
     assert len(expected) > 8
-    assert set(repeated_blocks(model, model.parameters())) == expected
+    assert set(blocks_to_repeat(model, model.parameters())) == expected
 
 
 def test_blocks_that_hold_nothing_adapted_are_left_out(stack):
-    assert repeated_blocks(stack, stack.blocks[1].parameters()) == {stack.blocks[1]: list(stack.blocks[1].children())}
+    assert blocks_to_repeat(stack, stack.blocks[1].parameters()) == {stack.blocks[1]: list(stack.blocks[1].children())}
     with pytest.raises(ConfigError, match="the encoder of this Stack has no repeated blocks"):
-        repeated_blocks(stack, stack.norm.parameters())
+        blocks_to_repeat(stack, stack.norm.parameters())
 
 
 def test_only_the_inputs_of_blocks_are_kept_and_gradients_are_the_same_bits(stack):
@@ -114,7 +114,7 @@ def test_only_the_inputs_of_blocks_are_kept_and_gradients_are_the_same_bits(stac
     whole = kept(stack, images)
     expected = torch.autograd.grad(stack(images).square().sum(), parameters)
     stack.passes()
-    with recomputing(repeated_blocks(stack, stack.parameters())):
+    with recomputing(blocks_to_repeat(stack, stack.parameters())):
         less = kept(stack, images)
         assert stack.passes() == [1, 1, 1]
         loss = stack(images).square().sum()
@@ -128,7 +128,7 @@ def test_blocks_that_always_draw_draw_the_same_again(stack):
     for block in stack.blocks:
         block.inner.forward = lambda x, f=block.inner.forward: torch.dropout(f(x), 0.5, train=True)
     images, found = torch.randn(2, 3, 32, 32), []
-    for blocks in ({}, repeated_blocks(stack, stack.parameters())):
+    for blocks in ({}, blocks_to_repeat(stack, stack.parameters())):
         torch.manual_seed(1)
         with recomputing(blocks):
             found.append(torch.autograd.grad(stack(images).square().sum(), list(stack.parameters())))
@@ -158,7 +158,7 @@ def test_a_block_with_hooks_inside_runs_once_and_its_hooks_too(stack):
 def test_a_masked_stem_inside_of_a_block_meets_its_mask():
     model = settle_norms(zoo.UNet())
     stem = MAEBranch.attach(model, "encoder").info.stem
-    assert any(stem in set(block.modules()) for block in repeated_blocks(model, model.parameters()))
+    assert any(stem in set(block.modules()) for block in blocks_to_repeat(model, model.parameters()))
     found = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
@@ -191,7 +191,7 @@ def test_a_forward_that_recomputes_is_taken_off_the_block_and_put_back(stack):
     for block in stack.blocks:
         block.forward = wrapped(block.forward)
     own = [block.forward for block in stack.blocks]
-    with recomputing(repeated_blocks(stack, stack.parameters())):
+    with recomputing(blocks_to_repeat(stack, stack.parameters())):
         loss = stack(torch.randn(1, 3, 32, 32)).square().sum()
         torch.autograd.grad(loss, list(stack.parameters()))
     assert stack.passes() == [2, 2, 2]
@@ -237,7 +237,7 @@ def checkpointed(monkeypatch) -> list[int]:
 
 
 def gradients(model: nn.Module, x: Tensor, checkpointing: bool = True) -> list[Tensor]:
-    with recomputing(repeated_blocks(model, model.parameters()) if checkpointing else {}):
+    with recomputing(blocks_to_repeat(model, model.parameters()) if checkpointing else {}):
         return list(torch.autograd.grad(model(x).square().sum(), list(model.parameters())))
 
 
@@ -258,7 +258,7 @@ def test_a_block_that_is_given_what_may_change_runs_once(stack):
 
     for block in stack.blocks:
         block.forward = lambda box, f=block.forward: f(box.x)
-    with recomputing(repeated_blocks(stack, stack.parameters())):
+    with recomputing(blocks_to_repeat(stack, stack.parameters())):
         x = torch.randn(2, 3, 8)
         loss = sum(block(Box(x)).sum() for block in stack.blocks)
         torch.autograd.grad(loss, list(stack.blocks.parameters()))
@@ -303,7 +303,7 @@ def test_a_model_that_changes_a_blocks_input_afterwards_is_refused(stack, kind):
 
     run({})
     with pytest.raises(ConfigError, match="or the model changes that input afterwards"):
-        run(repeated_blocks(stack, stack.parameters()))
+        run(blocks_to_repeat(stack, stack.parameters()))
 
 
 @pytest.mark.parametrize("what", ["weights", "mode", "values"])
@@ -322,7 +322,7 @@ def test_an_objective_that_changes_the_model_only_while_it_is_taken_is_refused(s
         return found
 
     def run() -> None:
-        with recomputing(repeated_blocks(stack, stack.parameters())):
+        with recomputing(blocks_to_repeat(stack, stack.parameters())):
             torch.autograd.grad(loss(), list(stack.parameters()))
 
     with pytest.raises(ConfigError, match="other weights or another mode only while it takes its loss"):
@@ -357,7 +357,7 @@ def test_every_setting_gives_the_same_bits(make, changes, checkpointed):
 
 def test_an_error_while_blocks_run_again_leaves_the_model_as_it_was(stack):
     def fail() -> None:
-        with recomputing(repeated_blocks(stack, stack.parameters())):
+        with recomputing(blocks_to_repeat(stack, stack.parameters())):
             loss = stack(torch.randn(1, 3, 32, 32)).sum()
             stack.blocks[1].work = None
             try:
@@ -371,7 +371,7 @@ def test_an_error_while_blocks_run_again_leaves_the_model_as_it_was(stack):
 
 def test_an_error_after_the_blocks_leaves_the_model_as_it_was(stack):
     def fail() -> None:
-        with recomputing(repeated_blocks(stack, stack.parameters())):
+        with recomputing(blocks_to_repeat(stack, stack.parameters())):
             stack(torch.randn(1, 3, 32, 32))
             raise ZeroDivisionError
 

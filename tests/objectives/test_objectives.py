@@ -15,8 +15,8 @@ import models as zoo
 from conftest import left_as_it_was, live_tensors, mix_flags, photograph, same_bits, settle_norms
 from ttt_adapt import MAEBranch, Objective, StreamAdapter, StreamConfig
 from ttt_adapt.errors import ConfigError, StateError
+from ttt_adapt.model.norms import is_norm
 from ttt_adapt.objectives import Entropy, PseudoLabel, Rotation, StatefulObjective
-from ttt_adapt.objectives.entropy import is_norm
 from ttt_adapt.objectives.masking import random_mask
 from ttt_adapt.training.joint import TrainConfig, fit
 

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from torch import nn
 
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.engine.recompute import repeated_blocks
+from ttt_adapt.engine.recompute import blocks_to_repeat
 from ttt_adapt.errors import ConfigError, EncoderError
 from ttt_adapt.model.dropout import drop_layers, dropping
 from ttt_adapt.model.replaced import ReplacementCounter
 from ttt_adapt.objectives.base import Objective, StatefulObjective
+from ttt_adapt.objectives.forward_only import ForwardOnly
 
 PATIENCE = 8
 """After this many steps in a row that find a tensor replaced, compiled and recording engines refuse the model."""
@@ -32,6 +33,7 @@ class GradientStep:
         parameters: all of them, those of the encoder first. A parameter that the loss does not reach gets no gradient.
         config: the stream's settings.
         device: where it runs.
+        dtype: of the images that the model takes.
         blocks: modules that run again in the backward pass -> the modules in each; none without `grad_checkpointing`.
         remembers: whether the objective changes something of its own after a step that was taken.
         version: changes when tensors of the model or of the objective were replaced by others.
@@ -47,15 +49,19 @@ class GradientStep:
     def __init__(self, objective: Objective, config: StreamConfig) -> None:
         self.objective, self.config = objective, config
         self.encoder = encoder = dict(objective.encoder_parameters())
-        if not encoder:
+        if not encoder and not isinstance(objective, ForwardOnly):
             raise ConfigError("the branch names no encoder parameters: there is nothing to adapt")
         inside = {id(p) for p in encoder.values()}
         own = {n: p for n, p in objective.named_parameters() if p.requires_grad and id(p) not in inside}
         self.own, self.parameters = own, [*encoder.values(), *own.values()]
-        self.device = self.parameters[0].device
+        like = next((p for p in objective.model.parameters() if p.is_floating_point()), None)
+        if like is None:
+            raise ConfigError(f"{type(objective.model).__name__} has no parameters: there is nothing to adapt")
+        self.device = self.parameters[0].device if self.parameters else like.device
+        self.dtype = self.parameters[0].dtype if self.parameters else like.dtype
         self._frozen = [p for p in encoder.values() if not p.requires_grad]
         self._drops = drop_layers(objective.model) if config.drop_path else []
-        self.blocks = repeated_blocks(objective.model, self.parameters) if config.grad_checkpointing else {}
+        self.blocks = blocks_to_repeat(objective.model, self.parameters) if config.grad_checkpointing else {}
         stateful = isinstance(objective, StatefulObjective)
         self.remembers = stateful and bool(objective.memory())  # type: ignore[attr-defined]
         self.after_step: Callable[[], None] = objective.after_step if stateful else _nothing  # type: ignore[attr-defined]

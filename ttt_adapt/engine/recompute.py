@@ -12,14 +12,12 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from ttt_adapt.errors import ConfigError
+from ttt_adapt.model.blocks import repeated_blocks
 from ttt_adapt.model.hooks import uncompiled, without_checkpointing
 
 
-def repeated_blocks(model: nn.Module, parameters: Iterable[Tensor]) -> dict[nn.Module, list[nn.Module]]:
-    """The blocks that `model` repeats, such as those of a transformer or of a ResNet's stages -> the modules in each.
-
-    A group is a list, or a module with several children other than lists, whose children are of one type and have
-    children themselves. Its children are blocks, unless there are groups inside of them: stages hold blocks.
+def blocks_to_repeat(model: nn.Module, parameters: Iterable[Tensor]) -> dict[nn.Module, list[nn.Module]]:
+    """The blocks that `model` repeats (`ttt_adapt.model.blocks`) -> the modules in each.
 
     Args:
         model: any module.
@@ -29,30 +27,13 @@ def repeated_blocks(model: nn.Module, parameters: Iterable[Tensor]) -> dict[nn.M
         ConfigError: there are none.
     """
     adapted = {id(p) for p in parameters}
-    found = [child for group in model.modules() if _is_group(group) for child in group.children()]
-    candidates = {child: None for child in found if any(id(p) in adapted for p in child.parameters())}
-    inside = {block: _inside(block) for block in candidates}
-    blocks = {block: inner for block, inner in inside.items() if not any(m in candidates for m in inner)}
+    blocks = repeated_blocks(model, lambda block: any(id(p) in adapted for p in block.parameters()))
     if not blocks:
         raise ConfigError(
             f"grad_checkpointing is True, but the encoder of this {type(model).__name__} has no repeated blocks to "
             "run again: set micro_batch instead"
         )
     return blocks
-
-
-def _is_group(module: nn.Module) -> bool:
-    children, kinds = list(module.children()), {type(child) for child in module.children()}
-    if len(kinds) != 1 or not all(_inside(child) for child in children):
-        return False
-    return isinstance(module, _LISTS) or (len(children) > 1 and not issubclass(kinds.pop(), _LISTS))
-
-
-_LISTS = (nn.ModuleList, nn.Sequential)
-
-
-def _inside(module: nn.Module) -> list[nn.Module]:
-    return [m for m in module.modules() if m is not module]
 
 
 @contextmanager
@@ -65,7 +46,7 @@ def recomputing(blocks: Mapping[nn.Module, Sequence[nn.Module]], recorded: bool 
     may have changed.
 
     Args:
-        blocks: as `repeated_blocks` found them.
+        blocks: as `blocks_to_repeat` found them.
         recorded: whether the pass may be recorded. A recording cannot put PyTorch's random source back, so a module
             draws anew when it runs again.
 

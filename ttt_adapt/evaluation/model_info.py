@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.engine.choose import describe_engines
-from ttt_adapt.engine.recompute import repeated_blocks
+from ttt_adapt.engine.recompute import blocks_to_repeat
 from ttt_adapt.errors import ConfigError, missing, nearest
 from ttt_adapt.model.hooks import run_encoder
 from ttt_adapt.model.norms import norm_layers
@@ -89,7 +89,7 @@ def _describe(
     info = branch.info
     adapted = sum(p.numel() for p in info.parameters.values())
     if config.grad_checkpointing:
-        repeated_blocks(model, info.parameters.values())  # raises where there are none, as a stream would
+        blocks_to_repeat(model, info.parameters.values())  # raises where there are none, as a stream would
     images = torch.zeros(1, 3, *size).to(next(model.parameters()))
     drawn = _drawn(images, config.crop_size)
     with torch.no_grad():

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError, ConfigError, missing
 from ttt_adapt.files import atomic_write, check_format_number
 from ttt_adapt.model.points import KINDS, Point
@@ -68,6 +69,8 @@ class PointStatistics:
     """What the source stills are like at one point.
 
     Attributes:
+        layout: of the point's tensor, see `Point`.
+        prefix: leading tokens that are no patches.
         mean: [C], mean over the stills of a channel's mean over space; of BatchNorm its running mean.
         std: [C], likewise of its standard deviation.
         usual: [C], mean over the stills of a channel's divergence d.
@@ -76,6 +79,8 @@ class PointStatistics:
         layer_high: scalar, its 95th percentile.
     """
 
+    layout: Any
+    prefix: int
     mean: Tensor
     std: Tensor
     usual: Tensor
@@ -98,7 +103,7 @@ class PointStatistics:
         d = divergence(means, variances, mean, std)  # [stills, C]
         layer = d.mean(1)
         high = d.quantile(0.95, 0), layer.quantile(0.95)
-        return cls(mean, std, d.mean(0), high[0], layer.mean(), high[1])
+        return cls(point.layout, point.prefix, mean, std, d.mean(0), high[0], layer.mean(), high[1])
 
     def threshold(self, rule: Rule) -> Tensor:
         """The divergence up to which nothing is corrected: [C], or a scalar for a whole layer."""
@@ -178,16 +183,28 @@ class Calibration:
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, on the CPU, for a file; `of_tensors` reads them back with `to_json`."""
         return {
-            f"{kind}/{name}/{each.name}": getattr(statistics, each.name).cpu()
+            f"{kind}/{name}/{part}": getattr(statistics, part).cpu()
             for kind, points in self.statistics.items()
             for name, statistics in points.items()
-            for each in fields(PointStatistics)
+            for part in _TENSORS
         }
 
     def to_json(self) -> str:
         """All that is not a tensor, as text."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "statistics"}
-        return json.dumps({"format": FORMAT, **plain, "rule": dataclasses.asdict(self.rule)})
+        places = {
+            kind: {name: [each.layout, each.prefix] for name, each in points.items()}
+            for kind, points in self.statistics.items()
+        }
+        return json.dumps({"format": FORMAT, **plain, "rule": dataclasses.asdict(self.rule), "places": places})
+
+    @property
+    def digest(self) -> str:
+        """A hash of everything that a corrected pass depends on."""
+        digest = hashlib.sha256(repr((self.rule, self.fingerprint)).encode())
+        for name, tensor in sorted(self.tensors().items()):
+            digest.update(name.encode() + tensor.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @classmethod
     def of_tensors(cls, tensors: Mapping[str, Tensor], text: str, source: str = "the calibration") -> Calibration:
@@ -202,12 +219,14 @@ class Calibration:
             plain["rule"] = Rule(**plain["rule"])
             plain["size"] = tuple(plain["size"])
             plain["loss"] = None if plain["loss"] is None else tuple(plain["loss"])
-            parts: dict[str, dict[str, dict[str, Tensor]]] = {}
-            for key, tensor in tensors.items():
-                kind, name, part = key.split("/")
-                parts.setdefault(kind, {}).setdefault(name, {})[part] = tensor.float()
             statistics = {
-                kind: {name: PointStatistics(**each) for name, each in points.items()} for kind, points in parts.items()
+                kind: {
+                    name: PointStatistics(
+                        layout, prefix, **{part: tensors[f"{kind}/{name}/{part}"].float() for part in _TENSORS}
+                    )
+                    for name, (layout, prefix) in places.items()
+                }
+                for kind, places in plain.pop("places").items()
             }
             return cls(statistics=statistics, **plain)
         except CheckpointError:
@@ -248,6 +267,38 @@ class Calibration:
                 f"{path} is no calibration that ttt_adapt wrote ({type(error).__name__}: {error})"
             ) from error
         return cls.of_tensors(tensors, text, str(path))
+
+
+_TENSORS = ("mean", "std", "usual", "high", "layer_usual", "layer_high")
+"""The fields of `PointStatistics` that are tensors."""
+
+
+def settled_config(config: StreamConfig | None, calibration: Calibration | None) -> StreamConfig:
+    """The configuration that a stream runs with, without "auto" in `norm_stats`.
+
+    Args:
+        config: the caller's; None: the default.
+        calibration: of the model, or None.
+
+    Raises:
+        ConfigError: it is no configuration, or it needs a calibration and there is none.
+    """
+    if calibration is not None and not isinstance(calibration, Calibration):
+        raise ConfigError(
+            f"calibration is a {type(calibration).__name__}; expected what calibrate(model, stills) returned"
+        )
+    if config is None:
+        config = StreamConfig() if calibration is None else StreamConfig.online(**calibration.settings)
+    if not isinstance(config, StreamConfig):
+        raise ConfigError(f"config is a {type(config).__name__}; expected a StreamConfig")
+    if config.norm_stats == "auto":
+        return config.replace(norm_stats="frozen" if calibration is None else "calibrated")
+    if config.norm_stats == "calibrated" and calibration is None:
+        raise ConfigError(
+            'norm_stats is "calibrated", and this model has no calibration: make one with '
+            "branch.calibrate(stills), or pass calibration=calibrate(model, stills)"
+        )
+    return config
 
 
 def default_rule(kinds: Mapping[str, Any]) -> Rule:

@@ -9,10 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ttt_adapt.model.calibration import PointStatistics, Rule
+from ttt_adapt.config import StreamConfig
+from ttt_adapt.model.calibration import Calibration, PointStatistics, Rule
 from ttt_adapt.model.hooks import hooks
 from ttt_adapt.model.norms import blended_statistics
 from ttt_adapt.model.points import Point
+
+
+def correction_of(model: nn.Module, config: StreamConfig, calibration: Calibration | None) -> Correction | None:
+    """What corrects the passes of a stream; None where its `norm_stats` is not "calibrated".
+
+    Raises:
+        ConfigError: the calibration is of other weights.
+    """
+    if config.norm_stats != "calibrated" or calibration is None:
+        return None
+    calibration.check(model)
+    modules = dict(model.named_modules())
+    places = calibration.points.items()
+    points = [Point(name, modules[name], each.layout, len(each.mean), each.prefix) for name, each in places]
+    return Correction(points, calibration.points, calibration.rule)
 
 
 class Correction:

@@ -91,7 +91,7 @@ def take_stills(
 
     Raises:
         ConfigError: too few stills.
-        FrameError, FrameTypeError: a still cannot be used, or has another size than the first; the message counts from 0.
+        FrameError, FrameTypeError: a still cannot be used, or has another size than the first.
     """
     like = next(p for p in model.parameters() if p.is_floating_point())
     preprocess = default_preprocess(model, like.device) if preprocess is None else preprocess
@@ -118,7 +118,7 @@ def take_stills(
 
 @contextmanager
 def measuring(points: Sequence[Point]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Inside the block, passes leave the moments ([C] each) of every point's tensor in the dict, by the point's name."""
+    """Inside the block, passes leave the moments of every point, [C] each, in the dict, by name."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def see(point: Point, x: Tensor) -> None:

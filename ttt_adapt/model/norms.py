@@ -30,6 +30,12 @@ def norm_layers(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if isinstance(m, _NormBase) and m.track_running_stats]
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a layer normalises: BatchNorm, InstanceNorm, GroupNorm, LayerNorm, RMSNorm and their subclasses."""
+    kinds = (_NormBase, nn.GroupNorm, nn.LayerNorm)
+    return isinstance(module, kinds) or "RMSNorm" in type(module).__name__ or "RmsNorm" in type(module).__name__
+
+
 @contextmanager
 def frozen_norms(norms: list[nn.Module]) -> Iterator[None]:
     """Inside the block, the layers use their running statistics and do not change them.

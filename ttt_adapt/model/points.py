@@ -12,7 +12,6 @@ space.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ttt_adapt.errors import EncoderError
+from ttt_adapt.model.blocks import repeated_blocks
 from ttt_adapt.model.features import describe_map, tensors
 from ttt_adapt.model.hooks import hooks, uncompiled
-from ttt_adapt.model.norms import channel_moments, norm_layers
+from ttt_adapt.model.norms import channel_moments, is_norm, norm_layers
 from ttt_adapt.model.probe import evaluating, probe_images, probe_sizes
 from ttt_adapt.model.trace import Trace
 
@@ -111,11 +111,9 @@ def points_of_pass(model: nn.Module, images: Tensor, run: Any) -> dict[str, list
     """
     names = {module: name for name, module in model.named_modules()}
     running = set(norm_layers(model))
-    norms = {m for m in names if _is_norm(m) and m not in running}
-    with Trace(model, images) as trace:
-        candidates = {child for group in trace.lists for child in group if _is_block(child)}
-        with _Seen(running | norms | candidates) as seen:
-            run()
+    norms = {m for m in names if is_norm(m) and m not in running}
+    with Trace(model, images) as trace, _Seen({*running, *norms, *repeated_blocks(model)}) as seen:
+        run()
     strides = _strides(trace)
     size = (images.shape[-2], images.shape[-1])
     found: dict[str, list[Point]] = {kind: [] for kind in KINDS}
@@ -130,7 +128,6 @@ def points_of_pass(model: nn.Module, images: Tensor, run: Any) -> dict[str, list
         point = _point(names[module], module, shape, size, strides)
         if point is not None:
             found[kind].append(point)
-    found["blocks"] = list(_innermost(found["blocks"]))
     return {kind: points for kind, points in found.items() if points}
 
 
@@ -156,18 +153,6 @@ class _Seen:
         self.shapes[module] = tuple(None if x is None else tuple(x.shape) for x in (before, after))  # type: ignore[assignment]
 
 
-def _is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation layer, by the name of its class: frameworks have many of their own."""
-    name = type(module).__name__.lower()
-    return "norm" in name and not any(True for _ in module.children())
-
-
-def _is_block(module: nn.Module) -> bool:
-    """Whether a member of a list of modules is a block: it has at least two kernels or matrices, in layers of its own."""
-    layers = list(module.modules())[1:]
-    return sum(p.ndim > 1 for layer in layers for p in layer.parameters(recurse=False)) > 1
-
-
 def _strides(trace: Trace) -> list[int]:
     """Sides in pixels that a token may have: that of the first convolution, and its multiples by powers of two."""
     stem = trace.stem
@@ -188,10 +173,3 @@ def _point(
     if spec is None:
         return None
     return Point(name, module, spec.layout, spec.channels, spec.prefix)
-
-
-def _innermost(points: list[Point]) -> Iterator[Point]:
-    """The points that have no other inside of them: blocks, and not the stages that they are in."""
-    for point in points:
-        if not any(other.name.startswith(f"{point.name}.") for other in points):
-            yield point

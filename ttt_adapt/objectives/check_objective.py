@@ -13,16 +13,17 @@ from ttt_adapt.objectives.base import Objective
 from ttt_adapt.objectives.mae import MAEBranch
 
 
-def check_objective(model: nn.Module, branch: Objective | None, attach: Mapping[str, Any]) -> None:
+def check_objective(model: nn.Module, branch: Objective | None, attach: Mapping[str, Any], needed: bool = True) -> None:
     """Check what `StreamAdapter` was given, before anything changes.
 
     Args:
         model: the user's model.
         branch: an objective on it, or None.
         attach: keywords of `MAEBranch.attach` for a new branch; they belong with `branch=None`.
+        needed: whether the stream cannot do without an objective.
 
     Raises:
-        ConfigError: no model, neither or both of `branch` and `encoder`, a branch of another model, or an unknown
+        ConfigError: no model, neither (where one is needed) or both of `branch` and `encoder`, a branch of another model, or an unknown
             keyword.
     """
     if not isinstance(model, nn.Module):
@@ -32,8 +33,11 @@ def check_objective(model: nn.Module, branch: Objective | None, attach: Mapping[
             f"branch is a {type(branch).__name__}; expected an MAEBranch or another Objective. To name the encoder, "
             "write StreamAdapter(model, encoder=...)"
         )
-    if branch is None and "encoder" not in attach:
-        raise ConfigError("pass a branch from MAEBranch.attach(model, ...), or encoder=... to attach one here")
+    if branch is None and "encoder" not in attach and (needed or attach):
+        raise ConfigError(
+            "pass a branch from MAEBranch.attach(model, ...), or encoder=... to attach one here, or "
+            "calibration=calibrate(model, stills) to go without one"
+        )
     unknown = set(attach) - set(inspect.signature(MAEBranch.attach).parameters)
     if unknown:
         raise ConfigError(f"{', '.join(map(repr, sorted(unknown)))}: unknown; expected keywords of MAEBranch.attach")

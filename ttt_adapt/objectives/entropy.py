@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from ttt_adapt.errors import ConfigError
-from ttt_adapt.model.norms import batch_statistics, norm_layers
+from ttt_adapt.model.norms import batch_statistics, is_norm, norm_layers
 from ttt_adapt.objectives.base import OutputObjective
 
 
@@ -42,9 +41,3 @@ class Entropy(OutputObjective):
         with batch_statistics(norm_layers(self.model)):
             scores = self.scores(self.model(images))  # [B, C, ...]
         return -(scores.softmax(1) * scores.log_softmax(1)).sum(1).mean()
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether a layer normalises: BatchNorm, InstanceNorm, GroupNorm, LayerNorm, RMSNorm and their subclasses."""
-    kinds = (_NormBase, nn.GroupNorm, nn.LayerNorm)
-    return isinstance(module, kinds) or "RMSNorm" in type(module).__name__ or "RmsNorm" in type(module).__name__

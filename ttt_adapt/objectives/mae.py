@@ -6,7 +6,7 @@ compare it with the original. What engines and checkpoints use comes next, then 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ttt_adapt.errors import ConfigError, EncoderError, FrameError
+from ttt_adapt.model.calibration import Calibration
 from ttt_adapt.model.encoder import EncoderInfo, inspect_encoder
 from ttt_adapt.model.features import Features, to_maps
+from ttt_adapt.model.frames import Preprocess
 from ttt_adapt.model.hooks import hidden_channel, run_encoder, visible_tokens, without_checkpointing
+from ttt_adapt.model.measure import measure, take_stills
 from ttt_adapt.model.norms import frozen_norms
 from ttt_adapt.model.parameters import check_state
 from ttt_adapt.model.probe import evaluating
@@ -80,6 +83,7 @@ class MAEBranch(Attached):
         self.patch_size, self.mask_ratio = patch_size, mask_ratio
         self.loss_on, self.norm_pix_loss = loss_on, norm_pix_loss
         self.decoder = decoder
+        self.calibration: Calibration | None = None
         self.multiple = patch_size if tokens else padding_multiple(info.maps, decoder, patch_size)
         if tokens:
             assert info.tokens is not None
@@ -106,6 +110,36 @@ class MAEBranch(Attached):
         """The loss of images masked by what `draw` returned, with its graph."""
         prediction = self._predict(images, mask, self._visible_patches(mask))  # [B, 3, H', W'], of the padded images
         return self._error(prediction, images, mask)
+
+    def calibrate(
+        self,
+        stills: Iterable[Any],
+        *,
+        preprocess: Preprocess | None = None,
+        predict: Callable[..., Any] | None = None,
+        seed: int = 0,
+    ) -> Calibration:
+        """Measure what the model and the reconstruction are like on source stills, and keep it in `calibration`.
+
+        No label is needed. A `StreamAdapter` on this branch then corrects frames that are far from the source. For a
+        rule and settings that are chosen for the model, use `ttt_adapt.calibrate(model, stills, branch=branch)`.
+
+        Args:
+            stills: at least 8 frames of one size, as `StreamAdapter.step` takes them, better some 40: ordinary scenes.
+            preprocess: as in `StreamAdapter`.
+            predict: as in `StreamAdapter`.
+            seed: of the masks.
+
+        Raises:
+            ConfigError: too few stills, or a model without any point to measure at.
+            FrameError, FrameTypeError: a still cannot be used; nothing has changed.
+        """
+        taken = take_stills(self.model, stills, preprocess)
+        generator = torch.Generator(taken[0].x.device).manual_seed(seed)
+        with evaluating(self):
+            found = measure(self.model, taken, predict, lambda x: self.loss(x, generator=generator))
+        self.calibration = found
+        return found
 
     def draw_mask(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One random mask per image: bool [B, ceil(H / patch_size), ceil(W / patch_size)], True = visible."""

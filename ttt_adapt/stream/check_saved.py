@@ -54,14 +54,17 @@ def _upgrade_from_0(state: dict[str, Any]) -> None:
         state["config"] = {name: value for name, value in config.items() if name != "deferred"}
 
 
-def setting_of(objective: Objective, preprocess: Preprocess | None) -> dict[str, Any]:
+def setting_of(objective: Objective, preprocess: Preprocess | None, calibration: str | None = None) -> dict[str, Any]:
     """What a stream depends on beside its configuration and its tensors, in plain values.
 
     Args:
         objective: what is learned from. Of one that is no `MAEBranch` and no `SplitLoss`, only the kind is known.
+        calibration: `Calibration.digest`, where frames are corrected by one.
         preprocess: of the frames; two functions of the user's own cannot be told apart.
     """
     setting: dict[str, Any] = {"objective": type(objective).__name__}
+    if calibration is not None:
+        setting["calibration"] = calibration
     if isinstance(objective, MAEBranch):
         setting |= {"masking": objective.masking, "patch_size": objective.patch_size}
         setting |= dict(zip(SETTINGS, objective.settings(), strict=True))
@@ -108,7 +111,9 @@ def _check_setting(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     theirs, ours = ({name: values[name] for name in other if name in values} for values in (saved, own))
     frames = {"preprocess", "mean", "std", "size"}
     advice = []
-    if set(other) - frames:
+    if "calibration" in other:
+        advice.append("pass the same calibration")
+    if set(other) - frames - {"calibration"}:
         advice.append("adapt by the same objective with the same settings (those of a branch change by using(...))")
     if set(other) & frames:
         advice.append("pass the same preprocess")

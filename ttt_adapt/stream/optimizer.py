@@ -32,7 +32,8 @@ def parameter_groups(
         config: learning rates and weight decay.
 
     Returns:
-        Groups with `name`, `params`, `lr` and `weight_decay`; empty ones are left out.
+        Groups with `name`, `params`, `lr` and `weight_decay`; empty ones are left out. Where nothing is adapted there is
+        one empty group, because optimizers refuse to have none.
     """
     modules, groups = list(modules), ParamGroups()
     for part, named, lr in (("encoder", encoder, config.lr * config.encoder_lr_scale), ("decoder", own, config.lr)):
@@ -43,7 +44,7 @@ def parameter_groups(
         ):
             if members:
                 groups.append({"name": name, "params": members, "lr": lr, "weight_decay": decay})
-    return groups
+    return groups or [{"name": "nothing", "params": [], "lr": config.lr, "weight_decay": 0.0}]
 
 
 class FusedAdamW(torch.optim.AdamW):
