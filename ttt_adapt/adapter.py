@@ -294,10 +294,11 @@ class StreamAdapter:
         return torch.stack([loss.float(), norm.float()]), sketch
 
     def _predict_frame(self, taken: TakenFrame) -> Any:
-        config, correction = self.config, self._correction
-        own = (
-            correction.active() if correction else frame_statistics(config.norm_stats, self._norms, config.frame_share)
-        )
+        config = self.config
+        if self._correction is not None:
+            own = self._correction.active()
+        else:
+            own = frame_statistics(config.norm_stats, self._norms, config.frame_share)
         with torch.no_grad(), explained_memory_errors(config):
             return self._engine.predict(self._predict, taken, own)
 

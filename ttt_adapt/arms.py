@@ -24,8 +24,8 @@ from ttt_adapt.errors import ConfigError, nearest
 BASE = {"lr": 1e-4, "source_pull": 0.5, "norm_stats": "auto"}
 """What presets change in `StreamConfig` before the changes of their arm.
 
-A calibrated model predicts with calibrated statistics. The learning rate is larger than the default. The pull toward the source weights limits how far the weights move:
-without the pull a stream of any length drifts away from the head.
+A calibrated model predicts with calibrated statistics. The learning rate is larger than the default. The pull toward
+the source weights limits how far the weights move: without the pull a stream of any length drifts away from the head.
 """
 
 OFFLINE_STEPS = 1000

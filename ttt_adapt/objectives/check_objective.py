@@ -23,8 +23,8 @@ def check_objective(model: nn.Module, branch: Objective | None, attach: Mapping[
         needed: whether the stream cannot do without an objective.
 
     Raises:
-        ConfigError: no model, neither (where one is needed) or both of `branch` and `encoder`, a branch of another model, or an unknown
-            keyword.
+        ConfigError: no model, neither (where one is needed) or both of `branch` and `encoder`, a branch of another
+            model, or an unknown keyword.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is a {type(model).__name__}; expected a torch.nn.Module")

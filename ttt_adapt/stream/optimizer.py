@@ -32,8 +32,8 @@ def parameter_groups(
         config: learning rates and weight decay.
 
     Returns:
-        Groups with `name`, `params`, `lr` and `weight_decay`; empty ones are left out. Where nothing is adapted there is
-        one empty group, because optimizers refuse to have none.
+        Groups with `name`, `params`, `lr` and `weight_decay`; empty ones are left out. Where nothing is adapted there
+        is one empty group, because optimizers refuse to have none.
     """
     modules, groups = list(modules), ParamGroups()
     for part, named, lr in (("encoder", encoder, config.lr * config.encoder_lr_scale), ("decoder", own, config.lr)):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ttt_adapt.adapter import StreamAdapter
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import ConfigError
+from ttt_adapt.model.calibration import settled_config
 from ttt_adapt.model.frames import Preprocess, to_model_input
 from ttt_adapt.model.hooks import hooks
 from ttt_adapt.model.norms import blended_statistics, norm_layers, updating_norms
@@ -176,7 +177,8 @@ class Adapting:
         predict: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         model = objective.model
-        if config.norm_stats != "frozen" and not norm_layers(model):
+        config = settled_config(config, getattr(objective, "calibration", None))
+        if config.norm_stats in ("ema", "blend", "batch") and not norm_layers(model):
             raise ConfigError(f"this model has no BatchNorm: norm_stats={config.norm_stats!r} does not apply to it")
         self.model, self.preprocess = model, preprocess
         self.adapter = StreamAdapter(model, objective, config=config, preprocess=preprocess, predict=predict)
