@@ -69,7 +69,7 @@ def _streaks(size: tuple[int, int], severity: float, moment: Moment) -> np.ndarr
     height = min(size[0], _FINEST)
     width = max(1, round(size[1] * height / size[0]))
     random = moment.fresh()
-    count = round(level(severity, 0, 110, 220, 370, 500, 620) * (width / height + 0.3))
+    count = round(level(severity, 0, 120, 250, 430, 550, 650) * (width / height + 0.3))
     longest = level(severity, 0.0, 0.10, 0.13, 0.16, 0.19, 0.22) * height
     slant = moment.steady().uniform(-0.25, 0.25)
     steps = max(2, math.ceil(longest))
