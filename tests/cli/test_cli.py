@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 import ttt_adapt.evaluation.model_info as model_info
 import ttt_adapt.training.recipe as recipe
 from command_line import CAMVID, CLIP, SCRIPT, TINY, TRAIN, fail, invoke, needs_camvid, needs_clip, status, video
 from conftest import same_bits
+from ttt_adapt.cli import app
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.data.street import CLASSES, WEIGHTS, street_stream
 from ttt_adapt.evaluation.model_info import inspect_model
@@ -174,6 +176,54 @@ def test_eval_writes_report_table_and_plots_and_goes_on_where_it_was(trained, cl
     before = (out / "report.json").read_bytes()
     invoke(*arguments)
     assert (out / "report.json").read_bytes() == before
+
+
+@pytest.mark.usefixtures("committed")
+def test_eval_shows_clips_under_drifts_and_schedules_and_goes_on_where_it_was(trained, clips, tmp_path):
+    out = tmp_path / "eval"
+    arguments = ["eval", clips, f"--checkpoint={trained}", f"--out={out}", "--arms=fixed", "--clips=first"]
+    arguments += ["--drift=none,night:5", "--drift=none@3..noise@2"]
+    text = invoke(*arguments)
+    names = ["first", "first night:5", "first none@3..noise:3@2"]
+    assert all(name in text for name in names)
+    report = json.loads((out / "report.json").read_text())
+    assert [run["clip"] for run in report["runs"]] == names
+    assert [len(run["losses"]) for run in report["runs"]] == [3, 3, 5]
+    first, night, noise = (run["per_frame"] for run in report["runs"])
+    assert first != night
+    assert first == noise[:3]
+    assert {p.name for p in out.glob("first*.png")} == {
+        "first.png", "first night-5.png", "first none@3..noise-3@2.png",
+    }  # fmt: skip
+    before = (out / "report.json").read_bytes()
+    invoke(*arguments)
+    assert (out / "report.json").read_bytes() == before
+    arguments[-2] = "--drift=none,night:4"
+    assert "other settings (clips)" in str(CliRunner().invoke(app.app, [str(a) for a in arguments]).exception)
+
+
+def test_drifts_come_over_the_rendered_street_and_in_studies(trained, tmp_path):
+    call = [
+        "eval",
+        "street",
+        f"--checkpoint={trained}",
+        "--frames=4",
+        f"--out={tmp_path / 'out'}",
+        "--drift=rain..none",
+    ]
+    invoke(*call, "--study=smoothness", "--set=batch_size=2")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {(run["clip"], len(run["losses"])) for run in report["runs"]} == {("street-0 rain:3..none", 4)}
+    assert len(report["runs"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("drift", "told"),
+    [("nigth:3", "nearest: 'night'"), ("night:9", "to 5"), ("none..fgo", "nearest: 'fog'"), ("rain,rain:3", "twice")],
+)
+def test_a_drift_that_does_not_exist_is_told_before_anything_is_loaded(drift, told, capsys, monkeypatch):
+    line = fail(capsys, monkeypatch, "eval", "nowhere", "--checkpoint=none.safetensors", f"--drift={drift}")
+    assert told in line
 
 
 @pytest.mark.usefixtures("committed")

@@ -7,7 +7,9 @@ import pytest
 from command_line import invoke
 from ttt_adapt import StreamConfig
 from ttt_adapt.arms import PRESETS
+from ttt_adapt.cli.eval import DRIFTS as NAMED
 from ttt_adapt.cli.options import parse_arm_settings, parse_forwards, parse_settings, preset_config
+from ttt_adapt.data.drift import DRIFTS
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.evaluation.studies import STUDIES
 
@@ -16,6 +18,11 @@ from ttt_adapt.evaluation.studies import STUDIES
 def test_help_names_what_can_be_chosen(command, names):
     first, *between, last = names
     assert f"{', '.join([first, *between])} or {last}" in " ".join(invoke(command, "--help").replace("│", " ").split())
+
+
+def test_help_of_eval_names_every_drift():
+    assert tuple(DRIFTS) == NAMED
+    assert f"{', '.join(NAMED)} or none" in " ".join(invoke("eval", "--help").replace("│", " ").split())
 
 
 def test_settings_are_literals_or_text_and_true_and_false_may_be_small():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 import ttt_adapt.evaluation.rows as rows_module
 from arm_inputs import CONFIG, VIT, checkpoint, two_rows
+from ttt_adapt.data.drift import Drift, parse_drifts
 from ttt_adapt.errors import CheckpointError, ConfigError, MissingPackageError
-from ttt_adapt.evaluation.rows import Row, rows_of, unheeded
+from ttt_adapt.evaluation.rows import Row, clips_from, rows_of, unheeded
 from ttt_adapt.evaluation.session import evaluate
 from ttt_adapt.tasks.checkpoint import save_checkpoint
 
@@ -67,6 +69,18 @@ def test_what_does_not_fit_fails_before_anything_runs_or_is_written(tmp_path, cl
             evaluate([fixed, row], clips, CONFIG, [0], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not counted
+
+
+def test_every_clip_comes_under_every_drift_and_without_one_where_none_is_asked_for(tmp_path, clips):
+    found = clips_from(str(tmp_path / "data"), [], None, drifts=parse_drifts(["none,night:4", "none@2..rain@3"]))
+    drifts = ("", " night:4", " none@2..rain:3@3")
+    assert [clip.name for clip in found] == [f"{name}{drift}" for name in ("dusk", "noon") for drift in drifts]
+    np.testing.assert_array_equal(found[0][1][0], clips[0][1][0])
+    np.testing.assert_array_equal(found[1][1][0], Drift("night", 4).apply(clips[0][1][0], 1))
+    np.testing.assert_array_equal(found[1][1][1], clips[0][1][1])
+    assert [len(clip) for clip in found] == [3, 3, 5] * 2
+    with pytest.raises(ConfigError, match="4 parts, and the stream has only 3 frames"):
+        clips_from(str(tmp_path / "data"), [], None, drifts=parse_drifts(["none..rain..none..rain"]))
 
 
 def test_rows_of_one_name_are_refused(tmp_path, clips, files):

@@ -19,10 +19,11 @@ from colours import SIZE, colour_frames, decoded, write_album, write_metric_weig
 from command_line import DATA, TINY, fail, invoke, needs_clip
 from ttt_adapt.arms import ARMS, find_arm
 from ttt_adapt.colour import to_grey
+from ttt_adapt.data.drift import Drift, parse_schedule
 from ttt_adapt.errors import ConfigError, DataError, FrameError
 from ttt_adapt.evaluation.adapt_video import adapt_video
 from ttt_adapt.evaluation.report import Report, Run
-from ttt_adapt.evaluation.rows import fingerprints, metric_files, rows_of
+from ttt_adapt.evaluation.rows import clips_from, fingerprints, metric_files, rows_of
 from ttt_adapt.evaluation.run_arm import run_arm
 from ttt_adapt.evaluation.runners import start
 from ttt_adapt.evaluation.tables import markdown_table
@@ -116,6 +117,16 @@ def test_an_arm_is_shown_grey_and_scored_against_the_colours(pictures):
         assert np.array_equal(colours, frame)
         assert np.array_equal(grey, to_grey(frame))
     assert clip.describe()["frames"] == 4
+
+
+@pytest.mark.parametrize("drift", [Drift("white-balance", 5), parse_schedule("none..white-balance:5")])
+def test_a_drift_comes_over_the_colours_and_the_model_is_shown_their_grey(pictures, drift):
+    (clip,) = clips_from(str(pictures), ["trip"], SIZE, task="colorization", drifts=[drift])
+    assert clip.name == f"trip {drift}"
+    orange = Drift("white-balance", 5).apply(colour_frames(4)[3], 3)
+    np.testing.assert_array_equal(clip[3][1], orange)
+    np.testing.assert_array_equal(clip[3][0], to_grey(orange))
+    assert clip.describe()["drift"] == str(drift)
 
 
 # Training ----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,10 @@ from ttt_adapt.cli.options import (
 from ttt_adapt.cli.output import console, say
 from ttt_adapt.errors import ConfigError
 
+DRIFTS = (
+    "night", "noise", "fog", "rain", "blur", "motion-blur", "jpeg", "low-contrast", "white-balance", "exposure-flicker",
+)  # fmt: skip
+"""Those of `ttt_adapt.data.drift`, which loads torch."""
 DEFAULT_ARMS = ("fixed", "no-memory", "implicit", "explicit", "online")
 
 
@@ -43,6 +47,14 @@ def evaluate(
     clips: Annotated[str, typer.Option(help="Comma-separated names of the clips; all by default.")] = "",
     format: Annotated[str, typer.Option(help="auto, folder, davis, kitti-step, cityscapes or coco.")] = "auto",
     classes: Annotated[str, typer.Option(help="Comma-separated class names, where the data bring none.")] = "",
+    drift: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:SEVERITY]",
+            help=f"Show every clip under drifts, comma-separated or repeated: {', '.join(DRIFTS)} or none. Severities "
+            "are 1 (mild) to 5 (extreme); 3 by default. none..night:3..none lets the night come and go.",
+        ),
+    ] = None,
     size: Annotated[
         str | None, typer.Option(metavar="HxW", help="Size of the frames; the checkpoint's by default, or 'native'.")
     ] = None,
@@ -73,6 +85,7 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Compare arms on clips: tables, a JSON and plots."""
+    from ttt_adapt.data.drift import parse_drifts
     from ttt_adapt.evaluation.rows import clips_from, rows_of, unheeded
     from ttt_adapt.evaluation.session import check_failures
     from ttt_adapt.evaluation.session import evaluate as evaluate_rows
@@ -83,6 +96,7 @@ def evaluate(
 
     if study is not None and (arms is not None or baseline):
         raise ConfigError("--study brings its own rows: leave out --arms and --baseline")
+    drifts = parse_drifts(drift or ())
     chosen = None if study is None else find_study(study)
     common, own = parse_arm_settings(settings)
     if chosen is not None and own:
@@ -105,6 +119,7 @@ def evaluate(
         seed=seed,
         frames=frames,
         task=spec.task,
+        drifts=drifts,
     )
     rows = rows_of_study(chosen, found, checkpoint, hidden) if chosen else rows
     config = preset_config(preset, **common)

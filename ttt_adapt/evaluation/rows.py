@@ -13,6 +13,7 @@ import torch
 from ttt_adapt.arms import find_arm
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.data import Clip, StreetClip, is_unnamed
+from ttt_adapt.data.drift import NONE, Drift, Schedule
 from ttt_adapt.errors import CheckpointError, ConfigError, missing
 from ttt_adapt.evaluation.realtime import stride
 from ttt_adapt.evaluation.runners import start
@@ -115,6 +116,7 @@ def clips_from(
     seed: int | None = None,
     frames: int | None = None,
     task: str = "segmentation",
+    drifts: Sequence[Drift | Schedule] = (),
 ) -> list[Clip]:
     """The clips called `names` under the folder `data`; all of them without names.
 
@@ -128,7 +130,31 @@ def clips_from(
         seed: which street; 0 by default.
         frames: length of the street's stream; 240 by default.
         task: of the checkpoint.
+        drifts: each clip comes once under each of them; without any, as it is.
+
+    Raises:
+        ConfigError: an option does not fit the data, or a schedule does not fit a clip.
+        DataError: clips are missing or broken.
     """
+    found = _open(data, names, size, format, classes, default_classes, seed, frames, task)
+    if not drifts:
+        return found
+    drifted = find_task(task).drifted
+    return [clip if drift == Drift(NONE) else drifted(clip, drift) for clip in found for drift in drifts]
+
+
+def _open(
+    data: str,
+    names: Sequence[str],
+    size: tuple[int, int] | None,
+    format: str,
+    classes: Sequence[str],
+    default_classes: Sequence[str],
+    seed: int | None,
+    frames: int | None,
+    task: str,
+) -> list[Clip]:
+    """The clips as they are; arguments as those of `clips_from`."""
     if data == "street" and not Path(data).exists():
         if names:
             raise ConfigError(f"'street' is one clip, got the clips {', '.join(names)}; choose a street by its seed")

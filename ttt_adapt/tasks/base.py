@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ttt_adapt.data.augment import Augment
 from ttt_adapt.data.clip import Clip, Sample
+from ttt_adapt.data.drift import Drift, DriftedClip, Schedule
 from ttt_adapt.errors import FrameError, FrameTypeError
 from ttt_adapt.tasks.spec import ModelSpec
 
@@ -170,6 +171,11 @@ class Task(ABC):
     @abstractmethod
     def adopt(cls, clip: Clip) -> Clip:
         """A clip of frames and class ids, made into a clip of this task."""
+
+    @classmethod
+    def drifted(cls, clip: Clip, drift: Drift | Schedule) -> Clip:
+        """A clip of this task as the model sees it under a drift; labels that come with the frames stay."""
+        return DriftedClip(clip, drift)
 
     @classmethod  # noqa: B027 - most tasks take every clip
     def check_clip(cls, clip: Clip) -> None:

@@ -7,10 +7,11 @@ them from text.
 
 from ttt_adapt.data.drift.clip import DriftedClip, ForthAndBack
 from ttt_adapt.data.drift.schedule import Schedule, parse_drifts, parse_schedule
-from ttt_adapt.data.drift.table import DRIFTS, SEVERITIES, Drift, drifted, every_drift, parse_drift
+from ttt_adapt.data.drift.table import DRIFTS, NONE, SEVERITIES, Drift, drifted, every_drift, parse_drift
 
 __all__ = [
     "DRIFTS",
+    "NONE",
     "SEVERITIES",
     "Drift",
     "DriftedClip",

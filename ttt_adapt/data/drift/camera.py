@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import io
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
 
 from ttt_adapt.data.drift.moment import Moment, level, to_bytes
+from ttt_adapt.data.drift.points import splat
 from ttt_adapt.data.images import pillow
 
 
 def noise(frame: np.ndarray, severity: float, moment: Moment) -> np.ndarray:
     """Gaussian noise, independent in every pixel, channel and frame."""
-    sigma = level(severity, 0.0, 0.06, 0.10, 0.16, 0.24, 0.36) * 255
+    sigma = level(severity, 0.0, 0.05, 0.08, 0.13, 0.20, 0.30) * 255
     return to_bytes(frame + np.float32(sigma) * moment.fresh().standard_normal(frame.shape, dtype=np.float32))
 
 
 def blur(frame: np.ndarray, severity: float, _moment: Moment) -> np.ndarray:
     """A lens out of focus: every point becomes a disc."""
     radius = level(severity, 0.0, 0.006, 0.011, 0.018, 0.027, 0.04) * len(frame)
-    reach = math.ceil(radius)
-    along = np.arange(-reach, reach + 1)
-    return _convolve(frame, np.clip(radius + 0.5 - np.hypot(along[:, None], along), 0, 1))
+    return _convolve(frame, _disc(radius))
 
 
 def motion_blur(frame: np.ndarray, severity: float, moment: Moment) -> np.ndarray:
@@ -41,7 +41,7 @@ def jpeg(frame: np.ndarray, severity: float, _moment: Moment) -> np.ndarray:
         MissingPackageError: pillow is not installed.
     """
     library, file = pillow(), io.BytesIO()
-    quality = round(level(severity, 95, 30, 18, 10, 6, 3))
+    quality = round(level(severity, 95, 28, 16, 9, 6, 4))
     library.fromarray(frame).save(file, format="JPEG", quality=quality)
     return np.array(library.open(file))
 
@@ -50,24 +50,33 @@ def _line(length: float, angle: float) -> np.ndarray:
     """A line of that many pixels through the middle of a kernel, [k, k] with odd k; `angle` in radians."""
     reach = math.ceil(length / 2) + 1
     along = np.linspace(-length / 2, length / 2, 4 * reach + 1)
-    kernel = np.zeros((2 * reach + 1, 2 * reach + 1))
-    x, y = reach + along * math.cos(angle), reach + along * math.sin(angle)
-    left, top = np.floor(x).astype(int), np.floor(y).astype(int)
-    for down in (0, 1):  # every point of the line is shared by the four pixels around it
-        for right in (0, 1):
-            share = (1 - abs(x - left - right)) * (1 - abs(y - top - down))
-            np.add.at(kernel, (top + down, left + right), share)
-    return kernel
+    return _kernel(along * math.cos(angle), along * math.sin(angle), reach)
+
+
+@lru_cache(maxsize=8)
+def _disc(radius: float) -> np.ndarray:
+    """A disc of that many pixels in the middle of a kernel, [k, k] with odd k."""
+    reach = math.ceil(radius) + 1
+    along = np.linspace(-radius, radius, 4 * reach + 1)
+    x, y = (side.ravel() for side in np.meshgrid(along, along))
+    inside = np.hypot(x, y) <= radius
+    return _kernel(x[inside], y[inside], reach)
+
+
+def _kernel(x: np.ndarray, y: np.ndarray, reach: int) -> np.ndarray:
+    """Points around the middle of a kernel of side 2 * `reach` + 1, with the sum 1."""
+    side = 2 * reach + 1
+    return splat(x + reach, y + reach, np.full(x.shape, 1 / len(x)), (side, side))
 
 
 def _convolve(frame: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """The frame under a symmetric kernel [k, k] of any sum, mirrored at its edges; by FFT, so its cost hardly grows."""
+    """The frame under a symmetric kernel [k, k] with the sum 1, mirrored at its edges; by FFT."""
     height, width = frame.shape[:2]
     reach = len(kernel) // 2
     edges = ((reach, reach), (reach, reach), (0, 0))
     padded = torch.from_numpy(np.pad(frame, edges, mode="symmetric")).permute(2, 0, 1).float()
     size = padded.shape[1:]
-    weights = torch.from_numpy((kernel / kernel.sum()).astype(np.float32))
+    weights = torch.from_numpy(kernel.astype(np.float32))
     spectrum = torch.fft.rfft2(padded) * torch.fft.rfft2(weights, s=size)
     picture = torch.fft.irfft2(spectrum, s=size)[:, 2 * reach : 2 * reach + height, 2 * reach : 2 * reach + width]
     return to_bytes(picture.permute(1, 2, 0).numpy())

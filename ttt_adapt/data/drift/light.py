@@ -17,10 +17,10 @@ def night(frame: np.ndarray, severity: float, moment: Moment) -> np.ndarray:
 
     With x in [0, 1]: gain * tint * x ** gamma + noise. At severity 3 gamma is 2.2 and the gain is 0.45.
     """
-    gamma = level(severity, 1.0, 1.5, 1.85, 2.2, 2.5, 2.8)
-    gain = level(severity, 1.0, 0.75, 0.6, 0.45, 0.34, 0.25)
+    gamma = level(severity, 1.0, 1.5, 1.85, 2.2, 2.45, 2.7)
+    gain = level(severity, 1.0, 0.75, 0.6, 0.45, 0.36, 0.28)
     blue = level(severity, 0.0, 0.5, 0.75, 1.0, 1.15, 1.3)
-    sigma = level(severity, 0.0, 0.008, 0.012, 0.018, 0.025, 0.032)
+    sigma = level(severity, 0.0, 0.008, 0.014, 0.02, 0.026, 0.032)
     tint = 1 + blue * np.array([-0.25, -0.08, 0.22])
     dark = np.minimum(gain * tint * np.linspace(0, 1, 256)[:, None] ** gamma, 1)
     spread = sigma * np.sqrt(1 + 4 * dark)  # noise of the read-out, and of the light itself
@@ -43,7 +43,7 @@ def white_balance(frame: np.ndarray, severity: float, moment: Moment) -> np.ndar
 
 def exposure_flicker(frame: np.ndarray, severity: float, moment: Moment) -> np.ndarray:
     """The exposure jumps from frame to frame, on top of a slow wave; highlights burn out."""
-    most = level(severity, 0.0, 0.5, 0.9, 1.4, 2.0, 2.7)
+    most = level(severity, 0.0, 0.8, 1.5, 2.3, 3.2, 4.2)
     wave = math.sin(2 * math.pi * (moment.index / 24 + moment.steady().random()))
     stops = most * (0.4 * wave + 0.6 * moment.fresh().uniform(-1, 1))
     return _expose(frame, np.full(3, stops))
@@ -59,7 +59,10 @@ def look_up(table: np.ndarray, frame: np.ndarray) -> np.ndarray:
     Returns:
         float32 [H, W, 3].
     """
-    return (table * 255).astype(np.float32)[frame, np.arange(3)]
+    numbers, found = (table * 255).astype(np.float32), np.empty(frame.shape, np.float32)
+    for channel in range(3):
+        found[..., channel] = numbers[:, channel].take(frame[..., channel])
+    return found
 
 
 def _expose(frame: np.ndarray, stops: np.ndarray) -> np.ndarray:

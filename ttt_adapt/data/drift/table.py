@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ttt_adapt.data.drift import camera, light, weather
+from ttt_adapt.data.drift.camera import blur, jpeg, motion_blur, noise
+from ttt_adapt.data.drift.light import exposure_flicker, low_contrast, night, white_balance
 from ttt_adapt.data.drift.moment import Moment
+from ttt_adapt.data.drift.weather import fog, rain
 from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError, nearest
 
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -32,16 +34,16 @@ class Kind(NamedTuple):
 
 
 DRIFTS = {
-    "night": Kind("dark and blue, with sensor noise", light.night),
-    "noise": Kind("Gaussian noise, new in every frame", camera.noise),
-    "fog": Kind("a grey veil of clouds that move slowly", weather.fog),
-    "rain": Kind("grey light and falling streaks, new in every frame", weather.rain),
-    "blur": Kind("a lens out of focus", camera.blur),
-    "motion-blur": Kind("a camera that moves while the shutter is open", camera.motion_blur),
-    "jpeg": Kind("strong JPEG compression", camera.jpeg),
-    "low-contrast": Kind("values close to the mean of the frame", light.low_contrast),
-    "white-balance": Kind("a colour cast, orange for even seeds and blue for odd ones", light.white_balance),
-    "exposure-flicker": Kind("an exposure that jumps from frame to frame", light.exposure_flicker),
+    "night": Kind("dark and blue, with sensor noise", night),
+    "noise": Kind("Gaussian noise, new in every frame", noise),
+    "fog": Kind("a grey veil of clouds that move slowly", fog),
+    "rain": Kind("grey light and falling streaks, new in every frame", rain),
+    "blur": Kind("a lens out of focus", blur),
+    "motion-blur": Kind("a camera that moves while the shutter is open", motion_blur),
+    "jpeg": Kind("strong JPEG compression", jpeg),
+    "low-contrast": Kind("values close to the mean of the frame", low_contrast),
+    "white-balance": Kind("a colour cast, orange for even seeds and blue for odd ones", white_balance),
+    "exposure-flicker": Kind("an exposure that jumps from frame to frame", exposure_flicker),
 }
 """All drifts by name. Names and idea follow "Benchmarking Neural Network Robustness to Common Corruptions and
 Perturbations" (Hendrycks and Dietterich, ICLR 2019). The definitions are our own, and some of them move in time."""

@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 
 from ttt_adapt.data.drift.moment import Moment, level, to_bytes
+from ttt_adapt.data.drift.points import splat
 
 _CELLS = 32
 """Side of the grids of random numbers that clouds of fog are made from; they repeat after it."""
@@ -28,8 +29,8 @@ def fog(frame: np.ndarray, severity: float, moment: Moment) -> np.ndarray:
 def rain(frame: np.ndarray, severity: float, moment: Moment) -> np.ndarray:
     """Grey light, and streaks of falling drops. A drop falls through the picture between two frames: all are new."""
     height, width = frame.shape[:2]
-    veil = np.float32(level(severity, 0.0, 0.10, 0.18, 0.27, 0.36, 0.45))
-    bright = np.float32(level(severity, 0.0, 0.45, 0.55, 0.65, 0.75, 0.85))
+    veil = np.float32(level(severity, 0.0, 0.12, 0.21, 0.30, 0.39, 0.48))
+    bright = np.float32(level(severity, 0.0, 0.50, 0.65, 0.80, 0.90, 0.95))
     grey = np.array([112, 118, 124], dtype=np.float32)
     picture = frame + (grey - frame) * veil
     streaks = _streaks((height, width), severity, moment)[..., None] * bright
@@ -68,25 +69,18 @@ def _streaks(size: tuple[int, int], severity: float, moment: Moment) -> np.ndarr
     height = min(size[0], _FINEST)
     width = max(1, round(size[1] * height / size[0]))
     random = moment.fresh()
-    count = round(level(severity, 0, 90, 180, 300, 450, 650) * (width / height + 0.3))
-    longest = level(severity, 0.0, 0.09, 0.11, 0.13, 0.16, 0.19) * height
+    count = round(level(severity, 0, 120, 250, 430, 550, 650) * (width / height + 0.3))
+    longest = level(severity, 0.0, 0.10, 0.13, 0.16, 0.19, 0.22) * height
     slant = moment.steady().uniform(-0.25, 0.25)
     steps = max(2, math.ceil(longest))
     along = np.linspace(-0.5, 0.5, steps)[:, None]  # of every drop's streak, [steps, 1]
     length = longest * random.uniform(0.4, 1.0, count)
-    strength = random.uniform(0.25, 1.0, count) * np.cos(math.pi * along)
+    strength = random.uniform(0.25, 1.0, count) * np.cos(math.pi * along) * length / steps
     y = random.uniform(-0.1, 1.1, count) * height + along * length
     x = random.uniform(-0.15, 1.15, count) * width + along * length * (slant + random.normal(0, 0.03, count))
-    canvas = np.zeros((height, width))
-    strength = strength * length / steps
-    for down in (0, 1):  # every point of a streak is shared by the four pixels around it
-        for right in (0, 1):
-            rows, columns = np.floor(y).astype(int) + down, np.floor(x).astype(int) + right
-            share = strength * (1 - abs(y - rows)) * (1 - abs(x - columns))
-            inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-            places = rows[inside] * width + columns[inside]
-            canvas += np.bincount(places, share[inside], height * width).reshape(height, width)
-    canvas = _enlarge(size[0], height) @ canvas @ _enlarge(size[1], width).T if size != canvas.shape else canvas
+    canvas = splat(x, y, strength, (height, width))
+    if size != canvas.shape:
+        canvas = _enlarge(size[0], height) @ canvas @ _enlarge(size[1], width).T
     return np.minimum(canvas, 1).astype(np.float32)
 
 

@@ -17,26 +17,29 @@ _LOOKED_AT = 8
 class GreyedClip(Clip):
     """The frames of another clip in grey, each with its colours as its label. What the model is shown has no colour.
 
+    Attributes:
+        in_colour: the other clip.
+
     Args:
         clip: frames in colour; its labels are not used.
     """
 
     def __init__(self, clip: Clip) -> None:
         super().__init__(clip.name, size=clip.size, fps=clip.fps, times=clip.times)
-        self._clip = clip
+        self.in_colour = clip
 
     def __len__(self) -> int:
-        return len(self._clip)
+        return len(self.in_colour)
 
     def __getitem__(self, index: int) -> Sample:
-        return self._pair(self._clip[index][0])
+        return self._pair(self.in_colour[index][0])
 
     def __iter__(self) -> Iterator[Sample]:
-        return (self._pair(frame) for frame, _ in self._clip)
+        return (self._pair(frame) for frame, _ in self.in_colour)
 
     def describe(self) -> dict[str, Any]:
         """The description of the clip in colour."""
-        return self._clip.describe()
+        return self.in_colour.describe()
 
     @staticmethod
     def _pair(frame: Any) -> Sample:

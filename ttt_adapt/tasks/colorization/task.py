@@ -19,6 +19,7 @@ from torch import Tensor
 from ttt_adapt.colour import colour_frame, gamma, rgb_to_lab, to_grey
 from ttt_adapt.data.augment import Augment
 from ttt_adapt.data.clip import Clip
+from ttt_adapt.data.drift import Drift, DriftedClip, Schedule
 from ttt_adapt.data.unlabelled import open_frames
 from ttt_adapt.errors import ConfigError, DataError, FrameError, nearest
 from ttt_adapt.tasks.base import Criterion, Metric, Stills, Task
@@ -119,6 +120,11 @@ class Colorization(Task):
     def adopt(cls, clip: Clip) -> Clip:
         """The clip's frames in grey, with their colours as labels."""
         return GreyedClip(clip)
+
+    @classmethod
+    def drifted(cls, clip: Clip, drift: Drift | Schedule) -> Clip:
+        """The drift happens to the frames in colour: the model is shown its grey, and is to find its colours."""
+        return cls.adopt(DriftedClip(clip.in_colour if isinstance(clip, GreyedClip) else clip, drift))
 
     @classmethod
     def check_clip(cls, clip: Clip) -> None:
