@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what type checkers see; a test compares it with the table below
     from ttt_adapt.adapter import StreamAdapter as StreamAdapter
+    from ttt_adapt.calibration.calibrate import calibrate as calibrate
     from ttt_adapt.config import StreamConfig as StreamConfig
     from ttt_adapt.errors import TTTAdaptError as TTTAdaptError
+    from ttt_adapt.model.calibration import Calibration as Calibration
     from ttt_adapt.model.frames import Normalize as Normalize
     from ttt_adapt.objectives.base import Objective as Objective
     from ttt_adapt.objectives.mae import MAEBranch as MAEBranch
@@ -17,6 +19,7 @@ if TYPE_CHECKING:  # what type checkers see; a test compares it with the table b
     from ttt_adapt.training.joint import fit as fit
 
 _MODULE_OF = {
+    "Calibration": "model.calibration",
     "MAEBranch": "objectives.mae",
     "Normalize": "model.frames",
     "Objective": "objectives.base",
@@ -26,6 +29,7 @@ _MODULE_OF = {
     "StreamConfig": "config",
     "TTTAdaptError": "errors",
     "TrainConfig": "training.joint",
+    "calibrate": "calibration.calibrate",
     "fit": "training.joint",
 }
 """Public name -> the module that defines it, which is imported when the name is first used."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -296,7 +296,7 @@ class StreamAdapter:
     def _predict_frame(self, taken: TakenFrame) -> Any:
         config = self.config
         if self._correction is not None:
-            own = self._correction.active()
+            own: AbstractContextManager[None] = self._correction.active()
         else:
             own = frame_statistics(config.norm_stats, self._norms, config.frame_share)
         with torch.no_grad(), explained_memory_errors(config):

@@ -25,6 +25,11 @@ def correction_of(model: nn.Module, config: StreamConfig, calibration: Calibrati
     if config.norm_stats != "calibrated" or calibration is None:
         return None
     calibration.check(model)
+    return correction(model, calibration)
+
+
+def correction(model: nn.Module, calibration: Calibration) -> Correction:
+    """What corrects the passes of a model by a calibration of its weights."""
     modules = dict(model.named_modules())
     places = calibration.points.items()
     points = [Point(name, modules[name], each.layout, len(each.mean), each.prefix) for name, each in places]
