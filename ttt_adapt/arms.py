@@ -43,7 +43,8 @@ class Arm:
         fixes: fields of `StreamConfig` that make the arm what it is.
         defaults: other fields that this arm changes, unless somebody sets them.
         options: keywords of the method.
-        needs: what a checkpoint must have: "MAE branch", "rotation head", "BatchNorm", "LayerNorm" or "class scores".
+        needs: what a checkpoint must have: "MAE branch", "rotation head", "calibration", "BatchNorm", "LayerNorm" or
+            "class scores".
         least_window: frames that the arm's window holds at least, to be this arm.
         adapts: whether it adapts weights; other arms ignore the configuration.
         streaming: whether frame t and those before it are all that the prediction of frame t depends on.
@@ -174,6 +175,7 @@ ARMS = {
         Arm("fixed", "Fixed", "fixed", adapts=False),
         _forward_only("norm-ema", "BatchNorm statistics, EMA 0.05", "norm-average", "BatchNorm", momentum=0.05),
         _forward_only("norm-blend", "BatchNorm statistics, blend 0.5", "norm-blend", "BatchNorm", share=0.5),
+        _forward_only("calibrated", "Calibrated statistics", "calibrated", "calibration"),
         _forward_only("ln-adapt", "LN Adapt", "layer-norm", "LayerNorm", momentum=0.05, share=0.1),
         _mae("no-memory", "TTT-MAE No Memory", {"window": 1, "carry_weights": False}, 1),
         _mae("implicit", "Implicit Memory Only", {"window": 1, **_CARRIED}, 1),
@@ -191,6 +193,11 @@ ARMS = {
             "Online TTT-MAE + BatchNorm blend",
             {**_CARRIED, "norm_stats": "blend"},
             needs=("BatchNorm",),
+        ),
+        _mae(
+            "online-norm-frozen",
+            "Online TTT-MAE, without calibrated statistics",
+            {**_CARRIED, "norm_stats": "frozen"},
         ),
         _mae("online-gate", "Online TTT-MAE + surprise gate", {**_CARRIED, "gate": "surprise"}),
         _every(4),

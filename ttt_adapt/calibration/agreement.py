@@ -51,7 +51,7 @@ class ByLabels:
             hits += torch.bincount(label[got == label], minlength=256)[:256]
             inside += torch.bincount(got, minlength=256)[:256]
             seen += torch.bincount(label, minlength=256)[:256]
-        if seen.sum() == hits.numel() or self._labels[0].ndim == 0:
+        if self._labels[0].ndim == 0:
             return float(hits.sum() / seen.sum().clamp_min(1))
         there = seen > 0
         return float((hits[there] / (inside + seen - hits)[there]).mean())

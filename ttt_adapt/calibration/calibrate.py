@@ -27,7 +27,7 @@ from ttt_adapt.objectives.mae import MAEBranch
 
 DRIFTS = ("night", "noise", "fog", "rain", "blur", "jpeg")
 """What a rule is chosen on, at severity 3."""
-TOLERANCE = {"labels": 0.005, "agreement": 0.02}
+TOLERANCE = {"labels": 0.005, "agreement": 0.01}
 """The largest relative loss without a drift that a rule may have: of the score by labels, and of the agreement with the
 plain model, which counts every change as a loss."""
 HELD_OUT = 12

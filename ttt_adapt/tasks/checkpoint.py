@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ttt_adapt.errors import CheckpointError, ConfigError, missing
 from ttt_adapt.files import atomic_write, check_format_number
+from ttt_adapt.model.calibration import Calibration
 from ttt_adapt.model.parameters import check_state
 from ttt_adapt.objectives.base import Attached
 from ttt_adapt.objectives.mae import MAEBranch
@@ -47,11 +48,19 @@ def build_model(spec: ModelSpec, pretrained: bool = False) -> tuple[DenseModel, 
 
 @dataclass
 class Checkpoint:
-    """A model in eval mode, its branch (None if it was trained for the main task alone), and their description."""
+    """A model in eval mode, its branch (None if it was trained for the main task alone), and their description.
+
+    Attributes:
+        model: as it was trained.
+        branch: on the model.
+        spec: what both are.
+        calibration: what the model is like on its own ground; None before it was calibrated.
+    """
 
     model: DenseModel
     branch: Attached | None
     spec: ModelSpec
+    calibration: Calibration | None = None
 
     @cached_property
     def task(self) -> Task:
@@ -88,9 +97,13 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, half: bool = False
     weights = {f"model.{name}": value for name, value in checkpoint.model.state_dict().items()}
     if checkpoint.branch is not None:
         weights |= {f"branch.{name}": value for name, value in checkpoint.branch.state_dict().items()}
-    if half:
-        weights = {name: v.half() if v.is_floating_point() else v for name, v in weights.items()}
+    if half:  # not the calibration: the divergence of a channel can be larger than float16 holds
+        rounded = {name: v.half() for name, v in weights.items() if v.is_floating_point()}
+        weights |= {name: v for name, v in rounded.items() if not name.startswith("calibration.")}
     metadata = {"format": str(FORMAT), "spec": checkpoint.spec.to_json()}
+    if checkpoint.calibration is not None:
+        metadata["calibration"] = checkpoint.calibration.to_json()
+        weights |= {f"calibration.{name}": value for name, value in checkpoint.calibration.tensors().items()}
     library = _safetensors()
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -107,13 +120,16 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
         CheckpointError: there is no such file, it is not of this library or of a newer version, or its weights do not
             fit its description.
     """
-    weights, spec = _read(path, device)
+    weights, spec, text = _read(path, device)
     model, branch = build_model(spec)
     load_weights(model, weights, "model.", str(path))
+    calibration = None if text is None else Calibration.of_tensors(_part(weights, "calibration."), text, str(path))
     if branch is not None:
         load_weights(branch, weights, "branch.", str(path))
         branch.to(device).eval()
-    return Checkpoint(model.to(device).eval(), branch, spec)
+    if isinstance(branch, MAEBranch):
+        branch.calibration = calibration
+    return Checkpoint(model.to(device).eval(), branch, spec, calibration)
 
 
 def read_spec(path: str | Path) -> ModelSpec:
@@ -132,7 +148,7 @@ def load_initial(path: str | Path, checkpoint: Checkpoint) -> None:
         CheckpointError: the file is of another task, or of another model; the message says which keys differ.
     """
     device = next(checkpoint.model.parameters()).device
-    weights, spec = _read(path, device)
+    weights, spec, _ = _read(path, device)
     if spec.task != checkpoint.spec.task:
         raise CheckpointError(
             f"{path} was trained for {spec.task}, and its head is of no use to a model for {checkpoint.spec.task}"
@@ -154,12 +170,18 @@ def load_weights(module: torch.nn.Module, weights: dict[str, Tensor], prefix: st
     Raises:
         CheckpointError: names or shapes differ; the message says which, and `source` is named in it.
     """
-    part = {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
+    part = _part(weights, prefix)
     check_state(module.state_dict(), part, f"the {prefix[:-1]} of {source}")
     module.load_state_dict(part)
 
 
-def _read(path: str | Path, device: torch.device | str) -> tuple[dict[str, Tensor], ModelSpec]:
+def _part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {name[len(prefix) :]: value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def _read(path: str | Path, device: torch.device | str) -> tuple[dict[str, Tensor], ModelSpec, str | None]:
+    """Weights, description, and the calibration's text; None without one."""
     if not Path(path).is_file():
         raise CheckpointError(f"there is no checkpoint {path}: train one with `ttt-adapt train`")
     library = _safetensors()
@@ -174,7 +196,7 @@ def _read(path: str | Path, device: torch.device | str) -> tuple[dict[str, Tenso
     except (KeyError, TypeError, ValueError, OSError, library.SafetensorError) as error:
         raise CheckpointError(f"{path} is no checkpoint written by ttt_adapt: {error}") from error
     floats = {n: v.float() if v.dtype is torch.float16 else v for n, v in weights.items()}
-    return floats, spec
+    return floats, spec, metadata.get("calibration")
 
 
 def _safetensors() -> Any:

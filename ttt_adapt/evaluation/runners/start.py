@@ -17,6 +17,7 @@ from ttt_adapt.evaluation.runners.whole_clip import Offline, Shuffled
 from ttt_adapt.model.frames import Normalize
 from ttt_adapt.model.norms import norm_layers
 from ttt_adapt.objectives import Entropy, PseudoLabel, Rotation
+from ttt_adapt.objectives.forward_only import ForwardOnly
 from ttt_adapt.tasks.checkpoint import Checkpoint
 
 SMOOTH_LENGTH = 5
@@ -92,7 +93,15 @@ def _need_layer_norm(checkpoint: Checkpoint, what: str) -> None:
         raise ConfigError(f"this model has no LayerNorm: {what} does not apply to it; for BatchNorm there is norm-ema")
 
 
+def _need_calibration(checkpoint: Checkpoint, what: str) -> None:
+    if checkpoint.calibration is None:
+        raise ConfigError(
+            f"this checkpoint is not calibrated, and {what} needs it: run ttt-adapt calibrate on it first"
+        )
+
+
 _NEEDS: dict[str, Callable[[Checkpoint, str], None]] = {
+    "calibration": _need_calibration,
     "class scores": _need_class_scores,
     "MAE branch": _need_branch,
     "rotation head": _need_rotation_head,
@@ -118,6 +127,11 @@ def _norm_average(checkpoint: Checkpoint, config: StreamConfig, momentum: float)
 
 def _norm_blend(checkpoint: Checkpoint, config: StreamConfig, share: float) -> Runner:
     return NormBlend(checkpoint.model, _preprocess(checkpoint), share)
+
+
+def _calibrated(checkpoint: Checkpoint, config: StreamConfig) -> Runner:
+    alone = config.replace(norm_stats="calibrated")
+    return Adapting(ForwardOnly(checkpoint.model), _preprocess(checkpoint), alone, calibration=checkpoint.calibration)
 
 
 def _layer_norm(checkpoint: Checkpoint, config: StreamConfig, momentum: float, share: float) -> Runner:
@@ -166,6 +180,7 @@ RUNNERS: dict[str, Callable[..., Runner]] = {
     "fixed": _fixed,
     "norm-average": _norm_average,
     "norm-blend": _norm_blend,
+    "calibrated": _calibrated,
     "layer-norm": _layer_norm,
     "mae": _mae,
     "entropy": _entropy,

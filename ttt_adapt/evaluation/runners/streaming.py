@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ttt_adapt.adapter import StreamAdapter
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import ConfigError
-from ttt_adapt.model.calibration import settled_config
+from ttt_adapt.model.calibration import Calibration, settled_config
 from ttt_adapt.model.frames import Preprocess, to_model_input
 from ttt_adapt.model.hooks import hooks
 from ttt_adapt.model.norms import blended_statistics, norm_layers, updating_norms
@@ -167,6 +167,7 @@ class Adapting:
         preprocess: frame -> model input.
         config: how the stream is adapted to.
         predict: how the model is called on images [1, 3, H, W]; the model itself by default.
+        calibration: of the model; by default the objective's.
     """
 
     def __init__(
@@ -175,13 +176,17 @@ class Adapting:
         preprocess: Preprocess,
         config: StreamConfig,
         predict: Callable[[Tensor], Tensor] | None = None,
+        calibration: Calibration | None = None,
     ) -> None:
         model = objective.model
-        config = settled_config(config, getattr(objective, "calibration", None))
+        calibration = getattr(objective, "calibration", None) if calibration is None else calibration
+        config = settled_config(config, calibration)
         if config.norm_stats in ("ema", "blend", "batch") and not norm_layers(model):
             raise ConfigError(f"this model has no BatchNorm: norm_stats={config.norm_stats!r} does not apply to it")
         self.model, self.preprocess = model, preprocess
-        self.adapter = StreamAdapter(model, objective, config=config, preprocess=preprocess, predict=predict)
+        self.adapter = StreamAdapter(
+            model, objective, config=config, calibration=calibration, preprocess=preprocess, predict=predict
+        )
 
     @property
     def loss(self) -> float | None:
