@@ -17,7 +17,8 @@ from ttt_adapt.data import Clip, StillsDataset
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.files import output_folder
 from ttt_adapt.tasks import Criterion, Stills, Task, find_task, task_of
-from ttt_adapt.tasks.checkpoint import OBJECTIVES, Checkpoint, build_model, load_initial, save_checkpoint
+from ttt_adapt.tasks.checkpoint import OBJECTIVES, Checkpoint, build_model, load_initial, read_spec, save_checkpoint
+from ttt_adapt.tasks.pretrained import Pretrained, find_pretrained
 from ttt_adapt.tasks.spec import ModelSpec
 from ttt_adapt.training.distributed import process_group, rank
 from ttt_adapt.training.joint import Progress, TrainConfig, fit
@@ -41,7 +42,7 @@ def train(
     recipe: str = "joint",
     first_epochs: int = 40,
     init: Path | None = None,
-    pretrained: bool = False,
+    pretrained: str | Path | None = None,
     resume: bool = False,
     half: bool = False,
     device: torch.device | str = "cpu",
@@ -66,7 +67,8 @@ def train(
         recipe: "joint" (main task, then joint), "main" (main task twice), or "probe" (reconstruction, then head).
         first_epochs: epochs of the recipe's first stage; 0 leaves it out.
         init: checkpoint to start from.
-        pretrained: start from timm's pretrained encoder.
+        pretrained: where the encoder's first weights come from: "timm" (it downloads), a file (.safetensors, .pth, .pt)
+            in timm's or torchvision's names, or "package:efficientnet-lite0". They bring their own mean and std.
         resume: go on where an interrupted run with the same arguments stopped.
         half: store weights as float16.
         device: where to train; under `torchrun`, each process takes the CUDA device of its own rank.
@@ -80,6 +82,7 @@ def train(
     config, branch = config or TrainConfig(), dict(branch or {})
     encoder_options, task_options = dict(encoder_options or {}), dict(task_options or {})
     _check(out, recipe, objective, branch, resume)
+    weights = find_pretrained(pretrained, encoder)
     device = _own_device(torch.device(device))
     opened = _open_stills(find_task(task), data, clips, size, classes, stills)
     spec = ModelSpec(
@@ -92,9 +95,10 @@ def train(
         opened.palette,
         task=task,
         task_options=task_options,
+        **_colours(weights, init),
     )
     samples = _samples(opened, spec, config.seed)
-    checkpoint = _build(spec, config.seed, pretrained, init, device)
+    checkpoint = _build(spec, config.seed, weights, init, device)
     criterion = checkpoint.task.criterion(samples)
     output_folder(out.parent)
     depends_on = {
@@ -107,7 +111,7 @@ def train(
         "objective": objective,
         "branch": branch,
         "init": init,
-        "pretrained": pretrained,
+        "pretrained": weights is not None and weights.source,
         **({"task": task, "task_options": task_options} if task != "segmentation" else {}),
     }
     origin = ", ".join(f"{name}={value}" for name, value in depends_on.items())
@@ -121,7 +125,8 @@ def train(
         _remove(files)
     try:
         _fit_stages(checkpoint, samples, criterion, dict(zip(files, stages, strict=True)), origin)
-        spec.training.extend({**dataclasses.asdict(stage), "data": data, "clips": list(clips)} for stage in stages)
+        made_from = {"data": data, "clips": list(clips), **({"pretrained": weights.source} if weights else {})}
+        spec.training.extend({**dataclasses.asdict(stage), **made_from} for stage in stages)
         if rank() == 0:
             save_checkpoint(out, checkpoint, half)
         _remove(files)
@@ -132,7 +137,21 @@ def train(
     return checkpoint
 
 
-def _build(spec: ModelSpec, seed: int, pretrained: bool, init: Path | None, device: torch.device) -> Checkpoint:
+def _colours(pretrained: Pretrained | None, init: Path | None) -> dict[str, Any]:
+    """The mean and std that go with the weights that training starts from; {} for the default ones.
+
+    Raises:
+        ConfigError: both are given, and the checkpoint would replace the pretrained weights.
+    """
+    if pretrained is not None and init is not None:
+        raise ConfigError("init and pretrained are both given, and init has the weights of the whole model: give one")
+    start = read_spec(init) if init is not None else pretrained
+    return {} if start is None else {"mean": start.mean, "std": start.std}
+
+
+def _build(
+    spec: ModelSpec, seed: int, pretrained: Pretrained | None, init: Path | None, device: torch.device
+) -> Checkpoint:
     """The model and branch to train, with the weights that training starts from."""
     torch.manual_seed(seed)
     model, branch = build_model(spec, pretrained)
