@@ -378,6 +378,13 @@ def test_anything_else_comes_with_the_three_forms(given):
         find_pretrained(given, CNN)
 
 
+def test_a_name_with_a_tag_takes_the_colours_of_that_tag(tmp_path):
+    model = whole(CNN)
+    file, tagged = saved(tmp_path / "weights.pth", model.state_dict()), "resnet18.gluon_in1k"
+    assert find_pretrained(file, tagged).mean == timm.get_pretrained_cfg(tagged).mean
+    assert_same_features(build(tagged, file, ENCODERS[CNN]), model)
+
+
 def test_the_colours_of_timms_own_weights_are_those_of_the_encoder():
     for name in (LITE, CNN, "vit_tiny_patch16_224"):
         pretrained, config = find_pretrained("timm", name), timm.get_pretrained_cfg(name)

@@ -104,7 +104,7 @@ NAMINGS = (
     Naming(
         "torchvision",
         "encoder.layers.encoder_layer_0.self_attention.in_proj_weight",
-        ("vit_*_patch*", "deit_*_patch*", "deit3_*_patch*"),
+        tuple(f"vit_{size}_patch[0-9][0-9]_[0-9][0-9][0-9]" for size in ("tiny", "small", "base", "large", "huge")),
         (
             (r"^class_token$", "cls_token"),
             (r"^conv_proj\.", "patch_embed.proj."),
