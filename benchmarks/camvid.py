@@ -96,6 +96,7 @@ def _keywords(training: Training) -> dict[str, Any]:
         "encoder_options": model["options"] | ({"img_size": training.size} if training.model == "vit" else {}),
         "clips": training.clips,
         "size": training.size,
+        "branch": {"patch_size": 16},
         "first_epochs": 0,
         "resume": True,
         "device": "cpu",

@@ -439,6 +439,10 @@ BAD_TRAINING = [
     (["street", "--lr=0"], "lr 0.0"),
     (["street", "--device=gpu9"], "expected auto, cpu or cuda"),
     (["street", *TINY, "--init=none.safetensors"], "no checkpoint none.safetensors"),
+    (["street", "--pretrained=imagenet"], 'expected "timm" (it downloads), a file with weights'),
+    (["street", "--pretrained", "--size=64x96"], "--pretrained comes without a source; expected"),
+    (["street", "--pretrained"], "package:NAME with NAME one of efficientnet-lite0"),
+    (["street", "--pretrained=package:efficientnet-lite0"], "for the encoder tf_efficientnet_lite0"),
     (["no_such_folder"], "does not exist"),
 ]
 
@@ -446,9 +450,22 @@ BAD_TRAINING = [
 @pytest.mark.parametrize(("arguments", "match"), BAD_TRAINING, ids=lambda value: str(value)[-30:])
 def test_bad_input_to_train_is_one_line_and_nothing_is_written(arguments, match, tmp_path, capsys, monkeypatch):
     out = tmp_path / "new" / "model.safetensors"
-    line = fail(capsys, monkeypatch, "train", "--stills=2", *arguments, f"--out={out}")
+    line = fail(capsys, monkeypatch, "train", "--stills=2", f"--out={out}", *arguments)
     assert match in line
     assert not list(tmp_path.iterdir())
+
+
+def test_training_starts_from_a_file_of_pretrained_weights(tmp_path):
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, embed_dim=48, num_heads=3)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    out = tmp_path / "m.safetensors"
+    invoke("train", *TRAIN, f"--pretrained={tmp_path / 'weights.pth'}", "--lr=1e-12", f"--out={out}")
+    made = load_checkpoint(out)
+    expected = model.state_dict()["blocks.0.attn.qkv.weight"]
+    torch.testing.assert_close(made.model.state_dict()["backbone.model.blocks.0.attn.qkv.weight"], expected)
+    assert made.spec.mean == timm.get_pretrained_cfg("vit_tiny_patch16_224").mean
 
 
 def test_training_writes_safetensors_only(tmp_path, capsys, monkeypatch):

@@ -9,6 +9,7 @@ from conftest import photograph
 from ttt_adapt import MAEBranch
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.tasks.dense_model import DenseModel
+from ttt_adapt.tasks.pretrained import find_pretrained
 
 TRANSFORMER = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 SWIN = {"depths": (1, 1, 2, 1), "embed_dim": 24, "num_heads": (2, 2, 4, 4)}
@@ -91,6 +92,6 @@ def test_weights_that_cannot_be_downloaded_are_not_called_a_fault_of_the_options
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(ConfigError, match="cannot load the pretrained weights of 'resnet18'.*no route to the hub"):
-        DenseModel("resnet18", 3, pretrained=True)
+        DenseModel("resnet18", 3, pretrained=find_pretrained("timm", "resnet18"))
     with pytest.raises(ConfigError, match="cannot make 'resnet18' .*depths"):
-        DenseModel("resnet18", 3, pretrained=True, encoder_options={"depths": (1,)})
+        DenseModel("resnet18", 3, pretrained=find_pretrained("timm", "resnet18"), encoder_options={"depths": (1,)})

@@ -19,7 +19,7 @@ from ttt_adapt.cli.demo import demo
 from ttt_adapt.cli.eval import evaluate
 from ttt_adapt.cli.info import info
 from ttt_adapt.cli.run import run
-from ttt_adapt.cli.train import train
+from ttt_adapt.cli.train import TrainCommand, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,7 +28,7 @@ app = typer.Typer(
     help="Make an existing vision model keep learning from the video it is watching.",
 )
 for _name, _command in (("demo", demo), ("train", train), ("run", run), ("eval", evaluate), ("info", info)):
-    app.command(_name)(_command)
+    app.command(_name, cls=TrainCommand if _command is train else None)(_command)
 
 
 def _hand_over(entry: EntryPoint) -> Callable[[typer.Context], None]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from ttt_adapt.cli.options import (
     BranchSettings,
@@ -19,6 +20,24 @@ from ttt_adapt.cli.options import (
     pick_device,
 )
 from ttt_adapt.cli.output import say
+from ttt_adapt.errors import ConfigError
+
+
+class TrainCommand(typer.core.TyperCommand):
+    """`train`, whose `--pretrained` used to stand alone: without a source, the error says which there are."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As Typer does it, once `--pretrained` is found to have a source.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        for option, value in zip(args, [*args[1:], "-"], strict=True):
+            if option == "--pretrained" and value.startswith("-"):
+                from ttt_adapt.tasks.pretrained import FORMS
+
+                raise ConfigError(f"--pretrained comes without a source; {FORMS}")
+        return super().parse_args(ctx, args)
 
 
 def train(
@@ -52,7 +71,13 @@ def train(
     mae_weight: Annotated[float, typer.Option(help="Weight of the reconstruction loss.")] = 1.0,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
     init: Annotated[Path | None, typer.Option(help="Checkpoint to start from.")] = None,
-    pretrained: Annotated[bool, typer.Option(help="Start from timm's pretrained encoder.")] = False,
+    pretrained: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Weights that the encoder starts from: timm (downloads), a file, or package:efficientnet-lite0.",
+        ),
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on where an interrupted run stopped.")] = False,
     half: Annotated[bool, typer.Option(help="Store weights as float16.")] = False,
     workers: Annotated[int, typer.Option(min=0, metavar="N", help="Processes that load data.")] = 0,

@@ -1,6 +1,8 @@
-"""Checks of the settings of `MAEBranch`."""
+"""Checks of the settings of `MAEBranch`, and the patch size that fits a frame."""
 
 from __future__ import annotations
+
+import math
 
 from ttt_adapt.errors import ConfigError, EncoderError
 from ttt_adapt.model.encoder import EncoderInfo
@@ -36,3 +38,13 @@ def masks_tokens(masking: str, info: EncoderInfo) -> bool:
     if masking == "pixels" and info.stem is None:
         raise EncoderError('masking="pixels" needs a stem: a convolution over the 3-channel images')
     return masking == "tokens" or (masking == "auto" and info.tokens is not None)
+
+
+def patch_size_for(size: tuple[int, int]) -> int:
+    """The side in pixels of a mask patch that fits frames of `size` (H, W): a power of two from 4 to 16.
+
+    It is about 1/32 of the shorter side. That is the proportion of the paper (Wang et al., Test-Time Training on Video
+    Streams), where patches of 16 pixels hide 80 % of 512 x 1024 and leave about 410 visible. In smaller frames patches
+    of 16 would leave too few to tell anything: 22 of 144 x 192.
+    """
+    return 2 ** min(max(round(math.log2(min(size) / 32)), 2), 4)

@@ -20,6 +20,7 @@ from ttt_adapt.objectives.rotation import Rotation
 from ttt_adapt.tasks.base import Task
 from ttt_adapt.tasks.dense_model import DenseModel
 from ttt_adapt.tasks.lookup import task_of
+from ttt_adapt.tasks.pretrained import Pretrained
 from ttt_adapt.tasks.spec import ModelSpec
 
 OBJECTIVES: dict[str, Any] = {"mae": MAEBranch, "rotation": Rotation}
@@ -28,12 +29,12 @@ FORMAT = 1
 """Number of the layout of checkpoints, in their metadata. Files without a number have the same layout."""
 
 
-def build_model(spec: ModelSpec, pretrained: bool = False) -> tuple[DenseModel, Attached | None]:
+def build_model(spec: ModelSpec, pretrained: Pretrained | None = None) -> tuple[DenseModel, Attached | None]:
     """A model of this description with its branch (None without one).
 
     Args:
         spec: what to build.
-        pretrained: start from timm's pretrained encoder; otherwise all weights are random.
+        pretrained: weights that the encoder starts from; None for random ones.
     """
     model = DenseModel(
         spec.encoder,

@@ -11,9 +11,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ttt_adapt.errors import ConfigError, missing, nearest
+from ttt_adapt.errors import ConfigError
 from ttt_adapt.objectives.decoders import Pyramid
 from ttt_adapt.objectives.masking import pad_to_multiple
+from ttt_adapt.tasks.pretrained import Pretrained, load_encoder, timm_for
 
 _PLAIN_TRANSFORMERS = ("vision_transformer", "eva", "deit")
 """Modules of timm whose models have one grid of tokens from first to last: the head needs the last features alone."""
@@ -26,7 +27,7 @@ class DenseModel(nn.Module):
         encoder: name of a timm model with `features_only` support.
         classes: number of output channels: of classes, or of what else the task predicts for a pixel.
         width: inner channels of the head.
-        pretrained: load timm's pretrained weights.
+        pretrained: weights that the encoder starts from; None for random ones. The head does not depend on it.
         encoder_options: further keywords of `timm.create_model`.
     """
 
@@ -36,7 +37,7 @@ class DenseModel(nn.Module):
         classes: int,
         *,
         width: int = 64,
-        pretrained: bool = False,
+        pretrained: Pretrained | None = None,
         encoder_options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -66,28 +67,27 @@ def _first(strides: Sequence[int]) -> int:
     return 1 if strides[0] < 4 and len(strides) > 1 else 0
 
 
-def _timm_encoder(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    try:
-        import timm
-    except ImportError as error:
-        raise missing("timm", "timm") from error
-    if not timm.is_model(name):
-        raise ConfigError(f"timm has no model {name!r}; {nearest(name, timm.list_models())}")
+def _timm_encoder(name: str, pretrained: Pretrained | None, options: dict[str, Any]) -> nn.Module:
+    timm = timm_for(name)
     family = timm.model_entrypoint(name).__module__.rpartition(".")[2]
     if family in _PLAIN_TRANSFORMERS:
         options = {"out_indices": (-1,), "dynamic_img_size": True, **options}
     elif family.startswith("swin_transformer"):
         options = {"strict_img_size": False, **options}
+    download = pretrained is not None and pretrained.state is None
     try:
-        return timm.create_model(name, pretrained=pretrained, features_only=True, **options)
+        encoder: nn.Module = timm.create_model(name, pretrained=download, features_only=True, **options)
     except Exception as error:  # constructors raise all kinds of errors over options, and a download over the network
-        if pretrained and _can_be_made(name, options):
+        if download and _can_be_made(name, options):
             raise ConfigError(
                 f"timm cannot load the pretrained weights of {name!r}, which it downloads from the Hugging Face hub "
-                f"unless they are in its cache: {error}"
+                f"unless they are in its cache: {error}. Without a network, give a file or a package instead of timm"
             ) from error
         given = ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no options"
         raise ConfigError(f"timm cannot make {name!r} as an encoder of feature maps with {given}: {error}") from error
+    if pretrained is not None and not download:
+        load_encoder(encoder, name, options, pretrained)
+    return encoder
 
 
 def _can_be_made(name: str, options: dict[str, Any]) -> bool:

@@ -17,10 +17,11 @@ from ttt_adapt.data import Clip, StillsDataset
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.files import output_folder
 from ttt_adapt.tasks import Criterion, Stills, Task, find_task, task_of
-from ttt_adapt.tasks.checkpoint import OBJECTIVES, Checkpoint, build_model, load_initial, save_checkpoint
+from ttt_adapt.tasks.checkpoint import OBJECTIVES, Checkpoint, save_checkpoint
 from ttt_adapt.tasks.spec import ModelSpec
 from ttt_adapt.training.distributed import process_group, rank
 from ttt_adapt.training.joint import Progress, TrainConfig, fit
+from ttt_adapt.training.start import find_start
 from ttt_adapt.view.terminal import notice, progress_bar
 
 RECIPES = {"joint": ("main", "joint"), "main": ("main", "main"), "probe": ("mae", "probe")}
@@ -41,7 +42,7 @@ def train(
     recipe: str = "joint",
     first_epochs: int = 40,
     init: Path | None = None,
-    pretrained: bool = False,
+    pretrained: str | Path | None = None,
     resume: bool = False,
     half: bool = False,
     device: torch.device | str = "cpu",
@@ -58,7 +59,8 @@ def train(
         encoder: timm model name.
         encoder_options: keywords of `timm.create_model`.
         objective: what is trained jointly: "mae", or "rotation".
-        branch: keywords of `MAEBranch.attach`.
+        branch: keywords of `MAEBranch.attach`. Without a `patch_size`, it fits the frames: `patch_size_for`, or the
+            encoder's own patch where tokens are masked.
         clips: names of the clips to use; () for all.
         classes: class names, where the data bring none.
         size: (H, W) that images are resized to; None: as on disk.
@@ -66,7 +68,8 @@ def train(
         recipe: "joint" (main task, then joint), "main" (main task twice), or "probe" (reconstruction, then head).
         first_epochs: epochs of the recipe's first stage; 0 leaves it out.
         init: checkpoint to start from.
-        pretrained: start from timm's pretrained encoder.
+        pretrained: where the encoder's first weights come from: "timm" (it downloads), a file (.safetensors, .pth, .pt)
+            in timm's or torchvision's names, or "package:efficientnet-lite0". They bring their own mean and std.
         resume: go on where an interrupted run with the same arguments stopped.
         half: store weights as float16.
         device: where to train; under `torchrun`, each process takes the CUDA device of its own rank.
@@ -80,8 +83,12 @@ def train(
     config, branch = config or TrainConfig(), dict(branch or {})
     encoder_options, task_options = dict(encoder_options or {}), dict(task_options or {})
     _check(out, recipe, objective, branch, resume)
+    start = find_start(pretrained, init, encoder)
     device = _own_device(torch.device(device))
     opened = _open_stills(find_task(task), data, clips, size, classes, stills)
+    chosen = objective == "mae" and recipe != "main" and "patch_size" not in branch
+    if chosen:
+        branch["patch_size"] = start.patch_size(opened.size)
     spec = ModelSpec(
         encoder,
         opened.classes,
@@ -92,11 +99,17 @@ def train(
         opened.palette,
         task=task,
         task_options=task_options,
+        **start.colours(),
     )
     samples = _samples(opened, spec, config.seed)
-    checkpoint = _build(spec, config.seed, pretrained, init, device)
+    checkpoint = start.build(spec, config.seed, device)
+    if chosen:  # a plain transformer has patches of its own
+        branch["patch_size"] = checkpoint.mae_branch.patch_size
     criterion = checkpoint.task.criterion(samples)
     output_folder(out.parent)
+    if chosen and rank() == 0:
+        side = branch["patch_size"]
+        notice(f"mask patches of {side} x {side} pixels: chosen for the frames, patch_size of the branch sets another")
     depends_on = {
         "data": data,
         "clips": tuple(clips),
@@ -107,7 +120,7 @@ def train(
         "objective": objective,
         "branch": branch,
         "init": init,
-        "pretrained": pretrained,
+        "pretrained": start.pretrained is not None and start.pretrained.source,
         **({"task": task, "task_options": task_options} if task != "segmentation" else {}),
     }
     origin = ", ".join(f"{name}={value}" for name, value in depends_on.items())
@@ -121,7 +134,8 @@ def train(
         _remove(files)
     try:
         _fit_stages(checkpoint, samples, criterion, dict(zip(files, stages, strict=True)), origin)
-        spec.training.extend({**dataclasses.asdict(stage), "data": data, "clips": list(clips)} for stage in stages)
+        made_from = {"data": data, "clips": list(clips), **start.record()}
+        spec.training.extend({**dataclasses.asdict(stage), **made_from} for stage in stages)
         if rank() == 0:
             save_checkpoint(out, checkpoint, half)
         _remove(files)
@@ -129,17 +143,6 @@ def train(
         if kept := [file for file in files if file.exists()]:
             notice(f"the last finished epoch is kept in {kept[-1]}: the same command with --resume goes on")
         raise
-    return checkpoint
-
-
-def _build(spec: ModelSpec, seed: int, pretrained: bool, init: Path | None, device: torch.device) -> Checkpoint:
-    """The model and branch to train, with the weights that training starts from."""
-    torch.manual_seed(seed)
-    model, branch = build_model(spec, pretrained)
-    checkpoint = Checkpoint(model.to(device), branch.to(device) if branch is not None else None, spec)
-    if init is not None:
-        load_initial(init, checkpoint)
-    _try_size(checkpoint, device)
     return checkpoint
 
 
@@ -191,16 +194,6 @@ def _check(out: Path, recipe: str, objective: str, branch: Mapping[str, Any], re
         raise ConfigError(
             f"resume is set, and {out} is complete; leave resume out to train it anew, or choose another file"
         )
-
-
-@torch.no_grad()
-def _try_size(checkpoint: Checkpoint, device: torch.device) -> None:
-    """Raise a ConfigError where the encoder takes other image sizes only."""
-    spec = checkpoint.spec
-    try:
-        checkpoint.model.eval()(torch.zeros(1, 3, *spec.size, device=device))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"{spec.encoder} cannot take images of {spec.size} (H, W): {error}") from error
 
 
 class NormalizedStills(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
