@@ -18,7 +18,7 @@ def demo(
     settings: Settings = None,
     device: Device = "auto",
 ) -> None:
-    """Watch a small model adapt to a street that drifts from clear day to dusk, fog and rain."""
+    """Watch a small model adapt to a street that drifts to night, fog and rain, and back each time."""
     from ttt_adapt.evaluation.demo import CONFIG, run_demo
     from ttt_adapt.evaluation.tables import rich_table
 

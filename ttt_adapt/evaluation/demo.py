@@ -1,4 +1,4 @@
-"""The demo: a small model adapts to a rendered street that changes from clear day to dusk, fog and rain."""
+"""The demo: a small model adapts to a rendered street that drifts to night, fog and rain, and back each time."""
 
 from __future__ import annotations
 
