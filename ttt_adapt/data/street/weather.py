@@ -14,7 +14,6 @@ import numpy as np
 from ttt_adapt.data.street.raster import FAR
 from ttt_adapt.errors import ConfigError
 
-
 _CLEAR = 0.05
 """Weather below this strength is not seen."""
 _NIGHT = 0.7
