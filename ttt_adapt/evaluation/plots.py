@@ -302,15 +302,20 @@ def _draw_line(
 
 def _draw_bands(axes: Axes, conditions: Sequence[str], named: bool) -> None:
     """Tints the background of runs of equal conditions, and writes their names just above the time axis."""
+    if not conditions:
+        return
     tints = dict(zip(dict.fromkeys(conditions), itertools.cycle(_TINTS), strict=False))
     changes = [i for i in range(1, len(conditions)) if conditions[i] != conditions[i - 1]]
-    for first, end in itertools.pairwise([0, *changes, len(conditions)]) if conditions else ():
+    for first, end in itertools.pairwise([0, *changes, len(conditions)]):
         left, right = max(first - 0.5, 0), min(end - 0.5, len(conditions) - 1)
         axes.axvspan(left, right, color=tints[conditions[first]], linewidth=0, zorder=-1)
         if named:
             words = conditions[first].replace(" ", "\n")
             place = ((left + right) / 2, 0.012)
             axes.text(*place, words, transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
+    if named:  # room below the lines for the names
+        low, high = axes.get_ylim()
+        axes.set_ylim(low - 0.12 * (high - low), high)
 
 
 def _draw_bar(

@@ -152,15 +152,18 @@ def legend(names: Sequence[str], palette: np.ndarray | Sequence[Sequence[int]], 
     bar = max(14, round(width * 0.033))
     font = ImageFont.load_default(bar * 0.62)
     swatch, gap = round(bar * 0.6), round(bar * 0.4)
-    cell = math.ceil(max(font.getlength(name) for name in names)) + swatch + 3 * gap
-    columns = min(len(names), width // cell)
-    if columns < 1:
-        raise ConfigError(f"width is {width}; expected at least {cell} for the longest of {', '.join(names)}.")
-    rows = math.ceil(len(names) / columns)
-    strip = Image.new("RGB", (width, rows * bar), BAR_COLOR)
+    needed = [swatch + gap + math.ceil(font.getlength(name)) for name in names]
+    if max(needed) + 2 * gap > width:
+        raise ConfigError(f"width is {width}; expected at least {max(needed) + 2 * gap}, for the longest name.")
+    places, x, row = [], gap, 0
+    for size in needed:
+        if x + size + gap > width:
+            x, row = gap, row + 1
+        places.append((x, row * bar))
+        x += size + 3 * gap
+    strip = Image.new("RGB", (width, (row + 1) * bar), BAR_COLOR)
     draw = ImageDraw.Draw(strip)
-    for k, (name, colour) in enumerate(zip(names, palette, strict=True)):
-        x, y = k % columns * (width / columns) + gap, k // columns * bar
+    for name, colour, (x, y) in zip(names, palette, places, strict=True):
         top = y + (bar - swatch) / 2
         draw.rectangle((x, top, x + swatch, top + swatch), fill=tuple(int(value) for value in colour))
         draw.text((x + swatch + gap, y + bar / 2), name, fill=TEXT_COLOR, font=font, anchor="lm")
