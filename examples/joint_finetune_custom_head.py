@@ -1,7 +1,7 @@
 """Train a model with a head of your own and a reconstruction branch together, in a plain PyTorch loop.
 
 The model is any nn.Module: here a small timm backbone with a head that finds road, car, sky ... in a rendered street.
-The branch adds one term to the loss. Afterwards model and branch follow a drive from clear day to dusk, fog and rain.
+The branch adds one term to the loss. Afterwards model and branch follow a drive through night, fog and rain.
 The training takes seconds, far too short for a good model: the example shows the loop.
 
     python examples/joint_finetune_custom_head.py

@@ -589,11 +589,14 @@ def test_usage_errors_have_status_2_and_name_the_option(capsys, monkeypatch):
 @pytest.mark.skipif(not WEIGHTS.is_file(), reason=f"the demo's weights are not there: {WEIGHTS.name}")
 def test_the_demo_shows_table_video_and_plot(tmp_path):
     text = invoke("demo", f"--out={tmp_path / 'demo'}", "--frames=4", "--set=batch_size=2")
-    for word in ("fixed", "online", "mIoU", "demo.mp4", "stream.png"):
+    for word in ("fixed", "online", "mIoU", "gain of online over fixed: ", "demo.mp4", "demo.png", "stream.png"):
         assert word in text
-    assert {p.name for p in (tmp_path / "demo").iterdir()} == {"demo.mp4", "stream.png", "report.json", "table.md"}
-    count, rate, _ = video(tmp_path / "demo" / "demo.mp4")
+    files = {"demo.mp4", "demo.png", "stream.png", "report.json", "table.md"}
+    assert {p.name for p in (tmp_path / "demo").iterdir()} == files
+    count, rate, size = video(tmp_path / "demo" / "demo.mp4")
     assert (count, rate) == (4, 10.0)
+    with Image.open(tmp_path / "demo" / "demo.png") as picture:
+        assert (picture.height + picture.height % 2, picture.width) == size  # a video has even sides
     runs = json.loads((tmp_path / "demo" / "report.json").read_text())["runs"]
     assert [run["arm"] for run in runs] == ["fixed", "online"]
     assert all(np.isfinite(run["scores"]["miou"]) for run in runs)

@@ -14,6 +14,7 @@ from ttt_adapt.data.coco import draw_mask
 from ttt_adapt.data.layouts import CITYSCAPES, FORMATS
 from ttt_adapt.data.street.scene import CLASSES as STREET_CLASSES
 from ttt_adapt.data.street.scene import street_stream
+from ttt_adapt.data.street.weather import drift
 from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt.evaluation.rows import clips_from
 
@@ -326,8 +327,10 @@ def test_the_street_is_the_stream_of_the_demo_drawn_once():
     clip[0][0][:] = 0
     assert clip[0][0].any()
     np.testing.assert_array_equal(clip[-1][1], truth)
-    with pytest.raises(IndexError):
-        clip[4]
+    assert [clip.weather(index) for index in (0, 1, -1)] == [drift(0.0), drift(1 / 3), drift(1.0)]
+    for get in (clip.__getitem__, clip.weather):
+        with pytest.raises(IndexError):
+            get(4)
 
 
 def test_the_street_is_chosen_by_its_seed(tmp_path, monkeypatch):

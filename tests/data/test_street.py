@@ -108,12 +108,25 @@ def test_a_drive_goes_on_for_hours_and_repeats_nothing_at_once(scene):
     assert np.abs(first.astype(int) - later).mean() > 5
 
 
-def test_drift_starts_clear_and_ends_in_rain():
-    assert drift(0.0) == drift(0.15) == Weather()
-    assert drift(0.4).darkness > 0.8
-    assert drift(0.4).fog == drift(0.4).rain == 0
-    assert drift(0.65).fog == 1
-    assert drift(1.0).rain == 1
+def test_night_fog_and_rain_come_and_go_with_clear_days_between():
+    for clear in (0.0, 0.05, 0.37, 0.67, 0.98, 1.0):
+        assert drift(clear) == Weather(), clear
+    assert drift(0.2) == Weather(darkness=0.9)
+    assert drift(0.52) == Weather(fog=0.9)
+    assert drift(0.83) == Weather(rain=0.9)
+
+
+def test_weather_says_in_words_what_it_is():
+    words = {
+        Weather(): "clear day",
+        Weather(darkness=0.04, fog=0.03): "clear day",
+        Weather(darkness=0.4): "dusk 0.4",
+        Weather(darkness=0.8): "night 0.8",
+        Weather(darkness=0.3, fog=0.6): "fog 0.6",
+        Weather(fog=0.2, rain=1.0): "rain 1.0",
+    }
+    assert {weather: weather.title for weather in words} == words
+    assert [weather.kind for weather in words] == ["clear day", "clear day", "dusk", "night", "fog", "rain"]
 
 
 def test_drift_is_continuous():

@@ -43,6 +43,24 @@ def test_the_stream_figure_refuses_runs_that_share_no_axis(tmp_path):
         plots.plot_stream(tmp_path / "stream.png", [])
 
 
+def test_the_stream_figure_names_bands_of_frames_of_one_condition(tmp_path, drawn):
+    runs = make_report().select(clip="dusk")
+    conditions = ["clear day"] * 4 + ["night"] * 5 + ["clear day"] * 3
+    plots.plot_stream(tmp_path / "stream.png", runs, conditions=conditions)
+    upper, lower = drawn["stream"].axes
+    names = {text.get_text(): text.get_position()[0] for text in lower.texts}
+    assert [text.get_text() for text in lower.texts] == ["clear\nday", "night", "clear\nday"]
+    assert names["night"] == 6.0
+    for axes in (upper, lower):
+        day, night, again = (patch.get_facecolor() for patch in axes.patches)
+        assert day == again != night
+    lowest = min(line.get_ydata()[~np.isnan(line.get_ydata())].min() for line in lower.get_lines())
+    height = np.diff(lower.get_ylim())[0]
+    assert lowest - lower.get_ylim()[0] > 0.1 * height  # the names stand below the lines
+    with pytest.raises(DataError, match="3 conditions for 12 frames"):
+        plots.plot_stream(tmp_path / "stream.png", runs, conditions=["night"] * 3)
+
+
 def test_the_bar_figure_draws_clips_that_some_arms_never_ran(tmp_path):
     plots.plot_bars(tmp_path / "bars.png", make_report())
     assert (tmp_path / "bars.png").stat().st_size > 5000

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError, MissingPackageError
-from ttt_adapt.view.overlay import blend, colorize, default_palette, panels, to_uint8
+from ttt_adapt.view.overlay import blend, colorize, default_palette, legend, panels, to_uint8
 
 PALETTE = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
 LABELS = np.array([[0, 1], [2, 255]], np.uint8)
@@ -146,6 +146,36 @@ class TestPanels:
         monkeypatch.setitem(sys.modules, "PIL", None)
         with pytest.raises(MissingPackageError, match=r'pip install "ttt-adapt\[video\]"'):
             panels({"x": grey()})
+
+
+class TestLegend:
+    @pytest.fixture(autouse=True)
+    def _pillow(self):
+        pytest.importorskip("PIL", reason='needs Pillow: pip install "ttt-adapt[video]"')
+
+    def test_every_class_has_its_colour_and_a_name_beside_it(self):
+        strip = legend(["road", "tree", "car"], PALETTE, 300)
+        assert (strip.shape[1], strip.shape[2], strip.dtype) == (300, 3, np.uint8)
+        places = [np.flatnonzero((strip == colour).all(-1).any(0)) for colour in PALETTE]
+        assert all(place.size for place in places)
+        for place, end in zip(places, [places[1][0], places[2][0], 300], strict=True):
+            assert strip[:, place[-1] + 1 : end].max() > 180  # the name is bright
+
+    def test_a_narrow_legend_has_more_rows_and_cuts_no_name(self):
+        wide, narrow = (legend(["pavement"] * 3, PALETTE, width) for width in (400, 100))
+        assert narrow.shape[0] == 3 * wide.shape[0]
+        assert (narrow[:, -2:] == narrow[0, 0]).all()
+
+    def test_what_cannot_be_shown_is_refused(self):
+        with pytest.raises(ConfigError, match="2 names and 3 colours"):
+            legend(["road", "tree"], PALETTE, 300)
+        with pytest.raises(ConfigError, match="width is 40; expected at least"):
+            legend(["a very long name", "tree", "car"], PALETTE, 40)
+
+    def test_without_pillow_the_error_says_what_to_install(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "PIL", None)
+        with pytest.raises(MissingPackageError, match=r'pip install "ttt-adapt\[video\]"'):
+            legend(["road", "tree", "car"], PALETTE, 300)
 
 
 class TestToUint8:

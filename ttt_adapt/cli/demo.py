@@ -18,11 +18,14 @@ def demo(
     settings: Settings = None,
     device: Device = "auto",
 ) -> None:
-    """Watch a small model adapt to a street that drifts from clear day to dusk, fog and rain."""
+    """Watch a small model adapt to a street that drifts to night, fog and rain, and back each time."""
+    from ttt_adapt.evaluation.captions import gain_note
     from ttt_adapt.evaluation.demo import CONFIG, run_demo
     from ttt_adapt.evaluation.tables import rich_table
 
     config = CONFIG.replace(**{"seed": seed, **parse_settings(settings)})
     report = run_demo(out, frames, seed, config, pick_device(device))
     console.print(rich_table(report, width=console.width))
-    say(f"side-by-side video: {out / 'demo.mp4'}\nloss and mIoU over time: {out / 'stream.png'}")
+    say(gain_note(report, "online", "fixed"))
+    say(f"side-by-side video: {out / 'demo.mp4'}\nits frame at night: {out / 'demo.png'}")
+    say(f"loss and mIoU over time: {out / 'stream.png'}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from ttt_adapt.evaluation.differences import Difference, is_uneven, shared_seeds
+from ttt_adapt.evaluation.differences import Difference, average_difference, is_uneven, shared_seeds
 from ttt_adapt.evaluation.report import Report
 
 UNEVEN = "§"
@@ -71,6 +71,35 @@ def difference_note(report: Report, blocks: Mapping[str, Sequence[int]]) -> str:
         + "."
         + (f" By seed: {numbers(seeds)}; n/a where not both arms ran it." if len(seeds) > 1 else "")
     )
+
+
+def gain_note(report: Report, arm: str, reference: str) -> str:
+    """How much better an arm is than the reference, with its interval, and whether that is certain.
+
+    Args:
+        report: of one clip or several.
+        arm: the name of the arm.
+        reference: the name of the arm that it is compared with.
+
+    Returns:
+        One or two sentences, such as "gain of online over fixed: +2.64 points of frame mIoU [-6.60, +11.50]. ...";
+        "" where the two share no run.
+    """
+    difference = average_difference(report, arm, reference)
+    if difference is None:
+        return ""
+    frame = report.task.metrics[1]
+    gain = f"gain of {report.marked(arm)} over {report.marked(reference)}: "
+    gain += f"{frame.signed(frame.better(difference.mean))} {frame.step} of {frame.title}"
+    if difference.low is None or difference.high is None:
+        return f"{gain}, without an interval: too little was run to tell how certain it is."
+    low, high = sorted(map(frame.better, (difference.low, difference.high)))
+    interval = f"{gain} [{frame.signed(low)}, {frame.signed(high)}]"
+    if low <= 0 <= high:
+        return (
+            f"{interval}. The 95 % interval contains 0: it is not certain that {report.marked(arm)} is better or worse."
+        )
+    return f"{interval}, a 95 % interval."
 
 
 def drawn_note(report: Report) -> str:

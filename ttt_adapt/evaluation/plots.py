@@ -5,6 +5,7 @@ Arms have the same marks as in tables: † sees the whole clip before it predict
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,13 +26,15 @@ if TYPE_CHECKING:
 _COLOURS = ("#6b6b6b", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _HATCHES = ("", "///", "...", "xxx")
 """Hatches of the bars whose colour is already in use."""
+_TINTS = ("#ffffff", "#fdeedd", "#e2e2f2", "#ebebeb", "#dcedf7", "#e6f3e3")
+"""Backgrounds of the bands of a stream, in the order in which their conditions first come."""
 _SMOOTH = 9
 _DPI = 150
 _ROOM = 0.25
 """A bar of at least this width in inches has its value written beside it."""
 
 
-def plot_stream(path: str | Path, runs: Sequence[Run], title: str = "") -> None:
+def plot_stream(path: str | Path, runs: Sequence[Run], title: str = "", conditions: Sequence[str] = ()) -> None:
     """Draws the label-free loss and the headline metric along one clip, one colour per arm.
 
     1200 x 900 pixels as PNG, and higher where many arms need a long legend.
@@ -42,9 +45,11 @@ def plot_stream(path: str | Path, runs: Sequence[Run], title: str = "") -> None:
         path: where to write; the suffix chooses the format (png, svg, pdf).
         runs: runs on one clip, such as `report.select(clip="dusk")`.
         title: stands above; by default the clip's name.
+        conditions: what every frame is like, such as "night" or "fog". Neighbours that are alike form a band, which is
+            named on the time axis.
 
     Raises:
-        DataError: no runs, or runs on several clips or of different lengths.
+        DataError: no runs, or runs on several clips or of different lengths, or not one condition for each frame.
         MissingPackageError: matplotlib is not installed.
     """
     clips, lengths = {run.clip for run in runs}, {len(run.per_frame) for run in runs}
@@ -52,6 +57,9 @@ def plot_stream(path: str | Path, runs: Sequence[Run], title: str = "") -> None:
         raise DataError(
             f"got {len(runs)} runs on clips {sorted(clips)} of {sorted(lengths)} frames; expected runs on one clip"
         )
+    length = lengths.pop()
+    if conditions and len(conditions) != length:
+        raise DataError(f"got {len(conditions)} conditions for {length} frames; expected one for each frame")
     headline = find_task(runs[0].task).metrics[0]
     arms = list(dict.fromkeys(run.arm for run in runs))
     columns, extra = _legend(8.0, arms)
@@ -66,10 +74,11 @@ def plot_stream(path: str | Path, runs: Sequence[Run], title: str = "") -> None:
     upper.set_ylabel("label-free loss")
     lower.set_ylabel(_axis(headline, " of the frame"))
     lower.set_xlabel(f"frame (thin: single ones, thick: mean over {_SMOOTH})")
-    lower.set_xlim(0, max(lengths.pop() - 1, 1))
+    lower.set_xlim(0, max(length - 1, 1))
     for axes in (upper, lower):
         _style(axes)
         axes.grid(True, color="#e4e4e4", linewidth=0.8)
+        _draw_bands(axes, conditions, named=axes is lower)
     if not upper.has_data():
         upper.text(0.5, 0.5, "no arm adapted", transform=upper.transAxes, ha="center", va="center", color="#6b6b6b")
         upper.set_yticks([])
@@ -289,6 +298,24 @@ def _draw_line(
     frames = np.arange(values.size)
     axes.plot(frames, values, color=colour, linewidth=0.8, alpha=0.35)
     axes.plot(frames, running_mean(values, _SMOOTH), color=colour, linestyle=dashes, linewidth=2.2, label=label)
+
+
+def _draw_bands(axes: Axes, conditions: Sequence[str], named: bool) -> None:
+    """Tints the background of runs of equal conditions, and writes their names just above the time axis."""
+    if not conditions:
+        return
+    tints = dict(zip(dict.fromkeys(conditions), itertools.cycle(_TINTS), strict=False))
+    changes = [i for i in range(1, len(conditions)) if conditions[i] != conditions[i - 1]]
+    for first, end in itertools.pairwise([0, *changes, len(conditions)]):
+        left, right = max(first - 0.5, 0), min(end - 0.5, len(conditions) - 1)
+        axes.axvspan(left, right, color=tints[conditions[first]], linewidth=0, zorder=-1)
+        if named:
+            words = conditions[first].replace(" ", "\n")
+            place = ((left + right) / 2, 0.012)
+            axes.text(*place, words, transform=axes.get_xaxis_transform(), ha="center", va="bottom", fontsize=8)
+    if named:  # room below the lines for the names
+        low, high = axes.get_ylim()
+        axes.set_ylim(low - 0.12 * (high - low), high)
 
 
 def _draw_bar(

@@ -77,7 +77,7 @@ def blend(
     Returns:
         uint8 RGB [H, W, 3].
     """
-    _check_image(frame, "frame")
+    check_image(frame, "frame")
     if not 0 <= alpha <= 1:
         raise ConfigError(f"alpha is {alpha}, expected 0 to 1.")
     labels = np.asarray(labels)
@@ -105,15 +105,14 @@ def panels(
         FrameTypeError: an image is not a uint8 array.
         MissingPackageError: Pillow is not installed.
     """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise missing("pillow", "video") from error
+    _need_pillow()
+    from PIL import Image
+
     items = list(images.items() if isinstance(images, Mapping) else images)
     if not items:
         raise FrameError("images is empty, expected at least one (caption, image).")
     for caption, image in items:
-        _check_image(image, f"panel {caption!r}")
+        check_image(image, f"panel {caption!r}")
     columns = len(items) if columns is None else columns
     if columns < 1:
         raise ConfigError(f"columns is {columns}, expected at least 1.")
@@ -128,6 +127,47 @@ def panels(
         sheet.paste(_caption_bar(str(caption), width, bar), (x, y))
         sheet.paste(picture, (x, y + bar))
     return np.array(sheet)
+
+
+def legend(names: Sequence[str], palette: np.ndarray | Sequence[Sequence[int]], width: int) -> np.ndarray:
+    """A strip that says which class has which colour, in as many rows as its width needs.
+
+    Args:
+        names: of the classes.
+        palette: their colours, RGB in [0, 255], one for each name.
+        width: of the strip, pixels.
+
+    Returns:
+        uint8 RGB [rows * bar, width, 3].
+
+    Raises:
+        ConfigError: no names, not one colour for each, or a width too small for the longest name.
+        MissingPackageError: Pillow is not installed.
+    """
+    _need_pillow()
+    from PIL import Image, ImageDraw, ImageFont
+
+    if not names or len(names) != len(palette):
+        raise ConfigError(f"got {len(names)} names and {len(palette)} colours; expected one colour for each name.")
+    bar = max(14, round(width * 0.033))
+    font = ImageFont.load_default(bar * 0.62)
+    swatch, gap = round(bar * 0.6), round(bar * 0.4)
+    needed = [swatch + gap + math.ceil(font.getlength(name)) for name in names]
+    if max(needed) + 2 * gap > width:
+        raise ConfigError(f"width is {width}; expected at least {max(needed) + 2 * gap}, for the longest name.")
+    places, x, row = [], gap, 0
+    for size in needed:
+        if x + size + gap > width:
+            x, row = gap, row + 1
+        places.append((x, row * bar))
+        x += size + 3 * gap
+    strip = Image.new("RGB", (width, (row + 1) * bar), BAR_COLOR)
+    draw = ImageDraw.Draw(strip)
+    for name, colour, (x, y) in zip(names, palette, places, strict=True):
+        top = y + (bar - swatch) / 2
+        draw.rectangle((x, top, x + swatch, top + swatch), fill=tuple(int(value) for value in colour))
+        draw.text((x + swatch + gap, y + bar / 2), name, fill=TEXT_COLOR, font=font, anchor="lm")
+    return np.array(strip)
 
 
 def to_uint8(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -154,12 +194,29 @@ def to_uint8(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -
     return (rgb * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
 
 
-def _check_image(image: np.ndarray, name: str) -> None:
+def check_image(image: np.ndarray, name: str) -> None:
+    """Check that `image` is a picture.
+
+    Args:
+        image: what to check.
+        name: its name in the message.
+
+    Raises:
+        FrameTypeError: it is not a uint8 array.
+        FrameError: it is not [H, W, 3].
+    """
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8:
         what = f"{image.dtype} array" if isinstance(image, np.ndarray) else type(image).__name__
         raise FrameTypeError(f"{name} is a {what}, expected a uint8 NumPy array [H, W, 3].")
     if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise FrameError(f"{name} has shape {list(image.shape)}, expected [H, W, 3].")
+
+
+def _need_pillow() -> None:
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise missing("pillow", "video") from error
 
 
 def _caption_bar(caption: str, width: int, height: int) -> Image.Image:

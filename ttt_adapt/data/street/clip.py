@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ttt_adapt.data.clip import Clip, Sample
 from ttt_adapt.data.street.scene import CLASSES, IGNORE, street_stream
+from ttt_adapt.data.street.weather import Weather, drift
 from ttt_adapt.errors import ConfigError
 
 FPS = 10.0
@@ -13,7 +14,7 @@ _FIRST = 1000
 
 
 class StreetClip(Clip):
-    """A drive from a clear day through dusk, fog and rain; `ttt-adapt demo` shows it for the same seed.
+    """A drive through night, fog and rain with clear days between; `ttt-adapt demo` shows it for the same seed.
 
     Args:
         seed: which street, 0 or more.
@@ -35,6 +36,14 @@ class StreetClip(Clip):
 
     def __len__(self) -> int:
         return self._count
+
+    def weather(self, index: int) -> Weather:
+        """The weather of a frame; a negative index counts from the end.
+
+        Raises:
+            IndexError: there is no such frame.
+        """
+        return drift(range(len(self))[index] / max(len(self) - 1, 1))
 
     def __getitem__(self, index: int) -> Sample:
         index = range(len(self))[index]

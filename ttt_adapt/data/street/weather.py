@@ -1,7 +1,7 @@
 """Weather of the rendered street: when it changes, the light that follows from it, and how fog and rain are painted.
 
-`drift` says when dusk, fog and rain come, `light_of` which colours and strengths follow. `add_fog`, `add_reflections`
-and `add_rain` paint them into a picture.
+`drift` says when night, fog and rain come and go, `light_of` which colours and strengths follow. `add_fog`,
+`add_reflections` and `add_rain` paint them into a picture.
 """
 
 from __future__ import annotations
@@ -13,6 +13,11 @@ import numpy as np
 
 from ttt_adapt.data.street.raster import FAR
 from ttt_adapt.errors import ConfigError
+
+_CLEAR = 0.05
+"""Weather below this strength is not seen."""
+_NIGHT = 0.7
+"""From this darkness on, it is night and no longer dusk."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,20 @@ class Weather:
         for field in fields(self):
             unit_interval(getattr(self, field.name), f"Weather.{field.name}")
 
+    @property
+    def kind(self) -> str:
+        """What is strongest, in words: "clear day", "dusk", "night", "fog" or "rain"."""
+        name, strength = max(((field.name, getattr(self, field.name)) for field in fields(self)), key=lambda it: it[1])
+        if strength < _CLEAR:
+            return "clear day"
+        return name if name != "darkness" else "night" if strength >= _NIGHT else "dusk"
+
+    @property
+    def title(self) -> str:
+        """`kind` with its strength, such as "night 0.8"; of a clear day without."""
+        strength = max(getattr(self, field.name) for field in fields(self))
+        return self.kind if self.kind == "clear day" else f"{self.kind} {strength:.1f}"
+
 
 def unit_interval(value: float, name: str) -> None:
     """Check that `value` is a number in [0, 1].
@@ -52,16 +71,17 @@ def unit_interval(value: float, name: str) -> None:
         raise ConfigError(f"{name} is {value!r}; expected a number in [0, 1]. Clip or rescale it.")
 
 
-# For each quantity, points (progress of the stream, value); straight lines join them.
+# For each quantity, points (progress of the stream, value); straight lines join them. It is a clear day before, between
+# and after them, so that a model which has adapted to the night or to the fog has to find back.
 _SCHEDULE = {
-    "darkness": ((0.15, 0.0), (0.38, 0.9), (0.43, 0.9), (0.60, 0.25), (0.75, 0.25), (1.0, 0.3)),
-    "fog": ((0.42, 0.0), (0.60, 1.0), (0.70, 1.0), (0.85, 0.2), (1.0, 0.15)),
-    "rain": ((0.70, 0.0), (0.88, 1.0), (1.0, 1.0)),
+    "darkness": ((0.06, 0.0), (0.155, 0.9), (0.245, 0.9), (0.34, 0.0)),
+    "fog": ((0.39, 0.0), (0.485, 0.9), (0.555, 0.9), (0.65, 0.0)),
+    "rain": ((0.70, 0.0), (0.795, 0.9), (0.865, 0.9), (0.96, 0.0)),
 }
 
 
 def drift(progress: float) -> Weather:
-    """The weather of a stream: a clear day for the first 15 %, then dusk, then fog, then rain.
+    """The weather of a stream: night, then fog, then rain; each comes and goes, and the days between are clear.
 
     Args:
         progress: how much of the stream has passed, in [0, 1].
