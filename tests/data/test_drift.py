@@ -246,6 +246,12 @@ def test_a_severity_is_a_number(severity):
         Drift("night", severity)
 
 
+def test_numbers_of_numpy_are_kept_as_plain_ones_for_the_record():
+    drift = Drift("night", np.float32(2.5), np.int64(4))
+    assert drift == Drift("night", 2.5, 4)
+    assert (type(drift.severity), type(drift.seed)) == (float, int)
+
+
 @pytest.mark.parametrize("seed", [-1, 1.5, True])
 def test_a_seed_is_a_whole_number(seed):
     with pytest.raises(ConfigError, match="seed of night"):

@@ -242,7 +242,8 @@ def _write(report: Report, out: Path) -> None:
     (out / "table.md").write_text(markdown_table(report), encoding="utf-8")
     plot_bars(out / f"{report.headline.field}.png", report)
     for clip in report.clips:
-        plot_stream(out / f"{clip.replace(':', '-')}.png", report.select(clip=clip))
+        name = clip.replace(":", "-")[:200]  # schedules of drifts can be longer than names of files may be
+        plot_stream(out / f"{name}.png", report.select(clip=clip))
     seen = {name for run in report.runs for name, score in run.per_class.items() if score is not None}
     absent = [name for name in report.runs[0].per_class if name not in seen]
     if absent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -37,7 +38,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", tuple(self.parts))
-        object.__setattr__(self, "lengths", tuple(self.lengths))
+        object.__setattr__(self, "lengths", tuple(map(operator.index, self.lengths)))
         if not self.parts:
             raise ConfigError("a schedule has no parts; expected at least one drift")
         if self.lengths and (len(self.lengths) != len(self.parts) or min(self.lengths) < 1):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -73,18 +74,16 @@ class Drift:
         name = str(self.name).strip().replace("_", "-")
         if name != NONE and name not in DRIFTS:
             raise ConfigError(f"there is no drift {self.name!r}; {nearest(name, [*DRIFTS, NONE])}")
-        number = isinstance(self.severity, (int, float, np.integer, np.floating)) and not isinstance(
-            self.severity, bool
-        )
-        if not number or not 0 <= self.severity <= SEVERITIES[-1]:
+        if not _is_a(self.severity, numbers.Real) or not 0 <= self.severity <= SEVERITIES[-1]:
             raise ConfigError(
                 f"the severity of {name} is {self.severity!r}; expected a number from 0 (no drift) to "
                 f"{SEVERITIES[-1]} (extreme)"
             )
-        if not isinstance(self.seed, (int, np.integer)) or isinstance(self.seed, bool) or self.seed < 0:
+        if not _is_a(self.seed, numbers.Integral) or self.seed < 0:
             raise ConfigError(f"the seed of {name} is {self.seed!r}; expected a whole number from 0 on")
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "severity", 0.0 if name == NONE else float(self.severity))
+        object.__setattr__(self, "seed", int(self.seed))
 
     def apply(self, frame: np.ndarray, index: int = 0) -> np.ndarray:
         """The frame under this drift, as a new array.
@@ -105,7 +104,7 @@ class Drift:
             raise ConfigError(f"index is {index}; expected the frame's place in its stream, 0 or more")
         if not self.severity:
             return frame.copy()
-        return DRIFTS[self.name].paint(frame, self.severity, Moment(self.name, int(self.seed), int(index)))
+        return DRIFTS[self.name].paint(frame, self.severity, Moment(self.name, self.seed, int(index)))
 
     def __str__(self) -> str:
         """As `parse_drift` reads it: "night:3", "none"."""
@@ -164,6 +163,11 @@ def drifted(frames: Iterable[np.ndarray], drift: Drift) -> Iterator[np.ndarray]:
         drift: what happens to them.
     """
     return (drift.apply(frame, index) for index, frame in enumerate(frames))
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    """Whether it is such a number, of Python or NumPy; True and False are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _check_frame(frame: np.ndarray) -> None:
