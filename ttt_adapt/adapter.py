@@ -84,6 +84,8 @@ class StreamAdapter:
         self.config = config = settled_config(config, calibration)
         check_unowned(model)
         self._correction = correction_of(model, config, calibration)
+        self._limit = float("inf") if calibration is None else calibration.limit
+        self._answer: tuple[TakenFrame, Any] | None = None
         self._calibrated_as = calibration.digest if calibration is not None and self._correction is not None else None
         self._owns_branch = branch is None
         if branch is None:
@@ -222,10 +224,11 @@ class StreamAdapter:
         if not self._gradient.parameters:
             return self._only_count(started)
         state, numbers, sketch = self._state, None, None
+        self._answer = None
         with self._undone_if_it_fails():
             self._engine.check()
             state.window.stage(taken.x[0], taken.pixels)
-            skipped, surprise = self._decide()
+            skipped, surprise = self._decide(taken)
             if not skipped:
                 numbers, sketch = self._engine.update(self._update, state, taken)
             state.window.commit()
@@ -246,8 +249,10 @@ class StreamAdapter:
         progress.count(report)
         return report
 
-    def _decide(self) -> tuple[str, float | None]:
+    def _decide(self, taken: TakenFrame) -> tuple[str, float | None]:
         """Whether to adapt to this frame: why not, or "" for yes; and the loss that the surprise gate compared."""
+        if self.config.iterations == 0:
+            return "iterations", None
         due = is_due(self._state.progress.frame_index, self.config.every)
         if due and self.config.gate == "none":
             return "", None
@@ -255,9 +260,23 @@ class StreamAdapter:
             self._state.weights.pull(1.0)
         if not due:
             return "every", None
+        if self.config.gate == "calibrated":
+            return "gate" if self._is_usual(taken) else "", None
         batch = self._state.draw(self.config)
         surprise = float(self._engine.loss(batch, self._state.random.generator))
         return "" if self._state.gate.is_open(surprise) else "gate", surprise
+
+    def _is_usual(self, taken: TakenFrame) -> bool:
+        """Whether a frame looks like the source, so that the source weights predict it."""
+        output, drift = self._predict_frame(taken), self.drift
+        if drift is None or not drift <= self._limit:
+            return False
+        if self._state.weights.moved:
+            self._state.weights.pull(1.0)
+            self._engine.restart(self._state.optimizer)
+        else:
+            self._answer = taken, output  # nothing has changed since: `step` need not predict it again
+        return True
 
     def _update(self, taken: TakenFrame) -> tuple[Tensor, Tensor | None]:
         """What a frame does to the weights; nothing here waits for the device.
@@ -267,6 +286,7 @@ class StreamAdapter:
             frame's first gradient.
         """
         self._state.weights.pull(self.config.pull_fraction)
+        self._state.weights.moved = True
         self._move_statistics(taken)
         if self.config.restart_optimizer or self.config.pull_fraction == 1.0:
             self._engine.restart(self._state.optimizer)
@@ -294,7 +314,10 @@ class StreamAdapter:
         return torch.stack([loss.float(), norm.float()]), sketch
 
     def _predict_frame(self, taken: TakenFrame) -> Any:
-        config = self.config
+        config, answer = self.config, self._answer
+        if answer is not None and answer[0] is taken:
+            self._answer = None
+            return answer[1]
         if self._correction is not None:
             own: AbstractContextManager[None] = self._correction.active()
         else:

@@ -19,7 +19,7 @@ class StreamConfig:
         window: explicit memory, the last k frames, the current one included. "auto" chooses k for each frame, at most
             32, from how far and how noisily the gradient moves (`ttt_adapt.stream.auto_window.AutoWindow`).
         batch_size: frames (or crops of them) that are drawn from the window, with replacement, for a gradient step.
-        iterations: gradient steps per frame.
+        iterations: gradient steps per frame; 0: none, frames are only predicted.
         carry_weights: implicit memory: the weights go on from frame to frame. False: every frame starts from the source
             weights.
         source_pull: in [0, 1]; before the steps of each frame the adapted weights go this fraction of the way back to
@@ -57,7 +57,9 @@ class StreamConfig:
         every: adapt to every n-th frame only.
         gate: "none", or "surprise": the loss of a batch is taken first, without a gradient, and the frame is adapted to
             only if that loss exceeds the mean of the last 50 such losses by more than one standard deviation. Otherwise
-            the weights stay as they are; they are not pulled to the source either.
+            the weights stay as they are; they are not pulled to the source either. "calibrated": a frame that is no
+            further from the source than 95 % of the stills of the calibration is predicted by the source weights, in
+            one pass; the stream begins anew at the next frame that is further. It needs norm_stats "calibrated".
         seed: of masks, draws and crops.
     """
 
@@ -84,8 +86,11 @@ class StreamConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "iterations", "every"):
+        for name in ("batch_size", "every"):
             self._settle(name, _count(name, getattr(self, name)))
+        if not _is_whole(self.iterations) or self.iterations < 0:
+            raise ConfigError(f"iterations is {self.iterations!r}; expected a whole number, at least 0")
+        self._settle("iterations", int(self.iterations))
         if self.micro_batch is not None:
             self._settle(
                 "micro_batch", _count("micro_batch", self.micro_batch, ", or None for the whole batch at once")
@@ -119,7 +124,12 @@ class StreamConfig:
             )
         _check_choice("precision", self.precision, ("fp32", "tf32", "bf16"))
         _check_choice("norm_stats", self.norm_stats, ("frozen", "ema", "blend", "batch", "calibrated", "auto"))
-        _check_choice("gate", self.gate, ("none", "surprise"))
+        _check_choice("gate", self.gate, ("none", "surprise", "calibrated"))
+        if self.gate == "calibrated" and self.norm_stats not in ("calibrated", "auto"):
+            raise ConfigError(
+                'gate="calibrated" asks how far calibrated statistics find a frame: expected norm_stats="calibrated", '
+                f"got {self.norm_stats!r}"
+            )
         _check_choice("engine", self.engine, ("auto", "eager", "compile", "cudagraph"))
         if self.crop_size is not None:
             self._settle("crop_size", _pair(self.crop_size))

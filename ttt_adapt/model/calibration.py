@@ -138,6 +138,7 @@ class Calibration:
         fingerprint: of the weights that were calibrated (`fingerprint_of`).
         stills: how many source stills were measured.
         size: (H, W) of the stills as the model takes them.
+        limits: kind of points -> the drift (`Correction.drift`) that 95 % of the stills stay below.
         loss: mean and standard deviation over the stills of the reconstruction loss; None without a branch.
         settings: fields of `StreamConfig` that were chosen for this model; the presets take them over.
         record: how rule and settings were chosen, in plain values, for people.
@@ -148,6 +149,7 @@ class Calibration:
     fingerprint: str
     stills: int
     size: tuple[int, int]
+    limits: Mapping[str, float]
     loss: tuple[float, float] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
@@ -156,6 +158,11 @@ class Calibration:
     def points(self) -> Mapping[str, PointStatistics]:
         """Name -> statistics, for the points of the rule."""
         return self.statistics.get(self.rule.points, {})
+
+    @property
+    def limit(self) -> float:
+        """The drift up to which a frame counts as one of the source."""
+        return self.limits.get(self.rule.points, float("inf"))
 
     @property
     def distance(self) -> float | None:
@@ -292,6 +299,8 @@ def settled_config(config: StreamConfig | None, calibration: Calibration | None)
     if not isinstance(config, StreamConfig):
         raise ConfigError(f"config is a {type(config).__name__}; expected a StreamConfig")
     if config.norm_stats == "auto":
+        if config.gate == "calibrated" and calibration is None:
+            raise ConfigError('gate is "calibrated", and this model has no calibration: make one first')
         return config.replace(norm_stats="frozen" if calibration is None else "calibrated")
     if config.norm_stats == "calibrated" and calibration is None:
         raise ConfigError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError
-from ttt_adapt.model.calibration import Calibration, PointStatistics, default_rule, fingerprint_of
+from ttt_adapt.model.calibration import Calibration, PointStatistics, default_rule, divergence, fingerprint_of
 from ttt_adapt.model.frames import FrameIntake, Preprocess, TakenFrame, default_preprocess
 from ttt_adapt.model.hooks import hooks, uncompiled
 from ttt_adapt.model.points import Point, points_of_pass
@@ -55,14 +55,11 @@ def measure(
                 moments.setdefault(name, []).append(pair)
             if loss is not None:
                 losses.append(loss(still.x).float())
+    pairs = {
+        name: (torch.stack([m for m, _ in each]), torch.stack([v for _, v in each])) for name, each in moments.items()
+    }
     statistics = {
-        kind: {
-            point.name: PointStatistics.of(
-                point, *(torch.stack(part) for part in zip(*moments[point.name], strict=True))
-            )
-            for point in members
-            if point.name in moments
-        }
+        kind: {point.name: PointStatistics.of(point, *pairs[point.name]) for point in members if point.name in pairs}
         for kind, members in kinds.items()
     }
     statistics = {kind: members for kind, members in statistics.items() if members}
@@ -74,8 +71,18 @@ def measure(
         fingerprint=fingerprint_of(model),
         stills=len(stills),
         size=(int(height), int(width)),
+        limits={kind: _limit(members, pairs) for kind, members in statistics.items()},
         loss=None if spread is None else (float(spread.mean()), float(spread.std())),
     )
+
+
+def _limit(points: Mapping[str, PointStatistics], moments: Mapping[str, tuple[Tensor, Tensor]]) -> float:
+    """The 95th percentile over the stills of the mean over points of a layer's divergence, in units of its mean."""
+    layers = [
+        divergence(*moments[name], each.mean, each.std).mean(1) / each.layer_usual.clamp_min(1e-12)
+        for name, each in points.items()
+    ]
+    return float(torch.stack(layers).mean(0).quantile(0.95))
 
 
 def take_stills(

@@ -60,6 +60,9 @@ class AdaptedWeights(Part):
         live: name -> tensor of the model or of its branch. They are written in place: their addresses stay.
         source: their values before adaptation.
         undone: names of the tensors that a failed step may leave half changed.
+
+    Attributes:
+        moved: whether they may differ from the source; who changes them sets it.
     """
 
     def __init__(self, live: Mapping[str, Tensor], source: SourceWeights, undone: Sequence[str] = ()) -> None:
@@ -67,6 +70,7 @@ class AdaptedWeights(Part):
         self._undone = [live[name] for name in undone]
         self._here = self._live
         self._parked: list[Tensor] = []
+        self.moved = False
 
     def shares_model_with(self, other: AdaptedWeights) -> bool:
         """Whether both are of the same adapter."""
@@ -81,6 +85,7 @@ class AdaptedWeights(Part):
         if self._here is not self._live:
             raise StateError("this video is not in the model: swap(state) puts it in")
         self._source.pull(fraction)
+        self.moved = self.moved and fraction < 1.0
 
     def release(self) -> None:
         """Let go of the model: it was given back. What is called after this raises a StateError."""
@@ -108,6 +113,7 @@ class AdaptedWeights(Part):
     def reset(self) -> None:
         """Go back to the source weights."""
         self._source.copy_to(self._here)
+        self.moved = False
         torch.clear_autocast_cache()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -120,6 +126,7 @@ class AdaptedWeights(Part):
         check_state(dict(zip(self._names, self._here, strict=True)), saved, "this adapter's model")
 
         def load() -> None:
+            self.moved = True
             for name, tensor in zip(self._names, self._here, strict=True):
                 tensor.copy_(saved[name])
             torch.clear_autocast_cache()
