@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,17 @@ def class_scores(output: Any) -> Tensor | None:
     """Class scores [B, C, ...] of a model's output: its first tensor, if that looks like some; else None."""
     found = next(tensors(output), None)
     return found if found is not None and found.ndim >= 2 and found.shape[1] > 1 else None
+
+
+def agreement_with(clean: Sequence[Any], labels: Sequence[Any] | None, ignore: int) -> Callable[[Sequence[Any]], float]:
+    """What scores outputs, larger is better: by labels where there are some, else by agreement with the clean outputs.
+
+    Args:
+        clean: the plain model's outputs on the clean stills.
+        labels: class ids of every still, or None.
+        ignore: id of pixels that do not count.
+    """
+    return ByAgreement(clean) if labels is None else ByLabels(labels, ignore)
 
 
 class ByLabels:

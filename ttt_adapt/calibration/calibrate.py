@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -15,7 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ttt_adapt.calibration.agreement import ByAgreement, ByLabels
+from ttt_adapt.calibration.agreement import agreement_with
+from ttt_adapt.calibration.settings import choose_settings
 from ttt_adapt.data.drift import Drift, parse_drift
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.model.calibration import Calibration, Rule
@@ -32,6 +34,8 @@ TOLERANCE = {"labels": 0.005, "agreement": 0.01}
 plain model, which counts every change as a loss."""
 HELD_OUT = 12
 """Stills that rules are compared on."""
+PANS = 3
+"""Stills among them that become short streams."""
 
 
 def candidates(kinds: Iterable[str]) -> list[Rule]:
@@ -56,6 +60,7 @@ def calibrate(
     preprocess: Preprocess | None = None,
     predict: Callable[..., Any] | None = None,
     choose: bool = True,
+    steps: bool = False,
     drifts: Sequence[str] = DRIFTS,
     ignore: int = 255,
     seed: int = 0,
@@ -75,6 +80,8 @@ def calibrate(
         preprocess: as in `StreamAdapter`.
         predict: as in `StreamAdapter`.
         choose: choose the rule; False: take the default.
+        steps: choose too how gradient steps are taken (`ttt_adapt.calibration.settings`). It needs a branch, and takes
+            as long as some 200 frames of a stream for each of five candidates.
         drifts: what to choose on, as `ttt_adapt.data.drift.parse_drift` reads it.
         ignore: label id of pixels that do not count.
         seed: of drifts and masks.
@@ -101,9 +108,36 @@ def calibrate(
         trial = _Trial(model, frames, taken, truth, chosen, preprocess, predict, ignore)
         rule, record = trial.best(candidates(found.statistics))
         found = found.replace(rule=rule, record=record)
+        if steps and branch is not None:
+            found = _with_settings(found, trial, branch, preprocess, predict, ignore, seed)
     if branch is not None:
         branch.calibration = found
     return found
+
+
+def _with_settings(
+    found: Calibration,
+    trial: _Trial,
+    branch: MAEBranch,
+    preprocess: Preprocess | None,
+    predict: Callable[..., Any] | None,
+    ignore: int,
+    seed: int,
+) -> Calibration:
+    """The calibration with the settings of gradient steps that suit the model."""
+    settings, rows = choose_settings(
+        branch,
+        found,
+        trial.pictures[:PANS],
+        None if trial.labels is None else trial.labels[:PANS],
+        trial.drifts,
+        TOLERANCE["agreement" if trial.labels is None else "labels"],
+        preprocess=preprocess,
+        predict=predict,
+        ignore=ignore,
+        seed=seed,
+    )
+    return found.replace(settings=settings, record={**found.record, "settings": rows})
 
 
 class _Trial:
@@ -123,22 +157,24 @@ class _Trial:
         self._model, self._call = model, model if predict is None else predict
         held = list(range(1, len(frames), 2))
         held = held[:: max(len(held) // HELD_OUT, 1)][:HELD_OUT]
+        self.pictures = [np.asarray(frames[i]) for i in held]
+        self.labels = None if labels is None else [labels[i] for i in held]
+        self.drifts = drifts
         self._measured = measure(model, [still for i, still in enumerate(taken) if i not in held], predict)
         sets: dict[str, list[TakenFrame]] = {"none": [taken[i] for i in held]}
         for drift in drifts:
-            pictures = [drift.apply(np.asarray(frames[i]), i) for i in held]
+            pictures = [drift.apply(picture, i) for i, picture in enumerate(self.pictures)]
             sets[str(drift)] = take_stills(model, pictures, preprocess, least=1)
         self._sets = sets
         plain = {name: self._outputs(still, None) for name, still in sets.items()}
-        own = ByAgreement(plain["none"]) if labels is None else ByLabels([labels[i] for i in held], ignore)
-        self._score: Callable[[Sequence[Any]], float] = own
+        self._score = own = agreement_with(plain["none"], self.labels, ignore)
         self._by = "agreement" if labels is None else "labels"
         self._plain = {name: own(outputs) for name, outputs in plain.items()}
 
     def best(self, rules: Sequence[Rule]) -> tuple[Rule, dict[str, Any]]:
         """The best rule, and the scores of all."""
-        rows = [{"rule": "fixed", "gain": 0.0, "loss": 0.0, "scores": self._plain}]
-        best, most = Rule("none"), 0.0
+        rows: list[dict[str, Any]] = [{"rule": "fixed", "gain": 0.0, "loss": 0.0, "scores": self._plain}]
+        best, most = dataclasses.replace(rules[0], largest=0.0), 0.0  # measures, and corrects nothing
         for rule in rules:
             scores = {name: self._score(self._outputs(stills, rule)) for name, stills in self._sets.items()}
             relative = {name: scores[name] / max(self._plain[name], 1e-9) - 1.0 for name in scores}

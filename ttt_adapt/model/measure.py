@@ -55,9 +55,10 @@ def measure(
                 moments.setdefault(name, []).append(pair)
             if loss is not None:
                 losses.append(loss(still.x).float())
-    pairs = {
-        name: (torch.stack([m for m, _ in each]), torch.stack([v for _, v in each])) for name, each in moments.items()
-    }
+    pairs = {}  # name -> means and variances, [stills, C] each
+    for name, each in moments.items():
+        means, variances = zip(*each, strict=True)
+        pairs[name] = torch.stack(means), torch.stack(variances)
     statistics = {
         kind: {point.name: PointStatistics.of(point, *pairs[point.name]) for point in members if point.name in pairs}
         for kind, members in kinds.items()

@@ -1,0 +1,96 @@
+"""Choose how a calibrated model takes gradient steps: on short streams made of stills, under drifts and without.
+
+The candidates run through `StreamAdapter`, as a user's stream does. The one that gains most over the fixed model, on
+average over the drifts, is taken, among those that lose at most the tolerance without a drift. "No gradient step" is
+one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ttt_adapt.adapter import StreamAdapter
+from ttt_adapt.calibration.agreement import agreement_with
+from ttt_adapt.calibration.pans import pan
+from ttt_adapt.config import StreamConfig
+from ttt_adapt.data.drift import Drift
+from ttt_adapt.model.calibration import Calibration
+from ttt_adapt.model.frames import Preprocess
+from ttt_adapt.model.measure import take_stills
+from ttt_adapt.model.probe import evaluating
+from ttt_adapt.objectives.mae import MAEBranch
+
+FRAMES = 8
+"""Frames of the pan over one still."""
+
+CANDIDATES: tuple[Mapping[str, Any], ...] = (
+    {"iterations": 0},
+    {"lr": 1e-4, "source_pull": 0.5},
+    {"lr": 1e-4, "source_pull": 0.1},
+    {"lr": 1e-4, "source_pull": 0.02},
+    {"lr": 1e-4, "source_pull": 0.02, "gate": "calibrated"},
+)
+"""Settings that are compared."""
+
+
+def choose_settings(
+    branch: MAEBranch,
+    calibration: Calibration,
+    stills: Sequence[np.ndarray],
+    labels: Sequence[Any] | None,
+    drifts: Sequence[Drift],
+    tolerance: float,
+    *,
+    preprocess: Preprocess | None = None,
+    predict: Callable[..., Any] | None = None,
+    ignore: int = 255,
+    seed: int = 0,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The best of `CANDIDATES` for this model, and the scores of all.
+
+    Args:
+        branch: on the model.
+        calibration: of the model.
+        stills: uint8 [H, W, 3] each, held out from training; one pan is made of each.
+        labels: class ids [H, W] of each; None: the fixed model's predictions on the clean pans stand in for them.
+        drifts: what the pans are put under.
+        tolerance: the largest relative loss without a drift.
+        preprocess: as in `StreamAdapter`.
+        predict: as in `StreamAdapter`.
+        ignore: label id of pixels that do not count.
+        seed: of the streams.
+    """
+    model = branch.model
+    moving = [pan(still, None if labels is None else labels[i], FRAMES) for i, still in enumerate(stills)]
+    frames, truth = zip(*(each for one in moving for each in one), strict=True)
+    streams = {"none": list(frames)}
+    streams |= {str(drift): [drift.apply(frame, i) for i, frame in enumerate(frames)] for drift in drifts}
+
+    def fixed(pictures: Sequence[np.ndarray]) -> list[Any]:
+        call = model if predict is None else predict
+        with evaluating(model), torch.inference_mode(False), torch.no_grad():
+            return [call(x.x, *x.context) for x in take_stills(model, pictures, preprocess, least=1)]
+
+    def adapted(pictures: Sequence[np.ndarray], settings: Mapping[str, Any]) -> list[Any]:
+        config = StreamConfig.online(**{"seed": seed, **settings})
+        with StreamAdapter(
+            model, branch, config=config, calibration=calibration, preprocess=preprocess, predict=predict
+        ) as adapter:
+            return list(adapter.stream(pictures))
+
+    plain = {name: fixed(pictures) for name, pictures in streams.items()}
+    score = agreement_with(plain["none"], None if labels is None else truth, ignore)
+    before = {name: score(outputs) for name, outputs in plain.items()}
+    rows: list[dict[str, Any]] = []
+    for settings in CANDIDATES:
+        after = {name: score(adapted(pictures, settings)) for name, pictures in streams.items()}
+        relative = {name: after[name] / max(before[name], 1e-9) - 1.0 for name in after}
+        gain = float(np.mean([value for name, value in relative.items() if name != "none"]))
+        rows.append({"settings": dict(settings), "gain": gain, "loss": -relative["none"], "scores": after})
+    allowed = [row for row in rows if row["loss"] <= tolerance] or rows[:1]
+    best = max(allowed, key=lambda row: row["gain"])
+    return dict(best["settings"]), [{"settings": "fixed", "gain": 0.0, "loss": 0.0, "scores": before}, *rows]
