@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -136,6 +137,18 @@ def test_position_embeddings_of_another_grid_are_resampled_as_timm_does(tmp_path
     torch.testing.assert_close(loaded["model.pos_embed"], expected)
 
 
+def test_the_older_layout_of_swin_in_which_a_stage_ends_with_its_downsampling_is_known(tmp_path):
+    name = "swin_tiny_patch4_window7_224"
+    model = whole(name)
+    older = {
+        re.sub(r"^layers\.(\d)\.downsample", lambda found: f"layers.{int(found[1]) - 1}.downsample", key): value
+        for key, value in model.state_dict().items()
+    }
+    older = {key.replace("head.fc.", "head."): value for key, value in older.items()}
+    assert "layers.0.downsample.reduction.weight" in older
+    assert_same_features(build(name, saved(tmp_path / "older.pth", {"model": older})), model)
+
+
 # ---- files in torchvision's names
 
 
@@ -152,6 +165,7 @@ def of_torchvision(name: str) -> torch.nn.Module:
 TORCHVISION = {
     "resnet18": ("resnet18", {}),
     "regnet_y_400mf": ("regnety_004", {}),
+    "regnet_x_400mf": ("regnetx_004_tv", {}),
     "efficientnet_b0": ("efficientnet_b0", {}),
     "mobilenet_v2": ("mobilenetv2_100", {}),
     "convnext_tiny": ("convnext_tiny", {}),
@@ -177,6 +191,7 @@ def last_map(model: torch.nn.Module, theirs: str, images: torch.Tensor) -> torch
     ends = {
         "resnet18": "layer4",
         "regnet_y_400mf": "trunk_output",
+        "regnet_x_400mf": "trunk_output",
         "efficientnet_b0": "features.7",
         "mobilenet_v2": "features.17",
         "convnext_tiny": "features",
@@ -199,6 +214,19 @@ def test_the_names_in_older_files_of_torchvisions_vit_are_known(tmp_path):
     assert older.keys() != state.keys()
     now, then = (build(name, saved(tmp_path / f"{i}.pth", s), options) for i, s in enumerate((state, older)))
     assert same_bits(dict(now.state_dict()), dict(then.state_dict()))
+
+
+@pytest.mark.parametrize("change", ["no classifier", "another classifier"])
+@pytest.mark.parametrize("theirs", ["mobilenet_v2", "swin_t"])
+def test_the_classifier_of_a_file_of_torchvision_does_not_matter(theirs, change, tmp_path):
+    name, options = TORCHVISION[theirs]
+    model = of_torchvision(theirs)
+    state = dict(model.state_dict())
+    weight, bias = list(state)[-2:]
+    other = {weight: torch.zeros(7, state[weight].shape[1]), bias: torch.zeros(7)}
+    changed = {**state, **other} if change == "another classifier" else dict(list(state.items())[:-2])
+    plain, without = (build(name, saved(tmp_path / f"{i}.pth", s), options) for i, s in enumerate((state, changed)))
+    assert same_bits(dict(plain.state_dict()), dict(without.state_dict()))
 
 
 @pytest.mark.parametrize("name", ["tf_efficientnet_b0", "mobilenetv3_large_100"])
@@ -243,6 +271,7 @@ def test_a_package_gives_the_encoder_its_features_and_its_colours(package):
     assert (pretrained.mean, pretrained.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert pretrained.source == "package:efficientnet-lite0"
     assert_same_features(build(LITE, "package:efficientnet-lite0"), package)
+    assert find_pretrained("package:efficientnet-lite0", f"{LITE}.in1k") is not None  # a tag changes nothing
 
 
 def test_a_package_that_is_not_installed_comes_with_the_command_that_installs_it(monkeypatch):
@@ -274,9 +303,10 @@ def swapped(state: dict, a: str, b: str) -> dict:
         lambda state: swapped(state, "_layer1.weight", "_layer1.bias"),
         lambda state: swapped(state, "_layer3.weight", "_layer1.weight"),
         lambda state: dict(list(state.items())[:-1]),
+        lambda state: dict(list(state.items())[2:]),
         lambda state: {**state, "_conv_stem.weight": torch.zeros(3, 32, 3, 3)},
     ],
-    ids=["kinds", "weight and bias", "layers", "one less", "a shape"],
+    ids=["kinds", "weight and bias", "layers", "one less", "the first two less", "a shape"],
 )
 def test_weights_in_another_order_are_refused_though_their_shapes_are_equal(change, tmp_path):
     state = package_names(whole(LITE).state_dict())

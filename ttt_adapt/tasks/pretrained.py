@@ -126,7 +126,7 @@ def _package_file(given: str, encoder: str) -> Path:
     if name not in PACKAGES:
         raise ConfigError(f"pretrained is {given!r}; expected package:NAME with NAME one of {', '.join(PACKAGES)}")
     package = PACKAGES[name]
-    if encoder != package.encoder:
+    if encoder.partition(".")[0] != package.encoder:  # a tag says which weights of timm, and these are none
         raise ConfigError(f"{given} holds weights for the encoder {package.encoder}, and the encoder is {encoder}")
     found = importlib.util.find_spec(package.module)
     if found is None:

@@ -136,19 +136,23 @@ def in_order(state: Mapping[str, Tensor], full: Mapping[str, Tensor], source: st
     """The tensors of `state` under the names of `full`, the first under the first name, and so on.
 
     Each pair must have the same shape, up to sides of length 1, and the same kind (weight, bias, running mean, ...).
-    The tensors of one layer must be those of one layer in both. So equal shapes in another order do not pass.
+    The tensors of one layer must be those of one layer in both. So equal shapes in another order do not pass. The last
+    layer is the classifier: it is left out, and may have another number of classes or be missing.
 
     Raises:
         CheckpointError: a pair does not belong together; the message names it.
     """
-    if len(state) != len(full):
+    classifier = _split(list(full)[-1])[0]
+    needed = {name: value for name, value in full.items() if _split(name)[0] != classifier}
+    if len(state) not in (len(needed), len(full)):
         raise CheckpointError(
-            f"{source} has {len(state)} tensors, and timm's {encoder} has {len(full)}: expected as many"
+            f"{source} has {len(state)} tensors, and timm's {encoder} has {len(full)}, or {len(needed)} without its "
+            "classifier: expected as many"
         )
     layers: dict[str, str] = {}
     owners: dict[str, str] = {}
     mapped = {}
-    for (theirs, value), (name, own) in zip(state.items(), full.items(), strict=True):
+    for (theirs, value), (name, own) in zip(state.items(), needed.items(), strict=False):
         (layer, kind), (own_layer, own_kind) = _split(theirs), _split(name)
         same_shape = [n for n in value.shape if n != 1] == [n for n in own.shape if n != 1]
         together = layers.setdefault(layer, own_layer) == own_layer and owners.setdefault(own_layer, layer) == layer

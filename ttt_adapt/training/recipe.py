@@ -103,13 +103,14 @@ def train(
     )
     samples = _samples(opened, spec, config.seed)
     checkpoint = start.build(spec, config.seed, device)
-    if chosen:  # a plain transformer has patches of its own
-        branch["patch_size"] = checkpoint.mae_branch.patch_size
+    notes = []
+    if chosen:
+        branch["patch_size"] = side = checkpoint.mae_branch.patch_size  # a plain transformer has patches of its own
+        notes = [
+            f"mask patches of {side} x {side} pixels: chosen for the frames, patch_size of the branch sets another"
+        ]
     criterion = checkpoint.task.criterion(samples)
     output_folder(out.parent)
-    if chosen and rank() == 0:
-        side = branch["patch_size"]
-        notice(f"mask patches of {side} x {side} pixels: chosen for the frames, patch_size of the branch sets another")
     depends_on = {
         "data": data,
         "clips": tuple(clips),
@@ -133,7 +134,7 @@ def train(
     if not resume:
         _remove(files)
     try:
-        _fit_stages(checkpoint, samples, criterion, dict(zip(files, stages, strict=True)), origin)
+        _fit_stages(checkpoint, samples, criterion, dict(zip(files, stages, strict=True)), origin, notes)
         made_from = {"data": data, "clips": list(clips), **start.record()}
         spec.training.extend({**dataclasses.asdict(stage), **made_from} for stage in stages)
         if rank() == 0:
@@ -152,11 +153,21 @@ def _fit_stages(
     criterion: Criterion,
     stages: Mapping[Path, TrainConfig],
     origin: str,
+    notes: list[str],
 ) -> None:
-    """Train one stage after the other; `stages` are by the file that keeps a stage's state."""
+    """Train one stage after the other.
+
+    Args:
+        checkpoint: model and branch.
+        samples: of the task.
+        criterion: of the task.
+        stages: by the file that keeps a stage's state.
+        origin: what else the run depends on, as text.
+        notes: what the user is told once training runs: a run that is refused shows its error alone.
+    """
     with process_group(next(checkpoint.model.parameters()).device):
         for file, config in stages.items():
-            with _watch(config) as on_step:
+            with _watch(config, notes) as on_step:
                 fit(
                     checkpoint.model,
                     checkpoint.branch,
@@ -247,16 +258,16 @@ def _open_stills(
     return labelled if task.labelled else dataclasses.replace(labelled, classes=(), palette=())
 
 
-def _watch(config: TrainConfig) -> Any:
-    """A progress bar on the first process; its advance takes `Progress`."""
-    return _Bar(config) if rank() == 0 else nullcontext(None)
+def _watch(config: TrainConfig, notes: list[str]) -> Any:
+    """A progress bar on the first process; its advance takes `Progress`. The first one tells the notes."""
+    return _Bar(config, notes) if rank() == 0 else nullcontext(None)
 
 
 class _Bar:
     """A progress bar over the updates of one stage."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        self._title, self._config = f"train {config.stage}", config
+    def __init__(self, config: TrainConfig, notes: list[str]) -> None:
+        self._title, self._config, self._notes = f"train {config.stage}", config, notes
 
     def __enter__(self) -> Callable[[Progress], None]:
         self._bar: Any = None
@@ -264,6 +275,8 @@ class _Bar:
 
     def _step(self, progress: Progress) -> None:
         if self._bar is None:
+            while self._notes:
+                notice(self._notes.pop(0))
             self._bar = progress_bar(self._title, progress.steps, "step")
             self._advance = self._bar.__enter__()
             for _ in range(progress.step - 1):  # a resumed run starts in the middle
