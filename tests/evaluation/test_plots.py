@@ -9,6 +9,7 @@ from report_inputs import make_report, make_run, marked_report, sweep_report
 from ttt_adapt.errors import DataError
 from ttt_adapt.evaluation import plots
 from ttt_adapt.evaluation.report import Report, Run
+from ttt_adapt.evaluation.stream_plot import plot_stream, running_mean
 
 figure_module = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed")
 
@@ -24,12 +25,12 @@ def drawn(monkeypatch) -> dict:
 def test_the_stream_figure_is_1200_pixels_wide_and_draws_every_arm(tmp_path):
     image = pytest.importorskip("PIL.Image", reason="pillow is not installed")
     runs = make_report().select(clip="dusk")
-    plots.plot_stream(tmp_path / "a" / "stream.png", runs)
+    plot_stream(tmp_path / "a" / "stream.png", runs)
     with image.open(tmp_path / "a" / "stream.png") as picture:
         assert picture.size == (1200, 900)
         both = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
     assert {(0x6B, 0x6B, 0x6B), (0x00, 0x72, 0xB2)} <= both
-    plots.plot_stream(tmp_path / "fixed.svg", [run for run in runs if run.arm == "fixed"], title="no loss at all")
+    plot_stream(tmp_path / "fixed.svg", [run for run in runs if run.arm == "fixed"], title="no loss at all")
     assert (tmp_path / "fixed.svg").stat().st_size > 0
     from matplotlib import pyplot
 
@@ -38,15 +39,15 @@ def test_the_stream_figure_is_1200_pixels_wide_and_draws_every_arm(tmp_path):
 
 def test_the_stream_figure_refuses_runs_that_share_no_axis(tmp_path):
     with pytest.raises(DataError, match="one clip"):
-        plots.plot_stream(tmp_path / "stream.png", make_report().runs)
+        plot_stream(tmp_path / "stream.png", make_report().runs)
     with pytest.raises(DataError, match="0 runs"):
-        plots.plot_stream(tmp_path / "stream.png", [])
+        plot_stream(tmp_path / "stream.png", [])
 
 
 def test_the_stream_figure_names_bands_of_frames_of_one_condition(tmp_path, drawn):
     runs = make_report().select(clip="dusk")
     conditions = ["clear day"] * 4 + ["night"] * 5 + ["clear day"] * 3
-    plots.plot_stream(tmp_path / "stream.png", runs, conditions=conditions)
+    plot_stream(tmp_path / "stream.png", runs, conditions=conditions)
     upper, lower = drawn["stream"].axes
     names = {text.get_text(): text.get_position()[0] for text in lower.texts}
     assert [text.get_text() for text in lower.texts] == ["clear\nday", "night", "clear\nday"]
@@ -57,8 +58,10 @@ def test_the_stream_figure_names_bands_of_frames_of_one_condition(tmp_path, draw
     lowest = min(line.get_ydata()[~np.isnan(line.get_ydata())].min() for line in lower.get_lines())
     height = np.diff(lower.get_ylim())[0]
     assert lowest - lower.get_ylim()[0] > 0.1 * height  # the names stand below the lines
+    plot_stream(tmp_path / "fixed.png", [run for run in runs if run.arm == "fixed"], conditions=conditions)
+    assert [text.get_text() for text in drawn["fixed"].axes[0].texts] == ["no arm adapted"]
     with pytest.raises(DataError, match="3 conditions for 12 frames"):
-        plots.plot_stream(tmp_path / "stream.png", runs, conditions=["night"] * 3)
+        plot_stream(tmp_path / "stream.png", runs, conditions=["night"] * 3)
 
 
 def test_the_bar_figure_draws_clips_that_some_arms_never_ran(tmp_path):
@@ -84,7 +87,7 @@ def test_bars_begin_at_what_the_input_scores_where_the_metric_has_such_a_floor(t
 
 def test_the_running_mean_is_centred_and_steps_over_gaps():
     nan = np.nan
-    np.testing.assert_allclose(plots.running_mean(np.array([1.0, 2, 6, nan, 4]), 3), [1.5, 3, 4, nan, 4])
+    np.testing.assert_allclose(running_mean(np.array([1.0, 2, 6, nan, 4]), 3), [1.5, 3, 4, nan, 4])
 
 
 @pytest.mark.parametrize("count", [6, 21])
@@ -94,7 +97,7 @@ def test_the_legend_fits_into_the_figure(tmp_path, count):
     for i in range(count):
         report.add(make_run(f"Self-Train with a long name + Class {i}"))
     for path in (tmp_path / "bars.png", tmp_path / "stream.png"):
-        plots.plot_bars(path, report) if path.stem == "bars" else plots.plot_stream(path, report.runs)
+        plots.plot_bars(path, report) if path.stem == "bars" else plot_stream(path, report.runs)
         with image.open(path) as picture:
             pixels = np.asarray(picture.convert("L"))
         legend = pixels[:40] if path.stem == "bars" else pixels[-40:]  # its first or last rows
@@ -137,7 +140,7 @@ def test_the_loss_figure_draws_runs_relative_to_their_clip_and_leaves_out_arms_w
 
 def test_legends_mark_arms_that_see_the_whole_clip(tmp_path, drawn):
     report = marked_report()
-    plots.plot_stream(tmp_path / "stream.png", report.select(clip="noon"))
+    plot_stream(tmp_path / "stream.png", report.select(clip="noon"))
     plots.plot_bars(tmp_path / "bars.png", report)
     plots.plot_losses(tmp_path / "loss.png", report)
     plots.plot_sweep(tmp_path / "sweep.png", report, {"Oracle": 1.0, "Offline": None}, "Fixed", "steps")

@@ -13,9 +13,9 @@ from ttt_adapt.config import StreamConfig
 from ttt_adapt.data.street import WEIGHTS, StreetClip
 from ttt_adapt.evaluation.demo_video import write_pictures
 from ttt_adapt.evaluation.environment import environment
-from ttt_adapt.evaluation.plots import plot_stream
 from ttt_adapt.evaluation.report import Report
 from ttt_adapt.evaluation.run_arm import run_arm
+from ttt_adapt.evaluation.stream_plot import plot_stream
 from ttt_adapt.evaluation.tables import markdown_table
 from ttt_adapt.tasks.checkpoint import load_checkpoint
 from ttt_adapt.view.terminal import progress_bar

@@ -16,11 +16,12 @@ from ttt_adapt.config import StreamConfig
 from ttt_adapt.data import Clip
 from ttt_adapt.errors import ConfigError, DataError, StateError
 from ttt_adapt.evaluation.environment import differing, environment
-from ttt_adapt.evaluation.plots import plot_bars, plot_stream
+from ttt_adapt.evaluation.plots import plot_bars
 from ttt_adapt.evaluation.realtime import measure_forwards
 from ttt_adapt.evaluation.report import Report, Run
 from ttt_adapt.evaluation.rows import Row, check, check_seeds, describe, fingerprints, metric_files
 from ttt_adapt.evaluation.run_arm import run_arm
+from ttt_adapt.evaluation.stream_plot import plot_stream
 from ttt_adapt.evaluation.studies import Study, write_study
 from ttt_adapt.evaluation.tables import describe_failure, markdown_table
 from ttt_adapt.files import output_folder
