@@ -42,13 +42,10 @@ def candidates(kinds: Iterable[str]) -> list[Rule]:
     """The rules that are tried for a model with these kinds of points."""
     if "batchnorm" in kinds:
         return [Rule("batchnorm", per, margin) for per in ("layer", "channel") for margin in ("mean", "high")]
-    return [
-        Rule(points, per, margin, largest=largest)
-        for points in ("norms", "blocks")
-        if points in kinds
-        for per, margin in (("layer", "mean"), ("layer", "high"), ("channel", "mean"))
-        for largest in (0.5, 0.8)
-    ]
+    places = [kind for kind in ("norms", "blocks") if kind in kinds]
+    places = [*places, *(f"input+{kind}" for kind in places), "input"] if "input" in kinds else places
+    ways = (("layer", "mean"), ("layer", "high"), ("channel", "mean"))
+    return [Rule(points, per, margin) for points in places for per, margin in ways]
 
 
 def calibrate(

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ class Rule:
     """How calibrated statistics correct a pass.
 
     Attributes:
-        points: where: "batchnorm", "norms" or "blocks" (`ttt_adapt.model.points`); "none": nowhere.
+        points: kinds of points where passes are corrected (`ttt_adapt.model.points`), with "+" between them, such as
+            "batchnorm" or "input+blocks"; "none": nowhere.
         per: "layer": one share for all channels of a point; "channel": one for each.
         margin: what counts as usual: "mean", the mean divergence of the source stills, or "high", their 95th
             percentile.
@@ -54,7 +55,11 @@ class Rule:
     largest: float = 0.5
 
     def __post_init__(self) -> None:
-        choices = {"points": (*KINDS, "none"), "per": ("layer", "channel"), "margin": ("mean", "high")}
+        if unknown := [kind for kind in self.kinds if kind not in KINDS]:
+            raise ConfigError(
+                f"points has {unknown[0]!r}; expected kinds of {', '.join(KINDS)} with + between, or none"
+            )
+        choices = {"per": ("layer", "channel"), "margin": ("mean", "high")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(repr, allowed))}")
@@ -62,6 +67,11 @@ class Rule:
             raise ConfigError(
                 f"strength {self.strength!r} must be at least 0, and largest {self.largest!r} between 0 and 1"
             )
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of points, one by one."""
+        return [] if self.points == "none" else self.points.split("+")
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,7 @@ class PointStatistics:
             variances: [stills, C].
         """
         mean, std = means.mean(0), variances.sqrt().mean(0)
-        if point.keeps_statistics:
+        if point.side == "statistics":
             mean, std = running_moments(point.module, means)
         d = divergence(means, variances, mean, std)  # [stills, C]
         layer = d.mean(1)
@@ -138,7 +148,7 @@ class Calibration:
         fingerprint: of the weights that were calibrated (`fingerprint_of`).
         stills: how many source stills were measured.
         size: (H, W) of the stills as the model takes them.
-        limits: kind of points -> the drift (`Correction.drift`) that 95 % of the stills stay below.
+        drifts: kind of points -> the drift of every still (`Correction.drift`) at these points.
         loss: mean and standard deviation over the stills of the reconstruction loss; None without a branch.
         settings: fields of `StreamConfig` that were chosen for this model; the presets take them over.
         record: how rule and settings were chosen, in plain values, for people.
@@ -149,20 +159,25 @@ class Calibration:
     fingerprint: str
     stills: int
     size: tuple[int, int]
-    limits: Mapping[str, float]
+    drifts: Mapping[str, Sequence[float]]
     loss: tuple[float, float] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def points(self) -> Mapping[str, PointStatistics]:
-        """Name -> statistics, for the points of the rule."""
-        return self.statistics.get(self.rule.points, {})
+    def points(self) -> Mapping[tuple[str, str], PointStatistics]:
+        """(kind, name) -> statistics, for the points of the rule."""
+        return {(kind, name): each for kind in self.rule.kinds for name, each in self.statistics.get(kind, {}).items()}
 
     @property
     def limit(self) -> float:
-        """The drift up to which a frame counts as one of the source."""
-        return self.limits.get(self.rule.points, float("inf"))
+        """The drift up to which a frame counts as one of the source: 95 % of the stills stay below."""
+        kinds = [kind for kind in self.rule.kinds if kind in self.statistics]
+        if not kinds:
+            return float("inf")
+        weighted = [torch.tensor(self.drifts[kind]) * len(self.statistics[kind]) for kind in kinds]
+        count = sum(len(self.statistics[kind]) for kind in kinds)
+        return float((torch.stack(weighted).sum(0) / count).quantile(0.95))
 
     @property
     def distance(self) -> float | None:
@@ -316,7 +331,7 @@ def default_rule(kinds: Mapping[str, Any]) -> Rule:
     Args:
         kinds: kinds of points that the model has, "batchnorm", "blocks" or "norms".
     """
-    for kind in ("batchnorm", "blocks", "norms"):
+    for kind in ("batchnorm", "blocks", "norms", "input"):
         if kinds.get(kind):
             return Rule(kind)
     return Rule("none")

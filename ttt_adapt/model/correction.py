@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from ttt_adapt.config import StreamConfig
 from ttt_adapt.model.calibration import Calibration, PointStatistics, Rule
 from ttt_adapt.model.hooks import hooks
 from ttt_adapt.model.norms import blended_statistics
-from ttt_adapt.model.points import Point
+from ttt_adapt.model.points import SIDES, Point
 
 
 def correction_of(model: nn.Module, config: StreamConfig, calibration: Calibration | None) -> Correction | None:
@@ -31,26 +31,28 @@ def correction_of(model: nn.Module, config: StreamConfig, calibration: Calibrati
 def correction(model: nn.Module, calibration: Calibration) -> Correction:
     """What corrects the passes of a model by a calibration of its weights."""
     modules = dict(model.named_modules())
-    places = calibration.points.items()
-    points = [Point(name, modules[name], each.layout, len(each.mean), each.prefix) for name, each in places]
-    return Correction(points, calibration.points, calibration.rule)
+    return Correction(
+        {
+            Point(name, modules[name], SIDES[kind], each.layout, len(each.mean), each.prefix): each
+            for (kind, name), each in calibration.points.items()
+        },
+        calibration.rule,
+    )
 
 
 class Correction:
     """Calibrated statistics, ready to run.
 
     Args:
-        points: where passes are corrected.
-        statistics: of the source, by the name of a point.
+        points: where passes are corrected -> what the source is like there.
         rule: how.
     """
 
-    def __init__(self, points: Iterable[Point], statistics: Mapping[str, PointStatistics], rule: Rule) -> None:
-        chosen = [point for point in points if point.name in statistics]
+    def __init__(self, points: Mapping[Point, PointStatistics], rule: Rule) -> None:
         self._largest = rule.largest
-        self._points = chosen
         self._layers = {
-            point.name: _Layer(statistics[point.name], rule, next(_own_tensors(point.module), None)) for point in chosen
+            point: _Layer(statistics, rule, next(_own_tensors(point.module), None))
+            for point, statistics in points.items()
         }
         self._seen: dict[_Layer, Tensor] = {}
 
@@ -65,35 +67,39 @@ class Correction:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Inside the block, passes are corrected, each by its own statistics: nothing is carried from pass to pass."""
-        outputs = [point for point in self._points if not point.keeps_statistics]
-        layers = {point.module: self._layers[point.name] for point in self._points if point.keeps_statistics}
+        layers = {point.module: layer for point, layer in self._layers.items() if point.side == "statistics"}
 
         def share(norm: nn.Module, mean: Tensor, variance: Tensor) -> Tensor:
             return self._share(layers[norm], mean, variance)
 
-        with (
-            hooks(point.module.register_forward_hook(self._correct_output(point)) for point in outputs),
-            blended_statistics(layers, share),
-        ):
+        handles = (
+            point.module.register_forward_hook(self._after(point))
+            if point.side == "output"
+            else point.module.register_forward_pre_hook(self._before(point))
+            for point in self._layers
+            if point.side != "statistics"
+        )
+        with hooks(handles), blended_statistics(layers, share):
             yield
 
-    def _correct_output(self, point: Point) -> Any:
-        layer = self._layers[point.name]
+    def _after(self, point: Point) -> Any:
+        return lambda _module, _args, output: self._corrected(point, output)
 
-        def correct(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            x = output.detach()
-            mean, variance = point.moments(x)
-            share = self._share(layer, mean, variance)
-            deviation = layer.std.lerp(variance.sqrt(), share)
-            factor = layer.std / deviation.clamp_min(layer.floor)
-            shift = layer.mean - layer.mean.lerp(mean, share) * factor
-            factor, shift = (point.along_channels(v).to(x.dtype) for v in (factor, shift))
-            if not point.prefix:
-                return torch.addcmul(shift, output, factor)
-            patches = torch.addcmul(shift, point.patches(output), factor)
-            return torch.cat([output[:, : point.prefix], patches], 1)
+    def _before(self, point: Point) -> Any:
+        return lambda _module, args: (self._corrected(point, args[0]), *args[1:])
 
-        return correct
+    def _corrected(self, point: Point, x: Tensor) -> Tensor:
+        """`x` with the mean and deviation of the source, as far as its share of its own goes."""
+        layer = self._layers[point]
+        mean, variance = point.moments(x.detach())
+        share = self._share(layer, mean, variance)
+        deviation = layer.std.lerp(variance.sqrt(), share)
+        factor = layer.std / deviation.clamp_min(layer.floor)
+        shift = layer.mean - layer.mean.lerp(mean, share) * factor
+        factor, shift = (point.along_channels(v).to(x.dtype) for v in (factor, shift))
+        if not point.prefix:
+            return torch.addcmul(shift, x, factor)
+        return torch.cat([x[:, : point.prefix], torch.addcmul(shift, point.patches(x), factor)], 1)
 
     def _share(self, layer: _Layer, mean: Tensor, variance: Tensor) -> Tensor:
         """Share of the frame's own statistics: [C], or a scalar for a layer; 0 where they are not finite."""

@@ -72,18 +72,19 @@ def measure(
         fingerprint=fingerprint_of(model),
         stills=len(stills),
         size=(int(height), int(width)),
-        limits={kind: _limit(members, pairs) for kind, members in statistics.items()},
+        drifts={kind: _drifts(members, pairs) for kind, members in statistics.items()},
         loss=None if spread is None else (float(spread.mean()), float(spread.std())),
     )
 
 
-def _limit(points: Mapping[str, PointStatistics], moments: Mapping[str, tuple[Tensor, Tensor]]) -> float:
-    """The 95th percentile over the stills of the mean over points of a layer's divergence, in units of its mean."""
+def _drifts(points: Mapping[str, PointStatistics], moments: Mapping[str, tuple[Tensor, Tensor]]) -> list[float]:
+    """For each still the mean over points of a layer's divergence, in units of its mean over the stills."""
     layers = [
         divergence(*moments[name], each.mean, each.std).mean(1) / each.layer_usual.clamp_min(1e-12)
         for name, each in points.items()
     ]
-    return float(torch.stack(layers).mean(0).quantile(0.95))
+    drifts: list[float] = torch.stack(layers).mean(0).tolist()
+    return drifts
 
 
 def take_stills(
@@ -140,9 +141,9 @@ def measuring(points: Sequence[Point]) -> Iterator[dict[str, tuple[Tensor, Tenso
         return lambda _module, _args, output: see(point, output)
 
     with hooks(
-        point.module.register_forward_pre_hook(before(point), with_kwargs=True)
-        if point.keeps_statistics
-        else point.module.register_forward_hook(after(point))
+        point.module.register_forward_hook(after(point))
+        if point.side == "output"
+        else point.module.register_forward_pre_hook(before(point), with_kwargs=True)
         for point in points
     ):
         yield found

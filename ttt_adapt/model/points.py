@@ -1,6 +1,6 @@
 """Points of a model where the statistics of a frame can be measured and corrected.
 
-There are three kinds. Each point has C channels, and a frame has one mean and one deviation per channel there, over
+There are four kinds. Each point has C channels, and a frame has one mean and one deviation per channel there, over
 space.
 
 | kind | where |
@@ -8,6 +8,7 @@ space.
 | "batchnorm" | the input of every layer with running statistics: the frame's own may replace a part of them |
 | "norms" | the output of every other normalisation layer (LayerNorm, RMSNorm, GroupNorm, ...) |
 | "blocks" | the output of the model's repeated blocks (of a ViT, Swin, ConvNeXt, ResNet) |
+| "input" | the input of the first convolution: the image, as the model takes it |
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from ttt_adapt.errors import EncoderError
 from ttt_adapt.model.blocks import repeated_blocks
@@ -27,8 +27,11 @@ from ttt_adapt.model.norms import channel_moments, is_norm, norm_layers
 from ttt_adapt.model.probe import evaluating, probe_images, probe_sizes
 from ttt_adapt.model.trace import Trace
 
-KINDS = ("batchnorm", "norms", "blocks")
+KINDS = ("batchnorm", "norms", "blocks", "input")
 """Kinds of points, in the order in which a default is chosen."""
+
+SIDES: dict[str, Any] = {"batchnorm": "statistics", "norms": "output", "blocks": "output", "input": "input"}
+"""Kind of a point -> what is corrected there."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Point:
 
     Attributes:
         name: dotted path of the module.
-        module: whose input (of a layer with running statistics) or output (of every other) is meant.
+        module: the module.
+        side: what is corrected: its running "statistics", its "input" or its "output".
         layout: "nchw", "nhwc" or "tokens" ([B, prefix + h * w, C]).
         channels: C.
         prefix: leading tokens that are no patches (class, registers): they are neither measured nor corrected.
@@ -45,14 +49,10 @@ class Point:
 
     name: str
     module: nn.Module
+    side: Literal["statistics", "input", "output"]
     layout: Literal["nchw", "nhwc", "tokens"]
     channels: int
     prefix: int = 0
-
-    @property
-    def keeps_statistics(self) -> bool:
-        """Whether the module has running statistics, so that its input is meant."""
-        return isinstance(self.module, _NormBase)
 
     def patches(self, x: Tensor) -> Tensor:
         """A view of `x` without its prefix tokens."""
@@ -125,9 +125,11 @@ def points_of_pass(model: nn.Module, images: Tensor, run: Any) -> dict[str, list
         shape = before if kind == "batchnorm" else after
         if shape is None or (kind == "blocks" and before != after):
             continue
-        point = _point(names[module], module, shape, size, strides)
+        point = _point(names[module], module, SIDES[kind], shape, size, strides)
         if point is not None:
             found[kind].append(point)
+    if trace.stem is not None:
+        found["input"].append(Point(trace.stem_path, trace.stem, "input", "nchw", trace.stem.in_channels))
     return {kind: points for kind, points in found.items() if points}
 
 
@@ -161,7 +163,7 @@ def _strides(trace: Trace) -> list[int]:
 
 
 def _point(
-    name: str, module: nn.Module, shape: tuple[int, ...], size: tuple[int, int], strides: list[int]
+    name: str, module: nn.Module, side: Any, shape: tuple[int, ...], size: tuple[int, int], strides: list[int]
 ) -> Point | None:
     """The point with a tensor of this shape; None where it has no grid."""
     spec = None
@@ -172,4 +174,4 @@ def _point(
         spec = min(specs, key=lambda each: each.prefix, default=None)
     if spec is None:
         return None
-    return Point(name, module, spec.layout, spec.channels, spec.prefix)
+    return Point(name, module, side, spec.layout, spec.channels, spec.prefix)
