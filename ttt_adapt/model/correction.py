@@ -83,7 +83,12 @@ class Correction:
             yield
 
     def _after(self, point: Point) -> Any:
-        return lambda _module, _args, output: self._corrected(point, output)
+        def correct(_module: nn.Module, _args: Any, output: Any) -> Any:
+            if isinstance(output, Tensor):
+                return self._corrected(point, output)
+            return type(output)([self._corrected(point, output[0]), *output[1:]])
+
+        return correct
 
     def _before(self, point: Point) -> Any:
         return lambda _module, args: (self._corrected(point, args[0]), *args[1:])

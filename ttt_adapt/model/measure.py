@@ -138,7 +138,7 @@ def measuring(points: Sequence[Point]) -> Iterator[dict[str, tuple[Tensor, Tenso
         return lambda _module, args, kwargs: see(point, args[0] if args else kwargs["input"])
 
     def after(point: Point) -> Any:
-        return lambda _module, _args, output: see(point, output)
+        return lambda _module, _args, output: see(point, output if isinstance(output, Tensor) else output[0])
 
     with hooks(
         point.module.register_forward_hook(after(point))

@@ -150,7 +150,8 @@ class _Seen:
         self._hooks.__exit__(None, None, None)
 
     def _see(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        before, after = next(tensors([args, kwargs]), None), next(tensors(output), None)
+        plain = isinstance(output, Tensor) or (type(output) in (list, tuple) and isinstance(output[0], Tensor))
+        before, after = next(tensors([args, kwargs]), None), next(tensors(output), None) if plain else None
         self.calls[module] = self.calls.get(module, 0) + 1
         self.shapes[module] = tuple(None if x is None else tuple(x.shape) for x in (before, after))  # type: ignore[assignment]
 
