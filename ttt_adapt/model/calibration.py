@@ -190,6 +190,12 @@ class Calibration:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
+    def settle(self, config: StreamConfig) -> StreamConfig:
+        """`config` with the settings that were chosen for this model, where it has the values of the preset `online`."""
+        preset = StreamConfig.online()
+        own = {name: value for name, value in self.settings.items() if getattr(config, name) == getattr(preset, name)}
+        return config.replace(**own)
+
     def check(self, model: nn.Module) -> None:
         """Check that this is a calibration of the model's weights as they are.
 

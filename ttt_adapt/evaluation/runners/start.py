@@ -43,6 +43,8 @@ def start(arm: Arm, checkpoint: Checkpoint, config: StreamConfig, changes: Mappi
         ConfigError: the arm does not apply to this model, or the changes would make another arm of it; the message
             says why.
     """
+    if arm.name.partition("+")[0] == "online" and checkpoint.calibration is not None:
+        config = checkpoint.calibration.settle(config)
     return runner_of(arm, checkpoint, configured(arm, config, changes))
 
 
