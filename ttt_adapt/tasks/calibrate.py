@@ -152,13 +152,15 @@ def _labelled(
     Raises:
         DataError: there are none.
     """
+    samples: Sequence[Clip] | Sequence[Sample]
     if _is_street(data):
         from ttt_adapt.data.street.scene import CLASSES
 
         samples, classes = _street(names, size, count), tuple(CLASSES)
     else:
-        samples = open_clips(data, list(names) or None, size, classes=list(spec.classes) if is_unnamed(data) else None)
-        classes = samples[0].classes
+        known = list(spec.classes) if is_unnamed(data) else None
+        samples = clips = open_clips(data, list(names) or None, size, classes=known)
+        classes = clips[0].classes
     if classes != tuple(spec.classes):
         raise DataError(
             f"the labels of {data} are of the classes {', '.join(classes)}, and the checkpoint was trained on "
@@ -201,7 +203,8 @@ def _picked(samples: Sequence[Clip] | Sequence[Sample], count: int, unlabelled: 
 
 def _of_clips(clips: Sequence[Clip], count: int) -> list[Sample]:
     """Frames that are evenly spaced over all clips, one after the other."""
-    wanted, found, first = spread(sum(map(len, clips)), count), [], 0
+    wanted, first = spread(sum(map(len, clips)), count), 0
+    found: list[Sample] = []
     for clip in clips:
         found += _read(clip, [place - first for place in wanted if first <= place < first + len(clip)])
         first += len(clip)
