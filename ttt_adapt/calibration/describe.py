@@ -16,7 +16,7 @@ FAR = 0.5
 
 _WHERE = {
     "batchnorm": "at the input of every BatchNorm",
-    "norms": "at the output of every normalisation layer",
+    "norms": "at the output of every norm that is no BatchNorm",
     "blocks": "at the output of every block",
 }
 _KINDS = {"batchnorm": "BatchNorm inputs", "norms": "outputs of other norms", "blocks": "outputs of blocks"}
@@ -26,13 +26,13 @@ class Candidate(NamedTuple):
     """A rule that was tried.
 
     Attributes:
-        rule: in words.
+        rule: `Rule("none")` is the model as it is.
         gain: mean relative gain of the score under the drifts.
         loss: relative loss of the score without a drift.
         chosen: whether it is the rule of the calibration.
     """
 
-    rule: str
+    rule: Rule
     gain: float
     loss: float
     chosen: bool
@@ -54,10 +54,17 @@ def candidates_of(calibration: Calibration) -> list[Candidate]:
     found = []
     for row in calibration.record.get("candidates", ()):
         rule = _rule_of(row["rule"])
-        words = "the model as it is" if rule is None else describe_rule(rule)
-        chosen = (Rule("none") if rule is None else rule) == calibration.rule
-        found.append(Candidate(words, float(row["gain"]), float(row["loss"]), chosen))
+        found.append(Candidate(rule, float(row["gain"]), float(row["loss"]), rule == calibration.rule))
     return sorted(found, key=lambda each: -each.gain)
+
+
+def in_columns(rule: Rule) -> tuple[str, str, str]:
+    """A rule for a table: where it corrects, for what frames, and by how much."""
+    if rule.points == "none":
+        return "nowhere: the model as it is", "", ""
+    usual = "the mean still" if rule.margin == "mean" else "95 % of the stills"
+    beyond = usual if rule.strength == 1 else f"{rule.strength:g} x {usual}"
+    return _KINDS.get(rule.points, rule.points), beyond, f"{rule.largest:.0%} per {rule.per}"
 
 
 def drifts_of(calibration: Calibration) -> list[str]:
@@ -117,17 +124,19 @@ def _choice(calibration: Calibration) -> str:
     if not tried:
         return "not chosen: the default rule"
     by = "their labels" if calibration.record.get("by") == "labels" else "how little drifts move the predictions"
+    on = f"by {by}, on {', '.join(drifts_of(calibration))}"
+    if calibration.rule.points == "none":
+        return f"{on}: no rule gained"
     taken = next((each for each in tried if each.chosen), None)
-    numbers = "" if taken is None else f": gain {taken.gain:+.1%} under drifts, loss {taken.loss:.1%} without"
-    return f"by {by}, on {', '.join(drifts_of(calibration))}{numbers}"
+    return on if taken is None else f"{on}: {taken.gain:+.1%} under drifts, {-taken.loss:+.1%} without"
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in settings.items()) or "those of the preset"
 
 
-def _rule_of(saved: Any) -> Rule | None:
-    """The rule that a record holds; None for the model as it is."""
+def _rule_of(saved: Any) -> Rule:
+    """The rule that a record holds."""
     if not isinstance(saved, Mapping):
-        return None
+        return Rule("none")
     return Rule(**{each.name: saved[each.name] for each in fields(Rule) if each.name in saved})

@@ -87,7 +87,13 @@ def calibrate(
 
 def _show(model: object, calibration: Calibration) -> None:
     """What was measured, and the table of the rules that were tried."""
-    from ttt_adapt.calibration.describe import candidates_of, describe_calibration, describe_distance, is_far
+    from ttt_adapt.calibration.describe import (
+        candidates_of,
+        describe_calibration,
+        describe_distance,
+        in_columns,
+        is_far,
+    )
     from ttt_adapt.view.terminal import notice
 
     table = Table(show_header=False)
@@ -96,10 +102,11 @@ def _show(model: object, calibration: Calibration) -> None:
     console.print(table)
     tried = candidates_of(calibration)
     if tried:
-        table = Table("rule", "gain under drifts", "loss without", title="Rules that were tried")
+        columns = ("corrects", "frames beyond", "own share up to", "under drifts", "without")
+        table = Table(*columns, title="Rules that were tried, and what they do to the score", title_justify="left")
         for each in tried:
             style = "bold" if each.chosen else ""
-            table.add_row(escape(each.rule), f"{each.gain:+.1%}", f"{each.loss:+.1%}", style=style)
+            table.add_row(*in_columns(each.rule), f"{each.gain:+.1%}", f"{-each.loss:+.1%}", style=style)
         console.print(table)
     if is_far(calibration):
         notice(f"the stills are {describe_distance(calibration)}")

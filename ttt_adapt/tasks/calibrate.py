@@ -77,6 +77,8 @@ def open_stills(
         reason = f"{task.name} has no labels"
     elif labels is False:
         reason = "they are not asked for"
+    elif labels is None and Path(data).is_file():
+        reason = "a video has none"
     else:
         try:
             return _picked(_labelled(spec, str(data), names, size, count), count)
