@@ -59,6 +59,8 @@ def calibrate(
     from ttt_adapt.tasks.checkpoint import load_checkpoint, write_calibration
 
     chosen_on = DRIFTS if drifts is None else parse_names(drifts)
+    if choose and not chosen_on:
+        raise ConfigError("drifts is empty; expected at least one to choose on, or --no-choose")
     for drift in chosen_on:
         parse_drift(drift)  # it raises before anything is loaded
     target = model if out is None else out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -61,10 +61,18 @@ def run(
         size="native" if size == "native" else parse_size(size),
         limit=limit,
         fps=fps,
-        config=preset_config(preset, **{"seed": seed, **changes}),
+        config=preset_config(preset, **{**_chosen(checkpoint, preset), "seed": seed, **changes}),
         arm=arm,
         changes=changes,
         branch=parse_settings(branch, "mask_ratio=0.75"),
         device=pick_device(device),
     )
     say(f"wrote {counted(count, 'frame')} to {out}")
+
+
+def _chosen(checkpoint: Path, preset: str) -> dict[str, Any]:
+    """The settings of the online preset that the checkpoint's calibration chose."""
+    from ttt_adapt.tasks.checkpoint import read_calibration
+
+    calibration = read_calibration(checkpoint) if preset == "online" else None
+    return {} if calibration is None else dict(calibration.settings)

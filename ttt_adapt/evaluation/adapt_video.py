@@ -66,7 +66,8 @@ def adapt_video(
             video's aspect.
         limit: stop after this many frames; None: at the end.
         fps: frames per second of the written video; None: the source's own rate.
-        config: how to adapt; the default `StreamConfig` if None.
+        config: how to adapt. None: the default `StreamConfig`, or for a calibrated checkpoint `StreamConfig.online()`
+            with the settings that were chosen for it.
         arm: name of a streaming arm that runs instead; its own configuration varies `config`. None: reconstruction as
             `config` says, and calibrated statistics alone for a calibrated checkpoint without an MAE branch.
         changes: fields of the configuration that win over the arm's own defaults.
@@ -93,7 +94,7 @@ def adapt_video(
             video = stack.enter_context(open_video(source))
             rate = video.fps if fps is None else fps
             normalize = _normalize(model, size, video.size)
-            runner = stack.enter_context(closing(_start(model, config or StreamConfig(), arm, changes)))
+            runner = stack.enter_context(closing(_start(model, config, arm, changes)))
             fixed = load_checkpoint(checkpoint, device).model if view == "panels" else None
             pictures = _Pictures(model, fixed, normalize)
             remarks = _Remarks(video, source, out, rate, _how_it_runs(model, runner, checkpoint))
@@ -141,12 +142,17 @@ def _load(file: Path, task: str | None, arm: str | None, device: torch.device | 
     return checkpoint
 
 
-def _start(checkpoint: Checkpoint, config: StreamConfig, arm: str | None, changes: Mapping[str, Any] | None) -> Runner:
+def _start(
+    checkpoint: Checkpoint, config: StreamConfig | None, arm: str | None, changes: Mapping[str, Any] | None
+) -> Runner:
     """What runs the stream.
 
     Raises:
         ConfigError: the arm is unknown, needs the whole clip first, or does not apply to this checkpoint.
     """
+    if config is None:
+        chosen = checkpoint.calibration
+        config = StreamConfig() if chosen is None else StreamConfig.online(**chosen.settings)
     if arm is None and isinstance(checkpoint.branch, MAEBranch):
         return Adapting(checkpoint.branch, checkpoint.spec.preprocess(device_of(checkpoint)), config)
     found = find_arm("calibrated" if arm is None else arm)

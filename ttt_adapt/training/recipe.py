@@ -110,9 +110,8 @@ def train(
         branch["patch_size"] = checkpoint.mae_branch.patch_size
     criterion = checkpoint.task.criterion(samples)
     output_folder(out.parent)
-    if chosen and rank() == 0:
-        side = branch["patch_size"]
-        notice(f"mask patches of {side} x {side} pixels: chosen for the frames, patch_size of the branch sets another")
+    side = branch.get("patch_size")
+    note = f"mask patches of {side} x {side} pixels: chosen for the frames, patch_size of the branch sets another"
     depends_on = {
         "data": data,
         "clips": tuple(clips),
@@ -136,7 +135,9 @@ def train(
     if not resume:
         _remove(files)
     try:
-        _fit_stages(checkpoint, samples, criterion, dict(zip(files, stages, strict=True)), origin)
+        _fit_stages(
+            checkpoint, samples, criterion, dict(zip(files, stages, strict=True)), origin, note if chosen else ""
+        )
         made_from = {"data": data, "clips": list(clips), **start.record()}
         spec.training.extend({**dataclasses.asdict(stage), **made_from} for stage in stages)
         if half:
@@ -159,11 +160,12 @@ def _fit_stages(
     criterion: Criterion,
     stages: Mapping[Path, TrainConfig],
     origin: str,
+    note: str,
 ) -> None:
-    """Train one stage after the other; `stages` are by the file that keeps a stage's state."""
+    """Train one stage after the other; `stages` are by the file that keeps a stage's state, `note` comes first."""
     with process_group(next(checkpoint.model.parameters()).device):
-        for file, config in stages.items():
-            with _watch(config) as on_step:
+        for i, (file, config) in enumerate(stages.items()):
+            with _watch(config, "" if i else note) as on_step:
                 fit(
                     checkpoint.model,
                     checkpoint.branch,
@@ -254,16 +256,16 @@ def _open_stills(
     return labelled if task.labelled else dataclasses.replace(labelled, classes=(), palette=())
 
 
-def _watch(config: TrainConfig) -> Any:
-    """A progress bar on the first process; its advance takes `Progress`."""
-    return _Bar(config) if rank() == 0 else nullcontext(None)
+def _watch(config: TrainConfig, note: str = "") -> Any:
+    """A progress bar on the first process, with a note above it; its advance takes `Progress`."""
+    return _Bar(config, note) if rank() == 0 else nullcontext(None)
 
 
 class _Bar:
     """A progress bar over the updates of one stage."""
 
-    def __init__(self, config: TrainConfig) -> None:
-        self._title, self._config = f"train {config.stage}", config
+    def __init__(self, config: TrainConfig, note: str) -> None:
+        self._title, self._config, self._note = f"train {config.stage}", config, note
 
     def __enter__(self) -> Callable[[Progress], None]:
         self._bar: Any = None
@@ -271,6 +273,8 @@ class _Bar:
 
     def _step(self, progress: Progress) -> None:
         if self._bar is None:
+            if self._note:
+                notice(self._note)
             self._bar = progress_bar(self._title, progress.steps, "step")
             self._advance = self._bar.__enter__()
             for _ in range(progress.step - 1):  # a resumed run starts in the middle
