@@ -38,9 +38,14 @@ class Candidate(NamedTuple):
     chosen: bool
 
 
+def corrects(rule: Rule) -> bool:
+    """Whether a rule changes any frame."""
+    return rule.points != "none" and rule.largest > 0
+
+
 def describe_rule(rule: Rule) -> str:
     """How frames are corrected, in words."""
-    if rule.points == "none" or not rule.largest:
+    if not corrects(rule):
         return "no frame is corrected"
     usual = "stills do on average" if rule.margin == "mean" else "95 % of the stills do"
     more = "more than" if rule.strength == 1 else f"more than {rule.strength:g} times what"
@@ -54,13 +59,14 @@ def candidates_of(calibration: Calibration) -> list[Candidate]:
     found = []
     for row in calibration.record.get("candidates", ()):
         rule = _rule_of(row["rule"])
-        found.append(Candidate(rule, float(row["gain"]), float(row["loss"]), rule == calibration.rule))
+        chosen = rule == calibration.rule or not (corrects(rule) or corrects(calibration.rule))
+        found.append(Candidate(rule, float(row["gain"]), float(row["loss"]), chosen))
     return sorted(found, key=lambda each: -each.gain)
 
 
 def in_columns(rule: Rule) -> tuple[str, str, str]:
     """A rule for a table: where it corrects, for what frames, and by how much."""
-    if rule.points == "none":
+    if not corrects(rule):
         return "nowhere: the model as it is", "", ""
     usual = "the mean still" if rule.margin == "mean" else "95 % of the stills"
     beyond = usual if rule.strength == 1 else f"{rule.strength:g} x {usual}"
@@ -102,7 +108,7 @@ def describe_calibration(calibration: Calibration, model: nn.Module) -> list[tup
         ("measured at", ", ".join(measured)),
         ("corrected", describe_rule(calibration.rule)),
         ("chosen", _choice(calibration)),
-        ("settings", _settings(calibration.settings)),
+        ("settings", _settings(calibration)),
         ("stills' distance", describe_distance(calibration)),
     ]
     if calibration.loss is not None:
@@ -125,14 +131,22 @@ def _choice(calibration: Calibration) -> str:
         return "not chosen: the default rule"
     by = "their labels" if calibration.record.get("by") == "labels" else "how little drifts move the predictions"
     on = f"by {by}, on {', '.join(drifts_of(calibration))}"
-    if calibration.rule.points == "none":
+    if not corrects(calibration.rule):
         return f"{on}: no rule gained"
     taken = next((each for each in tried if each.chosen), None)
     return on if taken is None else f"{on}: {taken.gain:+.1%} under drifts, {-taken.loss:+.1%} without"
 
 
-def _settings(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in settings.items()) or "those of the preset"
+def _settings(calibration: Calibration) -> str:
+    """The settings that were chosen for gradient steps, and what they gained."""
+    if not calibration.settings:
+        return "those of the preset"
+    words = ", ".join(f"{name}={value!r}" for name, value in calibration.settings.items())
+    tried = calibration.record.get("settings", ())
+    taken = next((row for row in tried if row["settings"] == dict(calibration.settings)), None)
+    if taken is None:
+        return words
+    return f"{words}: {taken['gain']:+.1%} under drifts, {-taken['loss']:+.1%} without"
 
 
 def _rule_of(saved: Any) -> Rule:

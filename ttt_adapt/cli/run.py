@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -47,11 +47,13 @@ def run(
 ) -> None:
     """Adapt a trained model to a video, frame by frame, and write what it sees."""
     from ttt_adapt.evaluation.adapt_video import adapt_video
+    from ttt_adapt.evaluation.calibrated import chosen_settings
     from ttt_adapt.view.terminal import counted
 
     changes = parse_settings(settings)
     if arm is not None and preset != "online":
         raise ConfigError(f"--preset {preset} and --arm {arm} both say what runs: give one of them")
+    tuned = chosen_settings([checkpoint]) if preset == "online" else {}
     count = adapt_video(
         video,
         checkpoint,
@@ -61,18 +63,10 @@ def run(
         size="native" if size == "native" else parse_size(size),
         limit=limit,
         fps=fps,
-        config=preset_config(preset, **{**_chosen(checkpoint, preset), "seed": seed, **changes}),
+        config=preset_config(preset, **{**tuned, "seed": seed, **changes}),
         arm=arm,
         changes=changes,
         branch=parse_settings(branch, "mask_ratio=0.75"),
         device=pick_device(device),
     )
     say(f"wrote {counted(count, 'frame')} to {out}")
-
-
-def _chosen(checkpoint: Path, preset: str) -> dict[str, Any]:
-    """The settings of the online preset that the checkpoint's calibration chose."""
-    from ttt_adapt.tasks.checkpoint import read_calibration
-
-    calibration = read_calibration(checkpoint) if preset == "online" else None
-    return {} if calibration is None else dict(calibration.settings)

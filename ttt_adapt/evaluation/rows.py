@@ -15,12 +15,13 @@ from ttt_adapt.config import StreamConfig
 from ttt_adapt.data import Clip, StreetClip, is_unnamed
 from ttt_adapt.data.drift import NONE, Drift, Schedule
 from ttt_adapt.errors import CheckpointError, ConfigError, missing
+from ttt_adapt.evaluation.calibrated import digests
 from ttt_adapt.evaluation.realtime import stride
 from ttt_adapt.evaluation.runners import start
 from ttt_adapt.files import file_digest
 from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.tasks import find_task
-from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint, read_calibration, read_spec
+from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint, read_spec
 
 
 @dataclass(frozen=True)
@@ -81,23 +82,6 @@ def rows_of(
             )
     rows = [Row(arm.name, arm.title, tuple(checkpoints), own.get(arm.name, {}), branch or {}) for arm in found]
     return [Row("fixed", "Main Task Only", tuple(baselines)), *rows] if baselines else rows
-
-
-DEFAULT_ARMS = ("fixed", "no-memory", "implicit", "explicit", "online")
-
-
-def default_arms(checkpoints: Sequence[Path]) -> tuple[str, ...]:
-    """The arms that are compared unless somebody names others: `DEFAULT_ARMS`, and calibrated statistics where all
-    checkpoints are calibrated. Where none of the checkpoints has a branch either, there is nothing else to compare.
-
-    Raises:
-        CheckpointError: a file cannot be read.
-    """
-    if not checkpoints or any(read_calibration(path) is None for path in checkpoints):
-        return DEFAULT_ARMS
-    if all(read_spec(path).branch is None for path in checkpoints):
-        return ("fixed", "calibrated")
-    return ("fixed", "calibrated", *DEFAULT_ARMS[1:])
 
 
 def unheeded(rows: Sequence[Row], config: StreamConfig, fields: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -268,9 +252,8 @@ def _check_one_task(paths: Sequence[Path]) -> None:
 def describe(row: Row) -> dict[str, Any]:
     """What a row is, for the record."""
     found: dict[str, Any] = {"arm": row.arm, "checkpoints": fingerprints(row.checkpoints)}
-    calibrations = [read_calibration(path) for path in row.checkpoints]
-    if any(calibrations):
-        found["calibrations"] = [None if each is None else each.digest for each in calibrations]
+    if calibrations := digests(row.checkpoints):
+        found["calibrations"] = calibrations
     if row.changes:
         found["changes"] = dict(row.changes)
     if row.branch:

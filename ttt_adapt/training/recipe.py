@@ -112,6 +112,7 @@ def train(
     output_folder(out.parent)
     side = branch.get("patch_size")
     note = f"mask patches of {side} x {side} pixels: chosen for the frames, patch_size of the branch sets another"
+    note = note if chosen else ""
     depends_on = {
         "data": data,
         "clips": tuple(clips),
