@@ -56,11 +56,21 @@ def clips(tmp_path_factory) -> Path:
 
 
 def test_every_command_has_help():
-    assert all(name in invoke("--help") for name in ("demo", "train", "run", "eval", "info"))
+    assert all(name in invoke("--help") for name in ("demo", "train", "calibrate", "run", "eval", "info"))
     options = {
         "demo": ("--out", "--frames", "--seed"),
-        "train": ("--encoder", "--branch", "--recipe", "--resume", "--init", "--precision", "--accumulate"),
-        "run": ("--checkpoint", "--out", "--view", "--limit", "--preset", "--set"),
+        "train": (
+            "--encoder",
+            "--branch",
+            "--recipe",
+            "--resume",
+            "--init",
+            "--precision",
+            "--accumulate",
+            "--no-calibrate",
+        ),
+        "calibrate": ("--stills", "--clips", "--labels", "--out", "--size", "--drifts", "--no-choose", "--seed"),
+        "run": ("--checkpoint", "--out", "--view", "--limit", "--preset", "--arm", "--set"),
         "eval": ("--checkpoint", "--baseline", "--arms", "--seeds", "--clips"),
         "info": ("--encoder", "--branch", "--size"),
     }
@@ -412,11 +422,14 @@ def test_ctrl_c_while_running_leaves_a_playable_video(trained, tmp_path):
 def test_two_processes_train_through_torchrun(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "ttt_adapt"]
     done = subprocess.run(
-        [*launch, "train", *TRAIN, f"--out={tmp_path / 'two.safetensors'}"],
+        [*launch, "train", *TRAIN, "--stills=8", f"--out={tmp_path / 'two.safetensors'}"],
         capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert load_checkpoint(tmp_path / "two.safetensors").branch is not None
+    made = load_checkpoint(tmp_path / "two.safetensors")
+    assert made.branch is not None
+    made.calibration.check(made.model)
+    assert done.stderr.count("calibrated on 8 of 8 training stills") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["two.safetensors"]
 
 

@@ -15,6 +15,7 @@ try:
 except ImportError as error:  # the core does not need them
     raise missing("typer or rich", "cli") from error
 
+from ttt_adapt.cli.calibrate import calibrate
 from ttt_adapt.cli.demo import demo
 from ttt_adapt.cli.eval import evaluate
 from ttt_adapt.cli.info import info
@@ -27,7 +28,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make an existing vision model keep learning from the video it is watching.",
 )
-for _name, _command in (("demo", demo), ("train", train), ("run", run), ("eval", evaluate), ("info", info)):
+for _name, _command in (
+    ("demo", demo),
+    ("train", train),
+    ("calibrate", calibrate),
+    ("run", run),
+    ("eval", evaluate),
+    ("info", info),
+):
     app.command(_name, cls=TrainCommand if _command is train else None)(_command)
 
 

@@ -27,7 +27,6 @@ DRIFTS = (
     "night", "noise", "fog", "rain", "blur", "motion-blur", "jpeg", "low-contrast", "white-balance", "exposure-flicker",
 )  # fmt: skip
 """Those of `ttt_adapt.data.drift`, which loads torch."""
-DEFAULT_ARMS = ("fixed", "no-memory", "implicit", "explicit", "online")
 
 
 def evaluate(
@@ -39,7 +38,11 @@ def evaluate(
         list[Path] | None, typer.Option(help="Checkpoint trained for the main task alone; one per seed.")
     ] = None,
     arms: Annotated[
-        str | None, typer.Option(help=f"Comma-separated arms; by default {', '.join(DEFAULT_ARMS)}.")
+        str | None,
+        typer.Option(
+            help="Comma-separated arms; by default fixed, calibrated (where there is a calibration), no-memory, "
+            "implicit, explicit, online."
+        ),
     ] = None,
     study: Annotated[
         str | None, typer.Option(help="memory, window, smoothness, iterations or mask-ratio, instead of --arms.")
@@ -86,6 +89,7 @@ def evaluate(
 ) -> None:
     """Compare arms on clips: tables, a JSON and plots."""
     from ttt_adapt.data.drift import parse_drifts
+    from ttt_adapt.evaluation.calibrated import chosen_settings, default_arms
     from ttt_adapt.evaluation.rows import clips_from, rows_of, unheeded
     from ttt_adapt.evaluation.session import check_failures
     from ttt_adapt.evaluation.session import evaluate as evaluate_rows
@@ -104,9 +108,11 @@ def evaluate(
             f"--set {next(iter(own))}.…: a study brings its own rows; --set NAME=VALUE changes all of them"
         )
     hidden = parse_settings(branch, "mask_ratio=0.75")
-    names = DEFAULT_ARMS if arms is None else parse_names(arms)
-    rows = [] if chosen else rows_of(names, checkpoint, baseline or [], own, hidden)
     numbers = parse_seeds(seeds, checkpoint, baseline or [])
+    names = parse_names(arms) if arms is not None else () if chosen else default_arms(checkpoint)
+    if "online" in names and preset == "online" and (tuned := chosen_settings(checkpoint, common)):
+        own["online"] = {**tuned, **own.get("online", {})}
+    rows = [] if chosen else rows_of(names, checkpoint, baseline or [], own, hidden)
     charged = parse_forwards(real_time, forwards, chosen.arms if chosen else names)
     spec = read_spec(checkpoint[0])
     found = clips_from(

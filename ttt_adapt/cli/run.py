@@ -19,6 +19,7 @@ from ttt_adapt.cli.options import (
     preset_config,
 )
 from ttt_adapt.cli.output import say
+from ttt_adapt.errors import ConfigError
 
 
 def run(
@@ -35,6 +36,10 @@ def run(
         float | None, typer.Option(help="Frames a second of the mp4; by default the video's own, 25 for a folder.")
     ] = None,
     preset: Preset = "online",
+    arm: Annotated[
+        str | None,
+        typer.Option(help="Any streaming arm instead of a preset: fixed, calibrated, norm-blend, tent, ..."),
+    ] = None,
     settings: Settings = None,
     branch: TestBranch = None,
     seed: Seed = 0,
@@ -42,8 +47,13 @@ def run(
 ) -> None:
     """Adapt a trained model to a video, frame by frame, and write what it sees."""
     from ttt_adapt.evaluation.adapt_video import adapt_video
+    from ttt_adapt.evaluation.calibrated import chosen_settings
     from ttt_adapt.view.terminal import counted
 
+    changes = parse_settings(settings)
+    if arm is not None and preset != "online":
+        raise ConfigError(f"--preset {preset} and --arm {arm} both say what runs: give one of them")
+    tuned = chosen_settings([checkpoint]) if preset == "online" else {}
     count = adapt_video(
         video,
         checkpoint,
@@ -53,7 +63,9 @@ def run(
         size="native" if size == "native" else parse_size(size),
         limit=limit,
         fps=fps,
-        config=preset_config(preset, **{"seed": seed, **parse_settings(settings)}),
+        config=preset_config(preset, **{**tuned, "seed": seed, **changes}),
+        arm=arm,
+        changes=changes,
         branch=parse_settings(branch, "mask_ratio=0.75"),
         device=pick_device(device),
     )

@@ -80,6 +80,9 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on where an interrupted run stopped.")] = False,
     half: Annotated[bool, typer.Option(help="Store weights as float16.")] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate/--no-calibrate", help="Calibrate the trained model on its own stills.")
+    ] = True,
     workers: Annotated[int, typer.Option(min=0, metavar="N", help="Processes that load data.")] = 0,
     seed: Seed = 0,
     device: Device = "auto",
@@ -115,6 +118,7 @@ def train(
         pretrained=pretrained,
         resume=resume,
         half=half,
+        calibrate=calibrate,
         device=pick_device(device),
         config=config,
         task=task,

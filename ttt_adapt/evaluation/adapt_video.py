@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +13,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from ttt_adapt.adapter import StreamAdapter
+from ttt_adapt.arms import find_arm
+from ttt_adapt.calibration.describe import describe_rule
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError, ConfigError
+from ttt_adapt.evaluation.runners.base import Runner, device_of
+from ttt_adapt.evaluation.runners.modifiers import Modified
+from ttt_adapt.evaluation.runners.start import start
+from ttt_adapt.evaluation.runners.streaming import Adapting
 from ttt_adapt.files import output_folder
 from ttt_adapt.model.frames import Normalize
+from ttt_adapt.objectives.forward_only import ForwardOnly
+from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.tasks import find_task
 from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint
 from ttt_adapt.video import DEFAULT_FPS, VideoReader, VideoWriter, check_format, open_video
@@ -39,6 +46,8 @@ def adapt_video(
     limit: int | None = None,
     fps: float | None = None,
     config: StreamConfig | None = None,
+    arm: str | None = None,
+    changes: Mapping[str, Any] | None = None,
     branch: Mapping[str, Any] | None = None,
     task: str | None = None,
     device: torch.device | str = "cpu",
@@ -57,7 +66,11 @@ def adapt_video(
             video's aspect.
         limit: stop after this many frames; None: at the end.
         fps: frames per second of the written video; None: the source's own rate.
-        config: how to adapt; the default `StreamConfig` if None.
+        config: how to adapt. None: the default `StreamConfig`, or for a calibrated checkpoint `StreamConfig.online()`
+            with the settings that were chosen for it.
+        arm: name of a streaming arm that runs instead; its own configuration varies `config`. None: reconstruction as
+            `config` says, and calibrated statistics alone for a calibrated checkpoint without an MAE branch.
+        changes: fields of the configuration that win over the arm's own defaults.
         branch: what the branch hides and scores at test time, see `MAEBranch.using`.
         task: what the checkpoint is expected to be trained for; None: whatever it is.
         device: where to run.
@@ -72,32 +85,31 @@ def adapt_video(
     if view not in ("overlay", "panels"):
         raise ConfigError(f'view is {view!r}; expected "overlay" or "panels"')
     _check_files(source, checkpoint, out, fps)
-    model = _load(checkpoint, task, device)
+    model = _load(checkpoint, task, arm, device)
     writer = None
     try:
         with ExitStack() as stack:
-            stack.enter_context(model.mae_branch.using(**(branch or {})))
+            if branch or (arm is None and model.calibration is None):
+                stack.enter_context(model.mae_branch.using(**(branch or {})))  # it raises where there is none
             video = stack.enter_context(open_video(source))
             rate = video.fps if fps is None else fps
             normalize = _normalize(model, size, video.size)
-            adapter = stack.enter_context(
-                StreamAdapter(model.model, model.branch, config=config or StreamConfig(), preprocess=normalize)
-            )
+            runner = stack.enter_context(closing(_start(model, config, arm, changes)))
             fixed = load_checkpoint(checkpoint, device).model if view == "panels" else None
             pictures = _Pictures(model, fixed, normalize)
-            remarks = _Remarks(video, source, out, rate)
+            remarks = _Remarks(video, source, out, rate, _how_it_runs(model, runner, checkpoint))
             total = video.length if limit is None else min(video.length or limit, limit)
             advance = stack.enter_context(progress_bar(video.name, total))
             for frame in islice(video, limit):
                 seen = model.task.see(frame)
-                picture = pictures.draw(seen, adapter.step(seen))
+                shown = seen if size == "native" else normalize(seen)  # a runner knows of no resizing
+                picture = pictures.draw(seen, runner.step(shown))
                 if writer is None:
                     output_folder(out.parent)
                     writer = stack.enter_context(VideoWriter(out, rate))
                 remarks.look(frame, seen, picture)
                 writer.write(picture)
-                assert adapter.last is not None
-                advance(adapter.last.losses[0] if adapter.last.losses else None)
+                advance(runner.loss)
     except BaseException:
         if writer is not None and writer.finished:
             notice(f"kept in {writer.path}: {counted(writer.count, 'frame')}")
@@ -113,8 +125,8 @@ def _check_files(source: str, checkpoint: Path, out: Path, fps: float | None) ->
     check_format(out, fps)
 
 
-def _load(file: Path, task: str | None, device: torch.device | str) -> Checkpoint:
-    """The checkpoint, if it is for the task and can adapt."""
+def _load(file: Path, task: str | None, arm: str | None, device: torch.device | str) -> Checkpoint:
+    """The checkpoint, if it is for the task and there is something to run it by."""
     if task is not None:
         find_task(task)
     checkpoint = load_checkpoint(file, device)
@@ -122,11 +134,49 @@ def _load(file: Path, task: str | None, device: torch.device | str) -> Checkpoin
         raise CheckpointError(
             f"{file} was trained for {checkpoint.task.name}, not for {task}: leave task out, or train one for {task}"
         )
-    if checkpoint.branch is None:
+    if checkpoint.branch is None and checkpoint.calibration is None and arm is None:
         raise CheckpointError(
-            f"{file} was trained for the main task alone and cannot adapt: train it with the recipe 'joint'"
+            f"{file} was trained for the main task alone and cannot adapt: calibrate it (ttt-adapt calibrate), or "
+            "train it with the recipe 'joint'"
         )
     return checkpoint
+
+
+def _start(
+    checkpoint: Checkpoint, config: StreamConfig | None, arm: str | None, changes: Mapping[str, Any] | None
+) -> Runner:
+    """What runs the stream.
+
+    Raises:
+        ConfigError: the arm is unknown, needs the whole clip first, or does not apply to this checkpoint.
+    """
+    if config is None:
+        chosen = checkpoint.calibration
+        config = StreamConfig() if chosen is None else StreamConfig.online(**chosen.settings)
+    if arm is None and isinstance(checkpoint.branch, MAEBranch):
+        return Adapting(checkpoint.branch, checkpoint.spec.preprocess(device_of(checkpoint)), config)
+    found = find_arm("calibrated" if arm is None else arm)
+    if not found.streaming:
+        raise ConfigError(
+            f"arm {found.name} sees the whole clip before it predicts, and a video is shown frame by frame: expected "
+            "a streaming arm, such as online; `ttt-adapt eval` runs the others"
+        )
+    return start(found, checkpoint, config, changes)
+
+
+def _how_it_runs(checkpoint: Checkpoint, runner: Runner, file: Path) -> str:
+    """What the calibration does to this stream, as a sentence; "" where a calibration would change nothing of it."""
+    while isinstance(runner, Modified):
+        runner = runner.runner
+    if not isinstance(runner, Adapting):
+        return ""
+    if checkpoint.calibration is None:
+        how = f"ttt-adapt calibrate {shlex.quote(str(file))} STILLS takes some 40 frames of ordinary scenes"
+        return f"{file.name} is not calibrated: {how}" if runner.adapter.config.norm_stats == "frozen" else ""
+    if runner.adapter.config.norm_stats != "calibrated":
+        return f"{file.name} is calibrated, and this arm does not use it"
+    steps = "without" if isinstance(runner.adapter.branch, ForwardOnly) else "with"
+    return f"calibrated statistics, {steps} gradient steps: {describe_rule(checkpoint.calibration.rule)}"
 
 
 def _normalize(
@@ -144,8 +194,8 @@ def _normalize(
 class _Remarks:
     """Tells the user what is unusual about the video and about what is written, each thing once."""
 
-    def __init__(self, video: VideoReader, source: str, out: Path, rate: float | None) -> None:
-        self._video, self._source, self._out, self._rate = video, source, out, rate
+    def __init__(self, video: VideoReader, source: str, out: Path, rate: float | None, how: str) -> None:
+        self._video, self._source, self._out, self._rate, self._how = video, source, out, rate, how
         self._begun = self._coloured = False
 
     def look(self, frame: np.ndarray, seen: np.ndarray, picture: np.ndarray) -> None:
@@ -161,6 +211,8 @@ class _Remarks:
 
     def _begin(self, name: str, height: int, width: int) -> None:
         """Say what is known when the first picture is there."""
+        if self._how:
+            notice(self._how)
         if self._rate is None:
             notice(f"{name} has no frame rate: written at {DEFAULT_FPS} frames a second; fps sets another rate")
         elif self._video.uneven:
@@ -197,17 +249,16 @@ class _Pictures:
         if self._fixed is None:
             return adapted
         x = self._normalize(frame)
-        generator = torch.Generator(self._device).manual_seed(0)
-        seen = self._checkpoint.mae_branch.reconstruct(x, generator=generator)
-        return panels(
-            {
-                self._checkpoint.task.source: frame,
-                "fixed": self._picture(frame, self._fixed(x)),
-                "adapted": adapted,
-                "reconstruction": reconstruction_image(seen, x, self._normalize),
-            },
-            columns=2,
-        )
+        shown = {
+            self._checkpoint.task.source: frame,
+            "fixed": self._picture(frame, self._fixed(x)),
+            "adapted": adapted,
+        }
+        if isinstance(self._checkpoint.branch, MAEBranch):
+            generator = torch.Generator(self._device).manual_seed(0)
+            seen = self._checkpoint.branch.reconstruct(x, generator=generator)
+            shown["reconstruction"] = reconstruction_image(seen, x, self._normalize)
+        return panels(shown, columns=2)
 
     def _picture(self, frame: np.ndarray, output: torch.Tensor) -> np.ndarray:
         task = self._checkpoint.task

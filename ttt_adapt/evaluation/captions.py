@@ -33,7 +33,7 @@ def score_note(report: Report, reference: str) -> str:
         for metric in report.task.metrics
         if metric.note and any(run.value(metric) is not None for run in report.runs)
     ]
-    return " ".join(filter(None, [*sentences, _real_time_note(report)]))
+    return " ".join(filter(None, [*sentences, calibration_note(report), _real_time_note(report)]))
 
 
 def mark_note(report: Report) -> str:
@@ -41,6 +41,17 @@ def mark_note(report: Report) -> str:
     if all(run.streaming for run in report.runs):
         return ""
     return "† sees the whole clip before it predicts; ‡ and chooses by the labels: a bound, not a method."
+
+
+def calibration_note(report: Report) -> str:
+    """Which rows ran a calibrated model, with hashes of the calibrations; "" where none did."""
+    rows = report.config.get("rows", {})
+    found = {arm: [each or "none" for each in rows.get(arm, {}).get("calibrations", ())] for arm in report.arms}
+    if not any(found.values()):
+        return ""
+    each = "; ".join(f"{report.marked(arm)} {', '.join(digests) or 'none'}" for arm, digests in found.items())
+    same = {", ".join(digests) for digests in found.values()}
+    return f"Calibration of the models: {same.pop() if len(same) == 1 else each}."
 
 
 def _real_time_note(report: Report) -> str:

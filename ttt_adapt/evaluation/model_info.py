@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ttt_adapt.calibration.describe import describe_calibration
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.engine.choose import describe_engines
 from ttt_adapt.engine.recompute import blocks_to_repeat
@@ -19,7 +21,7 @@ from ttt_adapt.errors import ConfigError, missing, nearest
 from ttt_adapt.model.hooks import run_encoder
 from ttt_adapt.model.norms import norm_layers
 from ttt_adapt.objectives.mae import MAEBranch
-from ttt_adapt.tasks.checkpoint import load_checkpoint
+from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,13 @@ def inspect_model(
         ConfigError: unknown model, a setting that a trained branch cannot change, or a crop larger than the frame.
         EncoderError: unknown encoder.
     """
-    config, settings = config or StreamConfig(), attach or {}
+    config, settings, calibration = config or StreamConfig(), attach or {}, []
     with ExitStack() as stack:
         if name.endswith(".safetensors"):
             checkpoint = load_checkpoint(name, device)
             size = size or checkpoint.spec.size
             model: nn.Module = checkpoint.model
+            calibration = _calibration_rows(checkpoint, name)
             if checkpoint.branch is None:
                 branch = MAEBranch.attach(model, encoder or "backbone", **settings)
             else:
@@ -72,7 +75,14 @@ def inspect_model(
         else:
             model = _timm_model(name).to(device)
             branch = MAEBranch.attach(model, encoder or _default_encoder(model), **settings)
-        return ModelInfo(_describe(model, branch, size or branch.info.probe_size, config))
+        return ModelInfo([*_describe(model, branch, size or branch.info.probe_size, config), *calibration])
+
+
+def _calibration_rows(checkpoint: Checkpoint, name: str) -> list[tuple[str, str]]:
+    """The checkpoint's calibration, or how to make one."""
+    if checkpoint.calibration is None:
+        return [("calibration", f"none; ttt-adapt calibrate {shlex.quote(name)} STILLS makes one")]
+    return describe_calibration(checkpoint.calibration, checkpoint.model)
 
 
 def _refuse_encoder(name: str, encoder: str | None, own: str) -> None:

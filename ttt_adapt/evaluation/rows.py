@@ -15,6 +15,7 @@ from ttt_adapt.config import StreamConfig
 from ttt_adapt.data import Clip, StreetClip, is_unnamed
 from ttt_adapt.data.drift import NONE, Drift, Schedule
 from ttt_adapt.errors import CheckpointError, ConfigError, missing
+from ttt_adapt.evaluation.calibrated import digests
 from ttt_adapt.evaluation.realtime import stride
 from ttt_adapt.evaluation.runners import start
 from ttt_adapt.files import file_digest
@@ -251,6 +252,8 @@ def _check_one_task(paths: Sequence[Path]) -> None:
 def describe(row: Row) -> dict[str, Any]:
     """What a row is, for the record."""
     found: dict[str, Any] = {"arm": row.arm, "checkpoints": fingerprints(row.checkpoints)}
+    if calibrations := digests(row.checkpoints):
+        found["calibrations"] = calibrations
     if row.changes:
         found["changes"] = dict(row.changes)
     if row.branch:

@@ -191,7 +191,7 @@ class Calibration:
         return dataclasses.replace(self, **changes)
 
     def settle(self, config: StreamConfig) -> StreamConfig:
-        """`config` with the settings that were chosen for this model, where it has the values of the preset `online`."""
+        """`config` with the settings chosen for this model, where it has the values of the preset `online`."""
         preset = StreamConfig.online()
         own = {name: value for name, value in self.settings.items() if getattr(config, name) == getattr(preset, name)}
         return config.replace(**own)

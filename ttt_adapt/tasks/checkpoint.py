@@ -98,13 +98,35 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, half: bool = False
     weights = {f"model.{name}": value for name, value in checkpoint.model.state_dict().items()}
     if checkpoint.branch is not None:
         weights |= {f"branch.{name}": value for name, value in checkpoint.branch.state_dict().items()}
-    if half:  # not the calibration: the divergence of a channel can be larger than float16 holds
-        rounded = {name: v.half() for name, v in weights.items() if v.is_floating_point()}
-        weights |= {name: v for name, v in rounded.items() if not name.startswith("calibration.")}
     metadata = {"format": str(FORMAT), "spec": checkpoint.spec.to_json()}
-    if checkpoint.calibration is not None:
-        metadata["calibration"] = checkpoint.calibration.to_json()
-        weights |= {f"calibration.{name}": value for name, value in checkpoint.calibration.tensors().items()}
+    if half:
+        weights = {name: v.half() if v.is_floating_point() else v for name, v in weights.items()}
+    _write(path, weights, metadata, checkpoint.calibration)
+
+
+def write_calibration(source: str | Path, calibration: Calibration, out: str | Path | None = None) -> None:
+    """Write a checkpoint's file with this calibration; weights and description stay, bit for bit.
+
+    Args:
+        source: the checkpoint.
+        calibration: of its weights.
+        out: where to write; None: into `source`, which stays as it is until the new file is complete.
+
+    Raises:
+        CheckpointError: as for `load_checkpoint`, or the file cannot be written.
+    """
+    weights, metadata = _raw(source, "cpu")
+    kept = {name: value for name, value in weights.items() if not name.startswith("calibration.")}
+    _write(source if out is None else out, kept, metadata, calibration)
+
+
+def _write(
+    path: str | Path, weights: dict[str, Tensor], metadata: dict[str, str], calibration: Calibration | None
+) -> None:
+    """Write a whole checkpoint, atomically."""
+    if calibration is not None:  # never as float16: the divergence of a channel can be larger than it holds
+        metadata = {**metadata, "calibration": calibration.to_json()}
+        weights = weights | {f"calibration.{name}": value for name, value in calibration.tensors().items()}
     library = _safetensors()
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -140,6 +162,16 @@ def read_spec(path: str | Path) -> ModelSpec:
         CheckpointError: as for `load_checkpoint`.
     """
     return _read(path, "cpu")[1]
+
+
+def read_calibration(path: str | Path) -> Calibration | None:
+    """The calibration in a checkpoint, without building the model; None where it is not calibrated.
+
+    Raises:
+        CheckpointError: as for `load_checkpoint`.
+    """
+    weights, _, text = _read(path, "cpu")
+    return None if text is None else Calibration.of_tensors(_part(weights, "calibration."), text, str(path))
 
 
 def load_initial(path: str | Path, checkpoint: Checkpoint) -> None:
@@ -183,6 +215,13 @@ def _part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _read(path: str | Path, device: torch.device | str) -> tuple[dict[str, Tensor], ModelSpec, str | None]:
     """Weights, description, and the calibration's text; None without one."""
+    weights, metadata = _raw(path, device)
+    floats = {n: v.float() if v.dtype is torch.float16 else v for n, v in weights.items()}
+    return floats, ModelSpec.of_json(metadata["spec"]), metadata.get("calibration")
+
+
+def _raw(path: str | Path, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a checkpoint as they are in the file; the description can be read."""
     if not Path(path).is_file():
         raise CheckpointError(f"there is no checkpoint {path}: train one with `ttt-adapt train`")
     library = _safetensors()
@@ -191,13 +230,12 @@ def _read(path: str | Path, device: torch.device | str) -> tuple[dict[str, Tenso
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         check_format_number(int(metadata.get("format", FORMAT)), FORMAT, path)
-        spec = ModelSpec.of_json(metadata["spec"])
+        ModelSpec.of_json(metadata["spec"])
     except CheckpointError:
         raise
     except (KeyError, TypeError, ValueError, OSError, library.SafetensorError) as error:
         raise CheckpointError(f"{path} is no checkpoint written by ttt_adapt: {error}") from error
-    floats = {n: v.float() if v.dtype is torch.float16 else v for n, v in weights.items()}
-    return floats, spec, metadata.get("calibration")
+    return weights, metadata
 
 
 def _safetensors() -> Any:

@@ -20,6 +20,7 @@ from ttt_adapt.tasks import Criterion, Stills, Task, find_task, task_of
 from ttt_adapt.tasks.checkpoint import OBJECTIVES, Checkpoint, save_checkpoint
 from ttt_adapt.tasks.spec import ModelSpec
 from ttt_adapt.training.distributed import process_group, rank
+from ttt_adapt.training.finish import calibrate_trained, round_to_half
 from ttt_adapt.training.joint import Progress, TrainConfig, fit
 from ttt_adapt.training.start import find_start
 from ttt_adapt.view.terminal import notice, progress_bar
@@ -45,12 +46,13 @@ def train(
     pretrained: str | Path | None = None,
     resume: bool = False,
     half: bool = False,
+    calibrate: bool = True,
     device: torch.device | str = "cpu",
     config: TrainConfig | None = None,
     task: str = "segmentation",
     task_options: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """Train and write the checkpoint; with `resume`, go on from the state files beside it.
+    """Train, calibrate and write the checkpoint; with `resume`, go on from the state files beside it.
 
     Args:
         data: a folder of clips or stills, with labels where the task has some, or "street" for the rendered street of
@@ -72,6 +74,7 @@ def train(
             in timm's or torchvision's names, or "package:efficientnet-lite0". They bring their own mean and std.
         resume: go on where an interrupted run with the same arguments stopped.
         half: store weights as float16.
+        calibrate: calibrate the trained model on some of its own stills (`ttt_adapt.tasks.calibrate`).
         device: where to train; under `torchrun`, each process takes the CUDA device of its own rank.
         config: of the last stage, the default `TrainConfig` if None; the first differs in stage and epochs only.
         task: what the head is trained for, see `ttt_adapt.tasks`.
@@ -137,7 +140,11 @@ def train(
         _fit_stages(checkpoint, samples, criterion, dict(zip(files, stages, strict=True)), origin, notes)
         made_from = {"data": data, "clips": list(clips), **start.record()}
         spec.training.extend({**dataclasses.asdict(stage), **made_from} for stage in stages)
+        if half:
+            round_to_half(checkpoint)
         if rank() == 0:
+            if calibrate:
+                calibrate_trained(checkpoint, opened, config.seed)
             save_checkpoint(out, checkpoint, half)
         _remove(files)
     except KeyboardInterrupt:

@@ -1,0 +1,156 @@
+"""A calibration in words: for `ttt-adapt calibrate`, `info` and `run`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ttt_adapt.errors import ConfigError
+from ttt_adapt.model.calibration import Calibration, Rule
+
+FAR = 0.5
+"""Stills whose `Calibration.distance` is larger are probably no ordinary scenes of what the model was trained on."""
+
+_WHERE = {
+    "batchnorm": "at the input of every BatchNorm",
+    "norms": "at the output of every norm that is no BatchNorm",
+    "blocks": "at the output of every block",
+}
+_KINDS = {"batchnorm": "BatchNorm inputs", "norms": "outputs of other norms", "blocks": "outputs of blocks"}
+
+
+class Candidate(NamedTuple):
+    """A rule that was tried.
+
+    Attributes:
+        rule: `Rule("none")` is the model as it is.
+        gain: mean relative gain of the score under the drifts.
+        loss: relative loss of the score without a drift.
+        chosen: whether it is the rule of the calibration.
+    """
+
+    rule: Rule
+    gain: float
+    loss: float
+    chosen: bool
+
+
+def corrects(rule: Rule) -> bool:
+    """Whether a rule changes any frame."""
+    return rule.points != "none" and rule.largest > 0
+
+
+def describe_rule(rule: Rule) -> str:
+    """How frames are corrected, in words."""
+    if not corrects(rule):
+        return "no frame is corrected"
+    usual = "stills do on average" if rule.margin == "mean" else "95 % of the stills do"
+    more = "more than" if rule.strength == 1 else f"more than {rule.strength:g} times what"
+    per = "one share per layer" if rule.per == "layer" else "one share per channel"
+    where = _WHERE.get(rule.points, rule.points)
+    return f"{where}, a frame that differs {more} {usual} gets up to {rule.largest:.0%} of its own statistics, {per}"
+
+
+def candidates_of(calibration: Calibration) -> list[Candidate]:
+    """The rules that were tried, the best first, with the model as it is among them; [] where nothing was chosen."""
+    found = []
+    for row in calibration.record.get("candidates", ()):
+        rule = _rule_of(row["rule"])
+        chosen = rule == calibration.rule or not (corrects(rule) or corrects(calibration.rule))
+        found.append(Candidate(rule, float(row["gain"]), float(row["loss"]), chosen))
+    return sorted(found, key=lambda each: -each.gain)
+
+
+def in_columns(rule: Rule) -> tuple[str, str, str]:
+    """A rule for a table: where it corrects, for what frames, and by how much."""
+    if not corrects(rule):
+        return "nowhere: the model as it is", "", ""
+    usual = "the mean still" if rule.margin == "mean" else "95 % of the stills"
+    beyond = usual if rule.strength == 1 else f"{rule.strength:g} x {usual}"
+    return _KINDS.get(rule.points, rule.points), beyond, f"{rule.largest:.0%} per {rule.per}"
+
+
+def drifts_of(calibration: Calibration) -> list[str]:
+    """The drifts that the rule was chosen on; [] where nothing was chosen."""
+    rows = calibration.record.get("candidates", ())
+    return [name for name in rows[0].get("scores", {}) if name != "none"] if rows else []
+
+
+def is_far(calibration: Calibration) -> bool:
+    """Whether the stills look unlike the data that the model was trained on; only BatchNorm can tell."""
+    return calibration.distance is not None and calibration.distance > FAR
+
+
+def describe_distance(calibration: Calibration) -> str:
+    """How far the stills are from the training data, in words."""
+    if calibration.distance is None:
+        return "unknown: only a model with BatchNorm keeps statistics of its training data"
+    found = f"{calibration.distance:.2f} from the running statistics of BatchNorm"
+    if not is_far(calibration):
+        return f"{found}: near (up to {FAR:g})"
+    return f"{found}: far (more than {FAR:g}), these stills look unlike the data that the model was trained on"
+
+
+def describe_calibration(calibration: Calibration, model: nn.Module) -> list[tuple[str, str]]:
+    """A calibration as pairs of a name and a value, as text for people.
+
+    Args:
+        calibration: what is shown.
+        model: whose weights it is compared with.
+    """
+    height, width = calibration.size
+    measured = [f"{len(points)} {_KINDS.get(kind, kind)}" for kind, points in calibration.statistics.items()]
+    rows = [
+        ("calibration", f"{calibration.stills} stills of {height} x {width}, {_fits(calibration, model)}"),
+        ("measured at", ", ".join(measured)),
+        ("corrected", describe_rule(calibration.rule)),
+        ("chosen", _choice(calibration)),
+        ("settings", _settings(calibration)),
+        ("stills' distance", describe_distance(calibration)),
+    ]
+    if calibration.loss is not None:
+        rows.append(("stills' loss", "{:.4f} ± {:.4f} of the reconstruction".format(*calibration.loss)))
+    return rows
+
+
+def _fits(calibration: Calibration, model: nn.Module) -> str:
+    try:
+        calibration.check(model)
+    except ConfigError:
+        return "but of OTHER WEIGHTS than these: calibrate this model again"
+    return "of these weights"
+
+
+def _choice(calibration: Calibration) -> str:
+    """How the rule was chosen, and what it gained."""
+    tried = candidates_of(calibration)
+    if not tried:
+        return "not chosen: the default rule"
+    by = "their labels" if calibration.record.get("by") == "labels" else "how little drifts move the predictions"
+    on = f"by {by}, on {', '.join(drifts_of(calibration))}"
+    if not corrects(calibration.rule):
+        return f"{on}: no rule gained"
+    taken = next((each for each in tried if each.chosen), None)
+    return on if taken is None else f"{on}: {taken.gain:+.1%} under drifts, {-taken.loss:+.1%} without"
+
+
+def _settings(calibration: Calibration) -> str:
+    """The settings that were chosen for gradient steps, and what they gained."""
+    if not calibration.settings:
+        return "those of the preset"
+    words = ", ".join(f"{name}={value!r}" for name, value in calibration.settings.items())
+    tried = calibration.record.get("settings", ())
+    taken = next((row for row in tried if row["settings"] == dict(calibration.settings)), None)
+    if taken is None:
+        return words
+    return f"{words}: {taken['gain']:+.1%} under drifts, {-taken['loss']:+.1%} without"
+
+
+def _rule_of(saved: Any) -> Rule:
+    """The rule that a record holds."""
+    if not isinstance(saved, Mapping):
+        return Rule("none")
+    return Rule(**{each.name: saved[each.name] for each in fields(Rule) if each.name in saved})

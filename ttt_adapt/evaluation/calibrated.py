@@ -1,0 +1,56 @@
+"""What the calibrations of checkpoints mean for an evaluation: which arms, which settings, and what is written down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ttt_adapt.tasks.checkpoint import read_calibration, read_spec
+from ttt_adapt.view.terminal import notice
+
+DEFAULT_ARMS = ("fixed", "no-memory", "implicit", "explicit", "online")
+"""The arms that are compared on checkpoints without a calibration, unless somebody names others."""
+
+
+def default_arms(checkpoints: Sequence[Path]) -> tuple[str, ...]:
+    """The arms that are compared unless somebody names others.
+
+    They are `DEFAULT_ARMS`, with calibrated statistics where all checkpoints are calibrated. Where these have no branch
+    either, there is nothing else to compare.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    if not checkpoints or any(read_calibration(path) is None for path in checkpoints):
+        return DEFAULT_ARMS
+    if all(read_spec(path).branch is None for path in checkpoints):
+        return ("fixed", "calibrated")
+    return ("fixed", "calibrated", *DEFAULT_ARMS[1:])
+
+
+def chosen_settings(checkpoints: Sequence[Path], given: Iterable[str] = ()) -> dict[str, Any]:
+    """The fields of the online preset that the calibrations of the checkpoints chose, without those that are `given`.
+
+    Where the calibrations chose differently, none is taken, and the user is told.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    calibrations = [read_calibration(path) for path in checkpoints]
+    found = [{} if each is None else dict(each.settings) for each in calibrations]
+    if any(each != found[0] for each in found):
+        notice("the calibrations of these checkpoints chose different settings: all run with those of the preset")
+        return {}
+    settings = found[0] if found else {}
+    return {name: value for name, value in settings.items() if name not in set(given)}
+
+
+def digests(checkpoints: Sequence[Path]) -> list[str | None]:
+    """A hash of each checkpoint's calibration, None where it has none; [] where no one has.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    found = [read_calibration(path) for path in checkpoints]
+    return [None if each is None else each.digest for each in found] if any(found) else []
