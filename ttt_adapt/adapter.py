@@ -180,6 +180,13 @@ class StreamAdapter:
         self._check_attached()
         return self._predict_frame(TakenFrame(x))
 
+    def statistics(self) -> AbstractContextManager[None]:
+        """Inside the block, the model normalises a frame as `predict` does: for code that calls the model itself."""
+        config = self.config
+        if self._correction is not None:
+            return self._correction.active()
+        return frame_statistics(config.norm_stats, self._norms, config.frame_share)
+
     def stream(self, frames: Iterable[Any]) -> Iterator[Any]:
         """Predictions for `frames`, one by one as they come: lazy, only the window is kept."""
         for frame in frames:
@@ -318,12 +325,8 @@ class StreamAdapter:
         if answer is not None and answer[0] is taken:
             self._answer = None
             return answer[1]
-        if self._correction is not None:
-            own: AbstractContextManager[None] = self._correction.active()
-        else:
-            own = frame_statistics(config.norm_stats, self._norms, config.frame_share)
         with torch.no_grad(), explained_memory_errors(config):
-            return self._engine.predict(self._predict, taken, own)
+            return self._engine.predict(self._predict, taken, self.statistics())
 
     @contextmanager
     def _undone_if_it_fails(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ stand_in_for_missing_ops()
 speed_up_deformable_attention()
 allow_zoo_checkpoints()
 
+from ttt_adapt_openmmlab.calibration import calibrate  # noqa: E402
 from ttt_adapt_openmmlab.colorization import Colorizer, ColourPictures, PackColours, StreamColourMetric  # noqa: E402
 from ttt_adapt_openmmlab.datasets import (  # noqa: E402
     CamVidStream,
@@ -47,6 +48,7 @@ __all__ = [
     "StreamPQMetric",
     "VideoSampler",
     "branch_for",
+    "calibrate",
     "check_tree",
     "find_branch",
     "plain_model",

@@ -10,9 +10,10 @@ from ttt_adapt import StreamConfig
 from ttt_adapt.errors import ConfigError, nearest
 from ttt_adapt.integration import ARMS, PRESETS, contradictions, find_arm
 
-HOOK_ARMS = tuple(name for name in ARMS if name in (*PRESETS, "fixed", "offline"))
+HOOK_ARMS = tuple(name for name in ARMS if name in (*PRESETS, "fixed", "calibrated", "offline"))
 """Names of the arms that the hook runs."""
-_HOOK_ARGUMENTS = ("arm", "branch", "log_interval", "visualize_interval", "offline_steps")
+_FORWARD_ONLY = ("fixed", "calibrated")
+_HOOK_ARGUMENTS = ("arm", "branch", "calibration", "stills", "log_interval", "visualize_interval", "offline_steps")
 
 
 def arm_name(name: str) -> str:
@@ -44,7 +45,7 @@ def stream_config(arm: str, fields: Mapping[str, Any]) -> StreamConfig:
                 f"OnlineTTTHook has no argument {field!r}; expected a field of StreamConfig or one of "
                 f"{', '.join(_HOOK_ARGUMENTS)}; {nearest(field, [*known, *_HOOK_ARGUMENTS])}"
             )
-    return StreamConfig.for_arm("online" if name == "fixed" else name, **fields)  # "fixed" only has its fields checked
+    return StreamConfig.for_arm("online" if name in _FORWARD_ONLY else name, **fields)  # these have fields checked only
 
 
 def contradicting_fields(arm: str, config: StreamConfig) -> dict[str, str]:

@@ -37,7 +37,12 @@ def only_sample(data_batch: Any) -> Any:
 
 
 def images(preprocessor: nn.Module, data_batch: Mapping[str, Any]) -> Tensor:
-    """The frame of a batch as the model takes it, float [1, 3, H, W].
+    """The frame of a batch as the model takes it, float [1, 3, H, W]; errors as in `prepared`."""
+    return prepared(preprocessor, data_batch)[0]
+
+
+def prepared(preprocessor: nn.Module, data_batch: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """The frame of a batch as the model takes it, float [1, 3, H, W], and what else the model's `forward` takes.
 
     The model's own preprocessing works on a copy of the frame without its labels.
 
@@ -49,11 +54,24 @@ def images(preprocessor: nn.Module, data_batch: Mapping[str, Any]) -> Tensor:
         "inputs": [image.clone() for image in data_batch["inputs"]],
         "data_samples": [type(sample)(metainfo=sample.metainfo)],
     }
-    x = preprocessor(copy, False)["inputs"]
+    data = dict(preprocessor(copy, False))
+    x = data.pop("inputs")
     if not isinstance(x, Tensor) or x.ndim != 4 or x.shape[:2] != (1, 3) or not x.is_floating_point():
         got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         raise FrameError(
             f"{file_of(sample.metainfo)}: the model's data_preprocessor made {got} of it; expected float [1, 3, H, W], "
             "as SegDataPreProcessor and DetDataPreprocessor give"
         )
-    return x
+    return x, data
+
+
+def predicted(model: nn.Module, x: Tensor, data: Mapping[str, Any]) -> Any:
+    """What `model.test_step` returns for the one frame of a batch.
+
+    Args:
+        model: the plain model.
+        x: float [1, 3, H, W], as preprocessing made it.
+        data: what else it made. It stays as it is: a frame may be predicted again.
+    """
+    samples = [sample.clone() for sample in data["data_samples"]]
+    return model(**{**data, "inputs": x, "data_samples": samples}, mode="predict")[0]

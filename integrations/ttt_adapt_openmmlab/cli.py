@@ -91,7 +91,7 @@ def run_test(
     work_dir: WorkDir = None,
     arm: Annotated[
         str | None,
-        typer.Option(help="fixed, no-memory, implicit, explicit, online, paper or offline."),
+        typer.Option(help="fixed, calibrated, no-memory, implicit, explicit, online, paper or offline."),
     ] = None,
     show_dir: Annotated[Path | None, typer.Option(help="Folder for painted predictions.")] = None,
     cfg_options: CfgOptions = None,

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from itertools import chain, islice
 from typing import Any
 
-import torch
-from mmengine.dist import all_reduce
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import BaseLoop
 from torch import Tensor, nn
@@ -18,36 +16,25 @@ from ttt_adapt import StepReport, StreamAdapter
 from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError
 from ttt_adapt.integration import shuffled_epochs
 from ttt_adapt_openmmlab.arms import arm_name, contradiction, stream_config
-from ttt_adapt_openmmlab.batches import images, only_sample
+from ttt_adapt_openmmlab.batches import only_sample, predicted, prepared
 from ttt_adapt_openmmlab.datasets.frame_order import FrameOrder, file_of, video_of
 from ttt_adapt_openmmlab.datasets.loaders import check_stream, offline_indices, stream_infos
 from ttt_adapt_openmmlab.decoders import branch_settings
-from ttt_adapt_openmmlab.joint import data_preprocessor_of, plain_model, unwrapped
+from ttt_adapt_openmmlab.joint import data_preprocessor_of, find_branch, plain_model, unwrapped
 from ttt_adapt_openmmlab.reconstruction import reconstruction_picture
+from ttt_adapt_openmmlab.run_calibration import fits, known_calibration, made_calibration
 from ttt_adapt_openmmlab.stream_branch import branch_for_stream
-
-
-@dataclasses.dataclass
-class _Totals:
-    """Sums of a run: frames predicted, videos, losses of gradient steps, milliseconds spent on adapting."""
-
-    frames: int = 0
-    videos: int = 0
-    losses: int = 0
-    loss: float = 0.0
-    ms: float = 0.0
-
-    def gathered(self) -> _Totals:
-        """The sums over all processes."""
-        values = torch.tensor(dataclasses.astuple(self), dtype=torch.float64)
-        all_reduce(values)
-        frames, videos, losses, loss, ms = values.tolist()
-        return _Totals(int(frames), int(videos), int(losses), loss, ms)
+from ttt_adapt_openmmlab.totals import Totals
 
 
 @HOOKS.register_module()
 class OnlineTTTHook(Hook):
     """Adapts the model to the video before each test iteration; after the run the model is as it was.
+
+    Frames of a calibrated model are predicted with calibrated statistics (`norm_stats="auto"` in most arms). The
+    calibration is that of `calibration`, or else that of the branch. Where neither is there, `stills` makes one: in the
+    last iteration of a training run, so that the last checkpoint of a `JointMAE` holds it, or before the first frame of
+    a test run. With an `EMAHook`, which saves other weights than those of the last iteration, only the latter.
 
     The frames come one by one (`batch_size=1` of the test dataloader) and in order; several processes need
     `sampler=dict(type='VideoSampler')`. A new video (see `video_of`) starts from the source weights. Labels are never
@@ -58,12 +45,15 @@ class OnlineTTTHook(Hook):
         batch_size: frames or crops drawn from the window for a gradient step (not of the dataloader).
         crop_size: (H, W) of random crops for the gradient step; None: whole frames.
         arm: "online" (both memories), "no-memory", "implicit", "explicit", "paper" (the released code's recipe),
-            "fixed" (no adaptation: the hook does nothing), or "offline": before a video is predicted, the model adapts
+            "fixed" (no adaptation: the hook does nothing), "calibrated" (calibrated statistics and no gradient step:
+            no branch is needed), or "offline": before a video is predicted, the model adapts
             to `offline_steps` of its frames, which come again and again in an order shuffled by the seed, without a
             pull toward the source; then all are predicted with these weights.
         branch: None for the branch of a `JointMAE` model, or keywords of `MAEBranch.attach` to attach one to the
             plain model (`encoder="backbone"` by default); `checkpoint=` names a file or URL with its weights, as
             `JointMAE` saves them.
+        calibration: a file that `Calibration.save` wrote.
+        stills: how many images of the training set to calibrate on, as the test pipeline makes them; 0: none.
         log_interval: a line in the log every n frames. Scalars `ttt/loss` and `ttt/ms` go to the message hub and the
             visualizer on every frame.
         visualize_interval: every n frames an image (frame, masked frame, reconstruction) to the visualizer; 0: never.
@@ -85,14 +75,18 @@ class OnlineTTTHook(Hook):
         crop_size: int | tuple[int, int] | None = None,
         arm: str = "online",
         branch: Mapping[str, Any] | None = None,
+        calibration: str | None = None,
+        stills: int = 0,
         log_interval: int = 10,
         visualize_interval: int = 0,
         offline_steps: int = 1000,
         **config: Any,
     ) -> None:
         given = {"window": window, "batch_size": batch_size, "crop_size": crop_size}
-        self.config = stream_config(arm, config | {name: value for name, value in given.items() if value is not None})
+        self._given = config | {name: value for name, value in given.items() if value is not None}
+        self.config = stream_config(arm, self._given)
         for name, value, least in (
+            ("stills", stills, 0),
             ("log_interval", log_interval, 1),
             ("visualize_interval", visualize_interval, 0),
             ("offline_steps", offline_steps, 1),
@@ -102,7 +96,9 @@ class OnlineTTTHook(Hook):
         self.arm, self.offline_steps = arm_name(arm), offline_steps
         self.branch = None if branch is None else branch_settings(branch, "checkpoint")
         self.log_interval, self.visualize_interval = log_interval, visualize_interval
+        self.calibration, self.stills = calibration, stills
         self._adapter: StreamAdapter | None = None
+        self._statistics = ExitStack()
         self._flags: dict[nn.Module, bool] = {}
 
     # ---- the run
@@ -123,10 +119,19 @@ class OnlineTTTHook(Hook):
 
         loop.run = run
 
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """In the last iteration, calibrate a `JointMAE`, before its checkpoint is saved."""
+        if not self.stills or not self.is_last_train_iter(runner) or find_branch(runner.model) is None:
+            return
+        if any(isinstance(hook, EMAHook) for hook in runner.hooks):
+            runner.logger.warning("EMAHook saves averaged weights: they are not calibrated now, but in the test run")
+            return
+        made_calibration(runner, find_branch(runner.model), self.stills)
+
     def before_test(self, runner: Any) -> None:
         """Check model, dataloader and order of the frames; nothing is changed."""
         self._give_back()
-        self._totals, self._order, self._size = _Totals(), FrameOrder(), (0, 0)
+        self._totals, self._order, self._size = Totals(), FrameOrder(), (0, 0)
         self._warned: set[str] = set()
         if self.arm == "fixed":
             return
@@ -139,7 +144,14 @@ class OnlineTTTHook(Hook):
         for info in self._infos:
             self._follow(runner, order, info)
         self._model = plain_model(runner.model)
-        self._objective = branch_for_stream(runner.model, self.branch, self.config.seed)
+        needs_branch = self.arm != "calibrated"
+        self._objective = branch_for_stream(runner.model, self.branch, self.config.seed) if needs_branch else None
+        self._calibration = known_calibration(runner.model, self._objective, self.calibration, self.config)
+        if self._calibration is None and not needs_branch and not self.stills:
+            raise ConfigError(
+                "arm 'calibrated' needs a calibration: let the hook make one on images of the training set (stills=40),"
+                " or name a file (calibration='FILE.safetensors')"
+            )
         for warning in self._warnings(runner.model):
             runner.logger.warning(warning)
         self._flags = {module: module.training for module in runner.model.modules()}
@@ -148,6 +160,8 @@ class OnlineTTTHook(Hook):
         """Warnings about settings that run, but are probably a mistake."""
         if warning := contradiction(self.arm, self.config):
             yield warning
+        if self._objective is None:
+            return
         if self.branch is None and unwrapped(model).branch_is_new:
             yield (
                 "the checkpoint holds no trained branch (mae_branch), or not the whole of this one. Adapting with an "
@@ -173,20 +187,19 @@ class OnlineTTTHook(Hook):
 
     def after_test_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Put the source weights back after the last frame, before other hooks swap theirs back."""
+        self._statistics.close()
+        drift = None if self._adapter is None else self._adapter.drift
+        if drift is not None:
+            self._totals.drifts, self._totals.drift = self._totals.drifts + 1, self._totals.drift + drift
+            runner.message_hub.update_scalar("ttt/drift", drift)
+            runner.visualizer.add_scalars({"ttt/drift": drift}, step=self._totals.frames)
         if batch_idx + 1 == len(runner.test_dataloader):
             self._detach()
 
     def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
         """Log the sums over all processes."""
         self._totals.videos = self._order.videos
-        total = self._totals.gathered()
-        summary = {"arm": self.arm, "frames": total.frames}
-        if self.arm != "fixed":
-            summary |= {
-                "videos": total.videos,
-                "mean_ms": round(total.ms / max(total.frames, 1), 2),
-                "mean_loss": round(total.loss / max(total.losses, 1), 6),
-            }
+        summary = {"arm": self.arm, **self._totals.gathered().summary(adapted=self.arm != "fixed")}
         runner.message_hub.update_info("test/ttt", summary)
         runner.logger.info("test-time training: " + ", ".join(f"{name} {value}" for name, value in summary.items()))
 
@@ -200,13 +213,13 @@ class OnlineTTTHook(Hook):
         sample = only_sample(data_batch)
         info = {**(self._infos[batch_idx] if self._infos else {}), **sample.metainfo}
         new = self._follow(runner, self._order, info)
-        x = images(self._preprocessor, data_batch)
-        adapter = self._attached()
+        x, self._data = prepared(self._preprocessor, data_batch)
+        adapter = self._attached(runner)
         if new:
             adapter.reset()
             self._size = (x.shape[2], x.shape[3])
             if self.arm == "offline":
-                self._fit_video(runner, batch_idx, info)
+                self._fit_video(runner, adapter, batch_idx, info)
         if self._size != (x.shape[2], x.shape[3]):
             raise FrameError(
                 f"{file_of(info)} has (H, W) = {(x.shape[2], x.shape[3])} as the model takes it, and video "
@@ -214,13 +227,18 @@ class OnlineTTTHook(Hook):
                 "pipeline (Resize with keep_ratio=False), or give the frames another video_id"
             )
         if self.arm != "offline":
-            report = self._adapt(x, info)
+            report = self._adapt(adapter, x, info)
             self._record(runner, report, self._totals.frames, f"frame {batch_idx + 1}/{len(runner.test_dataloader)}")
-        if self.visualize_interval and self._totals.frames % self.visualize_interval == 0:
+        if (
+            self._objective is not None
+            and self.visualize_interval
+            and self._totals.frames % self.visualize_interval == 0
+        ):
             image = reconstruction_picture(self._objective, x, self._preprocessor, self.config.seed)
             runner.visualizer.add_image("ttt_reconstruction", image, step=self._totals.frames)
+        self._statistics.enter_context(adapter.statistics())  # the loop predicts the frame; `after_test_iter` ends it
 
-    def _fit_video(self, runner: Any, begin: int, info: Mapping[str, Any]) -> None:
+    def _fit_video(self, runner: Any, adapter: StreamAdapter, begin: int, info: Mapping[str, Any]) -> None:
         """Arm "offline": adapt to all frames of the video that begins at position `begin` of the stream.
 
         Source: "Test-Time Training on Video Streams", section 6.1. The model sees all frames in random order, for a
@@ -233,12 +251,13 @@ class OnlineTTTHook(Hook):
         for step, i in enumerate(islice(order, self.offline_steps), start=1):
             batch = loader.collate_fn([loader.dataset[indices[i]]])
             found = {**info, **only_sample(batch).metainfo}
-            report = self._adapt(images(self._preprocessor, batch), found)
+            x, self._data = prepared(self._preprocessor, batch)
+            report = self._adapt(adapter, x, found)
             self._record(runner, report, self._totals.losses + 1, f"{name}, step {step}/{self.offline_steps}")
 
-    def _adapt(self, x: Tensor, info: Mapping[str, Any]) -> StepReport:
+    def _adapt(self, adapter: StreamAdapter, x: Tensor, info: Mapping[str, Any]) -> StepReport:
         try:
-            return self._attached().adapt(x)
+            return adapter.adapt(x)
         except (FrameError, FrameTypeError) as error:
             raise FrameError(f"{file_of(info)}: {error}") from error
 
@@ -258,13 +277,26 @@ class OnlineTTTHook(Hook):
 
     # ---- the model
 
-    def _attached(self) -> StreamAdapter:
+    def _attached(self, runner: Any) -> StreamAdapter:
         """The adapter of this run. It is made at the first frame, after other hooks have swapped weights."""
         if self._adapter is None:
-            self._adapter = StreamAdapter(self._model, self._objective, config=self.config)
+            model, found = self._model, self._calibration
+            if self.stills and self.config.norm_stats in ("auto", "calibrated") and not fits(found, model):
+                found = made_calibration(runner, self._objective or find_branch(runner.model), self.stills)
+            config = self.config
+            if found is not None and self.arm == "online":
+                config = stream_config(self.arm, {**found.settings, **self._given})
+            self._adapter = StreamAdapter(
+                model, self._objective, config=config, calibration=found, predict=self._predict_current
+            )
         return self._adapter
 
+    def _predict_current(self, x: Tensor) -> Any:
+        """The prediction of the frame that the adapter asks for: it is always the one that came last."""
+        return predicted(self._model, x, self._data)
+
     def _detach(self) -> None:
+        self._statistics.close()
         if self._adapter is not None:
             self._adapter.detach()
             self._adapter = None

@@ -14,12 +14,14 @@ from mmengine.model import BaseDataPreprocessor, BaseModel, is_model_wrapper
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from ttt_adapt import MAEBranch
+from ttt_adapt import Calibration, MAEBranch
 from ttt_adapt.errors import ConfigError
 from ttt_adapt_openmmlab.decoders import ATTACH, branch_for, branch_settings
 
 INNER = "model."  # prefix of the plain model's parameters; the keys of a state_dict are without it
 BRANCH = "mae_branch."
+CALIBRATION = "mae_calibration"
+"""The key of a calibration in a `state_dict`: its bytes, uint8 [N]."""
 
 
 @MODELS.register_module()
@@ -34,6 +36,10 @@ class JointMAE(BaseModel):
     here loads into the plain model, which reports the keys of `mae_branch.` as unexpected. A decoder that copies the
     model's head begins training with the weights of that head: they are copied again after `init_weights`, and when a
     checkpoint without a branch is loaded.
+
+    A calibration of the branch (`ttt_adapt_openmmlab.calibrate`) is part of the `state_dict`, as one tensor of bytes:
+    whoever loads the weights has it, be it a runner or `init_model`. A training pass removes it, because it describes
+    the weights before.
 
     Args:
         model: the model, or its config.
@@ -87,7 +93,8 @@ class JointMAE(BaseModel):
             mode: "tensor", "predict" or "loss".
         """
         outputs = self.model(inputs, data_samples, mode=mode)
-        self.branch_is_new = self.branch_is_new and mode != "loss"
+        if mode == "loss":
+            self.branch_is_new, self.mae_branch.calibration = False, None
         return {**outputs, "loss_mae": self.mae_branch.loss(inputs)} if mode == "loss" else outputs
 
     def loss(self, inputs: Tensor, data_samples: Any) -> dict[str, Any]:
@@ -140,6 +147,8 @@ class JointMAE(BaseModel):
         found = {key.removeprefix(start): value for key, value in state_dict.items() if key.startswith(start)}
         whole = all(key in found and found[key].shape == value.shape for key, value in own.items())
         self._loading = prefix, bool(found), whole
+        self.mae_branch.calibration = saved_calibration(state_dict, prefix)
+        state_dict.pop(prefix + CALIBRATION, None)
         _rename(state_dict, prefix, lambda key: key if key.startswith(BRANCH) else INNER + key)
         versions = {} if prefix else getattr(state_dict, "_metadata", None) or {}
         for key in list(versions):
@@ -179,8 +188,21 @@ def unwrapped(model: Any) -> Any:
     return model.module if is_model_wrapper(model) else model
 
 
-def _plain_names(_module: nn.Module, state_dict: Any, prefix: str, _metadata: Any) -> None:
-    """After `state_dict`: the model's keys as in the plain model."""
+def saved_calibration(state_dict: Mapping[str, Tensor], prefix: str = "") -> Calibration | None:
+    """The calibration in a `state_dict` of `JointMAE`; None without one.
+
+    Raises:
+        CheckpointError: a later version wrote it, or it is damaged.
+    """
+    found = state_dict.get(prefix + CALIBRATION)
+    return None if found is None else Calibration.of_bytes(found.cpu().numpy().tobytes(), CALIBRATION)
+
+
+def _plain_names(module: JointMAE, state_dict: Any, prefix: str, _metadata: Any) -> None:
+    """After `state_dict`: the model's keys as in the plain model, and the calibration."""
+    if module.mae_branch.calibration is not None:
+        data = bytearray(module.mae_branch.calibration.to_bytes())
+        state_dict[prefix + CALIBRATION] = torch.frombuffer(data, dtype=torch.uint8)
     _rename(state_dict, prefix, lambda key: key.removeprefix(INNER))
     versions = getattr(state_dict, "_metadata", {})
     for key in [key for key in versions if f"{key}.".startswith(prefix + INNER)]:

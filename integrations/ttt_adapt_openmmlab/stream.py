@@ -5,22 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from mmengine.config import Config
-from mmengine.dataset import Compose
-from mmengine.registry import TRANSFORMS, init_default_scope
 from torch import Tensor, nn
 
-from ttt_adapt import MAEBranch, StreamAdapter, StreamConfig
+from ttt_adapt import Calibration, MAEBranch, StreamAdapter, StreamConfig
 from ttt_adapt.errors import ConfigError, FrameError
-from ttt_adapt_openmmlab.batches import only_sample
-from ttt_adapt_openmmlab.datasets.loaders import check_transform
 from ttt_adapt_openmmlab.decoders import branch_settings
-from ttt_adapt_openmmlab.joint import data_preprocessor_of, find_branch, plain_model
+from ttt_adapt_openmmlab.frames import NO_IMAGE, Frames
+from ttt_adapt_openmmlab.joint import find_branch, plain_model
 from ttt_adapt_openmmlab.stream_branch import branch_for_stream
 
 
 def stream_adapter(
-    model: nn.Module, branch: MAEBranch | None = None, *, config: StreamConfig | None = None, **attach: Any
+    model: nn.Module,
+    branch: MAEBranch | None = None,
+    *,
+    config: StreamConfig | None = None,
+    calibration: Calibration | None = None,
+    **attach: Any,
 ) -> StreamAdapter:
     """A `StreamAdapter` on what `init_model` or `init_detector` returns.
 
@@ -30,28 +31,33 @@ def stream_adapter(
 
     Args:
         model: a segmentor or detector with its config in `.cfg`, or a `JointMAE` around one.
-        branch: a branch on the plain model; by default the branch of the `JointMAE`. A plain model gets a new branch.
-            Adapting with an untrained branch does not help, so name the file of a `JointMAE` run by `checkpoint=`.
-        config: the choices of the algorithm.
+        branch: a branch on the plain model; by default the branch of the `JointMAE`. A plain model without a
+            `calibration` gets a new branch. Adapting with an untrained branch does not help, so name the file of a
+            `JointMAE` run by `checkpoint=`.
+        config: the choices of the algorithm; by default as in `StreamAdapter`.
+        calibration: of the model, from `ttt_adapt_openmmlab.calibrate`; by default the branch's. A plain model with a
+            calibration takes no gradient step: frames are corrected by calibrated statistics alone.
         **attach: keywords of `MAEBranch.attach` (`decoder`, `mask_ratio`, ...) for a new branch, and `checkpoint`.
 
     Raises:
         ConfigError: a model without config or data preprocessor, a test pipeline that is not one image in, one image
-            out, or an unknown keyword.
+            out, an unknown keyword, or a calibration of other weights.
         EncoderError, CheckpointError: the branch cannot be attached, or the checkpoint is of another one.
         StateError: the model already has an adapter.
     """
     plain = plain_model(model)
-    frames = _Frames(plain, getattr(model, "cfg", None))
+    frames = Frames(plain, getattr(model, "cfg", None))
     if branch is not None and attach:
         raise ConfigError(
             f"{', '.join(attach)}: settings of a new branch came together with a branch; pass one or the other"
         )
-    if branch is None:
+    if branch is None and (attach or calibration is None or find_branch(model) is not None):
         new = bool(attach) or find_branch(model) is None
         keywords = branch_settings(attach, "checkpoint") if new else None
         branch = branch_for_stream(model, keywords, 0 if config is None else config.seed)
-    return _ImageAdapter(plain, branch, config=config, preprocess=frames, predict=frames.predict)
+    return _ImageAdapter(
+        plain, branch, config=config, calibration=calibration, preprocess=frames, predict=frames.predict
+    )
 
 
 class _ImageAdapter(StreamAdapter):
@@ -59,99 +65,5 @@ class _ImageAdapter(StreamAdapter):
 
     def step(self, frame: Any) -> Any:
         if isinstance(frame, np.ndarray | Tensor) and "float" in str(frame.dtype):
-            raise FrameError(_NO_IMAGE.format(frame.dtype, tuple(frame.shape)))
+            raise FrameError(NO_IMAGE.format(frame.dtype, tuple(frame.shape)))
         return super().step(frame)
-
-
-_NO_IMAGE = (
-    "a {} frame {} came; expected a uint8 BGR frame [H, W, 3]. A prediction needs the size of the image before the "
-    "test pipeline, which a float tensor does not tell: pass the image itself"
-)
-
-
-class _Frames:
-    """Makes a tensor of a frame, and a data sample of the tensor: test pipeline, data preprocessor, model."""
-
-    def __init__(self, model: nn.Module, cfg: Any) -> None:
-        if not isinstance(cfg, Config):
-            raise ConfigError(
-                f"{type(model).__name__} has no config in .cfg, whose test pipeline the frames go through: make the "
-                "model with init_model (mmseg.apis) or init_detector (mmdet.apis)"
-            )
-        self._model = model
-        self._preprocessor = data_preprocessor_of(model)
-        self._scope = _scope(model, cfg)
-        self._pipeline = _pipeline(cfg, self._scope)
-
-    def __call__(self, frame: np.ndarray | Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Preprocess a frame.
-
-        Args:
-            frame: uint8 BGR [H, W, 3].
-
-        Returns:
-            The frame as the model takes it, float [1, 3, H', W'], and what else `predict` needs: its data sample.
-        """
-        image = frame.cpu().numpy() if isinstance(frame, Tensor) else frame
-        packed = self._pipeline({"img": image, "img_id": 0} if self._scope == "mmdet" else {"img": image})
-        batch = {key: [packed[key]] for key in ("inputs", "data_samples")}
-        only_sample(batch)
-        data = dict(self._preprocessor(batch, False))
-        return data.pop("inputs").to(next(self._model.parameters()).dtype), data
-
-    def predict(self, x: Tensor, data: dict[str, Any] | None = None) -> Any:
-        """What `model.test_step` returns for the frame that became `x`.
-
-        Args:
-            x: float [1, 3, H', W'].
-            data: what else preprocessing made of the frame. It stays as it is: a frame may be predicted again.
-
-        Raises:
-            FrameError: no data, because the frame came as a float tensor, without the image behind it.
-        """
-        if data is None:
-            raise FrameError(_NO_IMAGE.format(x.dtype, tuple(x.shape)))
-        samples = [sample.clone() for sample in data["data_samples"]]
-        return self._model(**{**data, "inputs": x, "data_samples": samples}, mode="predict")[0]
-
-
-def _scope(model: nn.Module, cfg: Config) -> str:
-    """Whose conventions the model follows: "mmseg" or "mmdet"."""
-    packages = [parent.__module__.partition(".")[0] for parent in type(model).__mro__]
-    scope = next((name for name in packages if name in ("mmseg", "mmdet")), cfg.get("default_scope"))
-    if scope not in ("mmseg", "mmdet"):
-        raise ConfigError(
-            f"{type(model).__name__} is neither a model of mmseg nor one of mmdet: pass a model of one of them, or set "
-            "default_scope='mmseg' or default_scope='mmdet' in its config, whichever it follows"
-        )
-    return scope
-
-
-def _pipeline(cfg: Config, scope: str) -> Compose:
-    """The test pipeline for images in memory: as the config has it, without files and annotations."""
-    found = cfg.get("test_pipeline") if scope == "mmseg" else None
-    found = found or _dataset_pipeline(cfg.get("test_dataloader", {}).get("dataset", {}))
-    if not found or _name(found[0]) not in ("LoadImageFromFile", "LoadImageFromNDArray"):
-        begin = _name(found[0]) if found else "nothing"
-        raise ConfigError(f"the config's test pipeline begins with {begin}; expected LoadImageFromFile")
-    first = {**found[0], "type": f"{scope}.LoadImageFromNDArray"}
-    rest = [transform for transform in found[1:] if not _name(transform).startswith("Load")]  # annotations
-    for transform in rest:
-        check_transform(_name(transform), transform.get("prob"))
-    init_default_scope(scope)
-    return Compose([TRANSFORMS.build(dict(transform)) for transform in (first, *rest)])
-
-
-def _dataset_pipeline(dataset: Any) -> Any:
-    """The pipeline of a dataset's config, through wrappers such as ConcatDataset."""
-    while "pipeline" not in dataset:
-        inner = dataset.get("dataset") or next(iter(dataset.get("datasets", ())), None)
-        if inner is None:
-            return None
-        dataset = inner
-    return dataset["pipeline"]
-
-
-def _name(transform: Any) -> str:
-    kind = transform["type"]
-    return kind.rpartition(".")[2] if isinstance(kind, str) else kind.__name__

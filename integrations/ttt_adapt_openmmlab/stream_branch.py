@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ttt_adapt import MAEBranch
 from ttt_adapt.errors import CheckpointError, ConfigError
 from ttt_adapt_openmmlab.decoders import branch_for
-from ttt_adapt_openmmlab.joint import BRANCH, find_branch, plain_model
+from ttt_adapt_openmmlab.joint import BRANCH, find_branch, plain_model, saved_calibration
 
 
 def branch_for_stream(model: nn.Module, keywords: Mapping[str, Any] | None, seed: int) -> MAEBranch:
@@ -47,7 +47,9 @@ def branch_for_stream(model: nn.Module, keywords: Mapping[str, Any] | None, seed
     if checkpoint is None:
         print_log("the hook's branch has no checkpoint: its decoder is untrained", "current", logging.WARNING)
     else:
-        branch.load_state_dict(_branch_weights(checkpoint))
+        weights = _joint_weights(checkpoint)
+        branch.load_state_dict(branch_part(weights))
+        branch.calibration = saved_calibration(weights)
     return branch
 
 
@@ -56,14 +58,19 @@ def branch_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(BRANCH): value for name, value in state.items() if name.startswith(BRANCH)}
 
 
-def _branch_weights(path: str) -> dict[str, Tensor]:
+def _joint_weights(path: str) -> dict[str, Tensor]:
+    """The weights of a `JointMAE` in a file.
+
+    Raises:
+        CheckpointError: there is no such file, or it holds no branch.
+    """
     try:
         checkpoint = CheckpointLoader.load_checkpoint(path, map_location="cpu")
     except FileNotFoundError as error:
         raise CheckpointError(
             f"the branch's checkpoint {path} does not exist; expected the file or URL of a JointMAE run"
         ) from error
-    weights = branch_part(checkpoint.get("state_dict", checkpoint))
-    if not weights:
+    weights: dict[str, Tensor] = checkpoint.get("state_dict", checkpoint)
+    if not branch_part(weights):
         raise CheckpointError(f"{path} holds no weights under {BRANCH!r}; expected a checkpoint of JointMAE")
     return weights

@@ -262,16 +262,38 @@ class Calibration:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{source} is no calibration that ttt_adapt wrote: {error}") from error
 
+    def to_bytes(self) -> bytes:
+        """The content of a .safetensors file."""
+        return bytes(_safetensors().save(self.tensors(), {"calibration": self.to_json()}))
+
+    @classmethod
+    def of_bytes(cls, data: bytes, source: str = "the calibration") -> Calibration:
+        """What `to_bytes` made.
+
+        Raises:
+            CheckpointError: it is something else.
+        """
+        library = _safetensors()
+        try:
+            tensors = library.load(data)
+            length = int.from_bytes(data[:8], "little")
+            text = json.loads(data[8 : 8 + length]).get("__metadata__", {})["calibration"]
+        except Exception as error:  # broken data can raise any error
+            raise CheckpointError(
+                f"{source} is no calibration that ttt_adapt wrote ({type(error).__name__}: {error})"
+            ) from error
+        return cls.of_tensors(tensors, text, source)
+
     def save(self, path: str | Path) -> None:
         """Write a .safetensors file. An existing file stays as it is until the new one is complete.
 
         Raises:
             CheckpointError: the file cannot be written.
         """
-        library = _safetensors()
+        data = self.to_bytes()
         try:
             with atomic_write(path) as part:
-                part.write_bytes(library.save(self.tensors(), {"calibration": self.to_json()}))
+                part.write_bytes(data)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be written: {error}") from error
 
@@ -282,19 +304,13 @@ class Calibration:
         Raises:
             CheckpointError: there is no such file, or it holds something else.
         """
-        library = _safetensors()
         try:
             data = Path(path).read_bytes()
-            tensors = library.load(data)
-            length = int.from_bytes(data[:8], "little")
-            text = json.loads(data[8 : 8 + length]).get("__metadata__", {})["calibration"]
         except FileNotFoundError as error:
             raise CheckpointError(f"there is no calibration {path}: make one with `ttt-adapt calibrate`") from error
-        except Exception as error:  # a broken file can raise any error
-            raise CheckpointError(
-                f"{path} is no calibration that ttt_adapt wrote ({type(error).__name__}: {error})"
-            ) from error
-        return cls.of_tensors(tensors, text, str(path))
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        return cls.of_bytes(data, str(path))
 
 
 _TENSORS = ("mean", "std", "usual", "high", "layer_usual", "layer_high")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ttt_adapt.errors import EncoderError
 from ttt_adapt.model.blocks import repeated_blocks
-from ttt_adapt.model.features import describe_map, tensors
+from ttt_adapt.model.features import MapSpec, describe_map, tensors
 from ttt_adapt.model.hooks import hooks, uncompiled
 from ttt_adapt.model.norms import channel_moments, is_norm, norm_layers
 from ttt_adapt.model.probe import evaluating, probe_images, probe_sizes
@@ -70,7 +70,8 @@ class Point:
 def find_points(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> dict[str, list[Point]]:
     """The points of a model by kind, found by running it on random images; a kind without points is left out.
 
-    Points that are reached more than once in a pass are left out too: a shared layer has no statistics of its own.
+    Points that are reached more often in a pass than the first convolution, or less often, are left out too: a shared
+    layer has no statistics of its own.
 
     Args:
         model: any module that takes images [B, 3, H, W].
@@ -115,10 +116,12 @@ def points_of_pass(model: nn.Module, images: Tensor, run: Any) -> dict[str, list
     with Trace(model, images) as trace, _Seen({*running, *norms, *repeated_blocks(model)}) as seen:
         run()
     strides = _strides(trace)
-    size = (images.shape[-2], images.shape[-1])
+    inputs = trace.stem_inputs or [tuple(images.shape)]
+    size = (inputs[0][-2], inputs[0][-1])  # of a window, where the model goes over the image in windows
+    prefix = _prefix(seen, size, strides)
     found: dict[str, list[Point]] = {kind: [] for kind in KINDS}
     for module in names:
-        if seen.calls.get(module) != 1:
+        if seen.calls.get(module) != len(inputs):
             continue
         before, after = seen.shapes[module]
         kind = "batchnorm" if module in running else "norms" if module in norms else "blocks"
@@ -126,7 +129,7 @@ def points_of_pass(model: nn.Module, images: Tensor, run: Any) -> dict[str, list
         if shape is None or (kind == "blocks" and before != after):
             continue
         point = _point(names[module], module, SIDES[kind], shape, size, strides)
-        if point is not None:
+        if point is not None and (point.layout != "tokens" or point.prefix == prefix):
             found[kind].append(point)
     if trace.stem is not None:
         found["input"].append(Point(trace.stem_path, trace.stem, "input", "nchw", trace.stem.in_channels))
@@ -163,6 +166,26 @@ def _strides(trace: Trace) -> list[int]:
     return [first * 2**i for i in range(6)]
 
 
+def _prefix(seen: _Seen, size: tuple[int, int], strides: list[int]) -> int | None:
+    """How many leading tokens of this model are no patches: those of the first tokens of the pass; None without a grid.
+
+    Tokens with another number of them are no patches at all, such as the queries of a decoder.
+    """
+    shapes = (shape for pair in seen.shapes.values() for shape in pair[1:])
+    first = next((shape for shape in shapes if shape is not None and len(shape) == 3), None)
+    spec = None if first is None else _tokens(first, size, strides)
+    return None if spec is None else spec.prefix
+
+
+def _tokens(shape: tuple[int, ...], size: tuple[int, int], strides: list[int]) -> MapSpec | None:
+    """The layout of tokens of this shape, with as few leading tokens that are no patches as can be."""
+    grids = [(-(-size[0] // stride), -(-size[1] // stride)) for stride in strides]
+    if any(shape[1] == height * width for height, width in grids):  # padded to whole tokens
+        return MapSpec(0, "tokens", shape[2], 1)
+    specs = [each for stride in strides if (each := describe_map(shape, size, stride)) is not None]
+    return min(specs, key=lambda each: each.prefix, default=None)
+
+
 def _point(
     name: str, module: nn.Module, side: Any, shape: tuple[int, ...], size: tuple[int, int], strides: list[int]
 ) -> Point | None:
@@ -171,8 +194,7 @@ def _point(
     if len(shape) == 4:
         spec = describe_map(shape, size, None)
     elif len(shape) == 3:
-        specs = [each for stride in strides if (each := describe_map(shape, size, stride)) is not None]
-        spec = min(specs, key=lambda each: each.prefix, default=None)
+        spec = _tokens(shape, size, strides)
     if spec is None:
         return None
     return Point(name, module, side, spec.layout, spec.channels, spec.prefix)

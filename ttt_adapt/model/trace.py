@@ -18,6 +18,7 @@ class Trace:
     Attributes:
         stem: the first convolution that was called and takes as many channels as the images have; None without one.
         stem_path: its dotted path.
+        stem_inputs: shape of what it was called with, for every call.
         norms: the layers with running statistics that were called.
         lists: all lists of modules in the model, called or not.
         inputs: module of such a list -> shape of the first tensor that it was called with.
@@ -31,6 +32,7 @@ class Trace:
         self.model, self.images = model, images
         self.stem: nn.Conv2d | None = None
         self.stem_path = ""
+        self.stem_inputs: list[tuple[int, ...]] = []
         self.norms: set[nn.Module] = set()
         self.lists = [m for m in model.modules() if isinstance(m, nn.ModuleList | nn.Sequential)]
         self.inputs: dict[nn.Module, tuple[int, ...]] = {}
@@ -52,6 +54,8 @@ class Trace:
         def see(module: nn.Module, args: tuple[Any, ...]) -> None:
             if self.stem is None and module.in_channels == self.images.shape[1] and args:
                 self.stem, self.stem_path = module, name  # type: ignore[assignment]
+            if self.stem is module and args:
+                self.stem_inputs.append(tuple(args[0].shape))
 
         return see
 
