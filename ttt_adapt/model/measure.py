@@ -51,13 +51,13 @@ def measure(
         for still in stills:
             with measuring(points) as found:
                 call(still.x, *still.context)
-            for name, pairs in found.items():
-                moments.setdefault(name, []).extend(pairs)
+            for name, each in found.items():
+                moments.setdefault(name, []).extend(each)
             if loss is not None:
                 losses.append(loss(still.x).float())
     pairs = {}  # name -> means and variances, [stills, C] each
-    for name, each in moments.items():
-        means, variances = zip(*each, strict=True)
+    for name, seen in moments.items():
+        means, variances = zip(*seen, strict=True)
         pairs[name] = torch.stack(means), torch.stack(variances)
     statistics = {
         kind: {point.name: PointStatistics.of(point, *pairs[point.name]) for point in members if point.name in pairs}
