@@ -290,20 +290,3 @@ def test_results_of_an_earlier_calibration_are_not_gone_on_with(calibrated, clip
     invoke("calibrate", model, clips, "--clips=ground", "--stills=9", "--no-choose")
     assert "other settings (rows)" in fail(capsys, monkeypatch, *call)
     assert (tmp_path / "eval" / "report.json").read_bytes() == before
-
-
-@pytest.mark.usefixtures("committed")
-def test_the_online_row_runs_with_the_settings_that_were_chosen_for_the_model(calibrated, clips, tmp_path):
-    found, chosen = load_checkpoint(calibrated), tmp_path / "chosen.safetensors"
-    write_calibration(calibrated, found.calibration.replace(settings={"lr": 3e-5, "window": 4}), chosen)
-    call = ["eval", clips, "--clips=short", "--arms=fixed,no-memory,online", f"--checkpoint={chosen}"]
-    for name, more, changes in (
-        ("a", [], {"lr": 3e-5, "window": 4}),
-        ("b", ["--set=lr=1e-3"], {"window": 4}),
-        ("c", ["--set=online.lr=1e-3"], {"lr": 1e-3, "window": 4}),
-    ):
-        invoke(*call, *more, f"--out={tmp_path / name}")
-        fixed, none, online = rows_in(tmp_path / name).values()
-        assert online["changes"] == changes
-        assert "changes" not in fixed
-        assert "changes" not in none
