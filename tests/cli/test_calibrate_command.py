@@ -159,10 +159,10 @@ def test_run_says_whether_and_how_the_calibration_is_used(calibrated, made, clip
     call = ["run", clips / "short" / "images", f"--out={tmp_path / 'o.mp4'}", "--set=batch_size=2"]
     for more, told in (
         ([f"--checkpoint={calibrated}"], "calibrated statistics, with gradient steps: "),
-        ([f"--checkpoint={calibrated}", "--set=norm_stats=frozen"], "is calibrated, and this arm does not use it"),
-        ([f"--checkpoint={made}"], "made.safetensors is not calibrated: ttt-adapt calibrate"),
+        ([f"--checkpoint={calibrated}", "--set=norm_stats=frozen"], "is calibrated, and this stream does not use it"),
     ):
         assert told in invoke(*call, *more)
+    assert "calibrated" not in invoke(*call, f"--checkpoint={made}")
 
 
 def test_a_calibrated_checkpoint_without_a_branch_runs_by_its_statistics_alone(calibrated, clips, tmp_path):
