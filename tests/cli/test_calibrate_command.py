@@ -155,14 +155,11 @@ def test_info_tells_a_calibration_of_other_weights_and_a_stream_refuses_it(calib
 # ---- run
 
 
-def test_run_says_whether_and_how_the_calibration_is_used(calibrated, made, clips, tmp_path):
+def test_run_says_how_the_calibration_is_used_where_it_is(calibrated, made, clips, tmp_path):
     call = ["run", clips / "short" / "images", f"--out={tmp_path / 'o.mp4'}", "--set=batch_size=2"]
-    for more, told in (
-        ([f"--checkpoint={calibrated}"], "calibrated statistics, with gradient steps: "),
-        ([f"--checkpoint={calibrated}", "--set=norm_stats=frozen"], "is calibrated, and this stream does not use it"),
-    ):
-        assert told in invoke(*call, *more)
-    assert "calibrated" not in invoke(*call, f"--checkpoint={made}")
+    assert "calibrated statistics, with gradient steps: " in invoke(*call, f"--checkpoint={calibrated}")
+    for more in ([f"--checkpoint={calibrated}", "--set=norm_stats=frozen"], [f"--checkpoint={made}"]):
+        assert "calibrated statistics" not in invoke(*call, *more)
 
 
 def test_a_calibrated_checkpoint_without_a_branch_runs_by_its_statistics_alone(calibrated, clips, tmp_path):

@@ -165,15 +165,14 @@ def _start(
 
 
 def _how_it_runs(checkpoint: Checkpoint, runner: Runner) -> str:
-    """What the calibration does to this stream, as a sentence; "" where there is none, or nothing to do for it."""
+    """What the calibration does to this stream, as a sentence; "" where it is not used."""
     while isinstance(runner, Modified):
         runner = runner.runner
-    if checkpoint.calibration is None or not isinstance(runner, Adapting):
+    chosen = checkpoint.calibration
+    if chosen is None or not isinstance(runner, Adapting) or runner.adapter.config.norm_stats != "calibrated":
         return ""
-    if runner.adapter.config.norm_stats != "calibrated":
-        return "this checkpoint is calibrated, and this stream does not use it"
     steps = "without" if isinstance(runner.adapter.branch, ForwardOnly) else "with"
-    return f"calibrated statistics, {steps} gradient steps: {describe_rule(checkpoint.calibration.rule)}"
+    return f"calibrated statistics, {steps} gradient steps: {describe_rule(chosen.rule)}"
 
 
 def _normalize(
