@@ -155,14 +155,11 @@ def test_info_tells_a_calibration_of_other_weights_and_a_stream_refuses_it(calib
 # ---- run
 
 
-def test_run_says_whether_and_how_the_calibration_is_used(calibrated, made, clips, tmp_path):
+def test_run_says_how_the_calibration_is_used_where_it_is(calibrated, made, clips, tmp_path):
     call = ["run", clips / "short" / "images", f"--out={tmp_path / 'o.mp4'}", "--set=batch_size=2"]
-    for more, told in (
-        ([f"--checkpoint={calibrated}"], "calibrated statistics, with gradient steps: "),
-        ([f"--checkpoint={calibrated}", "--set=norm_stats=frozen"], "is calibrated, and this arm does not use it"),
-        ([f"--checkpoint={made}"], "made.safetensors is not calibrated: ttt-adapt calibrate"),
-    ):
-        assert told in invoke(*call, *more)
+    assert "calibrated statistics, with gradient steps: " in invoke(*call, f"--checkpoint={calibrated}")
+    for more in ([f"--checkpoint={calibrated}", "--set=norm_stats=frozen"], [f"--checkpoint={made}"]):
+        assert "calibrated statistics" not in invoke(*call, *more)
 
 
 def test_a_calibrated_checkpoint_without_a_branch_runs_by_its_statistics_alone(calibrated, clips, tmp_path):
@@ -290,20 +287,3 @@ def test_results_of_an_earlier_calibration_are_not_gone_on_with(calibrated, clip
     invoke("calibrate", model, clips, "--clips=ground", "--stills=9", "--no-choose")
     assert "other settings (rows)" in fail(capsys, monkeypatch, *call)
     assert (tmp_path / "eval" / "report.json").read_bytes() == before
-
-
-@pytest.mark.usefixtures("committed")
-def test_the_online_row_runs_with_the_settings_that_were_chosen_for_the_model(calibrated, clips, tmp_path):
-    found, chosen = load_checkpoint(calibrated), tmp_path / "chosen.safetensors"
-    write_calibration(calibrated, found.calibration.replace(settings={"lr": 3e-5, "window": 4}), chosen)
-    call = ["eval", clips, "--clips=short", "--arms=fixed,no-memory,online", f"--checkpoint={chosen}"]
-    for name, more, changes in (
-        ("a", [], {"lr": 3e-5, "window": 4}),
-        ("b", ["--set=lr=1e-3"], {"window": 4}),
-        ("c", ["--set=online.lr=1e-3"], {"lr": 1e-3, "window": 4}),
-    ):
-        invoke(*call, *more, f"--out={tmp_path / name}")
-        fixed, none, online = rows_in(tmp_path / name).values()
-        assert online["changes"] == changes
-        assert "changes" not in fixed
-        assert "changes" not in none

@@ -38,14 +38,9 @@ def test_calibrated_statistics_are_compared_where_all_checkpoints_have_them(cali
     assert default_arms([main, with_branch]) == ("fixed", "calibrated", *DEFAULT_ARMS[1:])
 
 
-def test_chosen_settings_are_those_that_all_checkpoints_share_and_nobody_gave(calibrated, files, capfd):
-    tuned, plain, _ = calibrated
-    assert chosen_settings([tuned]) == chosen_settings([tuned, tuned]) == {"lr": 3e-4, "window": 4}
-    assert chosen_settings([tuned], ["window"]) == {"lr": 3e-4}
-    assert chosen_settings(files) == chosen_settings([plain]) == chosen_settings([]) == {}
-    assert capfd.readouterr().err == ""
-    assert chosen_settings([tuned, plain]) == {}
-    assert "chose different settings" in capfd.readouterr().err
+def test_settings_are_those_that_the_calibration_chose(calibrated, files):
+    assert chosen_settings(calibrated[0]) == {"lr": 3e-4, "window": 4}
+    assert chosen_settings(calibrated[1]) == chosen_settings(files[0]) == {}
 
 
 def test_a_row_depends_on_the_calibrations_of_its_checkpoints(calibrated, files):

@@ -35,7 +35,15 @@ from ttt_adapt.training.joint import TrainConfig
 from ttt_adapt.training.recipe import train as train_recipe
 
 ROOT = Path(__file__).parents[2]
-TRAIN = ["--task=colorization", *TINY, "--size=48x64", "--batch-size=3", "--first-epochs=1", "--epochs=1"]
+TRAIN = [
+    "--task=colorization",
+    *TINY,
+    "--size=48x64",
+    "--batch-size=3",
+    "--first-epochs=1",
+    "--epochs=1",
+    "--no-calibrate",
+]
 
 
 @pytest.fixture(scope="module")
@@ -317,6 +325,16 @@ def test_run_does_not_claim_to_have_kept_what_could_not_be_written(trained, tmp_
     call = ["run", source, f"--checkpoint={trained}", f"--out={tmp_path / 'o.mp4'}", "--set=batch_size=2"]
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("the disk is gone")))
     assert fail(capsys, monkeypatch, *call) == f"error: {tmp_path / 'o.mp4'} cannot be finished: the disk is gone\n"
+
+
+def test_training_calibrates_by_agreement_and_run_uses_it(pictures, tmp_path):
+    out, source = tmp_path / "m.safetensors", write_video(tmp_path / "new.mkv", colour_frames(2))
+    invoke("train", pictures, *TRAIN, "--calibrate", f"--out={out}")
+    made = load_checkpoint(out)
+    assert made.calibration.record["by"] == "agreement"
+    made.calibration.check(made.model)
+    text = invoke("run", source, f"--checkpoint={out}", f"--out={tmp_path / 'o.mp4'}", "--set=batch_size=2")
+    assert "calibrated statistics, with gradient steps" in text
 
 
 def test_a_checkpoint_of_the_other_mode_cannot_begin_one(trained, cell_model, pictures, tmp_path, capsys, monkeypatch):

@@ -89,7 +89,7 @@ def evaluate(
 ) -> None:
     """Compare arms on clips: tables, a JSON and plots."""
     from ttt_adapt.data.drift import parse_drifts
-    from ttt_adapt.evaluation.calibrated import chosen_settings, default_arms
+    from ttt_adapt.evaluation.calibrated import default_arms
     from ttt_adapt.evaluation.rows import clips_from, rows_of, unheeded
     from ttt_adapt.evaluation.session import check_failures
     from ttt_adapt.evaluation.session import evaluate as evaluate_rows
@@ -110,8 +110,6 @@ def evaluate(
     hidden = parse_settings(branch, "mask_ratio=0.75")
     numbers = parse_seeds(seeds, checkpoint, baseline or [])
     names = parse_names(arms) if arms is not None else () if chosen else default_arms(checkpoint)
-    if "online" in names and preset == "online" and (tuned := chosen_settings(checkpoint, common)):
-        own["online"] = {**tuned, **own.get("online", {})}
     rows = [] if chosen else rows_of(names, checkpoint, baseline or [], own, hidden)
     charged = parse_forwards(real_time, forwards, chosen.arms if chosen else names)
     spec = read_spec(checkpoint[0])

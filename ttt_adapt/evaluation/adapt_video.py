@@ -97,7 +97,7 @@ def adapt_video(
             runner = stack.enter_context(closing(_start(model, config, arm, changes)))
             fixed = load_checkpoint(checkpoint, device).model if view == "panels" else None
             pictures = _Pictures(model, fixed, normalize)
-            remarks = _Remarks(video, source, out, rate, _how_it_runs(model, runner, checkpoint))
+            remarks = _Remarks(video, source, out, rate, _how_it_runs(model, runner))
             total = video.length if limit is None else min(video.length or limit, limit)
             advance = stack.enter_context(progress_bar(video.name, total))
             for frame in islice(video, limit):
@@ -164,19 +164,15 @@ def _start(
     return start(found, checkpoint, config, changes)
 
 
-def _how_it_runs(checkpoint: Checkpoint, runner: Runner, file: Path) -> str:
-    """What the calibration does to this stream, as a sentence; "" where a calibration would change nothing of it."""
+def _how_it_runs(checkpoint: Checkpoint, runner: Runner) -> str:
+    """What the calibration does to this stream, as a sentence; "" where it is not used."""
     while isinstance(runner, Modified):
         runner = runner.runner
-    if not isinstance(runner, Adapting):
+    chosen = checkpoint.calibration
+    if chosen is None or not isinstance(runner, Adapting) or runner.adapter.config.norm_stats != "calibrated":
         return ""
-    if checkpoint.calibration is None:
-        how = f"ttt-adapt calibrate {shlex.quote(str(file))} STILLS takes some 40 frames of ordinary scenes"
-        return f"{file.name} is not calibrated: {how}" if runner.adapter.config.norm_stats == "frozen" else ""
-    if runner.adapter.config.norm_stats != "calibrated":
-        return f"{file.name} is calibrated, and this arm does not use it"
     steps = "without" if isinstance(runner.adapter.branch, ForwardOnly) else "with"
-    return f"calibrated statistics, {steps} gradient steps: {describe_rule(checkpoint.calibration.rule)}"
+    return f"calibrated statistics, {steps} gradient steps: {describe_rule(chosen.rule)}"
 
 
 def _normalize(

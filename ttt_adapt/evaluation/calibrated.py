@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ttt_adapt.tasks.checkpoint import read_calibration, read_spec
-from ttt_adapt.view.terminal import notice
 
 DEFAULT_ARMS = ("fixed", "no-memory", "implicit", "explicit", "online")
 """The arms that are compared on checkpoints without a calibration, unless somebody names others."""
@@ -29,21 +28,14 @@ def default_arms(checkpoints: Sequence[Path]) -> tuple[str, ...]:
     return ("fixed", "calibrated", *DEFAULT_ARMS[1:])
 
 
-def chosen_settings(checkpoints: Sequence[Path], given: Iterable[str] = ()) -> dict[str, Any]:
-    """The fields of the online preset that the calibrations of the checkpoints chose, without those that are `given`.
-
-    Where the calibrations chose differently, none is taken, and the user is told.
+def chosen_settings(checkpoint: Path) -> dict[str, Any]:
+    """The fields of the online preset that the calibration of a checkpoint chose; {} where it chose none.
 
     Raises:
-        CheckpointError: a file cannot be read.
+        CheckpointError: the file cannot be read.
     """
-    calibrations = [read_calibration(path) for path in checkpoints]
-    found = [{} if each is None else dict(each.settings) for each in calibrations]
-    if any(each != found[0] for each in found):
-        notice("the calibrations of these checkpoints chose different settings: all run with those of the preset")
-        return {}
-    settings = found[0] if found else {}
-    return {name: value for name, value in settings.items() if name not in set(given)}
+    calibration = read_calibration(checkpoint)
+    return {} if calibration is None else dict(calibration.settings)
 
 
 def digests(checkpoints: Sequence[Path]) -> list[str | None]:

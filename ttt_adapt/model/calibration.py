@@ -87,6 +87,7 @@ class PointStatistics:
         high: [C], its 95th percentile.
         layer_usual: scalar, mean over the stills of the mean of d over the channels.
         layer_high: scalar, its 95th percentile.
+        layer_shift: scalar, the mean over the channels of the divergence of all stills taken together.
     """
 
     layout: Any
@@ -97,6 +98,7 @@ class PointStatistics:
     high: Tensor
     layer_usual: Tensor
     layer_high: Tensor
+    layer_shift: Tensor
 
     @classmethod
     def of(cls, point: Point, means: Tensor, variances: Tensor) -> PointStatistics:
@@ -113,7 +115,9 @@ class PointStatistics:
         d = divergence(means, variances, mean, std)  # [stills, C]
         layer = d.mean(1)
         high = d.quantile(0.95, 0), layer.quantile(0.95)
-        return cls(point.layout, point.prefix, mean, std, d.mean(0), high[0], layer.mean(), high[1])
+        together = (variances + means.square()).mean(0) - means.mean(0).square()
+        shift = divergence(means.mean(0), together, mean, std).mean()
+        return cls(point.layout, point.prefix, mean, std, d.mean(0), high[0], layer.mean(), high[1], shift)
 
     def threshold(self, rule: Rule) -> Tensor:
         """The divergence up to which nothing is corrected: [C], or a scalar for a whole layer."""
@@ -181,9 +185,9 @@ class Calibration:
 
     @property
     def distance(self) -> float | None:
-        """How far the stills are from the data that the model was trained on: their mean divergence from the running
-        statistics of BatchNorm; None for a model without."""
-        layers = [float(each.layer_usual) for each in self.statistics.get("batchnorm", {}).values()]
+        """How far the stills are from the data that the model was trained on: the divergence of all stills together
+        from the running statistics, mean over the BatchNorm layers; None for a model without."""
+        layers = [float(each.layer_shift) for each in self.statistics.get("batchnorm", {}).values()]
         return sum(layers) / len(layers) if layers else None
 
     def replace(self, **changes: Any) -> Calibration:
@@ -313,7 +317,7 @@ class Calibration:
         return cls.of_bytes(data, str(path))
 
 
-_TENSORS = ("mean", "std", "usual", "high", "layer_usual", "layer_high")
+_TENSORS = ("mean", "std", "usual", "high", "layer_usual", "layer_high", "layer_shift")
 """The fields of `PointStatistics` that are tensors."""
 
 
