@@ -46,8 +46,8 @@ def training_images(cfg: Any, count: int) -> list[str]:
     found = _spaced([path for path, size in sizes.items() if size == usual], count)
     if len(found) < LEAST_STILLS:
         raise ConfigError(
-            f"stills={count} found {len(found)} images of {usual[0]} x {usual[1]} (H x W) in the training set; expected "
-            f"at least {LEAST_STILLS} of one size: calibrate in a script on other images and name the file by "
+            f"stills={count} found {len(found)} images of {usual[0]} x {usual[1]} (H x W) in the training set; "
+            f"expected at least {LEAST_STILLS} of one size: calibrate in a script on other images and name the file by "
             "calibration='FILE.safetensors'"
         )
     return found
