@@ -18,6 +18,7 @@ from ttt_adapt_openmmlab.colorization import Colorizer, ColourPictures, PackColo
 from ttt_adapt_openmmlab.datasets import (  # noqa: E402
     CamVidStream,
     CocoVideos,
+    DriftFrame,
     KittiStep,
     LoadKittiStepAnnotations,
     LoadPanopticSegments,
@@ -36,6 +37,7 @@ __all__ = [
     "CocoVideos",
     "Colorizer",
     "ColourPictures",
+    "DriftFrame",
     "JointMAE",
     "KittiStep",
     "LoadKittiStepAnnotations",

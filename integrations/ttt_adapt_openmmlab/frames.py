@@ -89,7 +89,9 @@ def _scope(model: nn.Module, cfg: Config) -> str:
 def _pipeline(cfg: Config, scope: str) -> Compose:
     """The test pipeline for images in memory: as the config has it, without files and annotations."""
     found = cfg.get("test_pipeline") if scope == "mmseg" else None
-    found = found or _dataset_pipeline(cfg.get("test_dataloader", {}).get("dataset", {}))
+    found = (
+        found or _dataset_pipeline((cfg.get("test_dataloader") or {}).get("dataset", {})) or cfg.get("test_pipeline")
+    )
     if not found or _name(found[0]) not in ("LoadImageFromFile", "LoadImageFromNDArray"):
         begin = _name(found[0]) if found else "nothing"
         raise ConfigError(f"the config's test pipeline begins with {begin}; expected LoadImageFromFile")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ttt_adapt import StepReport, StreamAdapter
 from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError
-from ttt_adapt.integration import shuffled_epochs
+from ttt_adapt.integration import LEAST_STILLS, shuffled_epochs
 from ttt_adapt_openmmlab.arms import arm_name, contradiction, stream_config
 from ttt_adapt_openmmlab.batches import only_sample, predicted, prepared
 from ttt_adapt_openmmlab.datasets.frame_order import FrameOrder, file_of, video_of
@@ -22,7 +22,7 @@ from ttt_adapt_openmmlab.datasets.loaders import check_stream, offline_indices, 
 from ttt_adapt_openmmlab.decoders import branch_settings
 from ttt_adapt_openmmlab.joint import data_preprocessor_of, find_branch, plain_model, unwrapped
 from ttt_adapt_openmmlab.reconstruction import reconstruction_picture
-from ttt_adapt_openmmlab.run_calibration import fits, known_calibration, made_calibration
+from ttt_adapt_openmmlab.run_calibration import fits, known_calibration, made_calibration, stills_of
 from ttt_adapt_openmmlab.stream_branch import branch_for_stream
 from ttt_adapt_openmmlab.totals import Totals
 
@@ -53,7 +53,8 @@ class OnlineTTTHook(Hook):
             plain model (`encoder="backbone"` by default); `checkpoint=` names a file or URL with its weights, as
             `JointMAE` saves them.
         calibration: a file that `Calibration.save` wrote.
-        stills: how many images of the training set to calibrate on, as the test pipeline makes them; 0: none.
+        stills: how many images of the training set to calibrate on, at least 8, as the test pipeline makes them; 0:
+            none.
         log_interval: a line in the log every n frames. Scalars `ttt/loss` and `ttt/ms` go to the message hub and the
             visualizer on every frame.
         visualize_interval: every n frames an image (frame, masked frame, reconstruction) to the visualizer; 0: never.
@@ -93,6 +94,8 @@ class OnlineTTTHook(Hook):
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigError(f"{name} is {value!r}; expected a whole number, at least {least}")
+        if 0 < stills < LEAST_STILLS:
+            raise ConfigError(f"stills is {stills}; expected at least {LEAST_STILLS}, better 40, or 0 for none")
         self.arm, self.offline_steps = arm_name(arm), offline_steps
         self.branch = None if branch is None else branch_settings(branch, "checkpoint")
         self.log_interval, self.visualize_interval = log_interval, visualize_interval
@@ -119,14 +122,20 @@ class OnlineTTTHook(Hook):
 
         loop.run = run
 
+    def before_train(self, runner: Any) -> None:
+        """Check that the last iteration will be able to calibrate."""
+        if self._calibrates_after(runner):
+            stills_of(runner, self.stills)
+
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """In the last iteration, calibrate a `JointMAE`, before its checkpoint is saved."""
-        if not self.stills or not self.is_last_train_iter(runner) or find_branch(runner.model) is None:
-            return
-        if any(isinstance(hook, EMAHook) for hook in runner.hooks):
-            runner.logger.warning("EMAHook saves averaged weights: they are not calibrated now, but in the test run")
-            return
-        made_calibration(runner, find_branch(runner.model), self.stills)
+        if self._calibrates_after(runner) and self.is_last_train_iter(runner):
+            made_calibration(runner, find_branch(runner.model), self.stills)
+
+    def _calibrates_after(self, runner: Any) -> bool:
+        """Whether a training run ends with a calibration: not where other weights are saved than it ends with."""
+        averaged = any(isinstance(hook, EMAHook) for hook in runner.hooks)
+        return bool(self.stills) and find_branch(runner.model) is not None and not averaged
 
     def before_test(self, runner: Any) -> None:
         """Check model, dataloader and order of the frames; nothing is changed."""

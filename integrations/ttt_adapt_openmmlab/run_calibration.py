@@ -10,6 +10,7 @@ from torch import nn
 from ttt_adapt import Calibration, MAEBranch, StreamConfig
 from ttt_adapt.errors import ConfigError
 from ttt_adapt_openmmlab.calibration import calibrate
+from ttt_adapt_openmmlab.frames import Frames
 from ttt_adapt_openmmlab.joint import find_branch, plain_model
 from ttt_adapt_openmmlab.stills import training_images
 
@@ -46,6 +47,21 @@ def fits(calibration: Calibration | None, model: nn.Module) -> bool:
     return calibration is not None
 
 
+def stills_of(runner: Any, count: int) -> tuple[list[str], Config]:
+    """Images of the runner's training set, and the config whose test pipeline they go through.
+
+    Raises:
+        ConfigError: no training set or test pipeline, or too few images.
+        DataError: a file is no image.
+    """
+    cfg = runner.cfg
+    paths = training_images(cfg, count)
+    if cfg.get("test_dataloader") is not None:  # its pipeline and not that for images in a script
+        cfg = Config({"default_scope": cfg.get("default_scope"), "test_dataloader": cfg.test_dataloader})
+    Frames(plain_model(runner.model), cfg)  # raises where this is no pipeline for one image
+    return paths, cfg
+
+
 def made_calibration(runner: Any, branch: MAEBranch | None, count: int) -> Calibration:
     """Calibrate the runner's model on images of its training set, as its test pipeline makes them.
 
@@ -55,13 +71,10 @@ def made_calibration(runner: Any, branch: MAEBranch | None, count: int) -> Calib
         count: how many images.
 
     Raises:
-        ConfigError: no training set or test pipeline, or too few images.
+        ConfigError, DataError: as in `stills_of`.
     """
-    cfg = runner.cfg
-    paths = training_images(cfg, count)
+    paths, cfg = stills_of(runner, count)
     runner.logger.info(f"calibrate on {len(paths)} images of the training set")
-    if cfg.get("test_dataloader") is not None:  # its pipeline and not that for images in a script
-        cfg = Config({"default_scope": cfg.get("default_scope"), "test_dataloader": cfg.test_dataloader})
     found = calibrate(plain_model(runner.model), paths, branch=branch, cfg=cfg)
     runner.logger.info(f"calibrated: {found.rule}")
     return found

@@ -9,6 +9,7 @@ from typing import Any
 from mmengine.registry import DATASETS
 
 from ttt_adapt.errors import ConfigError
+from ttt_adapt.integration import LEAST_STILLS
 from ttt_adapt_openmmlab.datasets.label_images import header
 from ttt_adapt_openmmlab.datasets.samplers import frame_infos
 
@@ -24,7 +25,8 @@ def training_images(cfg: Any, count: int) -> list[str]:
         count: at least 1.
 
     Raises:
-        ConfigError: no training set, or one that does not tell its files.
+        ConfigError: no training set, one that does not tell its files, or too few of one size.
+        DataError: a file is no image.
     """
     dataset = (cfg.get("train_dataloader") or {}).get("dataset")
     if dataset is None:
@@ -41,7 +43,14 @@ def training_images(cfg: Any, count: int) -> list[str]:
         )
     sizes = {path: header(Path(path))[1] for path in _spaced(paths, CANDIDATES * count)}
     usual = Counter(sizes.values()).most_common(1)[0][0]
-    return _spaced([path for path, size in sizes.items() if size == usual], count)
+    found = _spaced([path for path, size in sizes.items() if size == usual], count)
+    if len(found) < LEAST_STILLS:
+        raise ConfigError(
+            f"stills={count} found {len(found)} images of {usual[0]} x {usual[1]} (H x W) in the training set; "
+            f"expected at least {LEAST_STILLS} of one size: calibrate in a script on other images and name the file by "
+            "calibration='FILE.safetensors'"
+        )
+    return found
 
 
 def _spaced(items: list[str], count: int) -> list[str]:

@@ -36,7 +36,8 @@ def branch_for_stream(model: nn.Module, keywords: Mapping[str, Any] | None, seed
             raise ConfigError(
                 f"{type(plain).__name__} has no reconstruction branch to adapt with: wrap it as "
                 "model=dict(type='JointMAE', model=..., branch=...), or give the hook "
-                "branch=dict(checkpoint='file of a JointMAE run')"
+                "branch=dict(checkpoint='file of a JointMAE run'). Without a branch there are arm='calibrated', "
+                "stills=40 in the hook, and stream_adapter(model, calibration=calibrate(model, images)) in a script"
             )
         return found
     keywords = dict(keywords)

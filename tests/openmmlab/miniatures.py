@@ -150,9 +150,9 @@ def coco_videos(root: Path, split: str = "val", videos: dict[str, int] | None = 
     return root
 
 
-def cityscapes(root: Path) -> Path:
+def cityscapes(root: Path, count: int = 2) -> Path:
     for split in ("train", "val"):
-        for number in range(2):
+        for number in range(count):
             stem = f"aachen_{number:06d}_000019"
             picture(root / "leftImg8bit" / split / "aachen" / f"{stem}_leftImg8bit.png", seed=number)
             target = root / "gtFine" / split / "aachen" / f"{stem}_gtFine_labelTrainIds.png"

@@ -10,6 +10,7 @@ from mmengine.config import Config
 import miniatures
 from ttt_adapt_openmmlab.datasets.kitti_step import PAPER_VAL
 
+IMAGES = 8  # in each training set: a calibration takes no fewer
 SMALL = (64, 64)  # square: mmseg takes (height, width) and mmdet (width, height)
 NUMBERS = {256: 32, 1024: 64, 2048: 64, 128: 16, 512: 32, 12544: 64}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -56,6 +57,8 @@ def small(node: Any, key: str = "") -> Any:
             changed |= {"in_channels": [16, 32, 64, 128], "num_queries": 6}
         if kind == "OnlineTTTHook" and "crop_size" in node:
             changed["crop_size"] = (32, 48)
+        if kind == "OnlineTTTHook" and "stills" in node:
+            changed["stills"] = IMAGES
         if kind in ("SegDataPreProcessor", "SegDataPreprocessor"):
             changed["size"] = SMALL
         return changed | SETTINGS.get(kind, {})
@@ -87,7 +90,7 @@ def small_config(path: Path, tmp_path: Path) -> Config:
 def use_miniature(dataset: Any, root: Path) -> None:
     kind = dataset.type.split(".")[-1]
     if kind == "CityscapesDataset":
-        dataset.data_root = str(miniatures.cityscapes(root / "cityscapes"))
+        dataset.data_root = str(miniatures.cityscapes(root / "cityscapes", IMAGES))
         dataset.seg_map_suffix = "_gtFine_labelTrainIds.png"
     elif kind == "KittiStep":
         for split, videos in (("train", None), ("val", dict.fromkeys(PAPER_VAL, 1))):
@@ -105,6 +108,8 @@ def use_miniature(dataset: Any, root: Path) -> None:
     else:
         task = "panoptic" if "Panoptic" in kind else "instances"
         prefix = {"img": "images/"} | ({"seg": "panoptic/"} if task == "panoptic" else {})
-        dataset.update(data_root=str(miniatures.coco(root / "coco")), ann_file=f"{task}.json", data_prefix=prefix)
+        dataset.update(
+            data_root=str(miniatures.coco(root / "coco", IMAGES)), ann_file=f"{task}.json", data_prefix=prefix
+        )
         if "filter_cfg" in dataset:
             dataset.filter_cfg.min_size = 1

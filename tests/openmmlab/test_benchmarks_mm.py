@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import tiny
-from ttt_adapt import StreamConfig
+from ttt_adapt import StreamConfig, calibrate
 
 CPU = torch.device("cpu")
 
@@ -122,3 +122,37 @@ def test_the_implementations_of_deformable_attention_compute_the_same(monkeypatc
         assert row["ratio"]["mmcv"] == 1
         assert max(row["error"].values()) < 1e-5
     assert "| small | forward |" in capsys.readouterr().out
+
+
+def test_the_calibrated_mask2former_runs_what_is_missing_and_tabulates_all(monkeypatch, tmp_path, capsys):
+    bench = load("mask2former_calibrated")
+    asked = []
+
+    def tested(seed, stream, arm, checkpoint, options):
+        asked.append((seed, *stream, *arm.values()))
+        return {"stream/mIoU": 40.0 + 2 * seed}
+
+    def calibrated(seed, checkpoint, options):
+        model = tiny.build(tiny.fcn()).eval()
+        stills = [torch.randn(3, *tiny.SIZE) for _ in range(8)]
+        calibrate(model, stills, choose=False).save(tmp_path / "calibration.safetensors")
+        return tmp_path / "calibration.safetensors", 1.5
+
+    monkeypatch.setattr(bench, "trained", lambda seed, options: tmp_path / "iter_6.pth")
+    monkeypatch.setattr(bench, "calibrated", calibrated)
+    monkeypatch.setattr(bench, "tested", tested)
+    arguments = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--seeds", "0", "1", "--drifts", "fog:2"]
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--iterations", "6"])
+    bench.main()
+    assert len(asked) == len(set(asked)) == 2 * 3 * 4
+    assert (1, "0016E5_val_c", "fog:2", "online", "frozen") in asked
+    assert "| dusk | 41.00 ± 1.41 |" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "seed-1.json").read_text())
+    assert report["calibration"]["rule"]["points"] == "batchnorm"
+    del report["streams"]["dusk"]["both"]
+    (tmp_path / "out" / "seed-1.json").write_text(json.dumps(report))
+    bench.main()
+    assert asked[24:] == [(1, "0001TP_train_a", "none", "online", "calibrated")]
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments, "--iterations", "7"])
+    with pytest.raises(SystemExit, match="other settings"):
+        bench.main()

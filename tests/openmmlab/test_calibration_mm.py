@@ -34,13 +34,12 @@ def settled(model: nn.Module) -> nn.Module:
     """The model with running statistics of the stills, as after a training on them."""
     plain = plain_model(model)
     norms = [module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)]
-    frames = [torch.from_numpy(tiny.frame(seed=seed)).permute(2, 0, 1) for seed in range(len(STILLS))]
     for norm in norms:
         norm.train()
         norm.momentum = None
     if norms:
         with torch.no_grad():
-            plain(plain.data_preprocessor({"inputs": frames}, False)["inputs"])
+            plain(plain.data_preprocessor(tiny.batch(tiny.fcn(), len(STILLS)), False)["inputs"])
     for norm in norms:
         norm.eval()
     return model
@@ -261,6 +260,13 @@ def make(root, tmp_path, monkeypatch):
     return runner
 
 
+def first_images(root: Path, count: int) -> dict[str, Any]:
+    """A loader of the first images only."""
+    loader = v.loader_of(root)
+    loader["dataset"]["indices"] = count
+    return loader
+
+
 def outputs(runner: Runner) -> list[torch.Tensor]:
     """The logits of all frames of a test run."""
     found = []
@@ -340,19 +346,27 @@ def test_frozen_statistics_need_no_calibration_and_make_none(make):
     assert "mean_drift" not in runner.message_hub.get_info("test/ttt")
 
 
-def test_a_run_without_what_it_calibrates_by_is_refused(make, tmp_path):
+def test_a_run_without_what_it_calibrates_by_is_refused(make, root, tmp_path):
     plain = copy.deepcopy(v.MODEL)
     with pytest.raises(ConfigError, match="arm 'calibrated' needs a calibration.*stills=40"):
         make(v.hook(arm="calibrated"), plain).test()
+    nothing = {"train_dataloader": None, "train_cfg": None, "optim_wrapper": None}
     with pytest.raises(ConfigError, match="no train_dataloader"):
-        entries = {"train_dataloader": None, "train_cfg": None, "optim_wrapper": None}
-        make(v.hook(arm="calibrated", stills=9), plain, **entries).test()
-    with pytest.raises(ConfigError, match="got 4 stills; expected at least 8"):
-        make(v.hook(arm="calibrated", stills=4), plain).test()
+        make(v.hook(arm="calibrated", stills=9), plain, **nothing).test()
+    with pytest.raises(ConfigError, match="found 4 images of 48 x 64 .*expected at least 8"):
+        make(v.hook(arm="calibrated", stills=9), plain, train_dataloader=first_images(root, 4)).test()
     with pytest.raises(CheckpointError, match="there is no calibration"):
         make(v.hook(calibration=str(tmp_path / "absent.safetensors"))).test()
-    with pytest.raises(ConfigError, match="stills is -1"):
-        OnlineTTTHook(stills=-1)
+    for wrong in (-1, 4, True):
+        with pytest.raises(ConfigError, match=f"stills is {wrong}"):
+            OnlineTTTHook(stills=wrong)
+
+
+def test_a_training_run_that_could_not_calibrate_at_its_end_is_refused_at_its_beginning(make, root):
+    runner = make(v.hook(stills=9), train_dataloader=first_images(root, 4))
+    with pytest.raises(ConfigError, match="found 4 images"):
+        runner.train()
+    assert runner.iter == 0
 
 
 def test_a_calibration_of_other_weights_is_refused_in_the_test_run_and_renewed_by_stills(make, root, tmp_path):

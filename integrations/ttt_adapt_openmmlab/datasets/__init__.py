@@ -2,7 +2,8 @@
 
 from ttt_adapt_openmmlab.datasets.camvid import CamVidStream
 from ttt_adapt_openmmlab.datasets.coco_videos import CocoVideos
+from ttt_adapt_openmmlab.datasets.drift_frame import DriftFrame
 from ttt_adapt_openmmlab.datasets.kitti_step import KittiStep
 from ttt_adapt_openmmlab.datasets.transforms import LoadKittiStepAnnotations, LoadPanopticSegments
 
-__all__ = ["CamVidStream", "CocoVideos", "KittiStep", "LoadKittiStepAnnotations", "LoadPanopticSegments"]
+__all__ = ["CamVidStream", "CocoVideos", "DriftFrame", "KittiStep", "LoadKittiStepAnnotations", "LoadPanopticSegments"]
