@@ -13,7 +13,7 @@ from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError
 from ttt_adapt.model.calibration import Calibration, PointStatistics, default_rule, fingerprint_of
 from ttt_adapt.model.frames import FrameIntake, Preprocess, TakenFrame, default_preprocess
 from ttt_adapt.model.hooks import hooks, uncompiled
-from ttt_adapt.model.points import Point, points_of_pass
+from ttt_adapt.model.points import Point, first_tensor, points_of_pass
 from ttt_adapt.model.probe import evaluating
 
 LEAST_STILLS = 8
@@ -51,8 +51,8 @@ def measure(
         for still in stills:
             with measuring(points) as found:
                 call(still.x, *still.context)
-            for name, pair in found.items():
-                moments.setdefault(name, []).append(pair)
+            for name, pairs in found.items():
+                moments.setdefault(name, []).extend(pairs)
             if loss is not None:
                 losses.append(loss(still.x).float())
     statistics = {
@@ -117,19 +117,19 @@ def take_stills(
 
 
 @contextmanager
-def measuring(points: Sequence[Point]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Inside the block, passes leave the moments of every point, [C] each, in the dict, by name."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+def measuring(points: Sequence[Point]) -> Iterator[dict[str, list[tuple[Tensor, Tensor]]]]:
+    """Inside the block, every call of a point leaves its moments, [C] each, in the dict, by name."""
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def see(point: Point, x: Tensor) -> None:
         if x.numel() > x.shape[0] * point.channels:  # one value per channel has no deviation
-            found[point.name] = point.moments(x.detach())
+            found.setdefault(point.name, []).append(point.moments(x.detach()))
 
     def before(point: Point) -> Any:
         return lambda _module, args, kwargs: see(point, args[0] if args else kwargs["input"])
 
     def after(point: Point) -> Any:
-        return lambda _module, _args, output: see(point, output)
+        return lambda _module, _args, output: see(point, first_tensor(output))  # type: ignore[arg-type]
 
     with hooks(
         point.module.register_forward_pre_hook(before(point), with_kwargs=True)

@@ -12,6 +12,8 @@ space.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,7 +72,8 @@ class Point:
 def find_points(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> dict[str, list[Point]]:
     """The points of a model by kind, found by running it on random images; a kind without points is left out.
 
-    Points that are reached more than once in a pass are left out too: a shared layer has no statistics of its own.
+    Points that are reached more often in a pass than most layers are left out too: a shared layer has no statistics of
+    its own.
 
     Args:
         model: any module that takes images [B, 3, H, W].
@@ -112,29 +115,30 @@ def points_of_pass(model: nn.Module, images: Tensor, run: Any) -> dict[str, list
     names = {module: name for name, module in model.named_modules()}
     running = set(norm_layers(model))
     norms = {m for m in names if is_norm(m) and m not in running}
-    with Trace(model, images) as trace, _Seen({*running, *norms, *repeated_blocks(model)}) as seen:
+    with Trace(model, images) as trace, _Seen(names) as seen:
         run()
+    usual = seen.usual_calls()
     strides = _strides(trace)
-    size = (images.shape[-2], images.shape[-1])
+    sizes = [shape[-2:] for shape in (seen.shapes[trace.stem][0] if trace.stem else None, tuple(images.shape)) if shape]
     found: dict[str, list[Point]] = {kind: [] for kind in KINDS}
-    for module in names:
-        if seen.calls.get(module) != 1:
+    for module in {m: None for m in names if m in {*running, *norms, *repeated_blocks(model)}}:
+        if seen.calls.get(module) != usual:
             continue
         before, after = seen.shapes[module]
         kind = "batchnorm" if module in running else "norms" if module in norms else "blocks"
         shape = before if kind == "batchnorm" else after
         if shape is None or (kind == "blocks" and before != after):
             continue
-        point = _point(names[module], module, shape, size, strides)
-        if point is not None:
+        point = next((p for size in sizes if (p := _point(names[module], module, shape, size, strides))), None)
+        if point is not None and (kind != "batchnorm" or point.layout == "nchw"):
             found[kind].append(point)
     return {kind: points for kind, points in found.items() if points}
 
 
 class _Seen:
-    """Records how often modules are called, and with tensors of which shapes."""
+    """Records how often modules are called, and the shapes of the first call's first tensor, in and out."""
 
-    def __init__(self, modules: set[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = modules
         self.calls: dict[nn.Module, int] = {}
         self.shapes: dict[nn.Module, tuple[tuple[int, ...] | None, tuple[int, ...] | None]] = {}
@@ -148,9 +152,21 @@ class _Seen:
         self._hooks.__exit__(None, None, None)
 
     def _see(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        before, after = next(tensors([args, kwargs]), None), next(tensors(output), None)
+        before, after = next(tensors([args, kwargs]), None), first_tensor(output)
         self.calls[module] = self.calls.get(module, 0) + 1
-        self.shapes[module] = tuple(None if x is None else tuple(x.shape) for x in (before, after))  # type: ignore[assignment]
+        shapes = tuple(None if x is None else tuple(x.shape) for x in (before, after))
+        self.shapes.setdefault(module, shapes)  # type: ignore[arg-type]
+
+    def usual_calls(self) -> int:
+        """How often most layers are called: once, or several times where a frame is predicted in several passes."""
+        layers = Counter(count for module, count in self.calls.items() if not any(module.children()))
+        return min(layers, key=lambda count: (-layers[count], count), default=1)
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """What a module returned, or the first of the tuple that it returned; None where that is no tensor."""
+    first = output[0] if isinstance(output, tuple) and output else output
+    return first if isinstance(first, Tensor) else None
 
 
 def _strides(trace: Trace) -> list[int]:
@@ -160,16 +176,17 @@ def _strides(trace: Trace) -> list[int]:
     return [first * 2**i for i in range(6)]
 
 
-def _point(
-    name: str, module: nn.Module, shape: tuple[int, ...], size: tuple[int, int], strides: list[int]
-) -> Point | None:
+def _point(name: str, module: nn.Module, shape: tuple[int, ...], size: Any, strides: list[int]) -> Point | None:
     """The point with a tensor of this shape; None where it has no grid."""
     spec = None
     if len(shape) == 4:
         spec = describe_map(shape, size, None)
     elif len(shape) == 3:
-        specs = [each for stride in strides if (each := describe_map(shape, size, stride)) is not None]
-        spec = min(specs, key=lambda each: each.prefix, default=None)
+        grids = [stride for stride in strides if (size[0] // stride) * (size[1] // stride) > 1]
+        specs = [each for stride in grids if (each := describe_map(shape, size, stride)) is not None]
+        # registers stand before the tokens of plain transformers; elsewhere more tokens than a grid has are queries
+        fitting = [each for each in specs if each.prefix <= 1 or each.stride == strides[0]]
+        spec = min(fitting, key=lambda each: each.prefix, default=None)
     if spec is None:
         return None
     return Point(name, module, spec.layout, spec.channels, spec.prefix)
