@@ -13,7 +13,7 @@ from ttt_adapt.model.points import find_points, points_of_pass
 
 FAMILIES = {
     # model, size: kind -> (how many points, layouts, prefixes, channels of the first)
-    "resnet": (zoo.resnet, (64, 96), {"batchnorm": (21, "nchw", 0, 8), "blocks": (4, "nchw", 0, 8)}),
+    "resnet": (zoo.resnet, (64, 96), {"batchnorm": (21, "nchw", 0, 64), "blocks": (4, "nchw", 0, 8)}),
     "convnext": (zoo.convnext, (64, 96), {"norms": (9, None, 0, 16), "blocks": (5, "nchw", 0, 16)}),
     "swin": (zoo.swin, (64, 96), {"norms": (15, None, 0, 24), "blocks": (5, "nhwc", 0, 24)}),
     "vit": (zoo.vit, (32, 48), {"norms": (5, "tokens", 1, 48), "blocks": (2, "tokens", 1, 48)}),

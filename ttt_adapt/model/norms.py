@@ -111,7 +111,7 @@ def blended_statistics(norms: Iterable[nn.Module], share: float) -> Iterator[Non
 def channel_moments(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel of `x`, over all axes but `axis`: float32 or wider, [C] each.
 
-    The variance is the mean of squares minus the square of the mean. Rounding changes it by about
+    The variance is the mean of squares minus the square of the mean. Rounding changes it by up to some
     1e-6 * (mean^2 + variance), so that a channel whose mean is a thousand deviations has no meaningful variance. The
     two passes over `x` take a thirtieth of the time of `torch.var_mean` on a CPU.
     """
