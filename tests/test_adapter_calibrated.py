@@ -299,13 +299,13 @@ def test_every_engine_predicts_and_measures_as_the_eager_one(monkeypatch, kind, 
     found = calibrate(model, clip(8))
     found = found.replace(rule=dataclasses.replace(found.rule, strength=0.5, **rule))
     frames = [*drifted(4), *clip(2), *drifted(4, (64, 32)), *clip(4, (64, 32)), *clip(3), *drifted(2)]
+    engines = {
+        "eager": EagerEngine,
+        "compile": lambda step: CompileEngine(step, backend="aot_eager"),
+        "cudagraph": lambda step: GraphEngine(step, TapeRecorder()),
+    }
     results = []
     for name in ("eager", kind):
-        engines = {
-            "eager": EagerEngine,
-            "compile": lambda step: CompileEngine(step, backend="aot_eager"),
-            "cudagraph": lambda step: GraphEngine(step, TapeRecorder()),
-        }
         monkeypatch.setattr("ttt_adapt.adapter.choose_engine", lambda step, _optimizer, n=name: engines[n](step))
         with StreamAdapter(model, calibration=found) as adapter:
             results.append([(adapter.step(frame), adapter.drift) for frame in frames])
