@@ -138,7 +138,7 @@ def test_a_rule_out_of_range_is_refused(wrong):
 
 def test_the_default_rule_is_at_the_first_kind_of_points_that_there_is():
     kinds = ("norms", "blocks", "batchnorm")
-    assert [default_rule(dict.fromkeys(kinds[:n], {"x": 1})).points for n in range(4)] == [
+    assert [default_rule({kind: {"x": 1} for kind in kinds[:n]}).points for n in range(4)] == [
         "none", "norms", "blocks", "batchnorm",
     ]  # fmt: skip
 
