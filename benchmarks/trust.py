@@ -95,7 +95,7 @@ def checkpoint_file(checkpoint: Checkpoint) -> Path:
 
 
 def _miou(checkpoint: Checkpoint, prediction: Tensor, label: np.ndarray) -> float:
-    score = SegmentationScore(checkpoint.spec.classes, 255)
+    score = SegmentationScore(len(checkpoint.spec.classes), 255)
     return score.update(prediction.numpy().astype(np.uint8), label)
 
 

@@ -12,6 +12,10 @@ aten = torch.ops.aten
 WAITS = {aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default, aten.nonzero.default}
 
 
+def storages(values) -> set[int]:
+    return {x.untyped_storage()._cdata for x in tree_leaves(values) if isinstance(x, torch.Tensor)}
+
+
 class Tape(TorchDispatchMode):
     """One recording: the operations of a call, with the very tensors that they read and wrote."""
 
@@ -27,7 +31,7 @@ class Tape(TorchDispatchMode):
         self._remember_what_is_written(func, args, kwargs)
         out = func(*args, **kwargs)
         self.operations.append((func, args, kwargs, out))
-        self.made |= {x.untyped_storage()._cdata for x in tree_leaves(out) if isinstance(x, torch.Tensor)}
+        self.made |= storages(out) - storages([args, kwargs])
         return out
 
     def _remember_what_is_written(self, func, args, kwargs):

@@ -98,7 +98,9 @@ def calibrate(
         raise ConfigError(f"got {len(truth)} labels for {len(frames)} stills; expected one for each")
     choose = choose and all(_can_drift(frame) for frame in frames)
     if branch is not None:
+        before = branch.calibration
         found = branch.calibrate(frames, preprocess=preprocess, predict=predict, seed=seed)
+        branch.calibration = before  # until a rule is chosen
     else:
         found = measure(model, taken, predict)
     if choose:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.model.calibration import Calibration, PointStatistics, Rule
 from ttt_adapt.model.hooks import hooks
-from ttt_adapt.model.norms import blended_statistics
-from ttt_adapt.model.points import SIDES, Point
+from ttt_adapt.model.norms import channel_moments
+from ttt_adapt.model.points import SIDES, Point, first_tensor
 
 
 def correction_of(model: nn.Module, config: StreamConfig, calibration: Calibration | None) -> Correction | None:
@@ -31,88 +31,116 @@ def correction_of(model: nn.Module, config: StreamConfig, calibration: Calibrati
 def correction(model: nn.Module, calibration: Calibration) -> Correction:
     """What corrects the passes of a model by a calibration of its weights."""
     modules = dict(model.named_modules())
-    return Correction(
-        {
-            Point(name, modules[name], SIDES[kind], each.layout, len(each.mean), each.prefix): each
-            for (kind, name), each in calibration.points.items()
-        },
-        calibration.rule,
-    )
+    points = [
+        Point(name, modules[name], SIDES[kind], each.layout, len(each.mean), each.prefix)
+        for (kind, name), each in calibration.points.items()
+    ]
+    statistics = {name: each for (_, name), each in calibration.points.items()}
+    return Correction(points, statistics, calibration.rule)
 
 
 class Correction:
     """Calibrated statistics, ready to run.
 
     Args:
-        points: where passes are corrected -> what the source is like there.
+        points: where passes are corrected.
+        statistics: of the source, by the name of a point.
         rule: how.
     """
 
-    def __init__(self, points: Mapping[Point, PointStatistics], rule: Rule) -> None:
-        self._largest = rule.largest
-        self._layers = {
-            point: _Layer(statistics, rule, next(_own_tensors(point.module), None))
-            for point, statistics in points.items()
-        }
-        self._seen: dict[_Layer, Tensor] = {}
+    @torch.inference_mode(False)
+    def __init__(self, points: Iterable[Point], statistics: Mapping[str, PointStatistics], rule: Rule) -> None:
+        chosen = [point for point in points if point.name in statistics]
+        device = next((x.device for point in chosen for x in _own_tensors(point.module)), None)
+        # in fixed places, where also a recorded pass leaves its numbers
+        self._seen = torch.zeros(len(chosen), device=device)
+        self._calls = torch.zeros((), device=device)
+        self._layers = [_Layer(p, statistics[p.name], rule, self._seen[i]) for i, p in enumerate(chosen)]
+        self._passed = False
 
     def drift(self) -> Tensor | None:
         """How far the frame of the last pass is from the source: scalar, None before the first pass.
 
         It is the mean over the points of a layer's divergence, in units of what is usual; 1 is the mean over the
-        source stills.
+        source stills. Of a frame that is predicted in several passes, it is their mean.
         """
-        return torch.stack(list(self._seen.values())).mean() if self._seen else None
+        return (self._seen / self._calls).mean() if self._passed and self._layers else None
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Inside the block, passes are corrected, each by its own statistics: nothing is carried from pass to pass."""
-        layers = {point.module: layer for point, layer in self._layers.items() if point.side == "statistics"}
+        self._seen.zero_()
+        self._calls.zero_()
+        norms = [layer.point.module for layer in self._layers if layer.point.side == "statistics"]
+        before = [(norm, norm.training, norm._buffers.copy()) for norm in norms]
+        with hooks(self._hook(layer, first=i == 0) for i, layer in enumerate(self._layers)):
+            try:
+                for norm in norms:
+                    if norm.training:
+                        norm.training = False
+                yield
+            finally:
+                for norm, training, buffers in before:
+                    norm._buffers.update(buffers)
+                    if training:
+                        norm.training = True
+        self._passed = True
 
-        def share(norm: nn.Module, mean: Tensor, variance: Tensor) -> Tensor:
-            return self._share(layers[norm], mean, variance)
+    def _hook(self, layer: _Layer, first: bool) -> Any:
+        module, calls = layer.point.module, self._calls if first else None
+        if layer.point.side == "statistics":
+            return module.register_forward_pre_hook(_replace_statistics(layer, calls), with_kwargs=True)
+        correct = _correct(layer, calls)
+        if layer.point.side == "input":
+            return module.register_forward_pre_hook(lambda _module, args: (correct(args[0]), *args[1:]))
+        return module.register_forward_hook(lambda _module, _args, output: correct(output))
 
-        handles = (
-            point.module.register_forward_hook(self._after(point))
-            if point.side == "output"
-            else point.module.register_forward_pre_hook(self._before(point))
-            for point in self._layers
-            if point.side != "statistics"
-        )
-        with hooks(handles), blended_statistics(layers, share):
-            yield
 
-    def _after(self, point: Point) -> Any:
-        def correct(_module: nn.Module, _args: Any, output: Any) -> Any:
-            if isinstance(output, Tensor):
-                return self._corrected(point, output)
-            return type(output)([self._corrected(point, output[0]), *output[1:]])
+def _replace_statistics(layer: _Layer, calls: Tensor | None) -> Any:
+    """What happens before a layer with running statistics: a share of the frame's own takes their place."""
+    norm = layer.point.module
+    buffers = norm._buffers  # assigning an attribute of a module takes longer than the arithmetic
+    running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+    assert running_mean is not None
+    assert running_var is not None
 
-        return correct
+    def before(_norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = (args[0] if args else kwargs["input"]).detach()
+        values = x.numel() // len(running_mean)
+        if calls is not None:
+            calls.add_(1.0)
+        if values == 1:  # one value has no deviation
+            buffers["running_mean"], buffers["running_var"] = running_mean, running_var
+            return
+        mean, variance = channel_moments(x, 1)
+        share = layer.share(torch.stack((mean, variance.sqrt()))).to(running_mean)
+        buffers["running_mean"] = running_mean.lerp(mean.to(running_mean), share)
+        buffers["running_var"] = running_var.lerp((variance * layer.unbiased(values)).to(running_var), share)
 
-    def _before(self, point: Point) -> Any:
-        return lambda _module, args: (self._corrected(point, args[0]), *args[1:])
+    return before
 
-    def _corrected(self, point: Point, x: Tensor) -> Tensor:
-        """`x` with the mean and deviation of the source, as far as its share of its own goes."""
-        layer = self._layers[point]
+
+def _correct(layer: _Layer, calls: Tensor | None) -> Any:
+    """What happens to the input or the output of a layer: it is shifted and scaled toward the source."""
+    point = layer.point
+
+    def correct(output: Any) -> Any:
+        x = first_tensor(output)
+        assert x is not None
+        if calls is not None:
+            calls.add_(1.0)
         mean, variance = point.moments(x.detach())
-        share = self._share(layer, mean, variance)
-        deviation = layer.std.lerp(variance.sqrt(), share)
-        factor = layer.std / deviation.clamp_min(layer.floor)
-        shift = layer.mean - layer.mean.lerp(mean, share) * factor
+        own = torch.stack((mean, variance.sqrt()))
+        blended = layer.moments.lerp(own.to(layer.moments), layer.share(own).to(layer.moments))
+        factor = layer.std / blended[1].clamp_min(layer.floor)
+        shift = torch.addcmul(layer.moments[0], blended[0], factor, value=-1.0)
         factor, shift = (point.along_channels(v).to(x.dtype) for v in (factor, shift))
-        if not point.prefix:
-            return torch.addcmul(shift, x, factor)
-        return torch.cat([x[:, : point.prefix], torch.addcmul(shift, point.patches(x), factor)], 1)
+        corrected = torch.addcmul(shift, point.patches(x), factor)
+        if point.prefix:
+            corrected = torch.cat([x[:, : point.prefix], corrected], 1)
+        return (corrected, *output[1:]) if isinstance(output, tuple) else corrected
 
-    def _share(self, layer: _Layer, mean: Tensor, variance: Tensor) -> Tensor:
-        """Share of the frame's own statistics: [C], or a scalar for a layer; 0 where they are not finite."""
-        d = ((mean - layer.mean) * layer.inverse).square() + (variance.sqrt() * layer.inverse - 1.0).square()
-        whole = d.mean()
-        self._seen[layer] = whole * layer.unit
-        d = d if layer.per_channel else whole
-        return torch.nan_to_num(1.0 - layer.threshold / d, nan=0.0, posinf=0.0, neginf=0.0).clamp(0.0, self._largest)
+    return correct
 
 
 def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -122,14 +150,49 @@ def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 class _Layer:
-    """The numbers of one point, as a pass needs them, on the device of its layer."""
+    """The numbers of one point, as a pass needs them, on the device of its layer.
 
-    def __init__(self, statistics: PointStatistics, rule: Rule, like: Tensor | None) -> None:
-        device = statistics.mean.device if like is None else like.device
-        self.mean, self.std = statistics.mean.to(device), statistics.std.to(device)
-        largest = self.std.max()
-        self.floor = largest * 1e-4 + torch.finfo(self.std.dtype).tiny
-        self.inverse = 1.0 / self.std.clamp_min(self.floor)
-        self.threshold = statistics.threshold(rule).to(device)
-        self.unit = 1.0 / statistics.layer_usual.clamp_min(1e-12).to(device)
-        self.per_channel = rule.per == "channel"
+    Args:
+        point: which.
+        statistics: of the source.
+        rule: how it is corrected.
+        seen: scalar, to which every call adds its divergence, in units of what is usual.
+    """
+
+    def __init__(self, point: Point, statistics: PointStatistics, rule: Rule, seen: Tensor) -> None:
+        self.point, self._seen = point, seen
+        moments = torch.stack((statistics.mean, statistics.std))
+        self.moments = moments = moments.to(next((x.device for x in _own_tensors(point.module)), moments.device))
+        self.floor = moments[1].max() * 1e-4 + torch.finfo(moments.dtype).tiny
+        self.std = moments[1].clamp_min(self.floor)
+        self._scale = (1.0 / self.std).expand(2, -1).contiguous()
+        # d is the square of these plus what was seen, times the scale
+        self._offset = torch.stack((-moments[0] / self.std, torch.full_like(self.std, -1.0)))
+        self._per_channel, channels = rule.per == "channel", moments.shape[1]
+        threshold = statistics.threshold(rule).to(moments)
+        self._minus_threshold = -threshold if self._per_channel else threshold * -channels
+        self._one = torch.ones_like(self.floor)
+        self._unit = 1.0 / (statistics.layer_usual.to(moments).clamp_min(1e-12) * channels)
+        self._largest = rule.largest
+        self._unbiased: dict[int, Tensor] = {}
+
+    def unbiased(self, values: int) -> Tensor:
+        """The factor that makes the variance of so many values unbiased; kept, since recordings read it again."""
+        if values not in self._unbiased:
+            with torch.inference_mode(False):
+                self._unbiased[values] = self.moments.new_tensor(values / (values - 1))
+        return self._unbiased[values]
+
+    def share(self, own: Tensor) -> Tensor:
+        """Share of a frame's own statistics: [C], or a scalar for a layer; 0 where they are NaN.
+
+        Args:
+            own: [2, C], means and deviations.
+        """
+        parts = torch.addcmul(self._offset, own, self._scale)  # the two terms of d are their squares
+        flat = parts.view(-1)
+        total = torch.dot(flat, flat)
+        self._seen.addcmul_(total, self._unit)
+        d = parts.square().sum(0) if self._per_channel else total
+        share = torch.addcdiv(self._one, self._minus_threshold, d)  # 1 - threshold / d
+        return share.nan_to_num_(0.0, 0.0, 0.0).clamp_(0.0, self._largest)

@@ -13,7 +13,7 @@ from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError
 from ttt_adapt.model.calibration import Calibration, PointStatistics, default_rule, divergence, fingerprint_of
 from ttt_adapt.model.frames import FrameIntake, Preprocess, TakenFrame, default_preprocess
 from ttt_adapt.model.hooks import hooks, uncompiled
-from ttt_adapt.model.points import Point, points_of_pass
+from ttt_adapt.model.points import Point, first_tensor, points_of_pass
 from ttt_adapt.model.probe import evaluating
 
 LEAST_STILLS = 8
@@ -138,7 +138,7 @@ def measuring(points: Sequence[Point]) -> Iterator[dict[str, list[tuple[Tensor, 
         return lambda _module, args, kwargs: see(point, args[0] if args else kwargs["input"])
 
     def after(point: Point) -> Any:
-        return lambda _module, _args, output: see(point, output if isinstance(output, Tensor) else output[0])
+        return lambda _module, _args, output: see(point, first_tensor(output))  # type: ignore[arg-type]
 
     with hooks(
         point.module.register_forward_hook(after(point))

@@ -13,6 +13,7 @@ space.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -129,7 +130,9 @@ def points_of_pass(model: nn.Module, images: Tensor, run: Any) -> dict[str, list
         if shape is None or (kind == "blocks" and before != after):
             continue
         point = _point(names[module], module, SIDES[kind], shape, size, strides)
-        if point is not None and (point.layout != "tokens" or point.prefix == prefix):
+        if point is None or (kind == "batchnorm" and point.layout != "nchw"):
+            continue
+        if point.layout != "tokens" or point.prefix == prefix:
             found[kind].append(point)
     if trace.stem is not None:
         found["input"].append(Point(trace.stem_path, trace.stem, "input", "nchw", trace.stem.in_channels))
@@ -137,9 +140,9 @@ def points_of_pass(model: nn.Module, images: Tensor, run: Any) -> dict[str, list
 
 
 class _Seen:
-    """Records how often modules are called, and with tensors of which shapes."""
+    """Records how often modules are called, and the shapes of the first call's first tensor, in and out."""
 
-    def __init__(self, modules: set[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = modules
         self.calls: dict[nn.Module, int] = {}
         self.shapes: dict[nn.Module, tuple[tuple[int, ...] | None, tuple[int, ...] | None]] = {}
@@ -153,10 +156,16 @@ class _Seen:
         self._hooks.__exit__(None, None, None)
 
     def _see(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        plain = isinstance(output, Tensor) or (type(output) in (list, tuple) and isinstance(output[0], Tensor))
-        before, after = next(tensors([args, kwargs]), None), next(tensors(output), None) if plain else None
+        before, after = next(tensors([args, kwargs]), None), first_tensor(output)
         self.calls[module] = self.calls.get(module, 0) + 1
-        self.shapes[module] = tuple(None if x is None else tuple(x.shape) for x in (before, after))  # type: ignore[assignment]
+        shapes = tuple(None if x is None else tuple(x.shape) for x in (before, after))
+        self.shapes.setdefault(module, shapes)  # type: ignore[arg-type]
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """What a module returned, or the first of the tuple that it returned; None where that is no tensor."""
+    first = output[0] if isinstance(output, tuple) and output else output
+    return first if isinstance(first, Tensor) else None
 
 
 def _strides(trace: Trace) -> list[int]:

@@ -97,7 +97,8 @@ class AdaptedWeights(Part):
         """Move the values out of the model, into copies."""
         if not self._parked:
             self._parked = [torch.empty_like(tensor, requires_grad=False) for tensor in self._live]
-        torch._foreach_copy_(self._parked, self._live)
+        if self._live:  # a stream without an objective changes nothing
+            torch._foreach_copy_(self._parked, self._live)
         self._here = self._parked
 
     @torch.inference_mode(False)
@@ -106,7 +107,8 @@ class AdaptedWeights(Part):
         """Move the values into the model."""
         self._source.check()
         if self._here is not self._live:
-            torch._foreach_copy_(self._live, self._here)
+            if self._live:
+                torch._foreach_copy_(self._live, self._here)
             self._here = self._live
             torch.clear_autocast_cache()
 

@@ -1,0 +1,165 @@
+"""Calibrations as files, and what a stream's configuration becomes with one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import models as zoo
+from conftest import settle_norms
+from ttt_adapt import StreamConfig
+from ttt_adapt.errors import CheckpointError, ConfigError
+from ttt_adapt.model.calibration import Calibration, Rule, default_rule, fingerprint_of, settled_config
+from ttt_adapt.model.measure import measure, take_stills
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return settle_norms(zoo.resnet())
+
+
+@pytest.fixture(scope="module")
+def calibration(model) -> Calibration:
+    generator = torch.Generator().manual_seed(1)
+    taken = take_stills(model, [torch.randn(3, 64, 64, generator=generator) for _ in range(8)])
+    found = measure(model, taken, loss=lambda x: x.square().mean())
+    return found.replace(
+        rule=Rule("batchnorm", "channel", "high", 0.5, 0.25), settings={"lr": 1e-4}, record={"by": "labels"}
+    )
+
+
+def assert_same(a: Calibration, b: Calibration) -> None:
+    tensors = a.tensors(), b.tensors()
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
+    for field in dataclasses.fields(a):
+        if field.name != "statistics":
+            assert getattr(a, field.name) == getattr(b, field.name), field.name
+    places = [{k: {n: (s.layout, s.prefix) for n, s in v.items()} for k, v in c.statistics.items()} for c in (a, b)]
+    assert places[0] == places[1]
+    assert a.digest == b.digest
+
+
+def test_a_saved_calibration_is_loaded_as_it_was(calibration, tmp_path):
+    calibration.save(tmp_path / "c.safetensors")
+    assert_same(Calibration.load(tmp_path / "c.safetensors"), calibration)
+    assert_same(Calibration.of_tensors(calibration.tensors(), calibration.to_json()), calibration)
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(calibration, tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        calibration.save(tmp_path / "there is no such folder" / "c.safetensors")
+
+
+def test_every_broken_file_is_an_error_of_the_library(calibration, tmp_path):
+    path = tmp_path / "c.safetensors"
+    with pytest.raises(CheckpointError, match="there is no calibration .*: make one with `ttt-adapt calibrate`"):
+        Calibration.load(path)
+    calibration.save(path)
+    whole = path.read_bytes()
+    for cut in (0, 4, 8, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(CheckpointError):
+            Calibration.load(path)
+    generator = torch.Generator().manual_seed(0)
+    length = int.from_bytes(whole[:8], "little")
+    for place in torch.randint(8, 8 + length, (60,), generator=generator).tolist():
+        path.write_bytes(whole[:place] + b"\x7f" + whole[place + 1 :])
+        try:
+            Calibration.load(path)
+        except (CheckpointError, ConfigError):
+            continue
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": 99}, {"rule": {"points": "elsewhere"}}, {"rule": None}, {"rule": []}, {"size": 3}, {"loss": 1.0},
+        {"places": {"batchnorm": {"nowhere": ["nchw", 0]}}}, {"places": []}, {"places": {"norms": {"a": 3}}},
+        {"strange": 1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_text_that_does_not_fit_its_tensors_is_refused(calibration, change):
+    text = json.dumps({**json.loads(calibration.to_json()), **change})
+    with pytest.raises((CheckpointError, ConfigError)):
+        Calibration.of_tensors(calibration.tensors(), text, "here.safetensors")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", "3", '{"format": 1}'])
+def test_other_text_is_no_calibration(calibration, text):
+    with pytest.raises(CheckpointError, match="here"):
+        Calibration.of_tensors(calibration.tensors(), text, "here")
+
+
+def test_other_weights_are_refused_and_a_copy_in_half_precision_is_not(model, calibration):
+    calibration.check(model)
+    half = settle_norms(zoo.resnet())
+    half.load_state_dict(model.state_dict())
+    calibration.check(half.half())
+    calibration.check(half.float())
+    assert fingerprint_of(half) == calibration.fingerprint
+    with torch.no_grad():
+        half.fc.bias[0] += 0.1
+    with pytest.raises(ConfigError, match="of other weights than those of this ResNet: calibrate the model again"):
+        calibration.check(half)
+
+
+def test_a_fingerprint_sees_buffers_too(model):
+    twin = settle_norms(zoo.resnet())
+    twin.load_state_dict(model.state_dict())
+    assert fingerprint_of(twin) == fingerprint_of(model)
+    twin.bn1.running_mean[0] += 0.5
+    assert fingerprint_of(twin) != fingerprint_of(model)
+
+
+def test_the_digest_is_that_of_what_a_corrected_pass_depends_on(calibration):
+    assert calibration.replace(record={"other": 1}, stills=3).digest == calibration.digest
+    changed = calibration.replace(rule=dataclasses.replace(calibration.rule, strength=2.0))
+    assert changed.digest != calibration.digest
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"points": "norm"}, {"per": "image"}, {"margin": "median"}, {"largest": 1.5}, {"largest": -0.1},
+        {"strength": -1.0}, {"strength": float("nan")}, {"largest": float("nan")},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_rule_out_of_range_is_refused(wrong):
+    with pytest.raises(ConfigError):
+        Rule(**{"points": "norms", **wrong})
+
+
+def test_the_default_rule_is_at_the_first_kind_of_points_that_there_is():
+    kinds = ("norms", "blocks", "batchnorm")
+    assert [default_rule({kind: {"x": 1} for kind in kinds[:n]}).points for n in range(4)] == [
+        "none", "norms", "blocks", "batchnorm",
+    ]  # fmt: skip
+
+
+def test_what_a_configuration_becomes(calibration):
+    online = StreamConfig.online(lr=1e-4)
+    table = [
+        (None, None, StreamConfig().replace(norm_stats="frozen")),
+        (None, calibration, online.replace(norm_stats="calibrated")),
+        (online, None, online.replace(norm_stats="frozen")),
+        (online, calibration, online.replace(norm_stats="calibrated")),
+        (StreamConfig(norm_stats="frozen"), calibration, StreamConfig(norm_stats="frozen")),
+        (StreamConfig(norm_stats="ema"), calibration, StreamConfig(norm_stats="ema")),
+        (StreamConfig(norm_stats="calibrated"), calibration, StreamConfig(norm_stats="calibrated")),
+    ]
+    for config, given, expected in table:
+        if config is not online or online.norm_stats == "auto":
+            assert settled_config(config, given) == expected
+    with pytest.raises(ConfigError, match="has no calibration: make one"):
+        settled_config(StreamConfig(norm_stats="calibrated"), None)
+    with pytest.raises(ConfigError, match="calibration is a dict; expected what calibrate"):
+        settled_config(None, {})
+    with pytest.raises(ConfigError, match="config is a dict; expected a StreamConfig"):
+        settled_config({}, None)
