@@ -132,7 +132,7 @@ def test_a_corrected_pass_is_that_of_the_formula(family, kind, changes):
     with torch.no_grad():
         plain = first(model(frame))
     scale = (expected - plain).abs().max()
-    assert scale > 0
+    assert scale > 0 or calibration.rule.strength > 1  # then a frame may count as usual everywhere
     assert (found - expected).abs().max() <= 2e-3 * scale + 1e-5 * plain.abs().max()
     assert float(corrected.drift()) == pytest.approx(drift, rel=1e-3)
 
