@@ -163,18 +163,24 @@ def main() -> None:
     options = parser.parse_args()
     options.weights.mkdir(parents=True, exist_ok=True)
     for name in options.models:
-        paths = [trained(name, seed, options.data, options.weights) for seed in options.seeds]
-        reports = []
-        for fold in FOLDS:
-            files = tuple(calibrated(path, fold, options.data, options.steps) for path in paths)
-            arms = arms_of(load_checkpoint(files[0]), options.arms)
-            rows = [Row(arm, find_arm(arm).title, files) for arm in arms]
-            clips = streams(fold, options.data, MODELS[name]["size"])
-            out = options.out / f"{name}-{fold}"
-            reports.append(evaluate(rows, clips, StreamConfig.online(), options.seeds, out))
-        table = summary(reports)
-        (options.out / f"drifts-{name}.md").write_text(table)
-        print(f"{name}\n\n{table}")
+        reports: dict[str, list[Report]] = {fold: [] for fold in FOLDS}
+        for seed in options.seeds:
+            path = trained(name, seed, options.data, options.weights)
+            for fold in FOLDS:
+                file = calibrated(path, fold, options.data, options.steps)
+                arms = arms_of(load_checkpoint(file), options.arms)
+                rows = [Row(arm, find_arm(arm).title, (file,)) for arm in arms]
+                clips = streams(fold, options.data, MODELS[name]["size"])
+                out = options.out / f"{name}-{seed}-{fold}"
+                reports[fold].append(evaluate(rows, clips, StreamConfig.online(), [seed], out))
+            table = summary([_together(each) for each in reports.values()])
+            (options.out / f"drifts-{name}.md").write_text(table)
+            print(f"{name}\n\n{table}", flush=True)
+
+
+def _together(reports: Sequence[Report]) -> Report:
+    """The reports of several seeds as one."""
+    return dataclasses.replace(reports[0], runs=[run for report in reports for run in report.runs])
 
 
 def summary(reports: Sequence[Report]) -> str:
@@ -192,7 +198,9 @@ def summary(reports: Sequence[Report]) -> str:
             for arm in arms:
                 scores = {run.seed: 100 * run.scores["miou"] for run in report.select(arm, clip)}
                 before = {run.seed: 100 * run.scores["miou"] for run in report.select(reference, clip)}
-                cell = f"{np.mean(list(scores.values())):.1f} ± {np.std(list(scores.values()), ddof=1):.1f}"
+                cell = f"{np.mean(list(scores.values())):.1f}"
+                if len(scores) > 1:
+                    cell += f" ± {np.std(list(scores.values()), ddof=1):.1f}"
                 if arm != reference:
                     change = np.mean([scores[seed] / before[seed] - 1 for seed in scores])
                     cell += f" ({100 * change:+.1f} %{_mark(report, arm, reference, clip)})"

@@ -34,9 +34,9 @@ _SMOOTH = 9
 
 
 def plot_stream(path: str | Path, runs: Sequence[Run], title: str = "", conditions: Sequence[str] = ()) -> None:
-    """Draws the label-free loss and the headline metric along one clip, one colour per arm.
+    """Draws the headline metric along one clip, one colour per arm, and above it the label-free loss where arms have one.
 
-    1200 x 900 pixels as PNG, and higher where many arms need a long legend.
+    1200 x 900 pixels as PNG (750 without losses), and higher where many arms need a long legend.
 
     Thin lines are single frames, thick lines a centred running mean over 9 frames. Seeds of one arm are averaged.
 
@@ -55,22 +55,24 @@ def plot_stream(path: str | Path, runs: Sequence[Run], title: str = "", conditio
     headline = find_task(runs[0].task).metrics[0]
     arms = list(dict.fromkeys(run.arm for run in runs))
     columns, extra = legend_room(8.0, arms)
-    figure = new_figure(8.0, 6.0 + extra)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 3])
+    adapted = any(loss is not None for run in runs for loss in run.losses)
+    figure = new_figure(8.0, (6.0 if adapted else 5.0) + extra)
+    if adapted:
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2, 3])
+        upper.set_ylabel("label-free loss")
+    else:
+        upper, lower = None, figure.subplots()
     for position, arm in enumerate(arms):
         colour, dashes = COLOURS[position % len(COLOURS)], "--" if position >= len(COLOURS) else "-"
         chosen = [run for run in runs if run.arm == arm]
         label = marked(arm, chosen)
-        _draw_line(upper, [run.losses for run in chosen], colour, dashes, label)
+        if upper is not None:
+            _draw_line(upper, [run.losses for run in chosen], colour, dashes, label)
         _draw_line(lower, [run.per_frame for run in chosen], colour, dashes, label, scale=headline.scale)
-    upper.set_ylabel("label-free loss")
     lower.set_ylabel(axis_label(headline, " of the frame"))
     lower.set_xlabel(f"frame (thin: single ones, thick: mean over {_SMOOTH})")
     lower.set_xlim(0, max(length - 1, 1))
-    if not upper.has_data():
-        upper.text(0.5, 0.5, "no arm adapted", transform=upper.transAxes, ha="center", va="center", color="#6b6b6b")
-        upper.set_yticks([])
-    for axes in (upper, lower):
+    for axes in filter(None, (upper, lower)):
         tidy_axes(axes)
         axes.grid(True, color="#e4e4e4", linewidth=0.8)
         _draw_bands(axes, conditions, named=axes is lower)
