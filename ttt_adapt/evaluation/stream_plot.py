@@ -34,7 +34,7 @@ _SMOOTH = 9
 
 
 def plot_stream(path: str | Path, runs: Sequence[Run], title: str = "", conditions: Sequence[str] = ()) -> None:
-    """Draws the headline metric along one clip, one colour per arm, and above it the label-free loss where arms have one.
+    """Draws the headline metric along one clip, one colour per arm; above it the label-free loss where arms have one.
 
     1200 x 900 pixels as PNG (750 without losses), and higher where many arms need a long legend.
 
