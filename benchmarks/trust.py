@@ -114,8 +114,17 @@ def table(halves: Sequence[Sequence[tuple[dict[str, float], float]]]) -> list[st
             ranks = values.argsort().argsort().float() / len(values)  # AUROC is about order; it wants [0, 1]
             cells.append(f"{float(binary_auroc(ranks, harmed)):.2f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    shares = [f"{100 * np.mean([gain < -HARM for _, gain in half]):.0f} %" for half in halves]
-    return [*lines, f"| frames harmed | {' | '.join(shares)} |"]
+    rows = {
+        "frames harmed": lambda half: f"{100 * np.mean([gain < -HARM for _, gain in half]):.0f} %",
+        "mean gain, points": lambda half: f"{100 * np.mean([gain for _, gain in half]):+.2f}",
+        "mean gain, falling back where entropy rises": lambda half: f"{100 * np.mean(_kept(half)):+.2f}",
+    }
+    return [*lines, *(f"| {name} | {' | '.join(map(cell, halves))} |" for name, cell in rows.items())]
+
+
+def _kept(half: Sequence[tuple[dict[str, float], float]]) -> list[float]:
+    """The gains, if frames whose prediction is less certain than the fixed model's are left to the fixed model."""
+    return [gain if found["more entropy"] <= 0 else 0.0 for found, gain in half]
 
 
 def main() -> None:
