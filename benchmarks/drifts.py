@@ -47,8 +47,9 @@ VIT = {"encoder": "vit_tiny_patch16_224", "encoder_options": {"depth": 6, "patch
 MODELS: dict[str, dict[str, Any]] = {
     "lite0": {"size": (192, 256), "main": (20, 5e-4), "joint": None, "train": LITE0},
     "lite0-joint": {"size": (192, 256), "main": (20, 5e-4), "joint": (4, 3e-4), "train": LITE0},
-    "vit": {"size": (144, 192), "main": (30, 1e-3), "joint": (12, 5e-4), "train": VIT},
-    "convnext": {"size": (144, 192), "main": (25, 1e-3), "joint": (10, 5e-4), "train": {"encoder": "convnext_atto"}},
+    "vit": {"size": (144, 192), "main": (30, 1e-3), "joint": None, "train": VIT},
+    "vit-joint": {"size": (144, 192), "main": (30, 1e-3), "joint": (12, 5e-4), "train": VIT},
+    "convnext": {"size": (144, 192), "main": (25, 1e-3), "joint": None, "train": {"encoder": "convnext_atto"}},
 }
 """Size of the frames; epochs and learning rate of training for the main task, and of joint training from there."""
 
