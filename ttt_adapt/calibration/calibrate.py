@@ -40,11 +40,12 @@ PANS = 3
 
 def candidates(kinds: Iterable[str]) -> list[Rule]:
     """The rules that are tried for a model with these kinds of points."""
+    ways: tuple[tuple[str, str], ...] = (("layer", "mean"), ("layer", "high"), ("channel", "mean"))
     if "batchnorm" in kinds:
-        return [Rule("batchnorm", per, margin) for per in ("layer", "channel") for margin in ("mean", "high")]
+        ways = (*ways, ("channel", "high"))
+        return [Rule("batchnorm", per, margin, early=early) for early in (1.0, 2.0) for per, margin in ways]
     places = [kind for kind in ("norms", "blocks") if kind in kinds]
     places = [*places, *(f"input+{kind}" for kind in places), "input"] if "input" in kinds else places
-    ways = (("layer", "mean"), ("layer", "high"), ("channel", "mean"))
     return [Rule(points, per, margin) for points in places for per, margin in ways]
 
 

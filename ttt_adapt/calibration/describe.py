@@ -22,8 +22,14 @@ _WHERE = {
     "batchnorm": "at the input of every BatchNorm",
     "norms": "at the output of every norm that is no BatchNorm",
     "blocks": "at the output of every block",
+    "input": "at the image itself",
 }
-_KINDS = {"batchnorm": "BatchNorm inputs", "norms": "outputs of other norms", "blocks": "outputs of blocks"}
+_KINDS = {
+    "batchnorm": "BatchNorm inputs",
+    "norms": "outputs of other norms",
+    "blocks": "outputs of blocks",
+    "input": "the image",
+}
 
 
 class Candidate(NamedTuple):
@@ -54,8 +60,9 @@ def describe_rule(rule: Rule) -> str:
     usual = "stills do on average" if rule.margin == "mean" else "95 % of the stills do"
     more = "more than" if rule.strength == 1 else f"more than {rule.strength:g} times what"
     per = "one share per layer" if rule.per == "layer" else "one share per channel"
-    where = _WHERE.get(rule.points, rule.points)
-    return f"{where}, a frame that differs {more} {usual} gets up to {rule.largest:.0%} of its own statistics, {per}"
+    where = " and ".join(_WHERE[kind] for kind in rule.kinds)
+    early = "" if rule.early == 1 else f" (in the first half of the points {rule.early:g} times as much)"
+    return f"{where}, a frame that differs {more} {usual}{early} gets up to {rule.largest:.0%} of its own statistics, {per}"
 
 
 def candidates_of(calibration: Calibration) -> list[Candidate]:
@@ -74,7 +81,8 @@ def in_columns(rule: Rule) -> tuple[str, str, str]:
         return "nowhere: the model as it is", "", ""
     usual = "the mean still" if rule.margin == "mean" else "95 % of the stills"
     beyond = usual if rule.strength == 1 else f"{rule.strength:g} x {usual}"
-    return _KINDS.get(rule.points, rule.points), beyond, f"{rule.largest:.0%} per {rule.per}"
+    beyond += "" if rule.early == 1 else f", early {rule.early:g} x"
+    return ", ".join(_KINDS[kind] for kind in rule.kinds), beyond, f"{rule.largest:.0%} per {rule.per}"
 
 
 def drifts_of(calibration: Calibration) -> list[str]:

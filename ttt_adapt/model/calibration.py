@@ -46,6 +46,8 @@ class Rule:
             percentile.
         strength: factor on what is usual: the larger, the more a frame has to differ before anything happens.
         largest: the largest share of a frame's own statistics, in [0, 1].
+        early: another factor on what is usual, for the first half of the points. What the first layers see changes with
+            every texture, such as the blocks of JPEG, and correcting it can cost more than it helps.
     """
 
     points: str
@@ -53,6 +55,7 @@ class Rule:
     margin: str = "mean"
     strength: float = 1.0
     largest: float = 0.5
+    early: float = 1.0
 
     def __post_init__(self) -> None:
         if unknown := [kind for kind in self.kinds if kind not in KINDS]:
@@ -63,10 +66,15 @@ class Rule:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(repr, allowed))}")
-        if not 0.0 <= self.largest <= 1.0 or not self.strength >= 0.0:
+        if not 0.0 <= self.largest <= 1.0 or not self.strength >= 0.0 or not self.early >= 0.0:
             raise ConfigError(
-                f"strength {self.strength!r} must be at least 0, and largest {self.largest!r} between 0 and 1"
+                f"strength {self.strength!r} and early {self.early!r} must be at least 0, and largest {self.largest!r} "
+                "between 0 and 1"
             )
+
+    def at(self, index: int, count: int) -> Rule:
+        """The rule of the point at this place, from 0, among so many."""
+        return self if 2 * index >= count else dataclasses.replace(self, strength=self.strength * self.early)
 
     @property
     def kinds(self) -> list[str]:

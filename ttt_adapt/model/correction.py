@@ -55,7 +55,9 @@ class Correction:
         # in fixed places, where also a recorded pass leaves its numbers
         self._seen = torch.zeros(len(chosen), device=device)
         self._calls = torch.zeros((), device=device)
-        self._layers = [_Layer(p, statistics[p.name], rule, self._seen[i]) for i, p in enumerate(chosen)]
+        self._layers = [
+            _Layer(p, statistics[p.name], rule.at(i, len(chosen)), self._seen[i]) for i, p in enumerate(chosen)
+        ]
         self._passed = False
 
     def drift(self) -> Tensor | None:
