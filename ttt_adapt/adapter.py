@@ -169,7 +169,9 @@ class StreamAdapter:
 
     def adapt(self, frame: Any) -> StepReport:
         """Take the frame into the window and the gradient steps on it; arguments and errors as in `step`."""
-        return self._adapt(self._take(frame))
+        report = self._adapt(self._take(frame))
+        self._answer = None  # `predict` is asked for it anew
+        return report
 
     def predict(self, frame: Any) -> Any:
         """Predict a frame with the weights as they are; it does not enter the stream."""

@@ -77,15 +77,15 @@ def calibrate(
         preprocess: as in `StreamAdapter`.
         predict: as in `StreamAdapter`.
         choose: choose the rule; False: take the default.
-        steps: choose too how gradient steps are taken (`ttt_adapt.calibration.settings`). It needs a branch, and takes
-            as long as some 200 frames of a stream for each of five candidates.
+        steps: choose too how gradient steps are taken (`ttt_adapt.calibration.settings`). It needs a branch and
+            `choose`, and takes as long as some 200 frames of a stream for each of five candidates.
         drifts: what to choose on, as `ttt_adapt.data.drift.parse_drift` reads it.
         ignore: label id of pixels that do not count.
         seed: of drifts and masks.
 
     Raises:
-        ConfigError: too few stills, labels that do not fit, an unknown drift, or a model without any point to measure
-            at; nothing has changed.
+        ConfigError: too few stills, labels that do not fit, an unknown drift, a model without any point to measure
+            at, or `steps` without what it needs; nothing has changed.
         FrameError, FrameTypeError: a still cannot be used.
     """
     chosen = [parse_drift(text, seed) for text in drifts]
@@ -96,7 +96,10 @@ def calibrate(
     truth = None if labels is None else list(labels)
     if truth is not None and len(truth) != len(frames):
         raise ConfigError(f"got {len(truth)} labels for {len(frames)} stills; expected one for each")
-    choose = choose and all(_can_drift(frame) for frame in frames)
+    drift = all(_can_drift(frame) for frame in frames)
+    if steps:
+        _check_steps(branch, choose, drift)
+    choose = choose and drift
     if branch is not None:
         before = branch.calibration
         found = branch.calibrate(frames, preprocess=preprocess, predict=predict, seed=seed)
@@ -107,11 +110,21 @@ def calibrate(
         trial = _Trial(model, frames, taken, truth, chosen, preprocess, predict, ignore)
         rule, record = trial.best(candidates(found.statistics))
         found = found.replace(rule=rule, record=record)
-        if steps and branch is not None:
+        if steps:
+            assert branch is not None
             found = _with_settings(found, trial, branch, preprocess, predict, ignore, seed)
     if branch is not None:
         branch.calibration = found
     return found
+
+
+def _check_steps(branch: MAEBranch | None, choose: bool, drift: bool) -> None:
+    """Raises ConfigError where settings of gradient steps cannot be chosen."""
+    if branch is None:
+        raise ConfigError("steps=True chooses how gradient steps are taken, and there is no branch: pass branch=")
+    if not choose or not drift:
+        why = "choose is False" if not choose else "the stills are not uint8, which drifts are made of"
+        raise ConfigError(f"steps=True compares settings under drifts, and {why}: change that, or leave steps out")
 
 
 def _with_settings(

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -194,11 +194,28 @@ class Calibration:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
-    def settle(self, config: StreamConfig) -> StreamConfig:
-        """`config` with the settings chosen for this model, where it has the values of the preset `online`."""
+    def settings_beside(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings chosen for this model that go together with fields of `StreamConfig` that somebody gives.
+
+        Given fields win. The gate "calibrated" is left out where they name other statistics, or window="auto", with
+        which it cannot be.
+        """
+        own = {name: value for name, value in self.settings.items() if name not in given}
+        other = given.get("norm_stats", "auto") not in ("auto", "calibrated") or given.get("window") == "auto"
+        if other and own.get("gate") == "calibrated":
+            del own["gate"]
+        return own
+
+    def settle(self, config: StreamConfig, given: Collection[str] = ()) -> StreamConfig:
+        """`config` with the settings chosen for this model, where it has the values of the preset `online`.
+
+        Args:
+            config: of a stream.
+            given: names of fields that somebody gave: they stay as they are, also where their values are the preset's.
+        """
         preset = StreamConfig.online()
-        own = {name: value for name, value in self.settings.items() if getattr(config, name) == getattr(preset, name)}
-        return config.replace(**own)
+        kept = {name: v for name, v in vars(config).items() if name in given or v != getattr(preset, name)}
+        return config.replace(**self.settings_beside(kept))
 
     def check(self, model: nn.Module) -> None:
         """Check that this is a calibration of the model's weights as they are.

@@ -39,23 +39,25 @@ def measure(
     """
     call = model if predict is None else predict
     moments: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    passes: dict[str, list[int]] = {}  # of each still
     losses = []
     with evaluating(model), torch.inference_mode(False), torch.no_grad(), uncompiled():
         kinds = points_of_pass(model, stills[0].x, lambda: call(stills[0].x, *stills[0].context))
         points = [point for kind in kinds.values() for point in kind]
         if not points:
             raise ConfigError(
-                f"{type(model).__name__} has no normalisation layer and no repeated block whose output has a grid: "
-                "there is nothing to calibrate"
+                f"{type(model).__name__} has no normalisation layer, no repeated block whose output has a grid, "
+                "and no convolution of the image: there is nothing to calibrate"
             )
         for still in stills:
             with measuring(points) as found:
                 call(still.x, *still.context)
             for name, each in found.items():
                 moments.setdefault(name, []).extend(each)
+                passes.setdefault(name, []).append(len(each))
             if loss is not None:
                 losses.append(loss(still.x).float())
-    pairs = {}  # name -> means and variances, [stills, C] each
+    pairs = {}  # name -> means and variances, [passes of all stills, C] each
     for name, seen in moments.items():
         means, variances = zip(*seen, strict=True)
         pairs[name] = torch.stack(means), torch.stack(variances)
@@ -72,17 +74,21 @@ def measure(
         fingerprint=fingerprint_of(model),
         stills=len(stills),
         size=(int(height), int(width)),
-        drifts={kind: _drifts(members, pairs) for kind, members in statistics.items()},
+        drifts={kind: _drifts(members, pairs, passes) for kind, members in statistics.items()},
         loss=None if spread is None else (float(spread.mean()), float(spread.std())),
     )
 
 
-def _drifts(points: Mapping[str, PointStatistics], moments: Mapping[str, tuple[Tensor, Tensor]]) -> list[float]:
-    """For each still the mean over points of a layer's divergence, in units of its mean over the stills."""
-    layers = [
-        divergence(*moments[name], each.mean, each.std).mean(1) / each.layer_usual.clamp_min(1e-12)
-        for name, each in points.items()
-    ]
+def _drifts(
+    points: Mapping[str, PointStatistics],
+    moments: Mapping[str, tuple[Tensor, Tensor]],
+    passes: Mapping[str, Sequence[int]],
+) -> list[float]:
+    """For each still the mean over points and passes of a layer's divergence, in units of its mean over the stills."""
+    layers = []
+    for name, each in points.items():
+        d = divergence(*moments[name], each.mean, each.std).mean(1) / each.layer_usual.clamp_min(1e-12)
+        layers.append(torch.stack([one.mean() for one in d.split(list(passes[name]))]))
     drifts: list[float] = torch.stack(layers).mean(0).tolist()
     return drifts
 
