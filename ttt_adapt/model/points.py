@@ -152,12 +152,18 @@ def _prefix(seen: _Seen, size: tuple[int, int], strides: list[int]) -> int | Non
 
 
 def _tokens(shape: tuple[int, ...], size: tuple[int, int], strides: list[int]) -> MapSpec | None:
-    """The layout of tokens of this shape, with as few leading tokens that are no patches as can be."""
-    grids = [(-(-size[0] // stride), -(-size[1] // stride)) for stride in strides]
-    if any(shape[1] == height * width for height, width in grids):  # padded to whole tokens
+    """The layout of tokens of this shape, with as few leading tokens that are no patches as can be; None: no grid.
+
+    Several such tokens stand before those of a plain transformer, which have the size of the first convolution's.
+    Elsewhere, more tokens than a grid has are queries.
+    """
+    padded = [-(-size[0] // stride) * -(-size[1] // stride) for stride in strides]
+    if shape[1] > 1 and shape[1] in padded:  # padded to whole tokens
         return MapSpec(0, "tokens", shape[2], 1)
-    specs = [each for stride in strides if (each := describe_map(shape, size, stride)) is not None]
-    return min(specs, key=lambda each: each.prefix, default=None)
+    grids = [stride for stride in strides if (size[0] // stride) * (size[1] // stride) > 1]
+    specs = [each for stride in grids if (each := describe_map(shape, size, stride)) is not None]
+    fitting = [each for each in specs if each.prefix <= 1 or each.stride == strides[0]]
+    return min(fitting, key=lambda each: each.prefix, default=None)
 
 
 def _point(
