@@ -179,7 +179,7 @@ class Calibration:
         kinds = [kind for kind in self.rule.kinds if kind in self.statistics]
         if not kinds:
             return float("inf")
-        weighted = [torch.tensor(self.drifts[kind]) * len(self.statistics[kind]) for kind in kinds]
+        weighted = [torch.tensor(self.drifts[kind], dtype=torch.float64) * len(self.statistics[kind]) for kind in kinds]
         count = sum(len(self.statistics[kind]) for kind in kinds)
         return float((torch.stack(weighted).sum(0) / count).quantile(0.95))
 

@@ -147,18 +147,26 @@ def _prefix(seen: _Seen, size: tuple[int, int], strides: list[int]) -> int | Non
     """
     shapes = (shape for pair in seen.shapes.values() for shape in pair[1:])
     first = next((shape for shape in shapes if shape is not None and len(shape) == 3), None)
-    spec = None if first is None else _tokens(first, size, strides)
+    spec = None if first is None else _tokens(first, size, strides, padded=strides[:1])
     return None if spec is None else spec.prefix
 
 
-def _tokens(shape: tuple[int, ...], size: tuple[int, int], strides: list[int]) -> MapSpec | None:
+def _tokens(
+    shape: tuple[int, ...], size: tuple[int, int], strides: list[int], padded: list[int] | None = None
+) -> MapSpec | None:
     """The layout of tokens of this shape, with as few leading tokens that are no patches as can be; None: no grid.
 
     Several such tokens stand before those of a plain transformer, which have the size of the first convolution's.
     Elsewhere, more tokens than a grid has are queries.
+
+    Args:
+        shape: [B, tokens, C].
+        size: (H, W) of the images.
+        strides: sides that a token may have.
+        padded: those for which images may be padded to whole tokens; by default all.
     """
-    padded = [-(-size[0] // stride) * -(-size[1] // stride) for stride in strides]
-    if shape[1] > 1 and shape[1] in padded:  # padded to whole tokens
+    whole = [-(-size[0] // stride) * -(-size[1] // stride) for stride in (strides if padded is None else padded)]
+    if shape[1] > 1 and shape[1] in whole:
         return MapSpec(0, "tokens", shape[2], 1)
     grids = [stride for stride in strides if (size[0] // stride) * (size[1] // stride) > 1]
     specs = [each for stride in grids if (each := describe_map(shape, size, stride)) is not None]
