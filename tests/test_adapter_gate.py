@@ -260,10 +260,11 @@ def test_every_engine_opens_and_shuts_the_gate_as_the_eager_one(monkeypatch, mod
     for name in ("eager", kind):
         monkeypatch.setattr("ttt_adapt.adapter.choose_engine", lambda step, _optimizer, n=name: ENGINES[n](step))
         with StreamAdapter(model, branch_of(model), calibration=calibration, config=CONFIG) as adapter:
-            results.append([(adapter.step(frame), adapter.last.reason, adapter.drift) for frame in frames])
-            if adapter.last.reason == "gate":
-                fresh = dict(weights(adapter))
-        assert all(same_bits(fresh[f"model.{n}"], p) for n, p in model.named_parameters() if f"model.{n}" in fresh)
+            source, rows = weights(adapter), []
+            for frame in frames:
+                rows.append((adapter.step(frame), adapter.last.reason, adapter.drift))
+                assert same_bits(weights(adapter), source) == (adapter.last.reason == "gate")
+            results.append(rows)
     torch._dynamo.reset()
     assert [reason for _, reason, _ in results[0]] == ["gate"] * 2 + [""] * 4 + ["gate"] * 2 + [""] * 3 + ["gate"] * 2
     for mine, theirs in zip(results[1], results[0], strict=True):

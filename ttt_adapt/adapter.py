@@ -239,7 +239,10 @@ class StreamAdapter:
             state.window.stage(taken.x[0], taken.pixels)
             skipped, surprise = self._decide(taken)
             if not skipped:
-                numbers, sketch = self._engine.update(self._update, state, taken)
+                try:
+                    numbers, sketch = self._engine.update(self._update, state, taken)
+                finally:  # not in `_update`: a replayed one runs no Python
+                    state.weights.moved = True
             state.window.commit()
             if surprise is not None:
                 state.gate.record(surprise)
@@ -295,7 +298,6 @@ class StreamAdapter:
             frame's first gradient.
         """
         self._state.weights.pull(self.config.pull_fraction)
-        self._state.weights.moved = True
         self._move_statistics(taken)
         if self.config.restart_optimizer or self.config.pull_fraction == 1.0:
             self._engine.restart(self._state.optimizer)
