@@ -112,7 +112,7 @@ def _config(epochs: int, lr: float, seed: int) -> TrainConfig:
 
 def calibrated(path: Path, fold: str, data: Path, steps: bool) -> Path:
     """A copy of the checkpoint, calibrated on 40 training stills with their labels; made if it is missing."""
-    out = path.with_name(f"{path.stem}-{fold}.safetensors")
+    out = path.with_name(f"{path.stem}-{fold}{'-steps' * steps}.safetensors")
     if not out.exists():
         checkpoint = load_checkpoint(path)
         stills, labels = zip(*training_stills(data, checkpoint.spec.size, 40), strict=True)

@@ -10,7 +10,6 @@ above every other. A sign is chosen on the first half of the streams, and report
 | sign | what it is |
 |---|---|
 | drift | `adapter.drift`: how far the frame is from the source, in units of what is usual there |
-| nearness | minus that: close to the source, adapting can only harm |
 | entropy | mean entropy of the arm's prediction |
 | more entropy | that, minus the entropy of the fixed model's prediction |
 | disagreement | share of pixels whose class differs between the arm and the fixed model |
@@ -56,8 +55,6 @@ def signs(arm: Any, fixed: Any, frame: np.ndarray, x: Tensor) -> tuple[dict[str,
         float((scores.argmax(1) != runner.predict(mirrored).flip(-1).argmax(1)).float().mean())
         for runner, scores in ((arm, ours), (fixed, theirs))
     ]
-    if found["drift"] is not None:
-        found["nearness"] = -found["drift"]
     found |= {"entropy": entropies[0], "more entropy": entropies[0] - entropies[1]}
     found |= {"disagreement": float((ours.argmax(1) != theirs.argmax(1)).float().mean())}
     found |= {"flip": flips[0], "more flip": flips[0] - flips[1]}
@@ -111,8 +108,8 @@ def table(halves: Sequence[Sequence[tuple[dict[str, float], float]]]) -> list[st
             if not 0 < harmed.sum() < len(harmed):
                 cells.append("n/a")
                 continue
-            ranks = values.argsort().argsort().float() / len(values)  # AUROC is about order; it wants [0, 1]
-            cells.append(f"{float(binary_auroc(ranks, harmed)):.2f}")
+            scaled = (values - values.min()) / (values.max() - values.min()).clamp_min(1e-12)  # it wants [0, 1]
+            cells.append(f"{float(binary_auroc(scaled, harmed)):.2f}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     rows = {
         "frames harmed": lambda half: f"{100 * np.mean([gain < -HARM for _, gain in half]):.0f} %",

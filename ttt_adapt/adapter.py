@@ -20,7 +20,7 @@ from ttt_adapt.config import StreamConfig
 from ttt_adapt.engine.choose import choose_engine
 from ttt_adapt.engine.eager import explained_memory_errors
 from ttt_adapt.engine.gradient_step import GradientStep
-from ttt_adapt.errors import StateError
+from ttt_adapt.errors import ConfigError, StateError
 from ttt_adapt.model.calibration import Calibration, settled_config
 from ttt_adapt.model.correction import correction_of
 from ttt_adapt.model.frames import FrameIntake, Preprocess, TakenFrame, default_preprocess
@@ -84,6 +84,11 @@ class StreamAdapter:
         self.config = config = settled_config(config, calibration)
         check_unowned(model)
         self._correction = correction_of(model, config, calibration)
+        if branch is None and not attach and self._correction is None:
+            raise ConfigError(
+                f"norm_stats is {config.norm_stats!r}, so the calibration would not be used, and without a branch "
+                'nothing would adapt: leave config out, or set norm_stats="calibrated"'
+            )
         self._limit = float("inf") if calibration is None else calibration.limit
         self._answer: tuple[TakenFrame, Any] | None = None
         self._calibrated_as = calibration.digest if calibration is not None and self._correction is not None else None
@@ -169,7 +174,9 @@ class StreamAdapter:
 
     def adapt(self, frame: Any) -> StepReport:
         """Take the frame into the window and the gradient steps on it; arguments and errors as in `step`."""
-        return self._adapt(self._take(frame))
+        report = self._adapt(self._take(frame))
+        self._answer = None  # `predict` is asked for it anew
+        return report
 
     def predict(self, frame: Any) -> Any:
         """Predict a frame with the weights as they are; it does not enter the stream."""
@@ -196,6 +203,7 @@ class StreamAdapter:
         """Begin a new video: source weights, empty window, fresh optimizer, the seed again, counters at 0."""
         self._check_attached()
         self._engine.forget()
+        self._forget_passes()
         self._state.reset()
 
     def detach(self, keep_adapted: bool = False) -> nn.Module:
@@ -206,6 +214,7 @@ class StreamAdapter:
         """
         if not self._ownership.ended:
             self._engine.forget()
+            self._forget_passes()
             self._branch.train(self._branch_training)  # first: a decoder may hold layers of the model's own
             self._ownership.give_back(keep_adapted)
             self._state.weights.release()
@@ -228,8 +237,8 @@ class StreamAdapter:
 
     def _adapt(self, taken: TakenFrame) -> StepReport:
         started = time.perf_counter()
-        if not self._gradient.parameters:
-            return self._only_count(started)
+        if not self._gradient.parameters or not self.config.iterations:
+            return self._only_count(started, "iterations" if self._gradient.parameters else "no branch")
         state, numbers, sketch = self._state, None, None
         self._answer = None
         with self._undone_if_it_fails():
@@ -237,7 +246,10 @@ class StreamAdapter:
             state.window.stage(taken.x[0], taken.pixels)
             skipped, surprise = self._decide(taken)
             if not skipped:
-                numbers, sketch = self._engine.update(self._update, state, taken)
+                try:
+                    numbers, sketch = self._engine.update(self._update, state, taken)
+                finally:  # not in `_update`: a replayed one runs no Python
+                    state.weights.moved = True
             state.window.commit()
             if surprise is not None:
                 state.gate.record(surprise)
@@ -249,17 +261,15 @@ class StreamAdapter:
             state.progress.count(report)
         return report
 
-    def _only_count(self, started: float) -> StepReport:
-        """A frame of a stream without an objective: there is nothing to adapt by."""
+    def _only_count(self, started: float, reason: str) -> StepReport:
+        """A frame of a stream that takes no gradient steps."""
         progress = self._state.progress
-        report = StepReport(progress.frame_index, "no branch", (time.perf_counter() - started) * 1e3)
+        report = StepReport(progress.frame_index, reason, (time.perf_counter() - started) * 1e3)
         progress.count(report)
         return report
 
     def _decide(self, taken: TakenFrame) -> tuple[str, float | None]:
         """Whether to adapt to this frame: why not, or "" for yes; and the loss that the surprise gate compared."""
-        if self.config.iterations == 0:
-            return "iterations", None
         due = is_due(self._state.progress.frame_index, self.config.every)
         if due and self.config.gate == "none":
             return "", None
@@ -274,15 +284,16 @@ class StreamAdapter:
         return "" if self._state.gate.is_open(surprise) else "gate", surprise
 
     def _is_usual(self, taken: TakenFrame) -> bool:
-        """Whether a frame looks like the source, so that the source weights predict it."""
-        output, drift = self._predict_frame(taken), self.drift
+        """Whether a frame looks usual to the source weights, which predict it then."""
+        weights = self._state.weights
+        with weights.as_source():
+            output, drift = self._predict_frame(taken), self.drift
         if drift is None or not drift <= self._limit:
             return False
-        if self._state.weights.moved:
-            self._state.weights.pull(1.0)
+        if weights.moved:
+            weights.pull(1.0)
             self._engine.restart(self._state.optimizer)
-        else:
-            self._answer = taken, output  # nothing has changed since: `step` need not predict it again
+        self._answer = taken, output  # of the source weights, which are in the model now
         return True
 
     def _update(self, taken: TakenFrame) -> tuple[Tensor, Tensor | None]:
@@ -293,7 +304,6 @@ class StreamAdapter:
             frame's first gradient.
         """
         self._state.weights.pull(self.config.pull_fraction)
-        self._state.weights.moved = True
         self._move_statistics(taken)
         if self.config.restart_optimizer or self.config.pull_fraction == 1.0:
             self._engine.restart(self._state.optimizer)
@@ -339,6 +349,12 @@ class StreamAdapter:
                 self._gradient.forget_gradients()
                 torch.clear_autocast_cache()  # an outer autocast would predict with casts of the old weights
 
+    def _forget_passes(self) -> None:
+        """Let go of the last frame's prediction and drift: another video begins."""
+        self._answer = None
+        if self._correction is not None:
+            self._correction.forget()
+
     def _check_attached(self) -> None:
         if self._ownership.ended:
             raise StateError("this adapter is detached and its model is free: make a new StreamAdapter")
@@ -365,6 +381,7 @@ class StreamAdapter:
         saved = current_format(state)
         check_compatible(saved, self.config, self._setting())
         self._engine.forget()
+        self._forget_passes()
         with explained_memory_errors(self.config):
             self._state.load_state_dict(saved)
 
@@ -390,6 +407,7 @@ class StreamAdapter:
         """
         self._check_attached()
         swap(self._state, state)
+        self._forget_passes()
         before, self._state = self._state, state
         return before
 

@@ -112,6 +112,8 @@ MODIFIERS = {
 """What may stand behind a "+"."""
 
 _CARRIED = {"carry_weights": True}
+_FROZEN = {"norm_stats": "frozen"}
+"""The paper's ablation of memory has no calibrated statistics."""
 _OFFLINE = {**_CARRIED, "iterations": 1, "source_pull": 0.0, "every": 1, "gate": "none"}
 _PUBLISHED = {"source_pull": 0.0}
 """Methods of others run as they were published: weights are carried, and only `+class` takes them back."""
@@ -177,9 +179,9 @@ ARMS = {
         _forward_only("norm-blend", "BatchNorm statistics, blend 0.5", "norm-blend", "BatchNorm", share=0.5),
         _forward_only("calibrated", "Calibrated statistics", "calibrated", "calibration"),
         _forward_only("ln-adapt", "LN Adapt", "layer-norm", "LayerNorm", momentum=0.05, share=0.1),
-        _mae("no-memory", "TTT-MAE No Memory", {"window": 1, "carry_weights": False}, 1),
-        _mae("implicit", "Implicit Memory Only", {"window": 1, **_CARRIED}, 1),
-        _mae("explicit", "Explicit Memory Only", {"carry_weights": False}),
+        _mae("no-memory", "TTT-MAE No Memory", {"window": 1, "carry_weights": False}, 1, defaults=_FROZEN),
+        _mae("implicit", "Implicit Memory Only", {"window": 1, **_CARRIED}, 1, defaults=_FROZEN),
+        _mae("explicit", "Explicit Memory Only", {"carry_weights": False}, defaults=_FROZEN),
         _mae("online", "Online TTT-MAE", _CARRIED),
         _mae("paper", "Online TTT-MAE, optimizer settings of the paper's code", _PAPER),
         _mae(

@@ -58,8 +58,9 @@ class StreamConfig:
         gate: "none", or "surprise": the loss of a batch is taken first, without a gradient, and the frame is adapted to
             only if that loss exceeds the mean of the last 50 such losses by more than one standard deviation. Otherwise
             the weights stay as they are; they are not pulled to the source either. "calibrated": a frame that is no
-            further from the source than 95 % of the stills of the calibration is predicted by the source weights, in
-            one pass; the stream begins anew at the next frame that is further. It needs norm_stats "calibrated".
+            further from the source than 95 % of the stills of the calibration is predicted by the source weights; the
+            stream begins anew at the next frame that is further. The source weights decide, in a pass of their own: the
+            prediction of a usual frame, and one pass more for every other. It needs norm_stats "calibrated".
         seed: of masks, draws and crops.
     """
 

@@ -294,7 +294,7 @@ class OnlineTTTHook(Hook):
                 found = made_calibration(runner, self._objective or find_branch(runner.model), self.stills)
             config = self.config
             if found is not None and self.arm == "online":
-                config = stream_config(self.arm, {**found.settings, **self._given})
+                config = stream_config(self.arm, {**found.settings_beside(self._given), **self._given})
             self._adapter = StreamAdapter(
                 model, self._objective, config=config, calibration=found, predict=self._predict_current
             )

@@ -17,6 +17,7 @@ from ttt_adapt.calibration.describe import (
     drifts_of,
     in_columns,
     is_far,
+    tried_settings,
 )
 from ttt_adapt.model.calibration import Rule
 from ttt_adapt.tasks.calibrate import SourceStills, calibrate_checkpoint
@@ -24,7 +25,11 @@ from ttt_adapt.tasks.calibrate import SourceStills, calibrate_checkpoint
 RULES = [
     Rule(points, per, margin, strength, largest)
     for points, per, margin, strength, largest in itertools.product(
-        ("batchnorm", "norms", "blocks"), ("layer", "channel"), ("mean", "high"), (1.0, 1.5), (0.5, 0.8)
+        ("batchnorm", "norms", "blocks", "input", "input+norms", "input+blocks"),
+        ("layer", "channel"),
+        ("mean", "high"),
+        (1.0, 1.5),
+        (0.5, 0.8),
     )
 ]
 
@@ -67,6 +72,23 @@ def test_chosen_settings_are_shown_with_what_they_gained(made):
     chosen = made.calibration.replace(settings=settings, record={**made.calibration.record, "settings": rows})
     assert dict(describe_calibration(chosen, made.model))["settings"] == "lr=0.001: +25.0% under drifts, -0.4% without"
     assert dict(describe_calibration(made.calibration, made.model))["settings"] == "those of the preset"
+
+
+def test_the_settings_that_were_tried_come_best_first_with_the_fixed_model_among_them(made):
+    rows = [
+        {"settings": "fixed", "gain": 0.0, "loss": 0.0, "scores": {}},
+        {"settings": {"iterations": 0}, "gain": 0.05, "loss": 0.001, "scores": {}},
+        {"settings": {"lr": 1e-4, "gate": "calibrated"}, "gain": 0.25, "loss": 0.004, "scores": {}},
+    ]
+    chosen = made.calibration.replace(settings={"iterations": 0}, record={**made.calibration.record, "settings": rows})
+    tried = tried_settings(chosen)
+    assert [each.words for each in tried] == [
+        "lr=0.0001, gate='calibrated'", "iterations=0 (no gradient step)", "the fixed model",
+    ]  # fmt: skip
+    assert [(each.gain, each.loss, each.chosen) for each in tried] == [
+        (0.25, 0.004, False), (0.05, 0.001, True), (0.0, 0.0, False),
+    ]  # fmt: skip
+    assert tried_settings(made.calibration) == []
 
 
 def test_weights_that_were_not_calibrated_are_told(made):

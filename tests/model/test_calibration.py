@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -136,11 +137,65 @@ def test_a_rule_out_of_range_is_refused(wrong):
         Rule(**{"points": "norms", **wrong})
 
 
+@pytest.mark.parametrize(
+    "points", ["batchnorm", "norms", "blocks", "input", "input+blocks", "input+norms", "norms+blocks", "none"]
+)
+def test_a_rule_names_one_kind_of_points_or_several_of_them(points):
+    assert Rule(points).kinds == ([] if points == "none" else points.split("+"))
+
+
+@pytest.mark.parametrize("wrong", ["", "input+", "input+nowhere", "none+input", "input blocks", "+"])
+def test_a_rule_with_an_unknown_kind_among_several_is_refused(wrong):
+    with pytest.raises(ConfigError, match=r"expected kinds of batchnorm, norms, blocks, input with \+ between"):
+        Rule(wrong)
+
+
+def test_the_points_of_a_combined_rule_are_those_of_all_its_kinds(calibration):
+    both = calibration.replace(rule=Rule("input+batchnorm")).points
+    alone = [calibration.replace(rule=Rule(kind)).points for kind in ("input", "batchnorm")]
+    assert list(both) == [*alone[0], *alone[1]]
+    assert {kind for kind, _ in both} == {"input", "batchnorm"}
+    assert all(both[key] is calibration.statistics[key[0]][key[1]] for key in both)
+    assert calibration.replace(rule=Rule("none")).points == {}
+
+
+def test_the_limit_of_a_combined_rule_weights_kinds_by_their_points(calibration):
+    drifts = {"input": [1.0] * 19 + [9.0], "blocks": [float(i) for i in range(20)]}
+    found = calibration.replace(rule=Rule("input+blocks"), drifts=drifts)
+    blocks = len(found.statistics["blocks"])
+    expected = [(a + blocks * b) / (1 + blocks) for a, b in zip(drifts["input"], drifts["blocks"], strict=True)]
+    assert blocks > 1
+    assert found.limit == pytest.approx(np.quantile(expected, 0.95))
+    assert found.replace(rule=Rule("input")).limit == pytest.approx(np.quantile(drifts["input"], 0.95))
+    assert found.replace(rule=Rule("none")).limit == float("inf")
+
+
 def test_the_default_rule_is_at_the_first_kind_of_points_that_there_is():
-    kinds = ("norms", "blocks", "batchnorm")
-    assert [default_rule({kind: {"x": 1} for kind in kinds[:n]}).points for n in range(4)] == [
-        "none", "norms", "blocks", "batchnorm",
+    kinds = ("input", "norms", "blocks", "batchnorm")
+    assert [default_rule({kind: {"x": 1} for kind in kinds[:n]}).points for n in range(5)] == [
+        "none", "input", "norms", "blocks", "batchnorm",
     ]  # fmt: skip
+
+
+def test_chosen_settings_are_taken_over_where_a_configuration_has_the_values_of_the_preset(calibration):
+    chosen = calibration.replace(settings={"lr": 3e-4, "source_pull": 0.02, "gate": "calibrated"})
+    preset = StreamConfig.online()
+    assert chosen.settle(preset) == preset.replace(**chosen.settings)
+    own = preset.replace(lr=2e-5, seed=7)
+    assert chosen.settle(own) == own.replace(source_pull=0.02, gate="calibrated")
+    assert chosen.settle(preset, given=["lr", "gate"]) == preset.replace(source_pull=0.02)
+    surprise = preset.replace(gate="surprise")
+    assert chosen.settle(surprise) == surprise.replace(lr=3e-4, source_pull=0.02)
+    assert calibration.replace(settings={}).settle(own) == own
+
+
+@pytest.mark.parametrize("changes", [{"norm_stats": "frozen"}, {"norm_stats": "blend"}, {"window": "auto"}], ids=str)
+def test_a_chosen_gate_is_left_out_where_it_cannot_be(calibration, changes):
+    chosen = calibration.replace(settings={"lr": 3e-4, "gate": "calibrated"})
+    config = StreamConfig.online(**changes)
+    assert chosen.settle(config) == config.replace(lr=3e-4)
+    assert chosen.settings_beside(changes) == {"lr": 3e-4}
+    assert chosen.settings_beside({"norm_stats": "calibrated", "lr": 1.0}) == {"gate": "calibrated"}
 
 
 def test_what_a_configuration_becomes(calibration):

@@ -10,6 +10,8 @@ from torch import nn
 import models as zoo
 from conftest import left_as_it_was, mix_flags, settle_norms
 from ttt_adapt.errors import ConfigError, FrameError
+from ttt_adapt.model.calibration import Rule
+from ttt_adapt.model.correction import correction
 from ttt_adapt.model.measure import LEAST_STILLS, measure, take_stills
 from ttt_adapt.model.norms import channel_moments
 
@@ -162,5 +164,52 @@ def test_too_few_stills_or_stills_of_several_sizes_are_refused():
 
 
 def test_a_model_with_nothing_to_measure_is_refused():
-    with pytest.raises(ConfigError, match="PlainSeg has no normalisation layer and no repeated block"):
-        measure(zoo.PlainSeg(), take_stills(zoo.PlainSeg(), stills()))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE[0] * SIZE[1], 2))
+    with pytest.raises(ConfigError, match="Sequential has no normalisation layer, no repeated block .* no convolution"):
+        measure(model, take_stills(model, stills()))
+
+
+def test_a_model_without_norms_and_blocks_is_measured_at_its_input():
+    model = zoo.PlainSeg()
+    found = measure(model, take_stills(model, stills()))
+    ((kind, _name), each), *others = found.points.items()
+    assert (kind, found.rule.points, others) == ("input", "input", [])
+    frames = torch.stack(stills()).double()
+    torch.testing.assert_close(each.mean.double(), frames.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    deviations = frames.flatten(2).std(2, correction=0)
+    torch.testing.assert_close(each.std.double(), deviations.mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("points", ["batchnorm", "blocks", "input", "input+blocks", "batchnorm+input", "none"])
+def test_the_limit_is_the_95th_percentile_of_the_stills_drifts(points):
+    model = settle_norms(zoo.resnet())
+    taken = take_stills(model, stills(12, (64, 64)))
+    found = measure(model, taken).replace(rule=Rule(points, largest=0.0))
+    if points == "none":
+        assert found.limit == float("inf")
+        return
+    corrected, drifts = correction(model.eval(), found), []
+    for still in taken:
+        with torch.no_grad(), corrected.active():
+            model(still.x)
+        drifts.append(float(corrected.drift()))
+    assert found.limit == pytest.approx(np.quantile(drifts, 0.95), rel=1e-4)
+    assert min(drifts) < found.limit < max(drifts)
+
+
+def test_the_drift_of_a_still_in_several_passes_is_the_mean_over_them():
+    model = settle_norms(zoo.UNet())
+
+    def slide(x):
+        return torch.cat([model(part) for part in x.split(32, dim=3)], dim=3)
+
+    taken = take_stills(model, stills(size=(32, 64)))
+    found = measure(model, taken, slide)
+    found = found.replace(rule=Rule("batchnorm", largest=0.0))
+    corrected, drifts = correction(model.eval(), found), []
+    for still in taken:
+        with torch.no_grad(), corrected.active():
+            slide(still.x)
+        drifts.append(float(corrected.drift()))
+    assert list(found.drifts["batchnorm"]) == pytest.approx(drifts, rel=1e-4)
+    assert found.limit == pytest.approx(np.quantile(drifts, 0.95), rel=1e-4)

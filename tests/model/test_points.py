@@ -8,8 +8,8 @@ from torch import nn
 
 import models as zoo
 from conftest import left_as_it_was, mix_flags
-from ttt_adapt.errors import EncoderError
-from ttt_adapt.model.points import find_points, points_of_pass
+from ttt_adapt.model.points import KINDS, SIDES, Point, points_of_pass
+from ttt_adapt.model.probe import evaluating
 
 FAMILIES = {
     # model, size: kind -> (how many points, layouts, prefixes, channels of the first)
@@ -26,6 +26,13 @@ FAMILIES = {
 }
 
 
+def find_points(model: nn.Module, size: tuple[int, int]) -> dict[str, list[Point]]:
+    """The points of a model in evaluation mode on one image of this size."""
+    images = torch.randn(1, 3, *size)
+    with evaluating(model), torch.no_grad():
+        return points_of_pass(model, images, lambda: model(images))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_points_are_found_with_their_layout_channels_and_prefix_tokens(family):
     make, size, expected = FAMILIES[family]
@@ -40,13 +47,25 @@ def test_points_are_found_with_their_layout_channels_and_prefix_tokens(family):
         assert {point.prefix for point in points} == {prefix}
         assert points[0].channels == channels
         assert all(model.get_submodule(point.name) is point.module for point in points)
-    assert found.keys() == expected.keys()
+        assert {point.side for point in points} == {SIDES[kind]}
+    assert list(found) == [kind for kind in KINDS if kind in {*expected, "input"}]
 
 
-def test_a_size_is_found_where_none_is_given():
-    assert find_points(zoo.beit()).keys() == {"norms", "blocks"}
-    with pytest.raises(EncoderError, match="could not be run on random images.*7 x 7"):
-        find_points(zoo.beit(), 7)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_input_point_is_that_of_the_convolution_that_sees_the_image(family):
+    make, size, _ = FAMILIES[family]
+    model, seen = make(), []
+    (point,) = find_points(model, size)["input"]
+    assert (point.side, point.layout, point.channels, point.prefix) == ("input", "nchw", 3, 0)
+    assert model.get_submodule(point.name) is point.module
+    images = torch.randn(1, 3, *size)
+    point.module.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    with evaluating(model), torch.no_grad():
+        model(images)
+    mean, variance = point.moments(seen[0])
+    assert seen[0].shape[1] == 3
+    torch.testing.assert_close(mean, seen[0].mean((0, 2, 3)))
+    torch.testing.assert_close(variance, seen[0].var((0, 2, 3), correction=0))
 
 
 def test_patches_and_moments_leave_prefix_tokens_out():
@@ -78,7 +97,10 @@ class Shared(nn.Module):
 
 def test_shared_layers_pooled_gates_and_queries_are_left_out():
     found = find_points(Shared(), (32, 48))
-    assert {kind: [point.name for point in points] for kind, points in found.items()} == {"batchnorm": ["own"]}
+    assert {kind: [point.name for point in points] for kind, points in found.items()} == {
+        "batchnorm": ["own"],
+        "input": ["one"],
+    }
 
 
 def test_a_frame_in_several_passes_has_the_points_of_one_pass():
@@ -123,12 +145,24 @@ class Block(nn.Module):
 def test_a_model_without_norms_has_its_blocks(tuples):
     found = find_points(Blocks(tuples), (32, 48))
     assert [(p.name, p.layout, p.channels) for p in found["blocks"]] == [(f"blocks.{i}", "nchw", 8) for i in range(3)]
-    assert found.keys() == {"blocks"}
+    assert found.keys() == {"blocks", "input"}
 
 
-def test_a_model_with_neither_is_refused():
-    with pytest.raises(EncoderError, match="PlainSeg has no normalisation layer and no repeated block"):
-        find_points(zoo.PlainSeg(), (32, 48))
+def test_a_model_with_neither_norms_nor_blocks_has_its_input_and_one_without_a_convolution_has_none():
+    assert find_points(zoo.PlainSeg(), (32, 48)).keys() == {"input"}
+    assert find_points(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 48, 2)), (32, 48)) == {}
+
+
+def test_an_image_of_other_channels_than_the_models_has_no_input_point():
+    class Grey(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.norm = nn.Conv2d(1, 8, 3, 2, 1), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return self.norm(self.stem(x.mean(1, keepdim=True)))
+
+    assert find_points(Grey(), (32, 48)).keys() == {"batchnorm"}
 
 
 def test_batchnorm_of_sequences_is_no_point():

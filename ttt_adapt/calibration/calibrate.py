@@ -8,22 +8,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ttt_adapt.calibration.agreement import agreement_with
-from ttt_adapt.calibration.settings import choose_settings
+from ttt_adapt.calibration.agreement import score_by
+from ttt_adapt.calibration.settings import Way, choose_settings
 from ttt_adapt.data.drift import Drift, parse_drift
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.model.calibration import Calibration, Rule
 from ttt_adapt.model.correction import correction
-from ttt_adapt.model.frames import Preprocess, TakenFrame
-from ttt_adapt.model.measure import measure, take_stills
+from ttt_adapt.model.frames import Preprocess
+from ttt_adapt.model.measure import LEAST_STILLS, TakenStills, measure, take_stills, with_drifts
 from ttt_adapt.model.probe import evaluating
 from ttt_adapt.objectives.mae import MAEBranch
 
@@ -33,7 +33,7 @@ TOLERANCE = {"labels": 0.005, "agreement": 0.01}
 """The largest relative loss without a drift that a rule may have: of the score by labels, and of the agreement with the
 plain model, which counts every change as a loss."""
 HELD_OUT = 12
-"""Stills that rules are compared on."""
+"""Stills that rules are compared on, at most; they are spread over all stills, and not measured meanwhile."""
 PANS = 3
 """Stills among them that become short streams."""
 
@@ -61,122 +61,114 @@ def calibrate(
     steps: bool = False,
     drifts: Sequence[str] = DRIFTS,
     ignore: int = 255,
+    distribution: bool | None = None,
     seed: int = 0,
 ) -> Calibration:
     """Describe a model on its own ground, and choose how frames that are far from it are corrected.
 
-    The model is not changed. It takes seconds for a small model: some 40 passes to measure, and for the choice some 80
+    The model is not changed. It takes seconds for a small model: some 80 passes to measure, and for the choice some 80
     for each of a few candidates.
 
     Args:
         model: the trained model.
         stills: at least 8 frames of one size, as `StreamAdapter.step` takes them, better some 40: ordinary scenes in
-            ordinary weather, of the camera that the model will see. They have to be uint8 for a choice.
+            ordinary weather, of the camera that the model will see. A choice needs at least 16, and uint8.
         labels: class ids [H, W] of every still, for models that return class scores; without labels, a rule is good
             that keeps the predictions of a drifted still near those of the clean one.
         branch: on this model; its loss is measured too, and the calibration becomes `branch.calibration`.
         preprocess: as in `StreamAdapter`.
         predict: as in `StreamAdapter`.
         choose: choose the rule; False: take the default.
-        steps: choose too how gradient steps are taken (`ttt_adapt.calibration.settings`). It needs a branch, and takes
-            as long as some 200 frames of a stream for each of five candidates.
+        steps: choose too how gradient steps are taken (`ttt_adapt.calibration.settings`). It needs a branch and
+            `choose`, and takes as long as some 200 frames of a stream for each of five candidates.
         drifts: what to choose on, as `ttt_adapt.data.drift.parse_drift` reads it.
         ignore: label id of pixels that do not count.
+        distribution: whether the model's output is class scores, for a choice without labels; None: it is where it has
+            at least 4 channels.
         seed: of drifts and masks.
 
     Raises:
-        ConfigError: too few stills, labels that do not fit, an unknown drift, or a model without any point to measure
-            at; nothing has changed.
+        ConfigError: too few stills, labels that do not fit, an unknown drift, a model without any point to measure
+            at, or `steps` without what it needs; nothing has changed.
         FrameError, FrameTypeError: a still cannot be used.
+        StateError: the model has a StreamAdapter, so its weights may be others than its own.
     """
-    chosen = [parse_drift(text, seed) for text in drifts]
+    chosen_on = [parse_drift(text, seed) for text in drifts]
     if branch is not None and branch.model is not model:
         raise ConfigError("the branch is attached to another model: attach one to this model")
-    frames = list(stills)
-    taken = take_stills(model, frames, preprocess)
+    taken = take_stills(model, stills, preprocess)
     truth = None if labels is None else list(labels)
-    if truth is not None and len(truth) != len(frames):
-        raise ConfigError(f"got {len(truth)} labels for {len(frames)} stills; expected one for each")
-    choose = choose and all(_can_drift(frame) for frame in frames)
-    if branch is not None:
-        before = branch.calibration
-        found = branch.calibrate(frames, preprocess=preprocess, predict=predict, seed=seed)
-        branch.calibration = before  # until a rule is chosen
-    else:
-        found = measure(model, taken, predict)
-    if choose:
-        trial = _Trial(model, frames, taken, truth, chosen, preprocess, predict, ignore)
+    if truth is not None and len(truth) != len(taken):
+        raise ConfigError(f"got {len(truth)} labels for {len(taken)} stills; expected one for each")
+    hindrance = _no_choice(taken, choose)
+    if steps:
+        _check_steps(branch, hindrance)
+    way = Way(preprocess, predict, ignore, distribution, seed)
+    found = measure(model, taken, predict) if branch is None else branch.measured(taken, predict, seed)
+    if not hindrance:
+        trial = _Trial(model, taken, truth, chosen_on, way)
         rule, record = trial.best(candidates(found.statistics))
         found = found.replace(rule=rule, record=record)
-        if steps and branch is not None:
-            found = _with_settings(found, trial, branch, preprocess, predict, ignore, seed)
+        if steps:
+            assert branch is not None
+            settings, rows = choose_settings(branch, with_drifts(model, found, taken, predict), *trial.pans(), way)
+            found = found.replace(settings=settings, record={**record, "settings": rows})
+    found = with_drifts(model, found, taken, predict)
     if branch is not None:
         branch.calibration = found
     return found
 
 
-def _with_settings(
-    found: Calibration,
-    trial: _Trial,
-    branch: MAEBranch,
-    preprocess: Preprocess | None,
-    predict: Callable[..., Any] | None,
-    ignore: int,
-    seed: int,
-) -> Calibration:
-    """The calibration with the settings of gradient steps that suit the model."""
-    settings, rows = choose_settings(
-        branch,
-        found,
-        trial.pictures[:PANS],
-        None if trial.labels is None else trial.labels[:PANS],
-        trial.drifts,
-        TOLERANCE["agreement" if trial.labels is None else "labels"],
-        preprocess=preprocess,
-        predict=predict,
-        ignore=ignore,
-        seed=seed,
-    )
-    return found.replace(settings=settings, record={**found.record, "settings": rows})
+def _no_choice(stills: TakenStills, choose: bool) -> str:
+    """Why a rule is not chosen; "" if it can be."""
+    if not choose:
+        return "choose is False"
+    if len(stills) < 2 * LEAST_STILLS:
+        return f"there are fewer than {2 * LEAST_STILLS} stills"
+    if not all(getattr(frame, "dtype", None) in (np.uint8, torch.uint8) for frame in stills.frames):
+        return "the stills are not uint8, which drifts are made of"
+    return ""
+
+
+def _check_steps(branch: MAEBranch | None, hindrance: str) -> None:
+    """Raises ConfigError where settings of gradient steps cannot be chosen."""
+    if branch is None:
+        raise ConfigError("steps=True chooses how gradient steps are taken, and there is no branch: pass branch=")
+    if hindrance:
+        raise ConfigError(
+            f"steps=True compares settings under drifts, and {hindrance}: change that, or leave steps out"
+        )
 
 
 class _Trial:
     """Candidates on held-out stills, clean and under drifts; measured on the other stills."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        frames: Sequence[Any],
-        taken: Sequence[TakenFrame],
-        labels: Sequence[Any] | None,
-        drifts: Sequence[Drift],
-        preprocess: Preprocess | None,
-        predict: Callable[..., Any] | None,
-        ignore: int,
+        self, model: nn.Module, taken: TakenStills, labels: Sequence[Any] | None, drifts: Sequence[Drift], way: Way
     ) -> None:
-        self._model, self._call = model, model if predict is None else predict
-        held = list(range(1, len(frames), 2))
-        held = held[:: max(len(held) // HELD_OUT, 1)][:HELD_OUT]
-        self.pictures = [np.asarray(frames[i]) for i in held]
-        self.labels = None if labels is None else [labels[i] for i in held]
-        self.drifts = drifts
-        self._measured = measure(model, [still for i, still in enumerate(taken) if i not in held], predict)
-        sets: dict[str, list[TakenFrame]] = {"none": [taken[i] for i in held]}
+        self._model, self._way, self._drifts = model, way, drifts
+        count = min(HELD_OUT, len(taken) // 2)
+        held = [int((i + 0.5) * len(taken) / count) for i in range(count)]
+        self._pictures = [_picture(taken.frames[i]) for i in held]
+        self._labels = None if labels is None else [labels[i] for i in held]
+        self._measured = measure(model, taken.at([i for i in range(len(taken)) if i not in held]), way.predict)
+        self._sets = {"none": taken.at(held)}
         for drift in drifts:
-            pictures = [drift.apply(picture, i) for i, picture in enumerate(self.pictures)]
-            sets[str(drift)] = take_stills(model, pictures, preprocess, least=1)
-        self._sets = sets
-        plain = {name: self._outputs(still, None) for name, still in sets.items()}
-        self._score = own = agreement_with(plain["none"], self.labels, ignore)
-        self._by = "agreement" if labels is None else "labels"
-        self._plain = {name: own(outputs) for name, outputs in plain.items()}
+            pictures = [drift.apply(picture, i) for i, picture in enumerate(self._pictures)]
+            self._sets[str(drift)] = take_stills(model, pictures, way.preprocess, least=1)
+        self._score = score_by(self._outputs("none", None), self._labels, way.ignore, way.distribution)
+        self._plain = {name: self._score(self._outputs(name, None)) for name in self._sets}
+
+    @property
+    def _by(self) -> str:
+        return "agreement" if self._labels is None else "labels"
 
     def best(self, rules: Sequence[Rule]) -> tuple[Rule, dict[str, Any]]:
         """The best rule, and the scores of all."""
         rows: list[dict[str, Any]] = [{"rule": "fixed", "gain": 0.0, "loss": 0.0, "scores": self._plain}]
         best, most = dataclasses.replace(rules[0], largest=0.0), 0.0  # measures, and corrects nothing
         for rule in rules:
-            scores = {name: self._score(self._outputs(stills, rule)) for name, stills in self._sets.items()}
+            scores = {name: self._score(self._outputs(name, rule)) for name in self._sets}
             relative = {name: scores[name] / max(self._plain[name], 1e-9) - 1.0 for name in scores}
             gain = float(np.mean([value for name, value in relative.items() if name != "none"]))
             rows.append({"rule": vars(rule), "gain": gain, "loss": -relative["none"], "scores": scores})
@@ -184,13 +176,24 @@ class _Trial:
                 best, most = rule, gain
         return best, {"by": self._by, "tolerance": TOLERANCE[self._by], "candidates": rows}
 
-    def _outputs(self, stills: Sequence[TakenFrame], rule: Rule | None) -> list[Any]:
+    def pans(self) -> tuple[list[np.ndarray], list[Any] | None, Sequence[Drift], float]:
+        """Some of the held-out stills, their labels, the drifts, and the tolerance, for a choice of settings."""
+        places = range(0, len(self._pictures), max(len(self._pictures) // PANS, 1))[:PANS]
+        labels = None if self._labels is None else [self._labels[i] for i in places]
+        return [self._pictures[i] for i in places], labels, self._drifts, TOLERANCE[self._by]
+
+    def _outputs(self, name: str, rule: Rule | None) -> Iterator[Any]:
+        """The outputs for a set of stills, one after the other."""
+        predict = self._model if self._way.predict is None else self._way.predict
         found = self._measured if rule is None else self._measured.replace(rule=rule)
-        corrected = nullcontext() if rule is None else correction(self._model, found).active()
-        with evaluating(self._model), torch.inference_mode(False), torch.no_grad(), corrected:
-            return [self._call(still.x, *still.context) for still in stills]
+        corrected = None if rule is None else correction(self._model, found)
+        for still in self._sets[name]:
+            around = nullcontext() if corrected is None else corrected.active()
+            with evaluating(self._model), torch.inference_mode(False), torch.no_grad(), around:
+                output = predict(still.x, *still.context)
+            yield output
 
 
-def _can_drift(frame: Any) -> bool:
-    """Whether a frame is uint8, which drifts are made of."""
-    return getattr(frame, "dtype", None) in (np.uint8, torch.uint8)
+def _picture(frame: Any) -> np.ndarray:
+    """A uint8 frame as an array."""
+    return frame.cpu().numpy() if isinstance(frame, Tensor) else np.asarray(frame)

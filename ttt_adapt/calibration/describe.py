@@ -22,14 +22,30 @@ _WHERE = {
     "batchnorm": "at the input of every BatchNorm",
     "norms": "at the output of every norm that is no BatchNorm",
     "blocks": "at the output of every block",
-    "input": "at the image itself",
+    "input": "at the input of the first convolution",
 }
 _KINDS = {
     "batchnorm": "BatchNorm inputs",
     "norms": "outputs of other norms",
     "blocks": "outputs of blocks",
-    "input": "the image",
+    "input": "input of the first convolution",
 }
+
+
+class TriedSettings(NamedTuple):
+    """Settings of gradient steps that were tried.
+
+    Attributes:
+        words: what they are; "the fixed model" is the model without calibration and gradient steps.
+        gain: mean relative gain of the score under the drifts, over the fixed model.
+        loss: relative loss of the score without a drift.
+        chosen: whether the calibration has them.
+    """
+
+    words: str
+    gain: float
+    loss: float
+    chosen: bool
 
 
 class Candidate(NamedTuple):
@@ -62,7 +78,8 @@ def describe_rule(rule: Rule) -> str:
     per = "one share per layer" if rule.per == "layer" else "one share per channel"
     where = " and ".join(_WHERE[kind] for kind in rule.kinds)
     early = "" if rule.early == 1 else f" (in the first half of the points {rule.early:g} times as much)"
-    return f"{where}, a frame that differs {more} {usual}{early} gets up to {rule.largest:.0%} of its own statistics, {per}"
+    share = f"gets up to {rule.largest:.0%} of its own statistics, {per}"
+    return f"{where}, a frame that differs {more} {usual}{early} {share}"
 
 
 def candidates_of(calibration: Calibration) -> list[Candidate]:
@@ -75,6 +92,18 @@ def candidates_of(calibration: Calibration) -> list[Candidate]:
     return sorted(found, key=lambda each: -each.gain)
 
 
+def tried_settings(calibration: Calibration) -> list[TriedSettings]:
+    """The settings that were tried, the best first, with the fixed model among them; [] where nothing was chosen."""
+    found = []
+    for row in calibration.record.get("settings", ()):
+        settings = row["settings"]
+        words = _settings_in_words(settings) if isinstance(settings, Mapping) else "the fixed model"
+        found.append(
+            TriedSettings(words, float(row["gain"]), float(row["loss"]), settings == dict(calibration.settings))
+        )
+    return sorted(found, key=lambda each: -each.gain)
+
+
 def in_columns(rule: Rule) -> tuple[str, str, str]:
     """A rule for a table: where it corrects, for what frames, and by how much."""
     if not corrects(rule):
@@ -82,7 +111,7 @@ def in_columns(rule: Rule) -> tuple[str, str, str]:
     usual = "the mean still" if rule.margin == "mean" else "95 % of the stills"
     beyond = usual if rule.strength == 1 else f"{rule.strength:g} x {usual}"
     beyond += "" if rule.early == 1 else f", early {rule.early:g} x"
-    return ", ".join(_KINDS[kind] for kind in rule.kinds), beyond, f"{rule.largest:.0%} per {rule.per}"
+    return " + ".join(_KINDS[kind] for kind in rule.kinds), beyond, f"{rule.largest:.0%} per {rule.per}"
 
 
 def drifts_of(calibration: Calibration) -> list[str]:
@@ -156,12 +185,14 @@ def _settings(calibration: Calibration) -> str:
     """The settings that were chosen for gradient steps, and what they gained."""
     if not calibration.settings:
         return "those of the preset"
-    words = ", ".join(f"{name}={value!r}" for name, value in calibration.settings.items())
-    tried = calibration.record.get("settings", ())
-    taken = next((row for row in tried if row["settings"] == dict(calibration.settings)), None)
-    if taken is None:
-        return words
-    return f"{words}: {taken['gain']:+.1%} under drifts, {-taken['loss']:+.1%} without"
+    words = _settings_in_words(calibration.settings)
+    taken = next((each for each in tried_settings(calibration) if each.chosen), None)
+    return words if taken is None else f"{words}: {taken.gain:+.1%} under drifts, {-taken.loss:+.1%} without"
+
+
+def _settings_in_words(settings: Mapping[str, Any]) -> str:
+    words = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    return f"{words} (no gradient step)" if settings.get("iterations") == 0 else words
 
 
 def _rule_of(saved: Any) -> Rule:

@@ -7,14 +7,15 @@ one of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from ttt_adapt.adapter import StreamAdapter
-from ttt_adapt.calibration.agreement import agreement_with
+from ttt_adapt.calibration.agreement import score_by
 from ttt_adapt.calibration.pans import pan
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.data.drift import Drift
@@ -37,6 +38,25 @@ CANDIDATES: tuple[Mapping[str, Any], ...] = (
 """Settings that are compared."""
 
 
+@dataclass(frozen=True)
+class Way:
+    """How a model is run and scored while something is chosen for it.
+
+    Attributes:
+        preprocess: as in `StreamAdapter`.
+        predict: as in `StreamAdapter`.
+        ignore: label id of pixels that do not count.
+        distribution: whether outputs are class scores, see `ttt_adapt.calibration.agreement.score_by`.
+        seed: of streams.
+    """
+
+    preprocess: Preprocess | None = None
+    predict: Callable[..., Any] | None = None
+    ignore: int = 255
+    distribution: bool | None = None
+    seed: int = 0
+
+
 def choose_settings(
     branch: MAEBranch,
     calibration: Calibration,
@@ -44,25 +64,18 @@ def choose_settings(
     labels: Sequence[Any] | None,
     drifts: Sequence[Drift],
     tolerance: float,
-    *,
-    preprocess: Preprocess | None = None,
-    predict: Callable[..., Any] | None = None,
-    ignore: int = 255,
-    seed: int = 0,
+    way: Way,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The best of `CANDIDATES` for this model, and the scores of all.
 
     Args:
         branch: on the model.
         calibration: of the model.
-        stills: uint8 [H, W, 3] each, held out from training; one pan is made of each.
+        stills: uint8 [H, W, 3] each; one pan is made of each.
         labels: class ids [H, W] of each; None: the fixed model's predictions on the clean pans stand in for them.
         drifts: what the pans are put under.
         tolerance: the largest relative loss without a drift.
-        preprocess: as in `StreamAdapter`.
-        predict: as in `StreamAdapter`.
-        ignore: label id of pixels that do not count.
-        seed: of the streams.
+        way: how the model is run and scored.
     """
     model = branch.model
     moving = [pan(still, None if labels is None else labels[i], FRAMES) for i, still in enumerate(stills)]
@@ -70,24 +83,25 @@ def choose_settings(
     streams = {"none": list(frames)}
     streams |= {str(drift): [drift.apply(frame, i) for i, frame in enumerate(frames)] for drift in drifts}
 
-    def fixed(pictures: Sequence[np.ndarray]) -> list[Any]:
-        call = model if predict is None else predict
-        with evaluating(model), torch.inference_mode(False), torch.no_grad():
-            return [call(x.x, *x.context) for x in take_stills(model, pictures, preprocess, least=1)]
+    def fixed(pictures: Sequence[np.ndarray]) -> Iterator[Any]:
+        call = model if way.predict is None else way.predict
+        for still in take_stills(model, pictures, way.preprocess, least=1):
+            with evaluating(model), torch.inference_mode(False), torch.no_grad():
+                output = call(still.x, *still.context)
+            yield output
 
-    def adapted(pictures: Sequence[np.ndarray], settings: Mapping[str, Any]) -> list[Any]:
-        config = StreamConfig.online(**{"seed": seed, **settings})
+    def adapted(pictures: Sequence[np.ndarray], settings: Mapping[str, Any]) -> float:
+        config = StreamConfig.online(**{"seed": way.seed, **settings})
         with StreamAdapter(
-            model, branch, config=config, calibration=calibration, preprocess=preprocess, predict=predict
+            model, branch, config=config, calibration=calibration, preprocess=way.preprocess, predict=way.predict
         ) as adapter:
-            return list(adapter.stream(pictures))
+            return score(adapter.stream(pictures))
 
-    plain = {name: fixed(pictures) for name, pictures in streams.items()}
-    score = agreement_with(plain["none"], None if labels is None else truth, ignore)
-    before = {name: score(outputs) for name, outputs in plain.items()}
+    score = score_by(fixed(streams["none"]), None if labels is None else truth, way.ignore, way.distribution)
+    before = {name: score(fixed(pictures)) for name, pictures in streams.items()}
     rows: list[dict[str, Any]] = []
     for settings in CANDIDATES:
-        after = {name: score(adapted(pictures, settings)) for name, pictures in streams.items()}
+        after = {name: adapted(pictures, settings) for name, pictures in streams.items()}
         relative = {name: after[name] / max(before[name], 1e-9) - 1.0 for name in after}
         gain = float(np.mean([value for name, value in relative.items() if name != "none"]))
         rows.append({"settings": dict(settings), "gain": gain, "loss": -relative["none"], "scores": after})

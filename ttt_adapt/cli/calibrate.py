@@ -48,6 +48,10 @@ def calibrate(
     choose: Annotated[
         bool, typer.Option("--choose/--no-choose", help="Choose the rule on these stills, or take the default.")
     ] = True,
+    steps: Annotated[
+        bool,
+        typer.Option("--steps", help="Choose too how gradient steps are taken, on short streams; it takes minutes."),
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
@@ -77,7 +81,7 @@ def calibrate(
         labels=labels,
     )
     started = time.perf_counter()
-    calibration = calibrate_checkpoint(checkpoint, found, choose=choose, drifts=chosen_on, seed=seed)
+    calibration = calibrate_checkpoint(checkpoint, found, choose=choose, steps=steps, drifts=chosen_on, seed=seed)
     seconds = time.perf_counter() - started
     write_calibration(model, calibration, out)
     used = "with their labels" if found.labels is not None else f"without labels ({found.unlabelled})"
@@ -88,13 +92,14 @@ def calibrate(
 
 
 def _show(model: object, calibration: Calibration) -> None:
-    """What was measured, and the table of the rules that were tried."""
+    """What was measured, and the tables of the rules and of the settings that were tried."""
     from ttt_adapt.calibration.describe import (
         candidates_of,
         describe_calibration,
         describe_distance,
         in_columns,
         is_far,
+        tried_settings,
     )
     from ttt_adapt.view.terminal import notice
 
@@ -109,6 +114,14 @@ def _show(model: object, calibration: Calibration) -> None:
         for each in tried:
             style = "bold" if each.chosen else ""
             table.add_row(*in_columns(each.rule), f"{each.gain:+.1%}", f"{-each.loss:+.1%}", style=style)
+        console.print(table)
+    settings = tried_settings(calibration)
+    if settings:
+        title = "Settings of gradient steps that were tried, on short streams"
+        table = Table("settings", "under drifts", "without", title=title, title_justify="left")
+        for one in settings:
+            style = "bold" if one.chosen else ""
+            table.add_row(escape(one.words), f"{one.gain:+.1%}", f"{-one.loss:+.1%}", style=style)
         console.print(table)
     if is_far(calibration):
         notice(f"the stills are {describe_distance(calibration)}")

@@ -53,7 +53,7 @@ def run(
     changes = parse_settings(settings)
     if arm is not None and preset != "online":
         raise ConfigError(f"--preset {preset} and --arm {arm} both say what runs: give one of them")
-    tuned = chosen_settings(checkpoint) if arm is None and preset == "online" else {}
+    tuned = chosen_settings(checkpoint, changes) if arm is None and preset == "online" else {}
     count = adapt_video(
         video,
         checkpoint,

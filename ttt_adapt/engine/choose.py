@@ -15,6 +15,7 @@ from ttt_adapt.engine.graphs import CudaRecorder, GraphEngine
 from ttt_adapt.engine.precision import check_precision
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.objectives.base import Objective, SplitLoss, StatefulObjective
+from ttt_adapt.objectives.forward_only import ForwardOnly
 from ttt_adapt.stream.optimizer import FusedAdamW
 
 
@@ -48,7 +49,7 @@ def why_eager(device: torch.device) -> str:
 
 def describe_engines(config: StreamConfig, objective: Objective) -> dict[str, str]:
     """Name -> for people: what "auto" is with the default optimizer and why, and whether the others can run."""
-    device = next(iter(objective.encoder_parameters().values())).device
+    device = next(iter(objective.encoder_parameters().values()), next(objective.model.parameters())).device
     hindrances = {
         "compile": no_compile(config, objective, device),
         "cudagraph": no_graphs(config, objective, FusedAdamW, device),
@@ -59,7 +60,7 @@ def describe_engines(config: StreamConfig, objective: Objective) -> dict[str, st
 
 def no_compile(config: StreamConfig, objective: Objective, device: torch.device) -> str:
     """Why `torch.compile` cannot run this stream; "" if it can."""
-    if not isinstance(objective, SplitLoss):
+    if not isinstance(objective, SplitLoss | ForwardOnly):
         return (
             f"{type(objective).__name__} does not separate its random draws from its loss, as objectives.SplitLoss "
             "does (draw, loss_of, weight, settings)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,18 @@ def default_arms(checkpoints: Sequence[Path]) -> tuple[str, ...]:
     return ("fixed", "calibrated", *DEFAULT_ARMS[1:])
 
 
-def chosen_settings(checkpoint: Path) -> dict[str, Any]:
+def chosen_settings(checkpoint: Path, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The fields of the online preset that the calibration of a checkpoint chose; {} where it chose none.
+
+    Args:
+        checkpoint: the file.
+        given: fields that somebody gives, which win; what does not go together with them is left out.
 
     Raises:
         CheckpointError: the file cannot be read.
     """
     calibration = read_calibration(checkpoint)
-    return {} if calibration is None else dict(calibration.settings)
+    return {} if calibration is None else calibration.settings_beside(given or {})
 
 
 def digests(checkpoints: Sequence[Path]) -> list[str | None]:

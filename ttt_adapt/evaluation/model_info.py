@@ -143,16 +143,18 @@ def _step_rows(predict: int, masked: int, config: StreamConfig, has_norms: bool)
     batch, times = config.batch_size, config.iterations
     passes = 4 if config.grad_checkpointing else 3  # a backward pass costs two forward passes
     update = passes * masked * batch * times
-    parts = [f"{times} iteration(s) on {batch}"]
-    if config.grad_checkpointing:
+    parts = [f"{times} iteration(s) on {batch}" if times else "no gradient step"]
+    if config.grad_checkpointing and times:
         parts.append("at most another pass for activation checkpointing")
-    if config.norm_stats == "ema" and has_norms:
+    if config.norm_stats == "ema" and has_norms and times:
         update += predict
         parts.append("a pass for running statistics")
-    gate = masked * batch if config.gate == "surprise" else 0
+    loss = masked * batch
+    gates = {"surprise": (loss, loss, "a loss for the gate"), "calibrated": (predict, 0, "a prediction for the gate")}
+    gate, kept_shut, what = gates.get(config.gate, (0, 0, "")) if times else (0, 0, "")
     if gate:
-        parts.append("a loss for the gate")
-    step, shut = ((adapting / config.every + predict) for adapting in (update + gate, gate))
+        parts.append(what)
+    step, shut = ((adapting / config.every + predict) for adapting in (update + gate, kept_shut))
     often = "" if config.every == 1 else f" on one frame in {config.every}"
     cost = f"{step / predict:.1f} x the fixed model"
     return [

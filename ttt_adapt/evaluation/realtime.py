@@ -64,7 +64,7 @@ def measure_forwards(
     """
     if arm.name == "fixed":
         return 1.0
-    own = configured(arm, config, changes)
+    own = configured(arm, config, changes, checkpoint.calibration)
     count = own.every * max(2, -(-PROBE // own.every)) + (LENGTH if own.gate == "surprise" else 0)
     frames = [frame for frame, _ in islice(clip, 1 + count)]
     if not frames:

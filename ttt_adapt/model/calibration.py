@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ class Calibration:
         fingerprint: of the weights that were calibrated (`fingerprint_of`).
         stills: how many source stills were measured.
         size: (H, W) of the stills as the model takes them.
-        drifts: kind of points -> the drift of every still (`Correction.drift`) at these points.
+        drifts: the drift of every still in a pass that the rule corrects (`Correction.drift`), as a stream sees it.
         loss: mean and standard deviation over the stills of the reconstruction loss; None without a branch.
         settings: fields of `StreamConfig` that were chosen for this model; the presets take them over.
         record: how rule and settings were chosen, in plain values, for people.
@@ -171,10 +171,15 @@ class Calibration:
     fingerprint: str
     stills: int
     size: tuple[int, int]
-    drifts: Mapping[str, Sequence[float]]
+    drifts: tuple[float, ...] = ()
     loss: tuple[float, float] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if absent := [kind for kind in self.rule.kinds if not self.statistics.get(kind)]:
+            known = ", ".join(self.statistics) or "none"
+            raise ConfigError(f"the rule corrects {absent[0]!r}, and this model has no such points; it has {known}")
 
     @property
     def points(self) -> Mapping[tuple[str, str], PointStatistics]:
@@ -182,14 +187,17 @@ class Calibration:
         return {(kind, name): each for kind in self.rule.kinds for name, each in self.statistics.get(kind, {}).items()}
 
     @property
+    def usual_drift(self) -> float:
+        """The mean drift of the stills: the unit of `StreamAdapter.drift`."""
+        return sum(self.drifts) / len(self.drifts) if self.drifts else 1.0
+
+    @property
     def limit(self) -> float:
-        """The drift up to which a frame counts as one of the source: 95 % of the stills stay below."""
-        kinds = [kind for kind in self.rule.kinds if kind in self.statistics]
-        if not kinds:
+        """The drift, in units of the usual one, up to which a frame counts as usual: 95 % of the stills stay below."""
+        if not self.drifts:
             return float("inf")
-        weighted = [torch.tensor(self.drifts[kind]) * len(self.statistics[kind]) for kind in kinds]
-        count = sum(len(self.statistics[kind]) for kind in kinds)
-        return float((torch.stack(weighted).sum(0) / count).quantile(0.95))
+        highest = float(torch.tensor(self.drifts, dtype=torch.float64).quantile(0.95))
+        return highest / max(self.usual_drift, 1e-12)
 
     @property
     def distance(self) -> float | None:
@@ -202,11 +210,28 @@ class Calibration:
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
 
-    def settle(self, config: StreamConfig) -> StreamConfig:
-        """`config` with the settings chosen for this model, where it has the values of the preset `online`."""
+    def settings_beside(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings chosen for this model that go together with fields of `StreamConfig` that somebody gives.
+
+        Given fields win. The gate "calibrated" is left out where they name other statistics, or window="auto", with
+        which it cannot be.
+        """
+        own = {name: value for name, value in self.settings.items() if name not in given}
+        other = given.get("norm_stats", "auto") not in ("auto", "calibrated") or given.get("window") == "auto"
+        if other and own.get("gate") == "calibrated":
+            del own["gate"]
+        return own
+
+    def settle(self, config: StreamConfig, given: Collection[str] = ()) -> StreamConfig:
+        """`config` with the settings chosen for this model, where it has the values of the preset `online`.
+
+        Args:
+            config: of a stream.
+            given: names of fields that somebody gave: they stay as they are, also where their values are the preset's.
+        """
         preset = StreamConfig.online()
-        own = {name: value for name, value in self.settings.items() if getattr(config, name) == getattr(preset, name)}
-        return config.replace(**own)
+        kept = {name: v for name, v in vars(config).items() if name in given or v != getattr(preset, name)}
+        return config.replace(**self.settings_beside(kept))
 
     def check(self, model: nn.Module) -> None:
         """Check that this is a calibration of the model's weights as they are.
@@ -257,7 +282,7 @@ class Calibration:
             plain = json.loads(text)
             check_format_number(plain.pop("format"), FORMAT, source)
             plain["rule"] = Rule(**plain["rule"])
-            plain["size"] = tuple(plain["size"])
+            plain["size"], plain["drifts"] = tuple(plain["size"]), tuple(plain["drifts"])
             plain["loss"] = None if plain["loss"] is None else tuple(plain["loss"])
             statistics = {
                 kind: {
@@ -347,9 +372,12 @@ def settled_config(config: StreamConfig | None, calibration: Calibration | None)
         config = StreamConfig() if calibration is None else StreamConfig.online(**calibration.settings)
     if not isinstance(config, StreamConfig):
         raise ConfigError(f"config is a {type(config).__name__}; expected a StreamConfig")
+    if config.gate == "calibrated" and (calibration is None or not calibration.drifts):
+        raise ConfigError(
+            'gate is "calibrated", and this model has no calibration with the drifts of its stills: make one with '
+            "branch.calibrate(stills) or calibrate(model, stills)"
+        )
     if config.norm_stats == "auto":
-        if config.gate == "calibrated" and calibration is None:
-            raise ConfigError('gate is "calibrated", and this model has no calibration: make one first')
         return config.replace(norm_stats="frozen" if calibration is None else "calibrated")
     if config.norm_stats == "calibrated" and calibration is None:
         raise ConfigError(
@@ -372,7 +400,7 @@ def default_rule(kinds: Mapping[str, Any]) -> Rule:
 
 
 def fingerprint_of(model: nn.Module) -> str:
-    """A hash of all parameters and buffers, as float16: a model and its copy in half precision have the same."""
+    """A hash of all parameters and buffers, as float16: a model and its copy in float16 have the same."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, Tensor):

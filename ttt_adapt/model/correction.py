@@ -36,7 +36,8 @@ def correction(model: nn.Module, calibration: Calibration) -> Correction:
         for (kind, name), each in calibration.points.items()
     ]
     statistics = {name: each for (_, name), each in calibration.points.items()}
-    return Correction(points, statistics, calibration.rule)
+    device = next((x.device for x in _own_tensors(model)), None)
+    return Correction(points, statistics, calibration.rule, calibration.usual_drift, device)
 
 
 class Correction:
@@ -46,27 +47,43 @@ class Correction:
         points: where passes are corrected.
         statistics: of the source, by the name of a point.
         rule: how.
+        unit: the drift that is usual.
+        device: of the model, for points that have no tensor of their own.
     """
 
     @torch.inference_mode(False)
-    def __init__(self, points: Iterable[Point], statistics: Mapping[str, PointStatistics], rule: Rule) -> None:
+    def __init__(
+        self,
+        points: Iterable[Point],
+        statistics: Mapping[str, PointStatistics],
+        rule: Rule,
+        unit: float = 1.0,
+        device: torch.device | None = None,
+    ) -> None:
         chosen = [point for point in points if point.name in statistics]
-        device = next((x.device for point in chosen for x in _own_tensors(point.module)), None)
+        device = next((x.device for point in chosen for x in _own_tensors(point.module)), device)
+        self._unit = max(unit, 1e-12)
         # in fixed places, where also a recorded pass leaves its numbers
         self._seen = torch.zeros(len(chosen), device=device)
         self._calls = torch.zeros((), device=device)
         self._layers = [
-            _Layer(p, statistics[p.name], rule.at(i, len(chosen)), self._seen[i]) for i, p in enumerate(chosen)
+            _Layer(p, statistics[p.name], rule.at(i, len(chosen)), self._seen[i], device) for i, p in enumerate(chosen)
         ]
         self._passed = False
 
     def drift(self) -> Tensor | None:
         """How far the frame of the last pass is from the source: scalar, None before the first pass.
 
-        It is the mean over the points of a layer's divergence, in units of what is usual; 1 is the mean over the
-        source stills. Of a frame that is predicted in several passes, it is their mean.
+        It is the mean over the points of a layer's divergence, each in units of what is usual at that layer, over
+        `unit`. Of a frame that is predicted in several passes, it is their mean.
         """
-        return (self._seen / self._calls).mean() if self._passed and self._layers else None
+        if not (self._passed and self._layers):
+            return None
+        return (self._seen / self._calls).mean() / self._unit
+
+    def forget(self) -> None:
+        """A new video begins: there was no pass yet."""
+        self._passed = False
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -115,9 +132,10 @@ def _replace_statistics(layer: _Layer, calls: Tensor | None) -> Any:
             buffers["running_mean"], buffers["running_var"] = running_mean, running_var
             return
         mean, variance = channel_moments(x, 1)
-        share = layer.share(torch.stack((mean, variance.sqrt()))).to(running_mean)
-        buffers["running_mean"] = running_mean.lerp(mean.to(running_mean), share)
-        buffers["running_var"] = running_var.lerp((variance * layer.unbiased(values)).to(running_var), share)
+        own = layer.finite(torch.stack((mean, variance.sqrt())))
+        share = layer.share(own).to(running_mean)
+        buffers["running_mean"] = running_mean.lerp(own[0].to(running_mean), share)
+        buffers["running_var"] = running_var.lerp((own[1].square() * layer.unbiased(values)).to(running_var), share)
 
     return before
 
@@ -132,7 +150,7 @@ def _correct(layer: _Layer, calls: Tensor | None) -> Any:
         if calls is not None:
             calls.add_(1.0)
         mean, variance = point.moments(x.detach())
-        own = torch.stack((mean, variance.sqrt()))
+        own = layer.finite(torch.stack((mean, variance.sqrt())))
         blended = layer.moments.lerp(own.to(layer.moments), layer.share(own).to(layer.moments))
         factor = layer.std / blended[1].clamp_min(layer.floor)
         shift = torch.addcmul(layer.moments[0], blended[0], factor, value=-1.0)
@@ -159,12 +177,15 @@ class _Layer:
         statistics: of the source.
         rule: how it is corrected.
         seen: scalar, to which every call adds its divergence, in units of what is usual.
+        device: of the point, if it has no tensor of its own.
     """
 
-    def __init__(self, point: Point, statistics: PointStatistics, rule: Rule, seen: Tensor) -> None:
+    def __init__(
+        self, point: Point, statistics: PointStatistics, rule: Rule, seen: Tensor, device: torch.device | None
+    ) -> None:
         self.point, self._seen = point, seen
         moments = torch.stack((statistics.mean, statistics.std))
-        self.moments = moments = moments.to(next((x.device for x in _own_tensors(point.module)), moments.device))
+        self.moments = moments = moments.to(next((x.device for x in _own_tensors(point.module)), device))
         self.floor = moments[1].max() * 1e-4 + torch.finfo(moments.dtype).tiny
         self.std = moments[1].clamp_min(self.floor)
         self._scale = (1.0 / self.std).expand(2, -1).contiguous()
@@ -174,9 +195,13 @@ class _Layer:
         threshold = statistics.threshold(rule).to(moments)
         self._minus_threshold = -threshold if self._per_channel else threshold * -channels
         self._one = torch.ones_like(self.floor)
-        self._unit = 1.0 / (statistics.layer_usual.to(moments).clamp_min(1e-12) * channels)
+        self._unit = (1.0 / (statistics.layer_usual.to(moments).clamp_min(1e-12) * channels)).to(seen.device)
         self._largest = rule.largest
         self._unbiased: dict[int, Tensor] = {}
+
+    def finite(self, own: Tensor) -> Tensor:
+        """Moments [2, C], with those of the source where they are not finite: one overflow stays where it is."""
+        return torch.where(own.isfinite(), own, self.moments)
 
     def unbiased(self, values: int) -> Tensor:
         """The factor that makes the variance of so many values unbiased; kept, since recordings read it again."""
@@ -194,7 +219,7 @@ class _Layer:
         parts = torch.addcmul(self._offset, own, self._scale)  # the two terms of d are their squares
         flat = parts.view(-1)
         total = torch.dot(flat, flat)
-        self._seen.addcmul_(total, self._unit)
+        self._seen.addcmul_(total.to(self._seen.device), self._unit)
         d = parts.square().sum(0) if self._per_channel else total
         share = torch.addcdiv(self._one, self._minus_threshold, d)  # 1 - threshold / d
         return share.nan_to_num_(0.0, 0.0, 0.0).clamp_(0.0, self._largest)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError
-from ttt_adapt.model.calibration import Calibration, PointStatistics, default_rule, divergence, fingerprint_of
+from ttt_adapt.model.calibration import Calibration, PointStatistics, default_rule, fingerprint_of
+from ttt_adapt.model.correction import correction
 from ttt_adapt.model.frames import FrameIntake, Preprocess, TakenFrame, default_preprocess
 from ttt_adapt.model.hooks import hooks, uncompiled
+from ttt_adapt.model.ownership import check_unowned
 from ttt_adapt.model.points import Point, first_tensor, points_of_pass
 from ttt_adapt.model.probe import evaluating
 
@@ -45,8 +47,8 @@ def measure(
         points = [point for kind in kinds.values() for point in kind]
         if not points:
             raise ConfigError(
-                f"{type(model).__name__} has no normalisation layer and no repeated block whose output has a grid: "
-                "there is nothing to calibrate"
+                f"{type(model).__name__} has no normalisation layer, no repeated block whose output has a grid, "
+                "and no convolution of the image: there is nothing to calibrate"
             )
         for still in stills:
             with measuring(points) as found:
@@ -55,7 +57,7 @@ def measure(
                 moments.setdefault(name, []).extend(each)
             if loss is not None:
                 losses.append(loss(still.x).float())
-    pairs = {}  # name -> means and variances, [stills, C] each
+    pairs = {}  # name -> means and variances, [passes of all stills, C] each
     for name, seen in moments.items():
         means, variances = zip(*seen, strict=True)
         pairs[name] = torch.stack(means), torch.stack(variances)
@@ -72,24 +74,57 @@ def measure(
         fingerprint=fingerprint_of(model),
         stills=len(stills),
         size=(int(height), int(width)),
-        drifts={kind: _drifts(members, pairs) for kind, members in statistics.items()},
         loss=None if spread is None else (float(spread.mean()), float(spread.std())),
     )
 
 
-def _drifts(points: Mapping[str, PointStatistics], moments: Mapping[str, tuple[Tensor, Tensor]]) -> list[float]:
-    """For each still the mean over points of a layer's divergence, in units of its mean over the stills."""
-    layers = [
-        divergence(*moments[name], each.mean, each.std).mean(1) / each.layer_usual.clamp_min(1e-12)
-        for name, each in points.items()
-    ]
-    drifts: list[float] = torch.stack(layers).mean(0).tolist()
-    return drifts
+def with_drifts(
+    model: nn.Module,
+    calibration: Calibration,
+    stills: Sequence[TakenFrame],
+    predict: Callable[..., Any] | None = None,
+) -> Calibration:
+    """The calibration with the drift of every still, as a stream will see it: in a pass that its rule corrects."""
+    call = model if predict is None else predict
+    corrected = correction(model, calibration.replace(drifts=()))
+    drifts = []
+    with evaluating(model), torch.inference_mode(False), torch.no_grad(), uncompiled():
+        for still in stills:
+            with corrected.active():
+                call(still.x, *still.context)
+            drift = corrected.drift()
+            drifts.append(0.0 if drift is None else float(drift))
+    return calibration.replace(drifts=tuple(drifts))
+
+
+class TakenStills(Sequence[TakenFrame]):
+    """Stills that were checked, each turned into what the model takes when it is asked for.
+
+    Attributes:
+        frames: as they came.
+
+    Args:
+        frames: as above.
+        intake: turns them into what the model takes.
+    """
+
+    def __init__(self, frames: Sequence[Any], intake: FrameIntake) -> None:
+        self.frames, self._intake = frames, intake
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._intake.take(self.frames[index])
+
+    def at(self, places: Sequence[int]) -> TakenStills:
+        """The stills at these places."""
+        return TakenStills([self.frames[i] for i in places], self._intake)
 
 
 def take_stills(
     model: nn.Module, stills: Iterable[Any], preprocess: Preprocess | None = None, least: int = LEAST_STILLS
-) -> list[TakenFrame]:
+) -> TakenStills:
     """Stills as the model takes them.
 
     Args:
@@ -99,29 +134,33 @@ def take_stills(
         least: how many there must be.
 
     Raises:
-        ConfigError: too few stills.
+        ConfigError: too few stills, or a model without parameters.
         FrameError, FrameTypeError: a still cannot be used, or has another size than the first.
+        StateError: the model has a StreamAdapter.
     """
-    like = next(p for p in model.parameters() if p.is_floating_point())
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if like is None:
+        raise ConfigError(f"{type(model).__name__} has no parameters: there is nothing to calibrate")
+    check_unowned(model)
     preprocess = default_preprocess(model, like.device) if preprocess is None else preprocess
-    intake = FrameIntake(preprocess, like.device, like.dtype)
-    taken: list[TakenFrame] = []
-    for index, still in enumerate(stills):
-        try:
-            frame = intake.take(still)
-        except (FrameError, FrameTypeError) as error:
-            raise type(error)(f"still {index}: {error}") from error
-        if taken and frame.x.shape != taken[0].x.shape:
-            raise FrameError(
-                f"still {index} is {tuple(frame.x.shape[2:])} (H, W) after preprocessing, and the first one is "
-                f"{tuple(taken[0].x.shape[2:])}: pass stills of the size of the stream"
-            )
-        taken.append(frame)
+    taken = TakenStills(list(stills), FrameIntake(preprocess, like.device, like.dtype))
     if len(taken) < least:
         raise ConfigError(
             f"got {len(taken)} stills; expected at least {least}, better some 40, of the scenes that the model will "
             "see and in ordinary weather"
         )
+    first: tuple[int, ...] = ()
+    for index in range(len(taken)):
+        try:
+            shape = tuple(taken[index].x.shape)
+        except (FrameError, FrameTypeError) as error:
+            raise type(error)(f"still {index}: {error}") from error
+        first = first or shape
+        if shape != first:
+            raise FrameError(
+                f"still {index} is {shape[2:]} (H, W) after preprocessing, and the first one is {first[2:]}: pass "
+                "stills of the size of the stream"
+            )
     return taken
 
 

@@ -17,15 +17,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from ttt_adapt.errors import EncoderError
 from ttt_adapt.model.blocks import repeated_blocks
 from ttt_adapt.model.features import MapSpec, describe_map, tensors
-from ttt_adapt.model.hooks import hooks, uncompiled
+from ttt_adapt.model.hooks import hooks
 from ttt_adapt.model.norms import channel_moments, is_norm, norm_layers
-from ttt_adapt.model.probe import evaluating, probe_images, probe_sizes
 from ttt_adapt.model.trace import Trace
 
 KINDS = ("batchnorm", "norms", "blocks", "input")
@@ -68,43 +65,11 @@ class Point:
         return channel_moments(self.patches(x), 1 if self.layout == "nchw" else -1)
 
 
-def find_points(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> dict[str, list[Point]]:
-    """The points of a model by kind, found by running it on random images; a kind without points is left out.
+def points_of_pass(model: nn.Module, images: Tensor, run: Any) -> dict[str, list[Point]]:
+    """The points of a model by kind, in the order of `KINDS`; a kind without points is left out.
 
     Points that are reached more often in a pass than the first convolution, or less often, are left out too: a shared
     layer has no statistics of its own.
-
-    Args:
-        model: any module that takes images [B, 3, H, W].
-        image_size: (H, W) or side of the random images; by default several sizes are tried.
-
-    Raises:
-        EncoderError: the model takes none of the sizes, or it has no point at all.
-    """
-    failures = []
-    for size in probe_sizes(model, image_size):
-        with evaluating(model), torch.inference_mode(False), torch.no_grad(), uncompiled():
-            images = probe_images(model, size)
-            try:
-                found = points_of_pass(model, images, lambda: model(images))  # noqa: B023 - called at once
-            except Exception as error:  # the model does not take this size: try the next one
-                failures.append(f"{size[0]} x {size[1]}: {type(error).__name__}: {error}")
-                continue
-        if not found:
-            raise EncoderError(
-                f"{type(model).__name__} has no normalisation layer and no repeated block whose output has a grid: "
-                "there is no point where the statistics of a frame could be compared with those of the source"
-            )
-        return found
-    raise EncoderError(
-        "the model could not be run on random images to find its normalisation layers and blocks; tried "
-        + "; ".join(failures)
-        + ". Pass image_size=(H, W) with a size that it takes"
-    )
-
-
-def points_of_pass(model: nn.Module, images: Tensor, run: Any) -> dict[str, list[Point]]:
-    """As `find_points`, for one pass.
 
     Args:
         model: the user's model.
@@ -182,17 +147,31 @@ def _prefix(seen: _Seen, size: tuple[int, int], strides: list[int]) -> int | Non
     """
     shapes = (shape for pair in seen.shapes.values() for shape in pair[1:])
     first = next((shape for shape in shapes if shape is not None and len(shape) == 3), None)
-    spec = None if first is None else _tokens(first, size, strides)
+    spec = None if first is None else _tokens(first, size, strides, padded=strides[:1])
     return None if spec is None else spec.prefix
 
 
-def _tokens(shape: tuple[int, ...], size: tuple[int, int], strides: list[int]) -> MapSpec | None:
-    """The layout of tokens of this shape, with as few leading tokens that are no patches as can be."""
-    grids = [(-(-size[0] // stride), -(-size[1] // stride)) for stride in strides]
-    if any(shape[1] == height * width for height, width in grids):  # padded to whole tokens
+def _tokens(
+    shape: tuple[int, ...], size: tuple[int, int], strides: list[int], padded: list[int] | None = None
+) -> MapSpec | None:
+    """The layout of tokens of this shape, with as few leading tokens that are no patches as can be; None: no grid.
+
+    Several such tokens stand before those of a plain transformer, which have the size of the first convolution's.
+    Elsewhere, more tokens than a grid has are queries.
+
+    Args:
+        shape: [B, tokens, C].
+        size: (H, W) of the images.
+        strides: sides that a token may have.
+        padded: those for which images may be padded to whole tokens; by default all.
+    """
+    whole = [-(-size[0] // stride) * -(-size[1] // stride) for stride in (strides if padded is None else padded)]
+    if shape[1] > 1 and shape[1] in whole:
         return MapSpec(0, "tokens", shape[2], 1)
-    specs = [each for stride in strides if (each := describe_map(shape, size, stride)) is not None]
-    return min(specs, key=lambda each: each.prefix, default=None)
+    grids = [stride for stride in strides if (size[0] // stride) * (size[1] // stride) > 1]
+    specs = [each for stride in grids if (each := describe_map(shape, size, stride)) is not None]
+    fitting = [each for each in specs if each.prefix <= 1 or each.stride == strides[0]]
+    return min(fitting, key=lambda each: each.prefix, default=None)
 
 
 def _point(

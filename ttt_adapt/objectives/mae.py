@@ -20,7 +20,7 @@ from ttt_adapt.model.encoder import EncoderInfo, inspect_encoder
 from ttt_adapt.model.features import Features, to_maps
 from ttt_adapt.model.frames import Preprocess
 from ttt_adapt.model.hooks import hidden_channel, run_encoder, visible_tokens, without_checkpointing
-from ttt_adapt.model.measure import measure, take_stills
+from ttt_adapt.model.measure import TakenStills, measure, take_stills, with_drifts
 from ttt_adapt.model.norms import frozen_norms
 from ttt_adapt.model.parameters import check_state
 from ttt_adapt.model.probe import evaluating
@@ -135,11 +135,14 @@ class MAEBranch(Attached):
             FrameError, FrameTypeError: a still cannot be used; nothing has changed.
         """
         taken = take_stills(self.model, stills, preprocess)
+        self.calibration = with_drifts(self.model, self.measured(taken, predict, seed), taken, predict)
+        return self.calibration
+
+    def measured(self, taken: TakenStills, predict: Callable[..., Any] | None = None, seed: int = 0) -> Calibration:
+        """What model and reconstruction are like on stills, from `take_stills`; `calibration` stays as it is."""
         generator = torch.Generator(taken[0].x.device).manual_seed(seed)
         with evaluating(self):
-            found = measure(self.model, taken, predict, lambda x: self.loss(x, generator=generator))
-        self.calibration = found
-        return found
+            return measure(self.model, taken, predict, lambda x: self.loss(x, generator=generator))
 
     def draw_mask(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One random mask per image: bool [B, ceil(H / patch_size), ceil(W / patch_size)], True = visible."""

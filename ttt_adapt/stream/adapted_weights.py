@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -111,6 +112,20 @@ class AdaptedWeights(Part):
                 torch._foreach_copy_(self._live, self._here)
             self._here = self._live
             torch.clear_autocast_cache()
+
+    @contextmanager
+    def as_source(self) -> Iterator[None]:
+        """Inside the block the model has its source weights; then it has those of this video again."""
+        if not self.moved:
+            yield
+            return
+        self.leave()
+        self._source.restore()
+        torch.clear_autocast_cache()
+        try:
+            yield
+        finally:
+            self.enter()
 
     def reset(self) -> None:
         """Go back to the source weights."""

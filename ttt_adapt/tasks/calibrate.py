@@ -105,6 +105,7 @@ def calibrate_checkpoint(
     stills: SourceStills,
     *,
     choose: bool = True,
+    steps: bool = False,
     drifts: Sequence[str] = DRIFTS,
     seed: int = 0,
 ) -> Calibration:
@@ -116,6 +117,7 @@ def calibrate_checkpoint(
         checkpoint: the trained model.
         stills: what to calibrate on.
         choose: choose the rule; False: take the default.
+        steps: choose too how gradient steps are taken. It needs a checkpoint with an MAE branch.
         drifts: what to choose on, as `ttt_adapt.data.drift.parse_drift` reads it.
         seed: of drifts and masks.
 
@@ -123,6 +125,11 @@ def calibrate_checkpoint(
         ConfigError, FrameError: as for `ttt_adapt.calibrate`; nothing has changed.
     """
     branch = checkpoint.branch if isinstance(checkpoint.branch, MAEBranch) else None
+    if steps and branch is None:
+        raise ConfigError(
+            "steps chooses how gradient steps of the reconstruction are taken, and this checkpoint has no MAE branch: "
+            "leave it out, or train the model with one (ttt-adapt train, recipe 'joint')"
+        )
     checkpoint.calibration = calibrate(
         checkpoint.model,
         stills.frames,
@@ -130,8 +137,10 @@ def calibrate_checkpoint(
         branch=branch,
         preprocess=_preprocess(checkpoint),
         choose=choose,
+        steps=steps,
         drifts=drifts,
         ignore=stills.ignore,
+        distribution=checkpoint.task.distribution,
         seed=seed,
     )
     return checkpoint.calibration

@@ -101,7 +101,8 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, half: bool = False
     metadata = {"format": str(FORMAT), "spec": checkpoint.spec.to_json()}
     if half:
         weights = {name: v.half() if v.is_floating_point() else v for name, v in weights.items()}
-    _write(path, weights, metadata, checkpoint.calibration)
+    own = checkpoint.branch.calibration if isinstance(checkpoint.branch, MAEBranch) else None
+    _write(path, weights, metadata, own or checkpoint.calibration)
 
 
 def write_calibration(source: str | Path, calibration: Calibration, out: str | Path | None = None) -> None:

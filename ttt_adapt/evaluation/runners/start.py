@@ -14,6 +14,7 @@ from ttt_adapt.evaluation.runners.base import Runner, device_of
 from ttt_adapt.evaluation.runners.modifiers import ClassBalanced, Smoothed, Voting
 from ttt_adapt.evaluation.runners.streaming import Adapting, Fixed, LayerStatistics, NormAverage, NormBlend
 from ttt_adapt.evaluation.runners.whole_clip import Offline, Shuffled
+from ttt_adapt.model.calibration import Calibration
 from ttt_adapt.model.frames import Normalize
 from ttt_adapt.model.norms import norm_layers
 from ttt_adapt.objectives import Entropy, PseudoLabel, Rotation
@@ -23,9 +24,21 @@ from ttt_adapt.tasks.checkpoint import Checkpoint
 SMOOTH_LENGTH = 5
 
 
-def configured(arm: Arm, config: StreamConfig, changes: Mapping[str, Any] | None = None) -> StreamConfig:
-    """The arm's own configuration; arguments and errors as in `start`."""
-    return config.replace(**arm.settings(changes))
+def configured(
+    arm: Arm,
+    config: StreamConfig,
+    changes: Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
+) -> StreamConfig:
+    """The arm's own configuration; "online" has the settings that the model's calibration chose, as `settle` says.
+
+    Other arguments and errors are those of `start`.
+    """
+    own = arm.settings(changes)
+    config = config.replace(**own)
+    if arm.name.partition("+")[0] == "online" and calibration is not None:
+        config = calibration.settle(config, given=own)
+    return config
 
 
 def start(arm: Arm, checkpoint: Checkpoint, config: StreamConfig, changes: Mapping[str, Any] | None = None) -> Runner:
@@ -43,9 +56,7 @@ def start(arm: Arm, checkpoint: Checkpoint, config: StreamConfig, changes: Mappi
         ConfigError: the arm does not apply to this model, or the changes would make another arm of it; the message
             says why.
     """
-    if arm.name.partition("+")[0] == "online" and checkpoint.calibration is not None:
-        config = checkpoint.calibration.settle(config)
-    return runner_of(arm, checkpoint, configured(arm, config, changes))
+    return runner_of(arm, checkpoint, configured(arm, config, changes, checkpoint.calibration))
 
 
 def runner_of(arm: Arm, checkpoint: Checkpoint, config: StreamConfig) -> Runner:
