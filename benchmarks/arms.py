@@ -1,4 +1,4 @@
-"""All arms, the window sweep and the shuffle experiment, on real driving, real objects and the rendered street.
+"""All arms, the window sweep and the shuffle experiment, on real driving and real objects.
 
     python benchmarks/arms.py --data DATA                        # DATA holds camvid/ and davis/; hours on one core
     python benchmarks/arms.py --data DATA --only camvid --parts arms window
@@ -7,14 +7,13 @@
   was chosen on, and the dusk clip.
 - **davis**: the ten DAVIS sequences, foreground against background. Two folds: a ViT trained on five sequences (as
   `camvid.py` trains, at 96 x 160, half as long) streams the five others, and the other way round; one pair per seed.
-- **street**: the demo's model on three rendered streets of 120 frames.
 
 Parts: all arms, what a frame costs each of them (on a machine with nothing else to do, with OMP_NUM_THREADS=1), and the
 window sweep. Everything goes on where it stopped when the command is given again. Of finished reports of all arms,
 
     python benchmarks/arms.py --average benchmarks/results       # writes dense.md there
 
-averages over the dense streams: the 15 Hz clip, the ten sequences and the three streets, with equal weights.
+averages over the dense streams: the 15 Hz clip and the ten sequences, with equal weights.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ from camvid import SIZE, STREAMS, Training, checkpoints
 from timing import interleaved, table, write
 from ttt_adapt import StreamConfig
 from ttt_adapt.arms import find_arm
-from ttt_adapt.data import Clip, StreetClip, open_clips
-from ttt_adapt.data.street import WEIGHTS
+from ttt_adapt.data import Clip, open_clips
 from ttt_adapt.evaluation.report import Report
 from ttt_adapt.evaluation.rows import Row, rows_of
 from ttt_adapt.evaluation.runners import start
@@ -104,18 +102,12 @@ def davis(data: Path, weights: Path, seeds: Sequence[int]) -> list[Job]:
     return found
 
 
-def street(data: Path, weights: Path, seeds: Sequence[int]) -> list[Job]:
-    """The demo's model; each street is a clip of its own."""
-    return [("street", [StreetClip(seed, 120) for seed in seeds], [WEIGHTS], [])]
-
-
 DENSE: dict[str, dict[str, Sequence[str]]] = {
     "CamVid, 15 Hz": {"camvid-vit": ["0016E5_val_c"]},
     "DAVIS": {"davis-1": [], "davis-2": []},
-    "streets": {"street": []},
 }
 """What `--average` averages over: jobs and their clips; all where none is named."""
-STREAMS_OF = {"camvid": camvid, "davis": davis, "street": street}
+STREAMS_OF = {"camvid": camvid, "davis": davis}
 
 
 def rows(name: str, joint: Sequence[Path], main: Sequence[Path]) -> list[Row]:

@@ -11,6 +11,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "examples"
 SHOWS = {
+    "calibrate_your_camera.py": ["16 stills of (96, 128)", "frame   0: drift", "frame  11: drift", "unlike the stills"],
     "stream_timm_classifier.py": ["frame   0: class", "frame   7: class"],
     "joint_finetune_custom_head.py": ["epoch 6/6: main loss", "frame  9:"],
     "own_model_unet.py": ["the model has the same keys: True", "predicts as before: True"],
