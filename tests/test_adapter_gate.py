@@ -283,9 +283,10 @@ def test_without_iterations_a_stream_with_a_branch_is_forward_only(model, calibr
     config = CONFIG.replace(**{"iterations": 0, "gate": "none", **changes})
     call = Counted(model)
     branch = branch_of(model)
-    with left_as_it_was(model), StreamAdapter(
-        model, branch, calibration=calibration, config=config, predict=call
-    ) as adapter:
+    with (
+        left_as_it_was(model),
+        StreamAdapter(model, branch, calibration=calibration, config=config, predict=call) as adapter,
+    ):
         before = weights(adapter)
         for frame, prediction in zip(frames, expected, strict=True):
             assert same_bits(adapter.step(frame), prediction)

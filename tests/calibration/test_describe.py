@@ -25,7 +25,11 @@ from ttt_adapt.tasks.calibrate import SourceStills, calibrate_checkpoint
 RULES = [
     Rule(points, per, margin, strength, largest)
     for points, per, margin, strength, largest in itertools.product(
-        ("batchnorm", "norms", "blocks", "input", "input+norms", "input+blocks"), ("layer", "channel"), ("mean", "high"), (1.0, 1.5), (0.5, 0.8)
+        ("batchnorm", "norms", "blocks", "input", "input+norms", "input+blocks"),
+        ("layer", "channel"),
+        ("mean", "high"),
+        (1.0, 1.5),
+        (0.5, 0.8),
     )
 ]
 

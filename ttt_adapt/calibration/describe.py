@@ -96,7 +96,9 @@ def tried_settings(calibration: Calibration) -> list[TriedSettings]:
     for row in calibration.record.get("settings", ()):
         settings = row["settings"]
         words = _settings_in_words(settings) if isinstance(settings, Mapping) else "the fixed model"
-        found.append(TriedSettings(words, float(row["gain"]), float(row["loss"]), settings == dict(calibration.settings)))
+        found.append(
+            TriedSettings(words, float(row["gain"]), float(row["loss"]), settings == dict(calibration.settings))
+        )
     return sorted(found, key=lambda each: -each.gain)
 
 
