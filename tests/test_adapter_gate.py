@@ -207,7 +207,7 @@ def test_adapting_and_predicting_apart_is_a_step(model, calibration, usual):
 
 
 def test_every_other_frame_is_looked_at_only_where_the_stream_says_so(model, calibration, usual):
-    adapter, call = gated(model, calibration, every=2)
+    adapter, _ = gated(model, calibration, every=2)
     reasons = []
     for frame in [*drifted(3), usual[0], usual[1]]:
         adapter.step(frame)
