@@ -22,14 +22,11 @@ from ttt_adapt.calibration.describe import (
 from ttt_adapt.model.calibration import Rule
 from ttt_adapt.tasks.calibrate import SourceStills, calibrate_checkpoint
 
+KINDS = ("batchnorm", "norms", "blocks", "input", "input+norms", "input+blocks")
 RULES = [
     Rule(points, per, margin, strength, largest)
     for points, per, margin, strength, largest in itertools.product(
-        ("batchnorm", "norms", "blocks", "input", "input+norms", "input+blocks"),
-        ("layer", "channel"),
-        ("mean", "high"),
-        (1.0, 1.5),
-        (0.5, 0.8),
+        KINDS, ("layer", "channel"), ("mean", "high"), (1.0, 1.5), (0.5, 0.8)
     )
 ]
 

@@ -87,6 +87,58 @@ def test_another_file_leaves_the_model_as_it_is(made, clips, tmp_path):
     assert load_checkpoint(out).calibration.stills == 12
 
 
+def test_steps_choose_how_gradient_steps_are_taken_and_show_what_was_tried(made, clips):
+    text = invoke("calibrate", made, clips, "--clips=ground", "--stills=8", "--drifts=night", "--steps")
+    for word in ("Settings of gradient steps that were tried", "iterations=0 (no gradient step)", "the fixed model"):
+        assert word in text
+    found = load_checkpoint(made).calibration
+    assert found.settings in [row["settings"] for row in found.record["settings"]]
+    shown = " ".join(text.split())
+    assert all(f"{name}={value!r}" in shown for name, value in found.settings.items())
+    info = " ".join(invoke("info", made).split())
+    assert all(f"{name}={value!r}" in info for name, value in found.settings.items())
+
+
+def test_steps_of_a_checkpoint_without_a_branch_are_refused_and_nothing_is_written(
+    made, clips, tmp_path, capsys, monkeypatch
+):
+    main = without_branch(made, tmp_path / "main.safetensors")
+    before = main.read_bytes()
+    line = fail(capsys, monkeypatch, "calibrate", main, clips, "--clips=ground", "--steps")
+    assert "this checkpoint has no MAE branch" in line
+    assert main.read_bytes() == before
+
+
+def test_run_leaves_a_chosen_gate_out_where_other_statistics_are_asked_for(calibrated, clips, tmp_path):
+    found, chosen = load_checkpoint(calibrated), tmp_path / "chosen.safetensors"
+    write_calibration(calibrated, found.calibration.replace(settings={"gate": "calibrated", "lr": 1e-3}), chosen)
+    call = ["run", clips / "short" / "images", f"--checkpoint={chosen}", f"--out={tmp_path / 'o.mp4'}"]
+    assert "calibrated statistics, with gradient steps" in invoke(*call)
+    for more in ("--set=norm_stats=frozen", "--set=window=auto"):
+        invoke(*call, more)
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"norm_stats": "ema"}, {"gate": "surprise"}, {"gate": "calibrated", "norm_stats": "auto"}], ids=str
+)
+def test_info_of_a_stream_without_gradient_steps_counts_one_prediction(calibrated, more):
+    rows = dict(inspect_model(str(calibrated), config=StreamConfig(iterations=0, **more)).rows)
+    assert "GFLOPs: no gradient step, and predict" in rows["step"]
+    assert rows["cost"] == "1.0 x the fixed model"
+    assert "no gradient step" in invoke("info", calibrated, "--set=iterations=0")
+
+
+def test_info_counts_a_prediction_for_the_calibrated_gate_where_it_opens_and_none_where_it_is_shut(calibrated):
+    config = StreamConfig.online()
+    rows = [
+        dict(inspect_model(str(calibrated), config=config.replace(gate=gate)).rows) for gate in ("none", "calibrated")
+    ]
+    plain, gated = (float(each["cost"].split(" x")[0]) for each in rows)
+    assert gated == pytest.approx(plain + 1.0, abs=0.11)
+    assert "1.0 x while the gate is shut" in rows[1]["cost"]
+    assert "a prediction for the gate" in rows[1]["step"]
+
+
 def test_stills_that_look_unlike_the_training_data_are_told(made, clips):
     quiet = checkpoint()
     for name, value in quiet.model.state_dict().items():

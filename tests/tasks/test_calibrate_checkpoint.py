@@ -172,6 +172,23 @@ def test_a_model_without_a_branch_is_calibrated_too(clips):
     assert bare.calibration is not None
 
 
+def test_steps_choose_settings_too_and_they_are_written(made, clips, tmp_path):
+    found = calibrate_checkpoint(made, labelled(made, clips, count=8), steps=True, drifts=["night"])
+    tried = [row["settings"] for row in found.record["settings"]]
+    assert found.settings in tried
+    assert "settings" not in calibrate_checkpoint(made, labelled(made, clips, count=8), drifts=["night"]).record
+    made.calibration = found
+    save_checkpoint(tmp_path / "a.safetensors", made)
+    assert load_checkpoint(tmp_path / "a.safetensors").calibration.settings == found.settings
+
+
+def test_steps_of_a_checkpoint_without_a_branch_are_refused(clips):
+    bare = checkpoint(branch=None)
+    with pytest.raises(ConfigError, match="this checkpoint has no MAE branch: leave it out, or train the model"):
+        calibrate_checkpoint(bare, labelled(bare, clips), steps=True)
+    assert bare.calibration is None
+
+
 @pytest.mark.parametrize("mode", ["regression", "classification"])
 def test_colorization_is_calibrated_on_the_grey_of_frames_that_drift_in_colour(mode, clips, monkeypatch):
     made = checkpoint(task="colorization", classes=(), task_options={"mode": mode}, branch=None)

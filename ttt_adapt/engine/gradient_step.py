@@ -54,11 +54,11 @@ class GradientStep:
         inside = {id(p) for p in encoder.values()}
         own = {n: p for n, p in objective.named_parameters() if p.requires_grad and id(p) not in inside}
         self.own, self.parameters = own, [*encoder.values(), *own.values()]
-        like = next((p for p in objective.model.parameters() if p.is_floating_point()), None)
+        known = (*self.parameters, *objective.model.parameters())
+        like = next((p for p in known if p.is_floating_point()), None)
         if like is None:
             raise ConfigError(f"{type(objective.model).__name__} has no parameters: there is nothing to adapt")
-        self.device = self.parameters[0].device if self.parameters else like.device
-        self.dtype = self.parameters[0].dtype if self.parameters else like.dtype
+        self.device, self.dtype = like.device, like.dtype
         self._frozen = [p for p in encoder.values() if not p.requires_grad]
         self._drops = drop_layers(objective.model) if config.drop_path else []
         self.blocks = blocks_to_repeat(objective.model, self.parameters) if config.grad_checkpointing else {}
