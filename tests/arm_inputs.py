@@ -15,6 +15,7 @@ from ttt_adapt.arms import Arm, find_arm
 from ttt_adapt.evaluation.rows import Row
 from ttt_adapt.evaluation.runners import RUNNERS, start
 from ttt_adapt.objectives import Rotation
+from ttt_adapt.tasks.calibrate import SourceStills, calibrate_checkpoint
 from ttt_adapt.tasks.checkpoint import Checkpoint, build_model
 from ttt_adapt.tasks.spec import ModelSpec
 
@@ -68,6 +69,8 @@ def suited(name: str, seed: int = 0) -> Checkpoint:
     made = checkpoint(seed)
     if name == "rotation":
         return Checkpoint(made.model, Rotation.attach(made.model, "backbone"), made.spec)
+    if name == "calibrated":  # on darker frames than those of a stream
+        calibrate_checkpoint(made, SourceStills([frame // 2 for frame, _ in frames(8, seed=9)]), choose=False)
     return made
 
 
