@@ -134,8 +134,10 @@ class StreamAdapter:
     def drift(self) -> float | None:
         """How far the last predicted frame is from the source, in units of what is usual there.
 
-        1 is the mean of the stills that the model was calibrated on. None without calibrated statistics, and before the
-        first prediction. Reading it waits for the device.
+        1 is the mean of the stills that the model was calibrated on; 95 % of them stay below `calibration.limit`. With
+        BatchNorm, "far" is far from the training data, as its running statistics have them: where the stills are far
+        from these too (`calibration.distance`), it tells little. None without calibrated statistics, and before the
+        first prediction of a video. Reading it waits for the device.
         """
         found = None if self._correction is None else self._correction.drift()
         return None if found is None else float(found)

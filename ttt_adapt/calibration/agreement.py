@@ -118,7 +118,7 @@ class ByAgreement:
 
     @staticmethod
     def _agree(clean: tuple[bool, list[Tensor]], other: tuple[bool, list[Tensor]]) -> Tensor:
-        if clean[0]:
+        if clean[0] and clean[1][0].shape == other[1][0].shape:
             return torch.minimum(clean[1][0], other[1][0]).sum(1).mean()
         pairs = [(a, b) for a, b in zip(clean[1], other[1], strict=False) if a.shape == b.shape and a.numel()]
         if not pairs:

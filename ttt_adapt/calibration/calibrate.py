@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -59,7 +60,7 @@ def calibrate(
     predict: Callable[..., Any] | None = None,
     choose: bool = True,
     steps: bool = False,
-    drifts: Sequence[str] = DRIFTS,
+    drifts: Sequence[str] | str = DRIFTS,
     ignore: int = 255,
     distribution: bool | None = None,
     seed: int = 0,
@@ -93,7 +94,7 @@ def calibrate(
         FrameError, FrameTypeError: a still cannot be used.
         StateError: the model has a StreamAdapter, so its weights may be others than its own.
     """
-    chosen_on = [parse_drift(text, seed) for text in drifts]
+    chosen_on = [parse_drift(text, seed) for text in (drifts.split(",") if isinstance(drifts, str) else drifts)]
     if branch is not None and branch.model is not model:
         raise ConfigError("the branch is attached to another model: attach one to this model")
     taken = take_stills(model, stills, preprocess)
@@ -116,6 +117,12 @@ def calibrate(
     found = with_drifts(model, found, taken, predict)
     if branch is not None:
         branch.calibration = found
+    if not hindrance and found.rule.largest == 0.0:
+        warnings.warn(
+            "no rule helped on the held-out stills, so this calibration corrects no frame; calibration.record has what "
+            "was tried",
+            stacklevel=2,
+        )
     return found
 
 

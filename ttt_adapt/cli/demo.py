@@ -32,4 +32,4 @@ def demo(
     console.print(rich_table(report, width=console.width))
     say(gain_note(report, find_arm(arm).name, "fixed"))
     say(f"side-by-side video: {out / 'demo.mp4'}\nits frame at night: {out / 'demo.png'}")
-    say(f"loss and mIoU over time: {out / 'stream.png'}")
+    say(f"mIoU over time: {out / 'stream.png'}")

@@ -66,7 +66,7 @@ def run_demo(
 
             def keep(_index: int, _frame: np.ndarray, prediction: np.ndarray, miou: float, loss: float | None) -> None:
                 kept.append(prediction)  # noqa: B023
-                advance(loss if loss is not None else f"mIoU {miou:.3f}")
+                advance(loss if loss is not None else f"this frame: mIoU {miou:.3f}")
 
             run = run_arm(
                 find_arm(name), checkpoint, street, config.replace(seed=seed), name="street", label=name, on_frame=keep

@@ -211,7 +211,7 @@ def _run(
             forwards=forwards,
             metric_weights=metric_weights,
             on_frame=lambda _index, _frame, _prediction, found, loss: advance(
-                loss if loss is not None else f"{headline} {found:.3f}"
+                loss if loss is not None else f"this frame: {headline} {found:.3f}"
             ),
         )
 

@@ -150,7 +150,7 @@ def divergence(mean: Tensor, variance: Tensor, source_mean: Tensor, source_std: 
     return ((mean - source_mean) / std).square() + (variance.sqrt() / std - 1.0).square()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Calibration:
     """What a model is like on its own ground. Make one with `ttt_adapt.calibrate` or `MAEBranch.calibrate`.
 
@@ -205,6 +205,12 @@ class Calibration:
         from the running statistics, mean over the BatchNorm layers; None for a model without."""
         layers = [float(each.layer_shift) for each in self.statistics.get("batchnorm", {}).values()]
         return sum(layers) / len(layers) if layers else None
+
+    def __repr__(self) -> str:
+        points = " + ".join(f"{len(each)} {kind}" for kind, each in self.statistics.items())
+        return (
+            f"Calibration({self.stills} stills of {self.size}, points: {points}, {self.rule}, limit={self.limit:.3g})"
+        )
 
     def replace(self, **changes: Any) -> Calibration:
         """A copy with some fields changed."""

@@ -44,6 +44,11 @@ class Normalize:
     ) -> None:
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ConfigError(f"mean {mean!r} and std {std!r} must be three numbers each, std above 0")
+        if max(map(abs, mean)) > 3 or max(std) > 3:
+            raise ConfigError(
+                f"mean {tuple(mean)} and std {tuple(std)} are for images in 0..255; expected those for images in 0..1: "
+                "divide them by 255"
+            )
         self.mean, self.std, self.size = tuple(mean), tuple(std), size
         self._device = None if device is None else torch.device(device)
         self._shift = -torch.tensor(mean, device=device).view(1, 3, 1, 1) / torch.tensor(std, device=device).view(

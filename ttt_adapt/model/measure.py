@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,8 @@ from ttt_adapt.model.ownership import check_unowned
 from ttt_adapt.model.points import Point, first_tensor, points_of_pass
 from ttt_adapt.model.probe import evaluating
 
+ALIKE = 0.15
+"""Two stills are alike where they differ by less than this share of a still's own deviation, on average."""
 LEAST_STILLS = 8
 """A spread that is estimated from fewer stills is worth nothing."""
 
@@ -66,6 +70,10 @@ def measure(
         for kind, members in kinds.items()
     }
     statistics = {kind: members for kind, members in statistics.items() if members}
+    if not all(bool(each.layer_usual.isfinite()) for members in statistics.values() for each in members.values()):
+        raise ConfigError(
+            "the values inside of the model are not finite on these stills: look at its weights and at preprocess"
+        )
     height, width = stills[0].x.shape[-2:]
     spread = torch.stack(losses) if losses else None
     return Calibration(
@@ -144,23 +152,33 @@ def take_stills(
     check_unowned(model)
     preprocess = default_preprocess(model, like.device) if preprocess is None else preprocess
     taken = TakenStills(list(stills), FrameIntake(preprocess, like.device, like.dtype))
+    if isinstance(stills, np.ndarray | Tensor) and stills.ndim < 4:
+        raise ConfigError(f"stills is one picture of {tuple(stills.shape)}; expected several, in a list for example")
     if len(taken) < least:
         raise ConfigError(
             f"got {len(taken)} stills; expected at least {least}, better some 40, of the scenes that the model will "
             "see and in ordinary weather"
         )
-    first: tuple[int, ...] = ()
+    before: Tensor | None = None
+    repeated = 0
     for index in range(len(taken)):
         try:
-            shape = tuple(taken[index].x.shape)
+            x = taken[index].x
         except (FrameError, FrameTypeError) as error:
             raise type(error)(f"still {index}: {error}") from error
-        first = first or shape
-        if shape != first:
+        if before is not None and x.shape != before.shape:
             raise FrameError(
-                f"still {index} is {shape[2:]} (H, W) after preprocessing, and the first one is {first[2:]}: pass "
-                "stills of the size of the stream"
+                f"still {index} is {tuple(x.shape[2:])} (H, W) after preprocessing, and the first one is "
+                f"{tuple(before.shape[2:])}: pass stills of the size of the stream"
             )
+        repeated += before is not None and bool((x - before).abs().mean() < ALIKE * before.std())
+        before = x
+    if least > 1 and 2 * repeated > len(taken):
+        warnings.warn(
+            f"{repeated} of {len(taken)} stills hardly differ from the one before, as neighbouring frames of a camera "
+            "at rest: whatever differs from them will count as a drift. Take stills of many scenes and hours",
+            stacklevel=3,
+        )
     return taken
 
 

@@ -85,7 +85,7 @@ def open_stills(
         except DataError as error:
             if labels:
                 raise
-            reason = str(error)
+            reason = str(error).partition(" (pictures without")[0]
     return _picked(_unlabelled(str(data), names, size, count), count, unlabelled=reason)
 
 
