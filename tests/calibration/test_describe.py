@@ -34,7 +34,7 @@ RULES = [
 @pytest.fixture(scope="module")
 def made():
     found = checkpoint()
-    stills = SourceStills([frame for frame, _ in frames(10)], of=10, unlabelled="there are none")
+    stills = SourceStills([frame for frame, _ in frames(16)], of=16, unlabelled="there are none")
     calibrate_checkpoint(found, stills, drifts=["night", "fog:2"])
     return found
 

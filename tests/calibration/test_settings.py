@@ -13,7 +13,7 @@ from ttt_adapt import MAEBranch, Normalize, StreamAdapter, StreamConfig
 from ttt_adapt.calibration.agreement import ByAgreement, ByLabels
 from ttt_adapt.calibration.calibrate import TOLERANCE, calibrate
 from ttt_adapt.calibration.pans import SHARE, pan
-from ttt_adapt.calibration.settings import CANDIDATES, FRAMES, choose_settings
+from ttt_adapt.calibration.settings import CANDIDATES, FRAMES, Way, choose_settings
 from ttt_adapt.data.drift import parse_drift
 from ttt_adapt.errors import ConfigError
 
@@ -93,7 +93,7 @@ def branch_of(model: nn.Module) -> MAEBranch:
     return MAEBranch.attach(model, "encoder")
 
 
-STILLS = [smooth_still(seed) for seed in range(8)]
+STILLS = [smooth_still(seed) for seed in range(16)]
 LABELS = [(still[..., 0] // 52).astype(np.int64) for still in STILLS]
 
 
@@ -130,7 +130,7 @@ def test_the_scores_are_those_of_streams_that_a_user_would_run(model, labels):
     branch, drift = branch_of(model), parse_drift("night", 0)
     calibration = run(model, branch, choose=False)
     _, (fixed, *rows) = choose_settings(
-        branch, calibration, STILLS[:2], labels, [drift], 1.0, preprocess=Normalize(), seed=3
+        branch, calibration, STILLS[:2], labels, [drift], 1.0, Way(preprocess=Normalize(), seed=3)
     )
     moving = [each for i in range(2) for each in pan(STILLS[i], None if labels is None else labels[i], FRAMES)]
     clean = [frame for frame, _ in moving]
@@ -149,7 +149,7 @@ def test_where_everything_loses_too_much_no_gradient_step_is_taken(model):
     branch = branch_of(model)
     calibration = run(model, branch, choose=False)
     settings, _ = choose_settings(
-        branch, calibration, STILLS[:1], None, [parse_drift("night", 0)], -1.0, preprocess=Normalize()
+        branch, calibration, STILLS[:1], None, [parse_drift("night", 0)], -1.0, Way(preprocess=Normalize())
     )
     assert settings == {"iterations": 0}
 
@@ -160,9 +160,10 @@ def test_the_same_stills_give_the_same_settings_and_scores(model):
 
 
 BAD = {
+    "few stills": ({"stills": STILLS[:15]}, "there are fewer than 16 stills"),
     "no branch": ({}, "there is no branch: pass branch="),
     "no choice": ({"choose": False}, "choose is False"),
-    "floats": ({"stills": [torch.randn(3, *SIZE) for _ in range(8)]}, "stills are not uint8"),
+    "floats": ({"stills": [torch.randn(3, *SIZE) for _ in range(16)]}, "stills are not uint8"),
 }
 
 

@@ -29,7 +29,10 @@ def calibration(model) -> Calibration:
     taken = take_stills(model, [torch.randn(3, 64, 64, generator=generator) for _ in range(8)])
     found = measure(model, taken, loss=lambda x: x.square().mean())
     return found.replace(
-        rule=Rule("batchnorm", "channel", "high", 0.5, 0.25), settings={"lr": 1e-4}, record={"by": "labels"}
+        rule=Rule("batchnorm", "channel", "high", 0.5, 0.25, 2.0),
+        drifts=(0.25, 0.5, 1.5),
+        settings={"lr": 1e-4},
+        record={"by": "labels"},
     )
 
 
@@ -81,7 +84,7 @@ def test_every_broken_file_is_an_error_of_the_library(calibration, tmp_path):
     [
         {"format": 99}, {"rule": {"points": "elsewhere"}}, {"rule": None}, {"rule": []}, {"size": 3}, {"loss": 1.0},
         {"places": {"batchnorm": {"nowhere": ["nchw", 0]}}}, {"places": []}, {"places": {"norms": {"a": 3}}},
-        {"strange": 1},
+        {"strange": 1}, {"drifts": 3}, {"rule": {"points": "norms"}},
     ],
     ids=str,
 )  # fmt: skip
@@ -128,7 +131,8 @@ def test_the_digest_is_that_of_what_a_corrected_pass_depends_on(calibration):
     "wrong",
     [
         {"points": "norm"}, {"per": "image"}, {"margin": "median"}, {"largest": 1.5}, {"largest": -0.1},
-        {"strength": -1.0}, {"strength": float("nan")}, {"largest": float("nan")},
+        {"strength": -1.0}, {"strength": float("nan")}, {"largest": float("nan")}, {"early": -1.0},
+        {"early": float("nan")},
     ],
     ids=str,
 )  # fmt: skip
@@ -159,15 +163,41 @@ def test_the_points_of_a_combined_rule_are_those_of_all_its_kinds(calibration):
     assert calibration.replace(rule=Rule("none")).points == {}
 
 
-def test_the_limit_of_a_combined_rule_weights_kinds_by_their_points(calibration):
-    drifts = {"input": [1.0] * 19 + [9.0], "blocks": [float(i) for i in range(20)]}
-    found = calibration.replace(rule=Rule("input+blocks"), drifts=drifts)
-    blocks = len(found.statistics["blocks"])
-    expected = [(a + blocks * b) / (1 + blocks) for a, b in zip(drifts["input"], drifts["blocks"], strict=True)]
-    assert blocks > 1
-    assert found.limit == pytest.approx(np.quantile(expected, 0.95))
-    assert found.replace(rule=Rule("input")).limit == pytest.approx(np.quantile(drifts["input"], 0.95))
-    assert found.replace(rule=Rule("none")).limit == float("inf")
+def test_a_rule_at_points_that_the_model_lacks_is_refused(calibration):
+    for points in ("norms", "input+norms"):
+        with pytest.raises(
+            ConfigError, match=r"corrects 'norms', and this model has no such points; it has .*batchnorm"
+        ):
+            calibration.replace(rule=Rule(points))
+    with pytest.raises(ConfigError, match="corrects 'input', and this model has no such points; it has none"):
+        calibration.replace(statistics={}, rule=Rule("input"))
+
+
+@pytest.mark.parametrize(("count", "early"), [(1, 0), (2, 1), (4, 2), (5, 3), (0, 0)])
+def test_the_first_half_of_the_points_has_a_factor_of_its_own_on_the_threshold(count, early):
+    rule = Rule("blocks", strength=1.5, early=2.0)
+    strengths = [rule.at(index, count).strength for index in range(count)]
+    assert strengths == [3.0] * max(early, min(count, 1)) + [1.5] * (count - max(early, min(count, 1)))
+    assert [Rule("blocks", strength=1.5).at(index, count).strength for index in range(count)] == [1.5] * count
+
+
+def test_the_limit_is_the_95th_percentile_of_the_drifts_in_units_of_their_mean(calibration):
+    drifts = tuple(0.1 * i for i in range(1, 21))
+    found = calibration.replace(drifts=drifts)
+    assert found.usual_drift == pytest.approx(np.mean(drifts))
+    assert found.limit == pytest.approx(np.quantile(drifts, 0.95) / np.mean(drifts))
+    scaled = calibration.replace(drifts=tuple(1000.0 * drift for drift in drifts))
+    assert scaled.limit == pytest.approx(found.limit)
+
+
+def test_a_calibration_without_drifts_cannot_open_a_gate(calibration):
+    config = StreamConfig.online(gate="calibrated", norm_stats="calibrated")
+    assert settled_config(config, calibration) == config
+    with pytest.raises(ConfigError, match="no calibration with the drifts of its stills: make one"):
+        settled_config(config, calibration.replace(drifts=()))
+    chosen = calibration.replace(drifts=(), settings={"gate": "calibrated"})
+    with pytest.raises(ConfigError, match="no calibration with the drifts of its stills: make one"):
+        settled_config(None, chosen)
 
 
 def test_the_default_rule_is_at_the_first_kind_of_points_that_there_is():

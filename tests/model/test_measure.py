@@ -9,10 +9,11 @@ from torch import nn
 
 import models as zoo
 from conftest import left_as_it_was, mix_flags, settle_norms
-from ttt_adapt.errors import ConfigError, FrameError
+from ttt_adapt import MAEBranch, StreamAdapter
+from ttt_adapt.errors import ConfigError, FrameError, StateError
 from ttt_adapt.model.calibration import Rule
 from ttt_adapt.model.correction import correction
-from ttt_adapt.model.measure import LEAST_STILLS, measure, take_stills
+from ttt_adapt.model.measure import LEAST_STILLS, TakenStills, measure, take_stills, with_drifts
 from ttt_adapt.model.norms import channel_moments
 
 SIZE = (32, 48)
@@ -48,6 +49,18 @@ def test_the_error_of_a_variance_stays_below_some_millionths_of_the_mean_square(
     variance, mean = torch.var_mean(x.double(), axes, correction=0)
     error = (channel_moments(x, axis)[1].double() - variance).abs()
     assert (error <= 4e-6 * (mean.square() + variance)).all()
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("shape", [(1, 48, 48, 8), (1, 14, 14, 96), (1, 300, 8), (2, 77, 12)])
+def test_a_variance_with_channels_last_is_exact_also_where_the_mean_is_100_deviations_from_zero(shape, sign):
+    x = torch.randn(shape) * torch.linspace(0.5, 2.0, shape[-1])
+    x = x + 100.0 * sign * torch.linspace(0.5, 2.0, shape[-1])
+    axes = list(range(len(shape) - 1))
+    variance, mean = torch.var_mean(x.double(), axes, correction=0)
+    found = channel_moments(x, -1)
+    torch.testing.assert_close(found[0].double(), mean, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found[1].double(), variance, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("axis", [1, -1])
@@ -160,7 +173,7 @@ def test_too_few_stills_or_stills_of_several_sizes_are_refused():
     with pytest.raises(FrameError, match=r"still 2 is \(32, 64\).*first one is.*\(32, 48\)"):
         take_stills(model, [*stills(2), *stills(8, (32, 64))])
     with pytest.raises(FrameError, match="still 1: .*NaN"):
-        take_stills(model, [stills(1)[0], torch.full((3, 8, 8), float("nan"))])
+        take_stills(model, [stills(1)[0], torch.full((3, 8, 8), float("nan")), *stills(6)])
 
 
 def test_a_model_with_nothing_to_measure_is_refused():
@@ -180,21 +193,53 @@ def test_a_model_without_norms_and_blocks_is_measured_at_its_input():
     torch.testing.assert_close(each.std.double(), deviations.mean(0), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("points", ["batchnorm", "blocks", "input", "input+blocks", "batchnorm+input", "none"])
-def test_the_limit_is_the_95th_percentile_of_the_stills_drifts(points):
-    model = settle_norms(zoo.resnet())
-    taken = take_stills(model, stills(12, (64, 64)))
-    found = measure(model, taken).replace(rule=Rule(points, largest=0.0))
-    if points == "none":
-        assert found.limit == float("inf")
-        return
-    corrected, drifts = correction(model.eval(), found), []
+def drifts_by_hand(model: nn.Module, found, taken, predict=None) -> list[float]:
+    """The drift of every still in a pass that the rule corrects, in units of what is usual at a layer."""
+    corrected, drifts = correction(model.eval(), found.replace(drifts=())), []
     for still in taken:
         with torch.no_grad(), corrected.active():
-            model(still.x)
+            (predict or model)(still.x)
         drifts.append(float(corrected.drift()))
-    assert found.limit == pytest.approx(np.quantile(drifts, 0.95), rel=1e-4)
-    assert min(drifts) < found.limit < max(drifts)
+    return drifts
+
+
+@pytest.mark.parametrize("largest", [0.0, 0.5])
+@pytest.mark.parametrize("points", ["batchnorm", "blocks", "input", "input+blocks", "batchnorm+input", "none"])
+def test_drifts_are_those_of_passes_that_the_rule_corrects(points, largest):
+    model = settle_norms(zoo.resnet())
+    taken = take_stills(model, stills(12, (64, 64)))
+    rule = Rule(points, strength=0.2, largest=largest)
+    found = measure(model, taken).replace(rule=rule)
+    with left_as_it_was(model):
+        found = with_drifts(model, found, taken)
+    if points == "none":
+        assert found.drifts == (0.0,) * 12
+        return
+    drifts = drifts_by_hand(model, found, taken)
+    assert list(found.drifts) == pytest.approx(drifts, rel=1e-5)
+    assert found.usual_drift == pytest.approx(np.mean(drifts), rel=1e-5)
+    assert found.limit == pytest.approx(np.quantile(drifts, 0.95) / np.mean(drifts), rel=1e-4)
+    frames = [still.x for still in taken]
+    with StreamAdapter(model, calibration=found) as adapter:
+        seen = []
+        for frame in frames:
+            adapter.step(frame)
+            seen.append(adapter.drift)
+    assert np.mean(seen) == pytest.approx(1.0, rel=1e-4)
+    assert min(seen) < found.limit < max(seen)
+    again = with_drifts(model, found, taken)  # the unit of an earlier calibration does not matter
+    assert list(again.drifts) == pytest.approx(drifts, rel=1e-5)
+
+
+def test_a_correction_changes_the_drift_of_later_points():
+    model = settle_norms(zoo.resnet())
+    taken = take_stills(model, stills(12, (64, 64)))
+    found = measure(model, taken)
+    plain, corrected = (
+        with_drifts(model, found.replace(rule=Rule("batchnorm", strength=0.2, largest=largest)), taken)
+        for largest in (0.0, 0.5)
+    )
+    assert plain.usual_drift != pytest.approx(corrected.usual_drift, rel=1e-3)
 
 
 def test_the_drift_of_a_still_in_several_passes_is_the_mean_over_them():
@@ -204,12 +249,45 @@ def test_the_drift_of_a_still_in_several_passes_is_the_mean_over_them():
         return torch.cat([model(part) for part in x.split(32, dim=3)], dim=3)
 
     taken = take_stills(model, stills(size=(32, 64)))
-    found = measure(model, taken, slide)
-    found = found.replace(rule=Rule("batchnorm", largest=0.0))
-    corrected, drifts = correction(model.eval(), found), []
-    for still in taken:
-        with torch.no_grad(), corrected.active():
-            slide(still.x)
-        drifts.append(float(corrected.drift()))
-    assert list(found.drifts["batchnorm"]) == pytest.approx(drifts, rel=1e-4)
-    assert found.limit == pytest.approx(np.quantile(drifts, 0.95), rel=1e-4)
+    rule = Rule("batchnorm", largest=0.0)
+    found = with_drifts(model, measure(model, taken, slide).replace(rule=rule), taken, slide)
+    assert list(found.drifts) == pytest.approx(drifts_by_hand(model, found, taken, slide), rel=1e-5)
+    halves = take_stills(model, [half for still in stills(size=(32, 64)) for half in still.split(32, dim=2)])
+    alone = np.array(drifts_by_hand(model, found, halves)).reshape(-1, 2).mean(1)
+    assert list(found.drifts) == pytest.approx(list(alone), rel=1e-4)
+
+
+# ---- stills
+
+
+def test_stills_become_what_the_model_takes_when_they_are_asked_for():
+    made = []
+
+    def preprocess(frame):
+        made.append(frame)
+        return torch.as_tensor(frame).permute(2, 0, 1)[None].float() / 255
+
+    frames = list(np.random.default_rng(0).integers(0, 256, (9, *SIZE, 3), dtype=np.uint8))
+    taken = take_stills(zoo.TinySeg(), frames, preprocess)
+    assert isinstance(taken, TakenStills)
+    assert (len(taken), len(made)) == (9, 9)  # each was checked
+    some = taken.at([4, 2])
+    assert (len(some), len(made)) == (2, 9)
+    assert torch.equal(some[0].x, preprocess(frames[4]))
+    assert some[0].x is not some[0].x
+    assert [id(frame) for frame in some.frames] == [id(frames[4]), id(frames[2])]
+    assert len(list(taken)) == 9
+
+
+def test_a_model_that_a_stream_adapts_is_not_calibrated():
+    model = zoo.TinySeg()
+    adapter = StreamAdapter(model, MAEBranch.attach(model, "backbone"))
+    with pytest.raises(StateError):
+        take_stills(model, stills())
+    adapter.detach()
+    assert len(take_stills(model, stills())) == LEAST_STILLS
+
+
+def test_a_model_without_parameters_is_refused():
+    with pytest.raises(ConfigError, match="Identity has no parameters: there is nothing to calibrate"):
+        take_stills(nn.Identity(), stills())

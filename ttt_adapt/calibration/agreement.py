@@ -43,7 +43,7 @@ class ByLabels:
 
     Args:
         labels: class ids [H, W] (or a single id) of every still.
-        ignore: id of pixels that do not count; single ids all count.
+        ignore: id of pixels that do not count; None: all count. Single ids all count.
     """
 
     def __init__(self, labels: Sequence[Any], ignore: int | None = 255) -> None:
@@ -59,7 +59,8 @@ class ByLabels:
         hits = inside = seen = torch.zeros((), dtype=torch.float64)
         for output, label in zip(outputs, self._labels, strict=True):
             got, classes = self._predicted(output, label)
-            counts = torch.ones_like(label, dtype=torch.bool) if label.ndim == 0 else label != self._ignore
+            all_count = label.ndim == 0 or self._ignore is None
+            counts = torch.ones_like(label, dtype=torch.bool) if all_count else label != self._ignore
             got, known = got[counts], label[counts]
             if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < classes:
                 raise ConfigError(
