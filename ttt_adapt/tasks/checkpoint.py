@@ -102,7 +102,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, half: bool = False
     if half:
         weights = {name: v.half() if v.is_floating_point() else v for name, v in weights.items()}
     own = checkpoint.branch.calibration if isinstance(checkpoint.branch, MAEBranch) else None
-    _write(path, weights, metadata, own or checkpoint.calibration)
+    _write(path, weights, metadata, checkpoint.calibration or own)
 
 
 def write_calibration(source: str | Path, calibration: Calibration, out: str | Path | None = None) -> None:
