@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
+import shutil
 
 import pytest
 import torch
@@ -178,6 +180,30 @@ def test_a_stream_without_a_branch_reports_so_and_counts_its_frames(model, calib
 def test_without_a_branch_or_a_calibration_an_adapter_is_refused(model):
     with left_as_it_was(model), pytest.raises(ConfigError, match="calibration=calibrate"):
         StreamAdapter(model)
+
+
+@pytest.mark.parametrize("statistics", ["frozen", "ema", "blend", "batch"])
+def test_a_calibration_that_is_not_used_and_no_branch_leave_nothing_to_do_and_are_refused(
+    model, calibration, statistics
+):
+    config = StreamConfig(norm_stats=statistics)
+    with left_as_it_was(model), pytest.raises(ConfigError, match=f"norm_stats is '{statistics}', so the calibration"):
+        StreamAdapter(model, calibration=calibration, config=config)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and "CXX" not in os.environ, reason="no C++ compiler")
+def test_a_stream_without_a_branch_may_be_compiled():
+    model = settle_norms(zoo.TinySeg())
+    calibration, frames = calibrate(model, clip(8)), [*drifted(2), *clip(1)]
+    with StreamAdapter(model, calibration=calibration) as adapter:
+        expected = [(adapter.step(frame), adapter.drift) for frame in frames]
+    config = StreamConfig.online(engine="compile")
+    with left_as_it_was(model), StreamAdapter(model, calibration=calibration, config=config) as adapter:
+        assert adapter.engine[0] == "compile"
+        for frame, (prediction, drift) in zip(frames, expected, strict=True):
+            torch.testing.assert_close(adapter.step(frame), prediction, rtol=1e-4, atol=1e-5)
+            assert adapter.drift == pytest.approx(drift, rel=1e-4)
+    torch._dynamo.reset()
 
 
 def test_frames_of_a_forward_only_stream_may_change_their_size(model, calibration):

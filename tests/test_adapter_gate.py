@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -308,3 +312,113 @@ def test_without_iterations_and_calibration_the_source_predicts(model, changes):
     with StreamAdapter(model, branch_of(model), config=config) as adapter:
         assert same_bits(list(adapter.stream(frames)), plain)
         assert adapter.last.reason == "iterations"
+
+
+@pytest.mark.parametrize("changes", [{}, {"gate": "surprise"}, {"every": 2}], ids=str)
+def test_without_iterations_no_frame_enters_the_window(model, calibration, changes):
+    config = CONFIG.replace(**{"iterations": 0, "gate": "none", **changes})
+    with StreamAdapter(model, branch_of(model), calibration=calibration, config=config) as adapter:
+        before = adapter.state_dict()
+        for frame in (*drifted(2), *drifted(2, (64, 32))):  # without a window, frames may change their size
+            adapter.step(frame)
+        after = adapter.state_dict()
+        assert adapter.last.reason == "iterations"
+        for part in ("window", "random", "optimizer"):
+            assert same_bits(after[part], before[part])
+
+
+# ---- the source decides
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_after_a_long_night_the_source_decides_and_comes_back_however_far_the_weights_have_moved(
+    monkeypatch, model, calibration, usual, kind
+):
+    expected = forward_only(model, calibration, usual)
+    monkeypatch.setattr("ttt_adapt.adapter.choose_engine", lambda step, _optimizer: ENGINES[kind](step))
+    adapter, call = gated(model, calibration, lr=0.3, source_pull=0.0)
+    source = weights(adapter)
+    for frame in drifted(12):
+        adapter.step(frame)
+        assert adapter.last.reason != "gate"
+    assert not same_bits(weights(adapter), source)
+    adapter.predict(usual[0])
+    assert adapter.drift > calibration.limit  # to the adapted weights, a usual frame looks like none
+    for frame, prediction in zip(usual, expected, strict=True):
+        call.passes = 0
+        found = adapter.step(frame)
+        assert adapter.last.reason == "gate"
+        assert adapter.drift <= calibration.limit
+        assert same_bits(weights(adapter), source)
+        if kind == "eager":
+            assert call.passes == 1  # the pass that decided is the prediction
+            assert same_bits(found, prediction)
+        torch.testing.assert_close(found, prediction, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_a_far_frame_is_judged_by_the_source_and_adapted_to_from_the_weights_that_the_video_had(model, calibration):
+    frames, seen = drifted(4), []
+    config = CONFIG.replace(gate="none", lr=0.1)
+    with StreamAdapter(model, branch_of(model), calibration=calibration, config=config) as adapter:
+        for frame in frames:
+            adapter.step(frame)
+            seen.append((adapter.last.losses, weights(adapter)))
+    with StreamAdapter(
+        model, branch_of(model), calibration=calibration, config=config.replace(gate="calibrated")
+    ) as adapter:
+        for frame, (losses, expected) in zip(frames, seen, strict=True):
+            adapter.step(frame)
+            assert adapter.last.losses == losses
+            assert same_bits(weights(adapter), expected)
+
+
+# ---- what is forgotten
+
+
+@pytest.mark.parametrize("gate", ["none", "calibrated"])
+def test_there_is_no_drift_before_the_first_prediction_of_a_video(model, calibration, usual, gate):
+    adapter, _ = gated(model, calibration, gate=gate)
+    state = adapter.state_dict()
+    begins = {
+        "reset": adapter.reset,
+        "swap": lambda: adapter.swap(adapter.new_state()),
+        "load": lambda: adapter.load_state_dict(state),
+        "detach": adapter.detach,
+    }
+    for frame in (usual[0], drifted(1)[0]):
+        for name, begin in begins.items():
+            if name != "detach":
+                adapter.step(frame)
+                assert adapter.drift is not None
+                begin()
+                assert adapter.drift is None, name
+    adapter.step(usual[0])
+    adapter.detach()
+    assert adapter.drift is None
+
+
+def test_nothing_of_the_last_frame_is_held_after_detach(model, calibration, usual):
+    held: list[weakref.ref] = []
+
+    def preprocess(frame):
+        x = usual[0][None] + float(frame[0, 0, 0])
+        held.append(weakref.ref(x))
+        return x
+
+    def predict(x):
+        output = model(x)
+        held.append(weakref.ref(output))
+        return output
+
+    adapter = StreamAdapter(
+        model, branch_of(model), calibration=calibration, config=CONFIG, preprocess=preprocess, predict=predict
+    )
+    for value in (0, 200, 0):
+        adapter.step(np.full((*usual[0].shape[1:], 3), value, np.uint8))
+    assert adapter.last.reason == "gate"
+    adapter.adapt(np.full((*usual[0].shape[1:], 3), 0, np.uint8))
+    adapter.detach()
+    gc.collect()
+    assert len(held) >= 8
+    assert not [ref for ref in held if ref() is not None]

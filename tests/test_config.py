@@ -51,6 +51,14 @@ def test_the_arms_differ_in_their_memories(preset, window, carry):
         getattr(StreamConfig, preset)(nonsense=1)
 
 
+@pytest.mark.parametrize("preset", ["no_memory", "implicit_only", "explicit_only"])
+def test_the_arms_with_less_memory_run_on_the_statistics_of_the_source(preset):
+    make = getattr(StreamConfig, preset)
+    assert make().norm_stats == "frozen"
+    assert make(norm_stats="calibrated").norm_stats == "calibrated"
+    assert StreamConfig.online().norm_stats == "auto"
+
+
 def test_the_papers_recipe_is_that_of_its_released_code():
     config = StreamConfig.paper()
     assert (config.window, config.batch_size, config.iterations) == (16, 32, 1)

@@ -18,15 +18,16 @@ from conftest import same_bits
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.evaluation.adapt_video import adapt_video
 from ttt_adapt.evaluation.model_info import inspect_model
+from ttt_adapt.model.calibration import Rule
 from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint, read_calibration, save_checkpoint, write_calibration
 from ttt_adapt.video import open_video
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
-    """Two labelled clips of the classes of `made`: "ground" of 12 frames, "short" of 3."""
+    """Two labelled clips of the classes of `made`: "ground" of 18 frames, "short" of 3."""
     root = tmp_path_factory.mktemp("clips")
-    write_clip(root / "ground", 12, seed=5)
+    write_clip(root / "ground", 18, seed=5)
     write_clip(root / "short", 3, seed=6)
     return root
 
@@ -66,12 +67,12 @@ def pictures(file: Path) -> list[np.ndarray]:
 
 def test_the_command_writes_the_calibration_and_says_what_it_found_and_what_is_next(made, clips):
     before = load_checkpoint(made)
-    text = invoke("calibrate", made, clips, "--clips=ground", "--stills=10", "--drifts=night:2,fog")
+    text = invoke("calibrate", made, clips, "--clips=ground", "--stills=16", "--drifts=night:2,fog")
     after = load_checkpoint(made)
     assert same_bits(dict(before.model.state_dict()), dict(after.model.state_dict()))
-    assert after.calibration.stills == 10
+    assert after.calibration.stills == 16
     assert list(after.calibration.record["candidates"][0]["scores"]) == ["none", "night:2", "fog:3"]
-    assert f"calibrated on 10 of 12 frames of {clips} with their labels, in " in text
+    assert f"calibrated on 16 of 18 frames of {clips} with their labels, in " in text
     for word in ("Rules that were tried", "under drifts", "nowhere: the model as it is", "BatchNorm inputs", " s\n"):
         assert word in text
     assert f"wrote {made}\nnext: ttt-adapt run VIDEO --checkpoint {made}\n" in text
@@ -83,12 +84,12 @@ def test_another_file_leaves_the_model_as_it_is(made, clips, tmp_path):
     assert made.read_bytes() == before
     assert "without labels" in text
     assert "Rules that were tried" not in text
-    assert "not chosen: the default rule" in text
-    assert load_checkpoint(out).calibration.stills == 12
+    assert "not chosen, so it is the default rule" in " ".join(text.split())
+    assert load_checkpoint(out).calibration.stills == 18
 
 
 def test_steps_choose_how_gradient_steps_are_taken_and_show_what_was_tried(made, clips):
-    text = invoke("calibrate", made, clips, "--clips=ground", "--stills=8", "--drifts=night", "--steps")
+    text = invoke("calibrate", made, clips, "--clips=ground", "--stills=16", "--drifts=night", "--steps")
     for word in ("Settings of gradient steps that were tried", "iterations=0 (no gradient step)", "the fixed model"):
         assert word in text
     found = load_checkpoint(made).calibration
@@ -149,6 +150,16 @@ def test_stills_that_look_unlike_the_training_data_are_told(made, clips):
     assert "look unlike the data that the model was trained on" in text.split("the stills are ")[1]
 
 
+def test_fewer_than_16_stills_take_the_default_rule_and_it_is_said(made, clips):
+    text = " ".join(invoke("calibrate", made, clips, "--clips=ground", "--stills=15").split())
+    assert "the default rule: a choice needs at least 16 stills" in text
+    assert "Rules that were tried" not in text
+    found = load_checkpoint(made).calibration
+    assert (found.rule, found.stills, dict(found.record)) == (Rule("batchnorm"), 15, {})
+    info = " ".join(invoke("info", made).split())
+    assert "the default rule: a choice needs at least 16 stills" in info
+
+
 BAD = [
     (["{nowhere}"], "does not exist"),
     (["{clips}", "--clips=short"], "got 3 stills; expected at least 8"),
@@ -188,7 +199,7 @@ def test_what_is_no_checkpoint_is_refused(clips, tmp_path, capsys, monkeypatch):
 
 def test_info_shows_the_calibration_and_how_to_make_one(calibrated, made):
     text = invoke("info", calibrated)
-    for word in ("12 stills of 48 x 64, of these weights", "BatchNorm inputs", "by their labels, on night:3, noise:3"):
+    for word in ("18 stills of 48 x 64, of these weights", "BatchNorm inputs", "by their labels, on night:3, noise:3"):
         assert word in text
     assert f"none; ttt-adapt calibrate {made} STILLS makes one" in invoke("info", made)
 

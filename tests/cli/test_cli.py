@@ -600,9 +600,10 @@ def test_usage_errors_have_status_2_and_name_the_option(capsys, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not WEIGHTS.is_file(), reason=f"the demo's weights are not there: {WEIGHTS.name}")
-def test_the_demo_shows_table_video_and_plot(tmp_path):
-    text = invoke("demo", f"--out={tmp_path / 'demo'}", "--frames=4", "--set=batch_size=2")
-    for word in ("fixed", "online", "mIoU", "gain of online over fixed: ", "demo.mp4", "demo.png", "stream.png"):
+@pytest.mark.parametrize(("arm", "options"), [("calibrated", ()), ("online", ("--arm=online", "--set=batch_size=2"))])
+def test_the_demo_shows_table_video_and_plot(arm, options, tmp_path):
+    text = invoke("demo", f"--out={tmp_path / 'demo'}", "--frames=4", *options)
+    for word in ("fixed", arm, "mIoU", f"gain of {arm} over fixed: ", "demo.mp4", "demo.png", "stream.png"):
         assert word in text
     files = {"demo.mp4", "demo.png", "stream.png", "report.json", "table.md"}
     assert {p.name for p in (tmp_path / "demo").iterdir()} == files
@@ -611,8 +612,14 @@ def test_the_demo_shows_table_video_and_plot(tmp_path):
     with Image.open(tmp_path / "demo" / "demo.png") as picture:
         assert (picture.height + picture.height % 2, picture.width) == size  # a video has even sides
     runs = json.loads((tmp_path / "demo" / "report.json").read_text())["runs"]
-    assert [run["arm"] for run in runs] == ["fixed", "online"]
+    assert [run["arm"] for run in runs] == ["fixed", arm]
     assert all(np.isfinite(run["scores"]["miou"]) for run in runs)
+
+
+def test_a_configuration_of_an_arm_that_reads_none_is_refused(tmp_path, capsys, monkeypatch):
+    line = fail(capsys, monkeypatch, "demo", f"--out={tmp_path / 'demo'}", "--frames=4", "--set=batch_size=2")
+    assert "arm calibrated adapts no weights" in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_demo_without_weights_writes_nothing(tmp_path, capsys, monkeypatch):

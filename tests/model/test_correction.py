@@ -190,6 +190,51 @@ def test_a_frame_that_overflows_poisons_no_later_one(family, value):
     assert corrected.drift().isfinite()
 
 
+OVERFLOWS = [("unet", "batchnorm"), ("resnet", "blocks"), ("convnext", "norms"), ("vit", "norms"), ("swin", "blocks")]
+
+
+@pytest.mark.parametrize("per", ["layer", "channel"])
+@pytest.mark.parametrize(("family", "kind"), OVERFLOWS)
+def test_an_overflow_in_one_channel_at_one_place_stays_where_it_is(family, kind, per):
+    model, calibration, frame = calibrated(family)
+    name, statistics = list(calibration.statistics[kind].items())[-1]
+    rule = Rule(kind, per, strength=0.1)
+    calibration = calibration.replace(statistics={kind: {name: statistics}}, rule=rule)
+    module, seen, bad = model.get_submodule(name), [], []
+    channel = len(statistics.mean) // 2
+    axis = 1 if statistics.layout == "nchw" else -1
+
+    def overflow(x):
+        if bad:
+            x = x.clone()
+            rows = x.movedim(axis, -1)
+            rows[(0, *(size // 2 for size in rows.shape[1:-1]), channel)] = float("inf")
+        return x
+
+    if kind == "batchnorm":
+        inject = module.register_forward_pre_hook(lambda _module, args: (overflow(args[0]),))
+    else:
+        inject = module.register_forward_hook(lambda _module, _args, output: overflow(output))
+    corrected = correction(model, calibration)
+    for _ in range(2):
+        with torch.no_grad(), corrected.active():
+            see = module.register_forward_hook(lambda _module, _args, output: seen.append(output.movedim(axis, -1)))
+            model(frame)
+            see.remove()
+        bad.append(True)
+    inject.remove()
+    clean, found = seen
+    assert clean.isfinite().all()
+    assert int((~found.isfinite()).sum()) == 1
+    assert not found[..., channel].isfinite().all()
+    others = [i for i in range(found.shape[-1]) if i != channel]
+    if per == "channel":
+        assert same_bits(found[..., others], clean[..., others])
+    scale = float(clean[..., others].abs().max())
+    assert float((found[..., others] - clean[..., others]).abs().max()) < 0.5 * scale
+    assert corrected.drift().isfinite()
+
+
 @pytest.mark.parametrize(("family", "kind"), KINDS)
 def test_the_model_is_left_as_it_was_also_after_an_error(family, kind):
     model, calibration, frame = calibrated(family)

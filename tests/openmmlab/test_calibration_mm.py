@@ -25,7 +25,7 @@ from ttt_adapt.data.drift import Drift
 from ttt_adapt.errors import CheckpointError, ConfigError, DataError, FrameError
 from ttt_adapt_openmmlab import JointMAE, OnlineTTTHook, calibrate, find_branch, plain_model, stream_adapter
 
-STILLS = [tiny.frame(FRAME, seed) for seed in range(8)]
+STILLS = [tiny.frame(FRAME, seed) for seed in range(16)]
 DARK = (tiny.frame(FRAME) // 8).astype(np.uint8)
 CALIBRATED = StreamConfig(norm_stats="calibrated")
 
@@ -80,7 +80,7 @@ def test_batchnorm_of_backbone_and_heads_is_measured_at_its_input():
     assert found.rule.points == "batchnorm"
     assert {"backbone.bn1", "backbone.layer4.1.bn2", "decode_head.convs.0.bn"} <= set(found.statistics["batchnorm"])
     assert not [name for name in found.statistics["batchnorm"] if "auxiliary" in name]  # no prediction calls it
-    assert found.stills == 8
+    assert found.stills == 16
     assert found.size == tiny.SIZE
 
 
@@ -114,7 +114,7 @@ def test_a_model_that_goes_over_the_frame_in_windows_is_measured_in_every_window
 def test_files_and_arrays_are_the_same_images(tmp_path: Path):
     model = settled(initialised(config(tiny.fcn())))
     for i, still in enumerate(STILLS):
-        cv2.imwrite(str(tmp_path / f"{i}.png"), still)
+        cv2.imwrite(str(tmp_path / f"{i:02d}.png"), still)
     files = calibrate(model, sorted(tmp_path.glob("*.png")), choose=False)
     arrays = calibrate(model, STILLS, choose=False)
     tensors = calibrate(model, map(torch.from_numpy, STILLS), choose=False)
@@ -126,7 +126,7 @@ def test_drifts_of_the_choice_are_those_of_rgb_frames(monkeypatch):
     apply = Drift.apply
     monkeypatch.setattr(Drift, "apply", lambda self, frame, index: (seen.append(frame), apply(self, frame, index))[1])
     calibrate(settled(initialised(config(tiny.fcn()))), STILLS, drifts=["night:3"])
-    assert [any(np.array_equal(frame, still[..., ::-1]) for still in STILLS) for frame in seen] == [True] * 4
+    assert [any(np.array_equal(frame, still[..., ::-1]) for still in STILLS) for frame in seen] == [True] * 8
 
 
 @pytest.mark.parametrize("kind", ["fcn", "semantic", "instance", "panoptic"])
@@ -206,7 +206,7 @@ def test_a_joint_model_with_a_calibration_takes_gradient_steps_too():
     ("images", "error", "message"),
     [
         (STILLS[:3], ConfigError, "got 3 stills; expected at least 8"),
-        ([*STILLS, np.zeros((90, 140), np.uint8)], FrameError, r"still 8.*expected \[H, W, 3\]"),
+        ([*STILLS, np.zeros((90, 140), np.uint8)], FrameError, r"still 16.*expected \[H, W, 3\]"),
         ([torch.rand(3, *tiny.SIZE)] * 8, FrameError, "float32 frame"),
         (["absent.png"], FileNotFoundError, r"absent\.png"),
         ([__file__], FrameError, "cannot be decoded"),

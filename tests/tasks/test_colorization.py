@@ -327,7 +327,11 @@ def test_run_does_not_claim_to_have_kept_what_could_not_be_written(trained, tmp_
     assert fail(capsys, monkeypatch, *call) == f"error: {tmp_path / 'o.mp4'} cannot be finished: the disk is gone\n"
 
 
-def test_training_calibrates_by_agreement_and_run_uses_it(pictures, tmp_path):
+def test_training_calibrates_by_agreement_and_run_uses_it(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i, frame in enumerate(colour_frames(16)):
+        Image.fromarray(frame).save(pictures / f"{i:02d}.png")
     out, source = tmp_path / "m.safetensors", write_video(tmp_path / "new.mkv", colour_frames(2))
     invoke("train", pictures, *TRAIN, "--calibrate", f"--out={out}")
     made = load_checkpoint(out)

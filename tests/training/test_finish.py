@@ -18,12 +18,12 @@ SIZE = (64, 96)
 
 
 def trained(out, **changes) -> Checkpoint:
-    """A tiny CNN after one short epoch on ten rendered stills."""
+    """A tiny CNN after one short epoch on sixteen rendered stills."""
     keywords = {
         "encoder": "resnet18",
         "encoder_options": {"channels": (8, 16, 24, 32)},
         "size": SIZE,
-        "stills": 10,
+        "stills": 16,
         "first_epochs": 0,
         "config": TrainConfig(epochs=1, batch_size=5, seed=3),
     }
@@ -35,11 +35,11 @@ def test_training_ends_with_a_calibration_by_labels_on_its_own_stills(tmp_path, 
     returned = trained(out)
     made = load_checkpoint(out)
     assert made.calibration.digest == returned.calibration.digest
-    assert (made.calibration.stills, made.calibration.size) == (10, SIZE)
+    assert (made.calibration.stills, made.calibration.size) == (16, SIZE)
     assert made.calibration.record["by"] == "labels"
     assert made.branch.calibration is made.calibration
     made.calibration.check(made.model)
-    assert "calibrated on 10 of 10 training stills: " in capfd.readouterr().err
+    assert "calibrated on 16 of 16 training stills: " in capfd.readouterr().err
 
 
 def test_calibration_changes_no_weight_and_can_be_left_out(tmp_path, capfd):
@@ -63,7 +63,7 @@ def test_half_weights_are_measured_as_they_are_stored(tmp_path):
     assert same_bits(dict(returned.model.state_dict()), dict(made.model.state_dict()))
     assert same_bits(dict(returned.branch.state_dict()), dict(made.branch.state_dict()))
     stored = made.calibration
-    stills = training_stills(Stills(list(street_stills(10, SIZE)), SIZE), labelled=True)
+    stills = training_stills(Stills(list(street_stills(16, SIZE)), SIZE), labelled=True)
     again = calibrate_checkpoint(made, stills, seed=3)
     assert again.digest == stored.digest
     assert again.loss == stored.loss

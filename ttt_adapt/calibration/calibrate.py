@@ -33,6 +33,8 @@ DRIFTS = ("night", "noise", "fog", "rain", "blur", "jpeg")
 TOLERANCE = {"labels": 0.005, "agreement": 0.01}
 """The largest relative loss without a drift that a rule may have: of the score by labels, and of the agreement with the
 plain model, which counts every change as a loss."""
+LEAST_TO_CHOOSE = 2 * LEAST_STILLS
+"""With fewer stills there are not enough to measure on beside those that are held out: the default rule is taken."""
 HELD_OUT = 12
 """Stills that rules are compared on, at most; they are spread over all stills, and not measured meanwhile."""
 PANS = 3
@@ -130,8 +132,8 @@ def _no_choice(stills: TakenStills, choose: bool) -> str:
     """Why a rule is not chosen; "" if it can be."""
     if not choose:
         return "choose is False"
-    if len(stills) < 2 * LEAST_STILLS:
-        return f"there are fewer than {2 * LEAST_STILLS} stills"
+    if len(stills) < LEAST_TO_CHOOSE:
+        return f"there are fewer than {LEAST_TO_CHOOSE} stills"
     if not all(getattr(frame, "dtype", None) in (np.uint8, torch.uint8) for frame in stills.frames):
         return "the stills are not uint8, which drifts are made of"
     return ""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from ttt_adapt.calibration.calibrate import LEAST_TO_CHOOSE
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.model.calibration import Calibration, Rule
 
@@ -172,7 +173,9 @@ def _choice(calibration: Calibration) -> str:
     """How the rule was chosen, and what it gained."""
     tried = candidates_of(calibration)
     if not tried:
-        return "not chosen: the default rule"
+        few = calibration.stills < LEAST_TO_CHOOSE
+        why = f": a choice needs at least {LEAST_TO_CHOOSE} stills" if few else ""
+        return f"not chosen, so it is the default rule{why}"
     by = "their labels" if calibration.record.get("by") == "labels" else "how little drifts move the predictions"
     on = f"by {by}, on {', '.join(drifts_of(calibration))}"
     if not corrects(calibration.rule):
