@@ -15,6 +15,7 @@ from ttt_adapt.arms import Arm, find_arm
 from ttt_adapt.evaluation.rows import Row
 from ttt_adapt.evaluation.runners import RUNNERS, start
 from ttt_adapt.objectives import Rotation
+from ttt_adapt.tasks.calibrate import SourceStills, calibrate_checkpoint
 from ttt_adapt.tasks.checkpoint import Checkpoint, build_model
 from ttt_adapt.tasks.spec import ModelSpec
 
@@ -66,6 +67,8 @@ def suited(name: str, seed: int = 0) -> Checkpoint:
     if name.startswith("ln-adapt"):
         return checkpoint(seed, **VIT)
     made = checkpoint(seed)
+    if "calibration" in find_arm(name).needs:
+        calibrate_checkpoint(made, SourceStills([frame for frame, _ in frames(9)]), choose=False)
     if name == "rotation":
         return Checkpoint(made.model, Rotation.attach(made.model, "backbone"), made.spec)
     return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ from ttt_adapt.evaluation.realtime import measure_forwards, stride
 from ttt_adapt.evaluation.run_arm import run_arm
 
 pytestmark = pytest.mark.usefixtures("small_collections")
+
+CHECKPOINT = SimpleNamespace(calibration=None)
+"""All that a measurement of a made-up arm asks a checkpoint for."""
 
 
 @pytest.mark.parametrize("forwards", [0, -1.0, float("nan"), float("inf")])
@@ -119,8 +123,8 @@ def test_the_measured_cost_is_the_ratio_of_mean_times_after_the_first_frame(monk
 
     monkeypatch.setattr(realtime.time, "perf_counter", lambda: Clock.now)
     fixed, slow = (arm_run_by(monkeypatch, lambda *_, n=name: Slow(n), name) for name in ("fixed", "slow"))
-    assert measure_forwards(slow, None, frames(4), CONFIG) == 2.7  # 12.25 / 4.5 = 2.72, to one decimal
-    assert measure_forwards(fixed, None, frames(4), CONFIG) == 1.0
+    assert measure_forwards(slow, CHECKPOINT, frames(4), CONFIG) == 2.7  # 12.25 / 4.5 = 2.72, to one decimal
+    assert measure_forwards(fixed, CHECKPOINT, frames(4), CONFIG) == 1.0
 
 
 def test_measuring_gives_the_model_back_and_looks_at_the_first_frames_only():
@@ -154,7 +158,7 @@ def test_an_arm_that_is_busy_on_some_frames_is_measured_over_whole_periods(monke
 
     arm_run_by(monkeypatch, lambda *_: Quick(), "fixed")
     lazy = arm_run_by(monkeypatch, lambda *_: Quick(), "lazy", fixes={"every": 12})
-    measure_forwards(lazy, None, frames(40), CONFIG)
+    measure_forwards(lazy, CHECKPOINT, frames(40), CONFIG)
     assert len(seen) == 2 * (1 + 2 * 12)
 
 
