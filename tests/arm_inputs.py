@@ -67,6 +67,8 @@ def suited(name: str, seed: int = 0) -> Checkpoint:
     if name.startswith("ln-adapt"):
         return checkpoint(seed, **VIT)
     made = checkpoint(seed)
+    if "calibration" in find_arm(name).needs:
+        calibrate_checkpoint(made, SourceStills([frame for frame, _ in frames(9)]), choose=False)
     if name == "rotation":
         return Checkpoint(made.model, Rotation.attach(made.model, "backbone"), made.spec)
     if name == "calibrated":  # on darker frames than those of a stream

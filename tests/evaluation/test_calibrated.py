@@ -26,6 +26,8 @@ def calibrated(tmp_path_factory):
         made = checkpoint(**changes)
         found = calibrate_checkpoint(made, stills, choose=False)
         made.calibration = found.replace(settings=settings)
+        if made.branch is not None:
+            made.branch.calibration = made.calibration  # which is the one that is saved
         save_checkpoint(folder / f"{name}.safetensors", made)
     return [folder / f"{name}.safetensors" for name in ("a", "b", "main")]
 

@@ -59,8 +59,8 @@ def test_the_stream_figure_names_bands_of_frames_of_one_condition(tmp_path, draw
     height = np.diff(lower.get_ylim())[0]
     assert lowest - lower.get_ylim()[0] > 0.1 * height  # the names stand below the lines
     plot_stream(tmp_path / "fixed.png", [run for run in runs if run.arm == "fixed"], conditions=conditions)
-    (only,) = drawn["fixed"].axes  # no arm has a loss, so there is no panel of losses
-    assert [text.get_text() for text in only.texts] == ["clear\nday", "night", "clear\nday"]
+    (panel,) = drawn["fixed"].axes  # no arm adapted: there is no panel of losses
+    assert [text.get_text() for text in panel.texts] == ["clear\nday", "night", "clear\nday"]
     with pytest.raises(DataError, match="3 conditions for 12 frames"):
         plot_stream(tmp_path / "stream.png", runs, conditions=["night"] * 3)
 

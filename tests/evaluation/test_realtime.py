@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +17,10 @@ from ttt_adapt.errors import ConfigError, DataError
 from ttt_adapt.evaluation.realtime import measure_forwards, stride
 from ttt_adapt.evaluation.run_arm import run_arm
 
-UNUSED: Any = SimpleNamespace(calibration=None)  # stands for a checkpoint that the arm does not look at
-
 pytestmark = pytest.mark.usefixtures("small_collections")
+
+CHECKPOINT = SimpleNamespace(calibration=None)
+"""All that a measurement of a made-up arm asks a checkpoint for."""
 
 
 @pytest.mark.parametrize("forwards", [0, -1.0, float("nan"), float("inf")])
@@ -123,8 +123,8 @@ def test_the_measured_cost_is_the_ratio_of_mean_times_after_the_first_frame(monk
 
     monkeypatch.setattr(realtime.time, "perf_counter", lambda: Clock.now)
     fixed, slow = (arm_run_by(monkeypatch, lambda *_, n=name: Slow(n), name) for name in ("fixed", "slow"))
-    assert measure_forwards(slow, UNUSED, frames(4), CONFIG) == 2.7  # 12.25 / 4.5 = 2.72, to one decimal
-    assert measure_forwards(fixed, UNUSED, frames(4), CONFIG) == 1.0
+    assert measure_forwards(slow, CHECKPOINT, frames(4), CONFIG) == 2.7  # 12.25 / 4.5 = 2.72, to one decimal
+    assert measure_forwards(fixed, CHECKPOINT, frames(4), CONFIG) == 1.0
 
 
 def test_measuring_gives_the_model_back_and_looks_at_the_first_frames_only():
@@ -158,7 +158,7 @@ def test_an_arm_that_is_busy_on_some_frames_is_measured_over_whole_periods(monke
 
     arm_run_by(monkeypatch, lambda *_: Quick(), "fixed")
     lazy = arm_run_by(monkeypatch, lambda *_: Quick(), "lazy", fixes={"every": 12})
-    measure_forwards(lazy, UNUSED, frames(40), CONFIG)
+    measure_forwards(lazy, CHECKPOINT, frames(40), CONFIG)
     assert len(seen) == 2 * (1 + 2 * 12)
 
 

@@ -179,7 +179,7 @@ def test_methods_of_others_have_no_pull_unless_they_are_given_one():
             assert runner.adapter.config.source_pull == pull
             runner.close()
     runner = start(find_arm("online"), checkpoint(), config)
-    assert runner.adapter.config == config.replace(norm_stats="frozen")  # the checkpoint is not calibrated
+    assert runner.adapter.config == config.replace(norm_stats="frozen")  # "auto" without a calibration
     runner.close()
 
 
