@@ -11,7 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from ttt_adapt.cli import app
+from ttt_adapt.cli.output import console
 
+console.width = 200  # rich looks at the environment once, when the first command is imported
 DATA = Path(os.environ.get("TTT_ADAPT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 CAMVID, CLIP = DATA / "camvid", DATA / "clips" / "intel_car-detection.mp4"
 needs_camvid = pytest.mark.skipif(not CAMVID.is_dir(), reason=f"no CamVid clips in {DATA}")

@@ -63,6 +63,10 @@ class Checkpoint:
     spec: ModelSpec
     calibration: Calibration | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.branch, MAEBranch):
+            self.calibration = self.branch.calibration = self.calibration or self.branch.calibration
+
     @cached_property
     def task(self) -> Task:
         """The task that the model was trained for."""
@@ -102,7 +106,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, half: bool = False
     if half:
         weights = {name: v.half() if v.is_floating_point() else v for name, v in weights.items()}
     own = checkpoint.branch.calibration if isinstance(checkpoint.branch, MAEBranch) else None
-    _write(path, weights, metadata, checkpoint.calibration or own)
+    _write(path, weights, metadata, own or checkpoint.calibration)
 
 
 def write_calibration(source: str | Path, calibration: Calibration, out: str | Path | None = None) -> None:
