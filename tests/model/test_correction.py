@@ -68,7 +68,7 @@ def first(output) -> torch.Tensor:
 
 def plain_correction(model: nn.Module, calibration: Calibration, frame: torch.Tensor) -> tuple[torch.Tensor, float]:
     """What the model returns with the formula written out, in float64, and the drift."""
-    rule, drifts, handles = calibration.rule, [], []
+    rule, drifts, handles, strengths = calibration.rule, [], [], {}
 
     def share_of(mean, variance, source):
         d = ((mean - source.mean) / source.std).square() + (variance.sqrt() / source.std - 1).square()
@@ -78,7 +78,7 @@ def plain_correction(model: nn.Module, calibration: Calibration, frame: torch.Te
         }[rule.per, rule.margin]  # fmt: skip
         drifts.append(float(d.mean() / source.layer_usual))
         d = d if rule.per == "channel" else d.mean()
-        return (1 - rule.strength * usual / d).clamp(0, rule.largest)
+        return (1 - strengths[id(source)] * usual / d).clamp(0, rule.largest)
 
     def normalise(source, norm, args, _output):
         x = args[0].double()
@@ -108,11 +108,12 @@ def plain_correction(model: nn.Module, calibration: Calibration, frame: torch.Te
         moved = moved * source.std + source.mean
         return torch.cat([y[:, : source.prefix], moved.movedim(-1, axis)], 1).float()
 
-    for (kind, name), source in calibration.points.items():
+    for i, ((kind, name), source) in enumerate(calibration.points.items()):
         call = {"batchnorm": normalise, "input": before}.get(kind, shift)
         wide = {n: v.double() for n, v in vars(source).items() if isinstance(v, torch.Tensor)}
         wide["std"] = wide["std"].clamp_min(wide["std"].max() * 1e-4)  # of channels that are constant in the source
         source = dataclasses.replace(source, **wide)
+        strengths[id(source)] = rule.strength * (rule.early if i < len(calibration.points) / 2 else 1)
         module = model.get_submodule(name)
         hook = module.register_forward_pre_hook if kind == "input" else module.register_forward_hook
         handles.append(hook(lambda *a, c=call, s=source: c(s, *a)))
@@ -123,7 +124,12 @@ def plain_correction(model: nn.Module, calibration: Calibration, frame: torch.Te
 @pytest.mark.parametrize(
     "changes",
     [{"per": per, "margin": margin} for per, margin in itertools.product(("layer", "channel"), ("mean", "high"))]
-    + [{"strength": 0.5, "largest": 0.9}, {"strength": 2.0}, {"strength": 0.0, "largest": 1.0}],
+    + [
+        {"strength": 0.5, "largest": 0.9},
+        {"strength": 2.0},
+        {"strength": 0.0, "largest": 1.0},
+        {"strength": 0.5, "early": 3.0},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize(("family", "kind"), KINDS)
