@@ -383,9 +383,9 @@ class StreamAdapter:
         saved = current_format(state)
         check_compatible(saved, self.config, self._setting())
         self._engine.forget()
-        self._forget_passes()
         with explained_memory_errors(self.config):
             self._state.load_state_dict(saved)
+        self._forget_passes()
 
     def new_state(self) -> StreamState:
         """The state of another video over the same model, at its beginning; `swap` puts it in."""

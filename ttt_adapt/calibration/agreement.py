@@ -6,7 +6,7 @@ each side of a map.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,12 @@ def score_by(
         distribution: whether outputs are class scores; None: they are where they have at least 4 channels.
     """
     return ByAgreement(clean, distribution) if labels is None else ByLabels(labels, ignore)
+
+
+def compared(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[float, float]:
+    """Mean relative gain of the scores under drifts, and relative loss of the one without, which is named "none"."""
+    relative = {name: after[name] / max(before[name], 1e-9) - 1.0 for name in after}
+    return float(np.mean([value for name, value in relative.items() if name != "none"])), -relative["none"]
 
 
 class ByLabels:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ttt_adapt.calibration.agreement import score_by
+from ttt_adapt.calibration.agreement import compared, score_by
 from ttt_adapt.calibration.settings import Way, choose_settings
 from ttt_adapt.data.drift import Drift, parse_drift
 from ttt_adapt.errors import ConfigError
@@ -178,10 +178,9 @@ class _Trial:
         best, most = dataclasses.replace(rules[0], largest=0.0), 0.0  # measures, and corrects nothing
         for rule in rules:
             scores = {name: self._score(self._outputs(name, rule)) for name in self._sets}
-            relative = {name: scores[name] / max(self._plain[name], 1e-9) - 1.0 for name in scores}
-            gain = float(np.mean([value for name, value in relative.items() if name != "none"]))
-            rows.append({"rule": vars(rule), "gain": gain, "loss": -relative["none"], "scores": scores})
-            if gain > most and -relative["none"] <= TOLERANCE[self._by]:
+            gain, loss = compared(self._plain, scores)
+            rows.append({"rule": vars(rule), "gain": gain, "loss": loss, "scores": scores})
+            if gain > most and loss <= TOLERANCE[self._by]:
                 best, most = rule, gain
         return best, {"by": self._by, "tolerance": TOLERANCE[self._by], "candidates": rows}
 

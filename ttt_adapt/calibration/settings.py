@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ttt_adapt.adapter import StreamAdapter
-from ttt_adapt.calibration.agreement import score_by
+from ttt_adapt.calibration.agreement import compared, score_by
 from ttt_adapt.calibration.pans import pan
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.data.drift import Drift
@@ -102,9 +102,8 @@ def choose_settings(
     rows: list[dict[str, Any]] = []
     for settings in CANDIDATES:
         after = {name: adapted(pictures, settings) for name, pictures in streams.items()}
-        relative = {name: after[name] / max(before[name], 1e-9) - 1.0 for name in after}
-        gain = float(np.mean([value for name, value in relative.items() if name != "none"]))
-        rows.append({"settings": dict(settings), "gain": gain, "loss": -relative["none"], "scores": after})
+        gain, loss = compared(before, after)
+        rows.append({"settings": dict(settings), "gain": gain, "loss": loss, "scores": after})
     allowed = [row for row in rows if row["loss"] <= tolerance] or rows[:1]
     best = max(allowed, key=lambda row: row["gain"])
     return dict(best["settings"]), [{"settings": "fixed", "gain": 0.0, "loss": 0.0, "scores": before}, *rows]

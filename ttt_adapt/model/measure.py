@@ -150,10 +150,10 @@ def take_stills(
     if like is None:
         raise ConfigError(f"{type(model).__name__} has no parameters: there is nothing to calibrate")
     check_unowned(model)
-    preprocess = default_preprocess(model, like.device) if preprocess is None else preprocess
-    taken = TakenStills(list(stills), FrameIntake(preprocess, like.device, like.dtype))
     if isinstance(stills, np.ndarray | Tensor) and stills.ndim < 4:
         raise ConfigError(f"stills is one picture of {tuple(stills.shape)}; expected several, in a list for example")
+    preprocess = default_preprocess(model, like.device) if preprocess is None else preprocess
+    taken = TakenStills(list(stills), FrameIntake(preprocess, like.device, like.dtype))
     if len(taken) < least:
         raise ConfigError(
             f"got {len(taken)} stills; expected at least {least}, better some 40, of the scenes that the model will "

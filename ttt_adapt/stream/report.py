@@ -19,9 +19,10 @@ class StepReport:
         losses: the loss before each gradient step of this frame.
         grad_norm: norm of the whole gradient before clipping, of the last step; None without a step.
         adapted: whether the weights were updated, by at least one of the steps.
-        reason: why an update was left out ("every", "gate", "iterations", "no branch", "non-finite
-            gradient"); "" if none was.
+        reason: why an update was left out ("every", "gate", "iterations", "no branch",
+            "non-finite gradient"); "" if none was.
         ms: wall time of adapting, without the prediction, in milliseconds; on a GPU the device may still be working.
+            The gate "calibrated" decides by a prediction, which is in it.
 
     Args:
         frame_index: as above.
