@@ -20,7 +20,8 @@ from ttt_adapt.engine.compiled import CompileEngine
 from ttt_adapt.engine.eager import EagerEngine
 from ttt_adapt.engine.graphs import GraphEngine
 from ttt_adapt.errors import ConfigError
-from ttt_adapt.model.calibration import Calibration, Rule
+from ttt_adapt.model.calibration import Calibration
+from ttt_adapt.model.rule import Rule
 
 CONFIG = StreamConfig(window=3, batch_size=2, lr=1e-3, seed=2, gate="calibrated", norm_stats="calibrated")
 ENGINES = {

@@ -46,7 +46,7 @@ class StreamConfig:
             statistics and the frame's own, with its unbiased variance) or "batch" (the frame's own, with its biased
             variance, as PyTorch does in training). "calibrated" is for every kind of model, and needs a calibration: a
             frame is corrected by the share of its own statistics that its distance from the source asks for
-            (`ttt_adapt.model.calibration`). "auto" is "calibrated" for a model with a calibration, and else "frozen".
+            (`ttt_adapt.model.rule`). "auto" is "calibrated" for a model with a calibration, and else "frozen".
             Masked frames never change the running statistics. A layer that sees
             one value per channel, such as BatchNorm behind global pooling, uses its running statistics. Models without
             BatchNorm ignore "ema", "blend" and "batch".

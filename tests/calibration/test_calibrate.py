@@ -15,8 +15,8 @@ from ttt_adapt import MAEBranch, Normalize, StreamAdapter
 from ttt_adapt.calibration.agreement import ByAgreement, ByLabels
 from ttt_adapt.calibration.calibrate import TOLERANCE, calibrate, candidates
 from ttt_adapt.errors import ConfigError, FrameError, StateError, TTTAdaptError
-from ttt_adapt.model.calibration import Rule
 from ttt_adapt.model.measure import take_stills, with_drifts
+from ttt_adapt.model.rule import Rule
 
 DRIFTS = ("night", "noise")
 

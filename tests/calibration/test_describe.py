@@ -19,7 +19,7 @@ from ttt_adapt.calibration.describe import (
     is_far,
     tried_settings,
 )
-from ttt_adapt.model.calibration import Rule
+from ttt_adapt.model.rule import Rule
 from ttt_adapt.tasks.calibrate import SourceStills, calibrate_checkpoint
 
 KINDS = ("batchnorm", "norms", "blocks", "input", "input+norms", "input+blocks")

@@ -18,7 +18,7 @@ from conftest import same_bits
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.evaluation.adapt_video import adapt_video
 from ttt_adapt.evaluation.model_info import inspect_model
-from ttt_adapt.model.calibration import Rule
+from ttt_adapt.model.rule import Rule
 from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint, read_calibration, save_checkpoint, write_calibration
 from ttt_adapt.video import open_video
 

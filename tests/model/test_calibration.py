@@ -13,8 +13,9 @@ import models as zoo
 from conftest import settle_norms
 from ttt_adapt import StreamConfig
 from ttt_adapt.errors import CheckpointError, ConfigError
-from ttt_adapt.model.calibration import Calibration, Rule, default_rule, fingerprint_of, settled_config
+from ttt_adapt.model.calibration import Calibration, default_rule, fingerprint_of, settled_config
 from ttt_adapt.model.measure import measure, take_stills
+from ttt_adapt.model.rule import Rule
 
 
 @pytest.fixture(scope="module")

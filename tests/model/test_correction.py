@@ -12,10 +12,11 @@ from torch import nn
 
 import models as zoo
 from conftest import left_as_it_was, mix_flags, same_bits, settle_norms
-from ttt_adapt.model.calibration import Calibration, Rule
+from ttt_adapt.model.calibration import Calibration
 from ttt_adapt.model.correction import correction
 from ttt_adapt.model.hooks import hooks
 from ttt_adapt.model.measure import measure, take_stills
+from ttt_adapt.model.rule import Rule
 
 FAMILIES = {
     "resnet": (zoo.resnet, (64, 64)),

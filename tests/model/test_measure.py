@@ -11,10 +11,10 @@ import models as zoo
 from conftest import left_as_it_was, mix_flags, settle_norms
 from ttt_adapt import MAEBranch, StreamAdapter
 from ttt_adapt.errors import ConfigError, FrameError, StateError
-from ttt_adapt.model.calibration import Rule
 from ttt_adapt.model.correction import correction
 from ttt_adapt.model.measure import LEAST_STILLS, TakenStills, measure, take_stills, with_drifts
 from ttt_adapt.model.norms import channel_moments
+from ttt_adapt.model.rule import Rule
 
 SIZE = (32, 48)
 

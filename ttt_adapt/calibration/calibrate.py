@@ -21,11 +21,12 @@ from ttt_adapt.calibration.agreement import compared, score_by
 from ttt_adapt.calibration.settings import Way, choose_settings
 from ttt_adapt.data.drift import Drift, parse_drift
 from ttt_adapt.errors import ConfigError
-from ttt_adapt.model.calibration import Calibration, Rule
+from ttt_adapt.model.calibration import Calibration
 from ttt_adapt.model.correction import correction
 from ttt_adapt.model.frames import Preprocess
 from ttt_adapt.model.measure import LEAST_STILLS, TakenStills, measure, take_stills, with_drifts
 from ttt_adapt.model.probe import evaluating
+from ttt_adapt.model.rule import Rule
 from ttt_adapt.objectives.mae import MAEBranch
 
 DRIFTS = ("night", "noise", "fog", "rain", "blur", "jpeg")

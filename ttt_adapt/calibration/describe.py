@@ -10,7 +10,8 @@ from torch import nn
 
 from ttt_adapt.calibration.calibrate import LEAST_TO_CHOOSE
 from ttt_adapt.errors import ConfigError
-from ttt_adapt.model.calibration import Calibration, Rule
+from ttt_adapt.model.calibration import Calibration
+from ttt_adapt.model.rule import Rule
 
 FAR = 0.11
 """Stills whose `Calibration.distance` is larger look unlike the data that the model was trained on.

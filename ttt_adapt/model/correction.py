@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.model.calibration import Calibration, PointStatistics, Rule
+from ttt_adapt.model.calibration import Calibration
 from ttt_adapt.model.hooks import hooks
 from ttt_adapt.model.norms import channel_moments
 from ttt_adapt.model.points import SIDES, Point, first_tensor
+from ttt_adapt.model.rule import PointStatistics, Rule
 
 
 def correction_of(model: nn.Module, config: StreamConfig, calibration: Calibration | None) -> Correction | None:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError
-from ttt_adapt.model.calibration import Calibration, PointStatistics, default_rule, fingerprint_of
+from ttt_adapt.model.calibration import Calibration, default_rule, fingerprint_of
 from ttt_adapt.model.correction import correction
 from ttt_adapt.model.frames import FrameIntake, Preprocess, TakenFrame, default_preprocess
 from ttt_adapt.model.hooks import hooks, uncompiled
 from ttt_adapt.model.ownership import check_unowned
 from ttt_adapt.model.points import Point, first_tensor, points_of_pass
 from ttt_adapt.model.probe import evaluating
+from ttt_adapt.model.rule import PointStatistics
 
 ALIKE = 0.15
 """Two stills are alike where they differ by less than this share of a still's own deviation, on average."""
