@@ -8,9 +8,9 @@ Models are trained on CamVid's daylight stills (`MODELS` has the settings). The 
 every third frame, as it is and under eight drifts at severity 3; the dusk clip; and 500 frames of the 15 Hz clip played
 forth and back, with drifts that come and go.
 
-No setting is chosen on what it is reported on. Calibration chooses its rule on training stills under four drifts, and
-the streams with the other four drifts are scored (`FOLDS`: each half of the drifts is once what is chosen on and once
-what is scored). Clips of the streams take no part in it.
+No setting is chosen on what it is reported on. Calibration chooses its rule on training stills under four drifts and
+two more that are scored nowhere (`BESIDE`), and the streams with the other four drifts are scored (`FOLDS`: each half of
+the drifts is once what is chosen on and once what is scored). Clips of the streams take no part in it.
 
 Everything goes on where it stopped when the command is given again. For each model there are reports with every run,
 and `drifts-MODEL.md`, the table.
@@ -58,6 +58,8 @@ FOLDS = {
     "b": (("noise", "rain", "motion-blur", "low-contrast"), ("night", "fog", "blur", "jpeg")),
 }
 """Name -> (drifts that are scored, drifts that rule and settings are chosen on)."""
+BESIDE = ("white-balance", "exposure-flicker")
+"""Drifts that rule and settings are chosen on, too, whatever is scored: what the light does to a camera."""
 SCHEDULE = "none..night:3..none..fog:3..none..blur:3..none"
 """Scored with the choice of fold a, as are the clips without a drift."""
 FORWARD = ("fixed", "calibrated")
@@ -122,7 +124,7 @@ def calibrated(path: Path, fold: str, data: Path, steps: bool) -> Path:
             labels,
             branch=checkpoint.mae_branch if checkpoint.branch is not None else None,
             preprocess=checkpoint.spec.preprocess(),
-            drifts=FOLDS[fold][1],
+            drifts=(*FOLDS[fold][1], *BESIDE),
             steps=steps,
         )
         save_checkpoint(out, dataclasses.replace(checkpoint, calibration=found))

@@ -21,8 +21,8 @@ from ttt_adapt.errors import CheckpointError, ConfigError, missing
 from ttt_adapt.files import atomic_write, check_format_number
 from ttt_adapt.model.rule import PointStatistics, Rule
 
-FORMAT = 1
-"""Number of the layout of saved calibrations."""
+FORMAT = 2
+"""Number of the layout of saved calibrations. In format 1 the image had a mean per channel in place of its levels."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -161,7 +161,12 @@ class Calibration:
         """
         try:
             plain = json.loads(text)
-            check_format_number(plain.pop("format"), FORMAT, source)
+            number = plain.pop("format")
+            check_format_number(number, FORMAT, source)
+            if number < FORMAT:
+                raise CheckpointError(
+                    f"{source} has format {number}, which has no levels of the image: calibrate the model again"
+                )
             plain["rule"] = Rule(**plain["rule"])
             plain["size"], plain["drifts"] = tuple(plain["size"]), tuple(plain["drifts"])
             plain["loss"] = None if plain["loss"] is None else tuple(plain["loss"])

@@ -14,7 +14,8 @@ from ttt_adapt.model.calibration import Calibration
 from ttt_adapt.model.hooks import hooks
 from ttt_adapt.model.norms import channel_moments
 from ttt_adapt.model.points import SIDES, Point, first_tensor
-from ttt_adapt.model.rule import PointStatistics, Rule
+from ttt_adapt.model.rule import PointStatistics, Rule, above_zero
+from ttt_adapt.model.tone import along_curve, levels_of, tone_divergence
 
 
 def correction_of(model: nn.Module, config: StreamConfig, calibration: Calibration | None) -> Correction | None:
@@ -67,8 +68,12 @@ class Correction:
         # in fixed places, where also a recorded pass leaves its numbers
         self._seen = torch.zeros(len(chosen), device=device)
         self._calls = torch.zeros((), device=device)
+        images = [point for point in chosen if point.side == "input"]
+        inside = [point for point in chosen if point.side != "input"]
+        rules = [*(rule.at_image() for _ in images), *(rule.at(i, len(inside)) for i in range(len(inside)))]
         self._layers = [
-            _Layer(p, statistics[p.name], rule.at(i, len(chosen)), self._seen[i], device) for i, p in enumerate(chosen)
+            (_Image if point.side == "input" else _Layer)(point, statistics[point.name], each, seen, device)
+            for point, each, seen in zip([*images, *inside], rules, self._seen, strict=True)
         ]
         self._passed = False
 
@@ -106,13 +111,13 @@ class Correction:
                         norm.training = True
         self._passed = True
 
-    def _hook(self, layer: _Layer, first: bool) -> Any:
+    def _hook(self, layer: _Layer | _Image, first: bool) -> Any:
         module, calls = layer.point.module, self._calls if first else None
         if layer.point.side == "statistics":
             return module.register_forward_pre_hook(_replace_statistics(layer, calls), with_kwargs=True)
+        if isinstance(layer, _Image):
+            return module.register_forward_pre_hook(_correct_image(layer, calls))
         correct = _correct(layer, calls)
-        if layer.point.side == "input":
-            return module.register_forward_pre_hook(lambda _module, args: (correct(args[0]), *args[1:]))
         return module.register_forward_hook(lambda _module, _args, output: correct(output))
 
 
@@ -142,7 +147,7 @@ def _replace_statistics(layer: _Layer, calls: Tensor | None) -> Any:
 
 
 def _correct(layer: _Layer, calls: Tensor | None) -> Any:
-    """What happens to the input or the output of a layer: it is shifted and scaled toward the source."""
+    """What happens to the output of a layer: it is shifted and scaled toward the source."""
     point = layer.point
 
     def correct(output: Any) -> Any:
@@ -164,10 +169,58 @@ def _correct(layer: _Layer, calls: Tensor | None) -> Any:
     return correct
 
 
+def _correct_image(layer: _Image, calls: Tensor | None) -> Any:
+    """What happens to the image: its tones are moved toward those of the source."""
+
+    def before(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if calls is not None:
+            calls.add_(1.0)
+        x = args[0]
+        own = layer.finite(levels_of(x.detach()))
+        wanted = own.lerp(layer.mean.to(own), layer.share(own).to(own))
+        return along_curve(x, own, wanted), *args[1:]
+
+    return before
+
+
 def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers of a module, to see on which device it is."""
     yield from module.parameters()
     yield from module.buffers()
+
+
+class _Image:
+    """The numbers of the image, as a pass needs them, on the device of the layer that sees it.
+
+    Args: as those of `_Layer`.
+    """
+
+    def __init__(
+        self, point: Point, statistics: PointStatistics, rule: Rule, seen: Tensor, device: torch.device | None
+    ) -> None:
+        self.point, self._seen = point, seen
+        place = next((x.device for x in _own_tensors(point.module)), device)
+        self.mean = statistics.mean.to(place)
+        self._std = above_zero(statistics.std).to(place)
+        self._per_channel, self._largest = rule.per == "channel", rule.largest
+        self._threshold = statistics.threshold(rule).to(place)
+        self._unit = (1.0 / statistics.layer_usual.clamp_min(1e-12)).to(seen.device)
+
+    def finite(self, own: Tensor) -> Tensor:
+        """Levels [C, LEVELS], with those of the source where they are not finite."""
+        return torch.where(own.isfinite(), own, self.mean.to(own))
+
+    def share(self, own: Tensor) -> Tensor:
+        """Share of the way to the source's tones: [C, 1], or a scalar for all channels.
+
+        Args:
+            own: [C, LEVELS].
+        """
+        d = tone_divergence(own.to(self.mean), self.mean, self._std)  # [C]
+        self._seen.addcmul_(d.mean().to(self._seen.device), self._unit)
+        d = d.unsqueeze(1) if self._per_channel else d.mean()
+        threshold = self._threshold.unsqueeze(1) if self._per_channel else self._threshold
+        return (1.0 - threshold / d).nan_to_num_(0.0, 0.0, 0.0).clamp_(0.0, self._largest)
 
 
 class _Layer:

@@ -1,7 +1,7 @@
 """Points of a model where the statistics of a frame can be measured and corrected.
 
 There are four kinds. Each point has C channels, and a frame has one mean and one deviation per channel there, over
-space.
+space; the image has levels (`ttt_adapt.model.tone`) in place of the mean.
 
 | kind | where |
 |---|---|
@@ -23,6 +23,7 @@ from ttt_adapt.model.blocks import repeated_blocks
 from ttt_adapt.model.features import MapSpec, describe_map, tensors
 from ttt_adapt.model.hooks import hooks
 from ttt_adapt.model.norms import channel_moments, is_norm, norm_layers
+from ttt_adapt.model.tone import levels_of
 from ttt_adapt.model.trace import Trace
 
 KINDS = ("batchnorm", "norms", "blocks", "input")
@@ -61,8 +62,12 @@ class Point:
         return values.view(-1, 1, 1) if self.layout == "nchw" else values
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance of every channel of `x`, over the batch and over space: [C] each."""
-        return channel_moments(self.patches(x), 1 if self.layout == "nchw" else -1)
+        """Mean and biased variance of every channel of `x`, over the batch and over space: [C] each.
+
+        In place of the mean, an image has its levels: [C, LEVELS].
+        """
+        mean, variance = channel_moments(self.patches(x), 1 if self.layout == "nchw" else -1)
+        return (levels_of(x) if self.side == "input" else mean), variance
 
 
 def points_of_pass(model: nn.Module, images: Tensor, run: Any) -> dict[str, list[Point]]:

@@ -6,6 +6,8 @@ the source, the more of its own they are replaced by:
     d     = (mean_frame - mean)^2 / std^2 + (std_frame / std - 1)^2           per channel, or its mean over a layer
     share = clip(1 - strength * usual / d, 0, largest)                        usual: the d of source stills
 
+At the image, d is the distance of its tones from those of the source (`ttt_adapt.model.tone`).
+
 A share of this form is that of James and Stein ("Estimation with quadratic loss", 1961): an estimate is shrunk toward
 what is known, by the ratio of the variance that is expected to the distance that is seen. Blending BatchNorm's
 statistics by a fixed share is of Schneider et al., "Improving robustness against common corruptions by covariate shift
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.model.points import KINDS, Point
+from ttt_adapt.model.tone import tone_divergence
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Rule:
         largest: the largest share of a frame's own statistics, in [0, 1].
         early: another factor on what is usual, for the first half of the points. What the first layers see changes with
             every texture, such as the blocks of JPEG, and correcting it can cost more than it helps.
+        image: the margin at the image, which neither `margin` nor `early` is about: one curve changes all that the
+            model sees, so it may have to wait longer.
     """
 
     points: str
@@ -47,13 +52,14 @@ class Rule:
     strength: float = 1.0
     largest: float = 0.5
     early: float = 1.0
+    image: str = "high"
 
     def __post_init__(self) -> None:
         if unknown := [kind for kind in self.kinds if kind not in KINDS]:
             raise ConfigError(
                 f"points has {unknown[0]!r}; expected kinds of {', '.join(KINDS)} with + between, or none"
             )
-        choices = {"per": ("layer", "channel"), "margin": ("mean", "high")}
+        choices = {"per": ("layer", "channel"), "margin": ("mean", "high"), "image": ("mean", "high")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(repr, allowed))}")
@@ -64,8 +70,12 @@ class Rule:
             )
 
     def at(self, index: int, count: int) -> Rule:
-        """The rule of the point at this place, from 0, among so many."""
+        """The rule of the point at this place, from 0, among so many inside of the model."""
         return self if 2 * index >= count else dataclasses.replace(self, strength=self.strength * self.early)
+
+    def at_image(self) -> Rule:
+        """The rule of the image."""
+        return dataclasses.replace(self, margin=self.image)
 
     @property
     def kinds(self) -> list[str]:
@@ -80,13 +90,14 @@ class PointStatistics:
     Attributes:
         layout: of the point's tensor, see `Point`.
         prefix: leading tokens that are no patches.
-        mean: [C], mean over the stills of a channel's mean over space; of BatchNorm its running mean.
+        mean: [C], mean over the stills of a channel's mean over space; of BatchNorm its running mean; of the image
+            [C, LEVELS], the mean over the stills of its levels.
         std: [C], likewise of its standard deviation.
         usual: [C], mean over the stills of a channel's divergence d.
         high: [C], its 95th percentile.
         layer_usual: scalar, mean over the stills of the mean of d over the channels.
         layer_high: scalar, its 95th percentile.
-        layer_shift: scalar, the mean over the channels of the divergence of all stills taken together.
+        layer_shift: scalar, the mean over the channels of the divergence of all stills taken together; of the image 0.
     """
 
     layout: Any
@@ -105,17 +116,20 @@ class PointStatistics:
 
         Args:
             point: where they were measured.
-            means: [stills, C].
+            means: [stills, C], of the image [stills, C, LEVELS].
             variances: [stills, C].
         """
         mean, std = means.mean(0), variances.sqrt().mean(0)
         if point.side == "statistics":
             mean, std = running_moments(point.module, means)
-        d = divergence(means, variances, mean, std)  # [stills, C]
+        if point.side == "input":
+            d, shift = tone_divergence(means, mean, above_zero(std)), std.new_zeros(())
+        else:
+            d = divergence(means, variances, mean, std)  # [stills, C]
+            together = (variances + means.square()).mean(0) - means.mean(0).square()
+            shift = divergence(means.mean(0), together, mean, std).mean()
         layer = d.mean(1)
         high = d.quantile(0.95, 0), layer.quantile(0.95)
-        together = (variances + means.square()).mean(0) - means.mean(0).square()
-        shift = divergence(means.mean(0), together, mean, std).mean()
         return cls(point.layout, point.prefix, mean, std, d.mean(0), high[0], layer.mean(), high[1], shift)
 
     def threshold(self, rule: Rule) -> Tensor:
@@ -132,10 +146,15 @@ def running_moments(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def divergence(mean: Tensor, variance: Tensor, source_mean: Tensor, source_std: Tensor) -> Tensor:
-    """d of every channel, [..., C]; formula in this module's docstring.
+    """d of every channel, [..., C]; formula in this module's docstring."""
+    std = above_zero(source_std)
+    return ((mean - source_mean) / std).square() + (variance.sqrt() / std - 1.0).square()
+
+
+def above_zero(source_std: Tensor) -> Tensor:
+    """Deviations [C] that one can divide by.
 
     A channel that is constant in the source has no scale to compare with; its deviation counts as one ten-thousandth
     of the largest of its layer.
     """
-    std = source_std.clamp_min(source_std.max() * 1e-4 + torch.finfo(source_std.dtype).tiny)
-    return ((mean - source_mean) / std).square() + (variance.sqrt() / std - 1.0).square()
+    return source_std.clamp_min(source_std.max() * 1e-4 + torch.finfo(source_std.dtype).tiny)

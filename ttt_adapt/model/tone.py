@@ -1,0 +1,63 @@
+"""The tones of an image: how dark and bright the pixels of each channel are, and a curve that changes it.
+
+The tones of a channel are `LEVELS` of its quantiles. An image is corrected by the curve that takes its own levels a
+share of the way to the source's: straight between two levels, and with a slope of one beyond the outermost. So
+exposure, contrast, gamma and a colour cast are undone by one curve per channel, whatever they did to the mean. Without a
+limit on the share this is histogram matching (Gonzalez and Woods, "Digital Image Processing", on histogram
+specification).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+LEVELS = 9
+EDGE = 0.02
+"""The levels are the quantiles from here to one minus this, evenly spaced: single bright or dead pixels do not count."""
+SAMPLES = 4096
+"""About so many pixels of each channel are looked at, on an even grid."""
+STEEPEST = 8.0
+"""The largest slope of a curve: a wall of one colour has no contrast that could be restored, only noise."""
+
+
+def levels_of(x: Tensor) -> Tensor:
+    """The levels of images x [B, C, H, W], all together: [C, LEVELS], float32 or wider, ascending."""
+    step = max(1, math.isqrt(x.shape[0] * x.shape[2] * x.shape[3] // SAMPLES))
+    pixels = x[:, :, ::step, ::step].transpose(0, 1).flatten(1).to(torch.promote_types(x.dtype, torch.float32))
+    ordered = pixels.sort(1).values
+    last = ordered.shape[1] - 1
+    places = (EDGE + (1.0 - 2.0 * EDGE) * i / (LEVELS - 1) for i in range(LEVELS))
+    return torch.stack([ordered[:, round(place * last)] for place in places], 1)
+
+
+def tone_divergence(levels: Tensor, source: Tensor, source_std: Tensor) -> Tensor:
+    """How far tones are from those of the source: [..., C], in squared deviations of a channel, mean over the levels.
+
+    Args:
+        levels: [..., C, LEVELS].
+        source: [C, LEVELS].
+        source_std: [C], above 0.
+    """
+    return ((levels - source) / source_std.unsqueeze(-1)).square().mean(-1)
+
+
+def along_curve(x: Tensor, levels: Tensor, wanted: Tensor) -> Tensor:
+    """Images whose `levels` have become the `wanted` ones; where both are the same, `x` bit for bit.
+
+    Args:
+        x: [B, C, H, W].
+        levels: [C, LEVELS], ascending.
+        wanted: [C, LEVELS], ascending.
+    """
+    steps = levels.diff(dim=1)
+    slopes = (wanted.diff(dim=1) / steps.clamp_min(torch.finfo(steps.dtype).tiny)).clamp_max(STEEPEST)
+    bends = torch.where(steps > 0, slopes - 1.0, 0.0)  # [C, LEVELS - 1], of the piece between two levels
+    start = wanted[:, 0] - levels[:, 0] - (bends * levels[:, :-1]).sum(1)
+    curved = x + start.view(-1, 1, 1)
+    for piece in range(LEVELS - 1):
+        low, high, bend = (each.view(-1, 1, 1) for each in (levels[:, piece], levels[:, piece + 1], bends[:, piece]))
+        curved = curved.addcmul_(x.clamp(low, high), bend)
+    return curved.to(x.dtype)
