@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 
 import numpy as np
@@ -92,7 +93,7 @@ def test_the_rule_gains_most_among_those_that_lose_little_without_a_drift(make, 
     record, by = found.record, "labels" if labelled else "agreement"
     assert (record["by"], record["tolerance"]) == (by, TOLERANCE[by])
     rows = rows_of(record)
-    assert len(rows) == len(candidates(found.statistics))
+    assert [row["rule"] for row in rows] == [vars(rule) for rule in candidates(found.statistics)]
     fixed = record["candidates"][0]["scores"]
     for row in rows:
         gains = [row["scores"][name] / fixed[name] - 1 for name in fixed if name != "none"]
@@ -104,6 +105,25 @@ def test_the_rule_gains_most_among_those_that_lose_little_without_a_drift(make, 
         assert vars(found.rule) == max(allowed, key=lambda row: row["gain"])["rule"]
     else:
         assert found.rule.points == "none" or found.rule.largest == 0.0
+
+
+def test_the_image_is_tried_alone_and_together_with_every_rule_inside_of_the_model():
+    for kinds in (("norms", "blocks"), ("batchnorm", "norms", "blocks")):
+        inside, both = candidates(kinds), candidates((*kinds, "input"))
+        beside = [dataclasses.replace(rule, points=f"input+{rule.points}") for rule in inside]
+        assert sorted(both, key=str) == sorted([*inside, *beside, Rule("input")], key=str)
+        assert len(set(both)) == len(both)
+    assert candidates(("input",)) == [Rule("input")]
+
+
+def test_the_tones_of_the_image_are_corrected_where_light_is_all_that_drifts():
+    """A model without norms and blocks: a curve of the tones is all that could help it."""
+    torch.manual_seed(0)
+    pictures = [np.clip(each * 0.3 + 100, 0, 255).astype(np.uint8) for each in stills(24)]
+    found = run(zoo.PlainSeg(), pictures, drifts=("night:5", "low-contrast:5"))
+    assert found.rule == Rule("input")
+    (best,) = rows_of(found.record)
+    assert best["gain"] > 0
 
 
 def test_labels_may_be_arrays_or_tensors(model):

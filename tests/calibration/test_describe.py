@@ -28,6 +28,7 @@ RULES = [
     for points, per, margin, strength, largest in itertools.product(
         KINDS, ("layer", "channel"), ("mean", "high"), (1.0, 1.5), (0.5, 0.8)
     )
+    if points != "input" or margin == "mean"  # the image has a margin of its own
 ]
 
 

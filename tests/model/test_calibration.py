@@ -30,7 +30,7 @@ def calibration(model) -> Calibration:
     taken = take_stills(model, [torch.randn(3, 64, 64, generator=generator) for _ in range(8)])
     found = measure(model, taken, loss=lambda x: x.square().mean())
     return found.replace(
-        rule=Rule("batchnorm", "channel", "high", 0.5, 0.25, 2.0),
+        rule=Rule("batchnorm", "channel", "high", 0.5, 0.25),
         drifts=(0.25, 0.5, 1.5),
         settings={"lr": 1e-4},
         record={"by": "labels"},
@@ -132,8 +132,7 @@ def test_the_digest_is_that_of_what_a_corrected_pass_depends_on(calibration):
     "wrong",
     [
         {"points": "norm"}, {"per": "image"}, {"margin": "median"}, {"largest": 1.5}, {"largest": -0.1},
-        {"strength": -1.0}, {"strength": float("nan")}, {"largest": float("nan")}, {"early": -1.0},
-        {"early": float("nan")},
+        {"strength": -1.0}, {"strength": float("nan")}, {"largest": float("nan")},
     ],
     ids=str,
 )  # fmt: skip
@@ -174,12 +173,10 @@ def test_a_rule_at_points_that_the_model_lacks_is_refused(calibration):
         calibration.replace(statistics={}, rule=Rule("input"))
 
 
-@pytest.mark.parametrize(("count", "early"), [(1, 0), (2, 1), (4, 2), (5, 3), (0, 0)])
-def test_the_first_half_of_the_points_has_a_factor_of_its_own_on_the_threshold(count, early):
-    rule = Rule("blocks", strength=1.5, early=2.0)
-    strengths = [rule.at(index, count).strength for index in range(count)]
-    assert strengths == [3.0] * max(early, min(count, 1)) + [1.5] * (count - max(early, min(count, 1)))
-    assert [Rule("blocks", strength=1.5).at(index, count).strength for index in range(count)] == [1.5] * count
+def test_at_the_image_usual_is_what_nearly_all_stills_show():
+    for margin in ("mean", "high"):
+        rule = Rule("input+norms", "channel", margin, 0.7, 0.3)
+        assert rule.at_image() == Rule("input+norms", "channel", "high", 0.7, 0.3)
 
 
 def test_the_limit_is_the_95th_percentile_of_the_drifts_in_units_of_their_mean(calibration):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -69,17 +70,20 @@ def first(output) -> torch.Tensor:
 
 def plain_correction(model: nn.Module, calibration: Calibration, frame: torch.Tensor) -> tuple[torch.Tensor, float]:
     """What the model returns with the formula written out, in float64, and the drift."""
-    rule, drifts, handles, strengths = calibration.rule, [], [], {}
+    rule, drifts, handles = calibration.rule, [], []
 
     def share_of(mean, variance, source):
         d = ((mean - source.mean) / source.std).square() + (variance.sqrt() / source.std - 1).square()
+        return share_at(d, source, rule.margin)
+
+    def share_at(d, source, margin):
         usual = {
             ("layer", "mean"): source.layer_usual, ("layer", "high"): source.layer_high,
             ("channel", "mean"): source.usual, ("channel", "high"): source.high,
-        }[rule.per, rule.margin]  # fmt: skip
+        }[rule.per, margin]  # fmt: skip
         drifts.append(float(d.mean() / source.layer_usual))
         d = d if rule.per == "channel" else d.mean()
-        return (1 - strengths[id(source)] * usual / d).clamp(0, rule.largest)
+        return (1 - rule.strength * usual / d).clamp(0, rule.largest)
 
     def normalise(source, norm, args, _output):
         x = args[0].double()
@@ -94,7 +98,18 @@ def plain_correction(model: nn.Module, calibration: Calibration, frame: torch.Te
         return y
 
     def before(source, _module, args):
-        return shift(source, None, None, args[0])
+        (image,) = args[0].double()
+        at = [round((0.02 + 0.12 * i) * (image[0].numel() - 1)) for i in range(9)]
+        levels = image.flatten(1).sort(1).values[:, at]
+        d = ((levels - source.mean) / source.std[:, None]).square().mean(1)
+        share = share_at(d, source, "high").expand(len(d))
+        wanted = levels + share[:, None] * (source.mean - levels)
+        rows = zip(image, levels, wanted, strict=True)
+        curved = [np.interp(*(each.numpy() for each in (values.flatten(), a, b))) for values, a, b in rows]
+        moved = torch.from_numpy(np.stack(curved)).view_as(image)
+        low, high = levels[:, :1, None], levels[:, -1:, None]  # beyond the outermost levels the slope is one
+        moved = moved + (image - low).clamp_max(0) + (image - high).clamp_min(0)
+        return moved[None].float()
 
     def shift(source, _module, _args, output):
         y = output.double().clone()
@@ -109,12 +124,11 @@ def plain_correction(model: nn.Module, calibration: Calibration, frame: torch.Te
         moved = moved * source.std + source.mean
         return torch.cat([y[:, : source.prefix], moved.movedim(-1, axis)], 1).float()
 
-    for i, ((kind, name), source) in enumerate(calibration.points.items()):
+    for (kind, name), source in calibration.points.items():
         call = {"batchnorm": normalise, "input": before}.get(kind, shift)
         wide = {n: v.double() for n, v in vars(source).items() if isinstance(v, torch.Tensor)}
         wide["std"] = wide["std"].clamp_min(wide["std"].max() * 1e-4)  # of channels that are constant in the source
         source = dataclasses.replace(source, **wide)
-        strengths[id(source)] = rule.strength * (rule.early if i < len(calibration.points) / 2 else 1)
         module = model.get_submodule(name)
         hook = module.register_forward_pre_hook if kind == "input" else module.register_forward_hook
         handles.append(hook(lambda *a, c=call, s=source: c(s, *a)))
@@ -129,7 +143,6 @@ def plain_correction(model: nn.Module, calibration: Calibration, frame: torch.Te
         {"strength": 0.5, "largest": 0.9},
         {"strength": 2.0},
         {"strength": 0.0, "largest": 1.0},
-        {"strength": 0.5, "early": 3.0},
     ],
     ids=str,
 )

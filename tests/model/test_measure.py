@@ -188,9 +188,14 @@ def test_a_model_without_norms_and_blocks_is_measured_at_its_input():
     ((kind, _name), each), *others = found.points.items()
     assert (kind, found.rule.points, others) == ("input", "input", [])
     frames = torch.stack(stills()).double()
-    torch.testing.assert_close(each.mean.double(), frames.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    quantiles = torch.linspace(0.02, 0.98, 9, dtype=torch.float64)
+    levels = frames.flatten(2).quantile(quantiles, 2, interpolation="nearest")  # [9, stills, C]
+    torch.testing.assert_close(each.mean.double(), levels.mean(1).T, rtol=1e-4, atol=1e-5)
     deviations = frames.flatten(2).std(2, correction=0)
     torch.testing.assert_close(each.std.double(), deviations.mean(0), rtol=1e-4, atol=1e-5)
+    d = ((levels - levels.mean(1, keepdim=True)) / deviations.mean(0)).square().mean(0)  # [stills, C]
+    torch.testing.assert_close(each.usual.double(), d.mean(0), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(each.layer_high.double(), d.mean(1).quantile(0.95), rtol=1e-3, atol=1e-6)
 
 
 def drifts_by_hand(model: nn.Module, found, taken, predict=None) -> list[float]:

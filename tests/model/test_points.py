@@ -10,6 +10,7 @@ import models as zoo
 from conftest import left_as_it_was, mix_flags
 from ttt_adapt.model.points import KINDS, SIDES, Point, points_of_pass
 from ttt_adapt.model.probe import evaluating
+from ttt_adapt.model.tone import levels_of
 
 FAMILIES = {
     # model, size: kind -> (how many points, layouts, prefixes, channels of the first)
@@ -62,9 +63,9 @@ def test_the_input_point_is_that_of_the_convolution_that_sees_the_image(family):
     point.module.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     with evaluating(model), torch.no_grad():
         model(images)
-    mean, variance = point.moments(seen[0])
+    levels, variance = point.moments(seen[0])
     assert seen[0].shape[1] == 3
-    torch.testing.assert_close(mean, seen[0].mean((0, 2, 3)))
+    assert torch.equal(levels, levels_of(seen[0]))
     torch.testing.assert_close(variance, seen[0].var((0, 2, 3), correction=0))
 
 

@@ -43,26 +43,13 @@ PANS = 3
 
 
 def candidates(kinds: Iterable[str]) -> list[Rule]:
-    """The rules that are tried first for a model with these kinds of points: those inside of the model."""
-    ways: tuple[tuple[str, str], ...] = (("layer", "mean"), ("layer", "high"), ("channel", "mean"))
-    if "batchnorm" in kinds:
-        ways = (*ways, ("channel", "high"))
-        return [Rule("batchnorm", per, margin, early=early) for early in (1.0, 2.0) for per, margin in ways]
-    return [Rule(kind, per, margin) for kind in ("norms", "blocks") if kind in kinds for per, margin in ways]
-
-
-def with_image(rule: Rule, kinds: Iterable[str]) -> list[Rule]:
-    """The rules that are tried then: the image corrected alone, and together with the best of the first ones.
-
-    Args:
-        rule: that one; one that only measures where none helped.
-        kinds: kinds of points that the model has.
-    """
-    if "input" not in kinds:
-        return []
-    alone = Rule("input")
-    rules = [alone, dataclasses.replace(rule, points=f"input+{rule.points}")] if rule.largest > 0 else [alone]
-    return [dataclasses.replace(each, image=margin) for each in rules for margin in ("mean", "high")]
+    """The rules that are tried for a model with these kinds of points."""
+    ways = (("layer", "mean", 1.0), ("layer", "high", 1.0), ("channel", "mean", 1.0))
+    more = ("channel", "high", 1.0) if "batchnorm" in kinds else ("layer", "high", 1.5)
+    inside = ["batchnorm"] if "batchnorm" in kinds else [kind for kind in ("norms", "blocks") if kind in kinds]
+    places = [*inside, *(f"input+{kind}" for kind in inside)] if "input" in kinds else inside
+    alone = [Rule("input")] if "input" in kinds else []
+    return [*(Rule(points, *way) for points in places for way in (*ways, more)), *alone]
 
 
 def calibrate(
@@ -123,9 +110,7 @@ def calibrate(
     found = measure(model, taken, predict) if branch is None else branch.measured(taken, predict, seed)
     if not hindrance:
         trial = _Trial(model, taken, truth, chosen_on, way)
-        inside = trial.best(candidates(found.statistics))
-        rule = trial.best(with_image(inside, found.statistics))
-        record = trial.record()
+        rule, record = trial.best(candidates(found.statistics))
         found = found.replace(rule=rule, record=record)
         if steps:
             assert branch is not None
@@ -182,26 +167,22 @@ class _Trial:
             self._sets[str(drift)] = take_stills(model, pictures, way.preprocess, least=1)
         self._score = score_by(self._outputs("none", None), self._labels, way.ignore, way.distribution)
         self._plain = {name: self._score(self._outputs(name, None)) for name in self._sets}
-        self._best, self._most = dataclasses.replace(self._measured.rule, largest=0.0), 0.0  # measures alone
-        self._rows: list[dict[str, Any]] = [{"rule": "fixed", "gain": 0.0, "loss": 0.0, "scores": self._plain}]
 
     @property
     def _by(self) -> str:
         return "agreement" if self._labels is None else "labels"
 
-    def best(self, rules: Sequence[Rule]) -> Rule:
-        """Try rules: the best of all that were tried so far; one that only measures where none helped."""
+    def best(self, rules: Sequence[Rule]) -> tuple[Rule, dict[str, Any]]:
+        """The best rule, or one that only measures where none helps, and the scores of all."""
+        rows: list[dict[str, Any]] = [{"rule": "fixed", "gain": 0.0, "loss": 0.0, "scores": self._plain}]
+        best, most = dataclasses.replace(self._measured.rule, largest=0.0), 0.0
         for rule in rules:
             scores = {name: self._score(self._outputs(name, rule)) for name in self._sets}
             gain, loss = compared(self._plain, scores)
-            self._rows.append({"rule": vars(rule), "gain": gain, "loss": loss, "scores": scores})
-            if gain > self._most and loss <= TOLERANCE[self._by]:
-                self._best, self._most = rule, gain
-        return self._best
-
-    def record(self) -> dict[str, Any]:
-        """The scores of all rules that were tried."""
-        return {"by": self._by, "tolerance": TOLERANCE[self._by], "candidates": self._rows}
+            rows.append({"rule": vars(rule), "gain": gain, "loss": loss, "scores": scores})
+            if gain > most and loss <= TOLERANCE[self._by]:
+                best, most = rule, gain
+        return best, {"by": self._by, "tolerance": TOLERANCE[self._by], "candidates": rows}
 
     def pans(self) -> tuple[list[np.ndarray], list[Any] | None, Sequence[Drift], float]:
         """Some of the held-out stills, their labels, the drifts, and the tolerance, for a choice of settings."""

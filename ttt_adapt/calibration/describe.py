@@ -24,14 +24,15 @@ _WHERE = {
     "batchnorm": "at the input of every BatchNorm",
     "norms": "at the output of every norm that is no BatchNorm",
     "blocks": "at the output of every block",
-    "input": "at the input of the first convolution",
 }
 _KINDS = {
     "batchnorm": "BatchNorm inputs",
     "norms": "outputs of other norms",
     "blocks": "outputs of blocks",
-    "input": "input of the first convolution",
+    "input": "tones of the image",
 }
+_USUAL = {"mean": "stills do on average", "high": "95 % of the stills do"}
+_BEYOND = {"mean": "the mean still", "high": "95 % of the stills"}
 
 
 class TriedSettings(NamedTuple):
@@ -75,13 +76,18 @@ def describe_rule(rule: Rule) -> str:
     """How frames are corrected, in words."""
     if not corrects(rule):
         return "no frame is corrected"
-    usual = "stills do on average" if rule.margin == "mean" else "95 % of the stills do"
     more = "more than" if rule.strength == 1 else f"more than {rule.strength:g} times what"
-    per = "one share per layer" if rule.per == "layer" else "one share per channel"
-    where = " and ".join(_WHERE[kind] for kind in rule.kinds)
-    early = "" if rule.early == 1 else f" (in the first half of the points {rule.early:g} times as much)"
-    share = f"gets up to {rule.largest:.0%} of its own statistics, {per}"
-    return f"{where}, a frame that differs {more} {usual}{early} {share}"
+    parts = []
+    if inside := [kind for kind in rule.kinds if kind != "input"]:
+        per = "one share per layer" if rule.per == "layer" else "one share per channel"
+        where = " and ".join(_WHERE[kind] for kind in inside)
+        share = f"gets up to {rule.largest:.0%} of its own statistics, {per}"
+        parts.append(f"{where}, a frame that differs {more} {_USUAL[rule.margin]} {share}")
+    if "input" in rule.kinds:
+        per = "for all channels together" if rule.per == "layer" else "channel by channel"
+        way = f"moves up to {rule.largest:.0%} of the way to the stills' tones, {per}"
+        parts.append(f"an image whose tones differ {more} {_USUAL[rule.at_image().margin]} {way}")
+    return "; ".join(parts)
 
 
 def candidates_of(calibration: Calibration) -> list[Candidate]:
@@ -110,9 +116,10 @@ def in_columns(rule: Rule) -> tuple[str, str, str]:
     """A rule for a table: where it corrects, for what frames, and by how much."""
     if not corrects(rule):
         return "nowhere: the model as it is", "", ""
-    usual = "the mean still" if rule.margin == "mean" else "95 % of the stills"
-    beyond = usual if rule.strength == 1 else f"{rule.strength:g} x {usual}"
-    beyond += "" if rule.early == 1 else f", early {rule.early:g} x"
+    usual = [_BEYOND[rule.at_image().margin]] if "input" in rule.kinds else []
+    if rule.kinds != ["input"]:
+        usual.append(_BEYOND[rule.margin])
+    beyond = " + ".join(usual) if rule.strength == 1 else f"{rule.strength:g} x {' + '.join(usual)}"
     return " + ".join(_KINDS[kind] for kind in rule.kinds), beyond, f"{rule.largest:.0%} per {rule.per}"
 
 

@@ -68,12 +68,9 @@ class Correction:
         # in fixed places, where also a recorded pass leaves its numbers
         self._seen = torch.zeros(len(chosen), device=device)
         self._calls = torch.zeros((), device=device)
-        images = [point for point in chosen if point.side == "input"]
-        inside = [point for point in chosen if point.side != "input"]
-        rules = [*(rule.at_image() for _ in images), *(rule.at(i, len(inside)) for i in range(len(inside)))]
         self._layers = [
-            (_Image if point.side == "input" else _Layer)(point, statistics[point.name], each, seen, device)
-            for point, each, seen in zip([*images, *inside], rules, self._seen, strict=True)
+            (_Image if point.side == "input" else _Layer)(point, statistics[point.name], rule, seen, device)
+            for point, seen in zip(chosen, self._seen, strict=True)
         ]
         self._passed = False
 
@@ -203,7 +200,7 @@ class _Image:
         self.mean = statistics.mean.to(place)
         self._std = above_zero(statistics.std).to(place)
         self._per_channel, self._largest = rule.per == "channel", rule.largest
-        self._threshold = statistics.threshold(rule).to(place)
+        self._threshold = statistics.threshold(rule.at_image()).to(place)
         self._unit = (1.0 / statistics.layer_usual.clamp_min(1e-12)).to(seen.device)
 
     def finite(self, own: Tensor) -> Tensor:

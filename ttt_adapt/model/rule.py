@@ -6,7 +6,8 @@ the source, the more of its own they are replaced by:
     d     = (mean_frame - mean)^2 / std^2 + (std_frame / std - 1)^2           per channel, or its mean over a layer
     share = clip(1 - strength * usual / d, 0, largest)                        usual: the d of source stills
 
-At the image, d is the distance of its tones from those of the source (`ttt_adapt.model.tone`).
+At the image, d is the distance of its tones from those of the source (`ttt_adapt.model.tone`), and usual is always their
+95th percentile.
 
 A share of this form is that of James and Stein ("Estimation with quadratic loss", 1961): an estimate is shrunk toward
 what is known, by the ratio of the variance that is expected to the distance that is seen. Blending BatchNorm's
@@ -40,10 +41,6 @@ class Rule:
             percentile.
         strength: factor on what is usual: the larger, the more a frame has to differ before anything happens.
         largest: the largest share of a frame's own statistics, in [0, 1].
-        early: another factor on what is usual, for the first half of the points. What the first layers see changes with
-            every texture, such as the blocks of JPEG, and correcting it can cost more than it helps.
-        image: the margin at the image, which neither `margin` nor `early` is about: one curve changes all that the
-            model sees, so it may have to wait longer.
     """
 
     points: str
@@ -51,31 +48,28 @@ class Rule:
     margin: str = "mean"
     strength: float = 1.0
     largest: float = 0.5
-    early: float = 1.0
-    image: str = "high"
 
     def __post_init__(self) -> None:
         if unknown := [kind for kind in self.kinds if kind not in KINDS]:
             raise ConfigError(
                 f"points has {unknown[0]!r}; expected kinds of {', '.join(KINDS)} with + between, or none"
             )
-        choices = {"per": ("layer", "channel"), "margin": ("mean", "high"), "image": ("mean", "high")}
+        choices = {"per": ("layer", "channel"), "margin": ("mean", "high")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(repr, allowed))}")
-        if not 0.0 <= self.largest <= 1.0 or not self.strength >= 0.0 or not self.early >= 0.0:
+        if not 0.0 <= self.largest <= 1.0 or not self.strength >= 0.0:
             raise ConfigError(
-                f"strength {self.strength!r} and early {self.early!r} must be at least 0, and largest {self.largest!r} "
-                "between 0 and 1"
+                f"strength {self.strength!r} must be at least 0, and largest {self.largest!r} between 0 and 1"
             )
 
-    def at(self, index: int, count: int) -> Rule:
-        """The rule of the point at this place, from 0, among so many inside of the model."""
-        return self if 2 * index >= count else dataclasses.replace(self, strength=self.strength * self.early)
-
     def at_image(self) -> Rule:
-        """The rule of the image."""
-        return dataclasses.replace(self, margin=self.image)
+        """The rule of the image: usual is what 95 % of the stills show.
+
+        One curve changes all that the model sees, and a blur moves the darkest and brightest tones, too, so the mean
+        of the stills would be too little to wait for.
+        """
+        return dataclasses.replace(self, margin="high")
 
     @property
     def kinds(self) -> list[str]:
