@@ -9,8 +9,8 @@ every third frame, as it is and under eight drifts at severity 3; the dusk clip;
 forth and back, with drifts that come and go.
 
 No setting is chosen on what it is reported on. Calibration chooses its rule on training stills under four drifts and
-two more that are scored nowhere (`BESIDE`), and the streams with the other four drifts are scored (`FOLDS`: each half of
-the drifts is once what is chosen on and once what is scored). Clips of the streams take no part in it.
+two more that are scored nowhere (`BESIDE`), and the streams with the other four drifts are scored (`FOLDS`: each half
+of the drifts is once what is chosen on and once what is scored). Clips of the streams take no part in it.
 
 Everything goes on where it stopped when the command is given again. For each model there are reports with every run,
 and `drifts-MODEL.md`, the table.

@@ -6,8 +6,8 @@ the source, the more of its own they are replaced by:
     d     = (mean_frame - mean)^2 / std^2 + (std_frame / std - 1)^2           per channel, or its mean over a layer
     share = clip(1 - strength * usual / d, 0, largest)                        usual: the d of source stills
 
-At the image, d is the distance of its tones from those of the source (`ttt_adapt.model.tone`), and usual is always their
-95th percentile.
+At the image, d is the distance of its tones from those of the source (`ttt_adapt.model.tone`), and usual is always
+their 95th percentile.
 
 A share of this form is that of James and Stein ("Estimation with quadratic loss", 1961): an estimate is shrunk toward
 what is known, by the ratio of the variance that is expected to the distance that is seen. Blending BatchNorm's

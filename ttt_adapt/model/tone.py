@@ -1,10 +1,9 @@
 """The tones of an image: how dark and bright the pixels of each channel are, and a curve that changes it.
 
 The tones of a channel are `LEVELS` of its quantiles. An image is corrected by the curve that takes its own levels a
-share of the way to the source's: straight between two levels, and with a slope of one beyond the outermost. So
-exposure, contrast, gamma and a colour cast are undone by one curve per channel, whatever they did to the mean. Without a
-limit on the share this is histogram matching (Gonzalez and Woods, "Digital Image Processing", on histogram
-specification).
+share of the way to the source's: straight between two levels, and with a slope of one beyond the outermost. So one
+curve per channel undoes exposure, contrast, gamma and a colour cast. With the whole share this is histogram matching
+(Gonzalez and Woods, "Digital Image Processing", on histogram specification).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 
 LEVELS = 9
 EDGE = 0.02
-"""The levels are the quantiles from here to one minus this, evenly spaced: single bright or dead pixels do not count."""
+"""The levels are the quantiles from here to one minus this, evenly spaced: single dead pixels do not count."""
 SAMPLES = 4096
 """About so many pixels of each channel are looked at, on an even grid."""
 STEEPEST = 8.0
