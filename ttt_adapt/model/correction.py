@@ -110,10 +110,10 @@ class Correction:
 
     def _hook(self, layer: _Layer | _Image, first: bool) -> Any:
         module, calls = layer.point.module, self._calls if first else None
-        if layer.point.side == "statistics":
-            return module.register_forward_pre_hook(_replace_statistics(layer, calls), with_kwargs=True)
         if isinstance(layer, _Image):
             return module.register_forward_pre_hook(_correct_image(layer, calls))
+        if layer.point.side == "statistics":
+            return module.register_forward_pre_hook(_replace_statistics(layer, calls), with_kwargs=True)
         correct = _correct(layer, calls)
         return module.register_forward_hook(lambda _module, _args, output: correct(output))
 
