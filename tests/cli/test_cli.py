@@ -447,7 +447,7 @@ BAD_TRAINING = [
     (["street", "--size=10"], "HEIGHTxWIDTH"),
     (["street", "--size=10x10"], "at least (48, 64)"),
     (["street", "--encoder=mixer_s32_224", "--size=64x96"], "cannot take images of (64, 96)"),
-    (["street", "--recipe=both"], "expected one of joint, main, probe"),
+    (["street", "--recipe=both"], "expected one of joint, main, probe, branch"),
     (["street", "--precision=fp8"], "'fp8'"),
     (["street", "--lr=0"], "lr 0.0"),
     (["street", "--device=gpu9"], "expected auto, cpu or cuda"),

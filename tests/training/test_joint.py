@@ -15,7 +15,7 @@ from conftest import same_bits
 from models import CLASSES, PlainSeg, TinySeg
 from ttt_adapt import MAEBranch
 from ttt_adapt.errors import CheckpointError, ConfigError, StateError
-from ttt_adapt.training.joint import Progress, TrainConfig, fit
+from ttt_adapt.training.joint import STAGES, Progress, TrainConfig, fit
 
 SIZE = (32, 48)
 
@@ -99,7 +99,7 @@ def test_fit_decreases_both_losses_and_reports_every_update():
 def test_fit_leaves_eval_mode_no_gradients_and_the_flags_of_every_parameter():
     model, branch = attached()
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
-    for stage in ("main", "joint", "mae", "probe"):
+    for stage in STAGES:
         fit(model, branch, Blocks(4), criterion, config(stage=stage, epochs=1))
         assert not any(m.training for part in (model, branch) for m in part.modules()), stage
         assert all(p.grad is None for part in (model, branch) for p in part.parameters()), stage
@@ -113,6 +113,7 @@ def test_fit_leaves_eval_mode_no_gradients_and_the_flags_of_every_parameter():
         ("joint", ("model.backbone", "model.head", "branch"), ()),
         ("mae", ("model.backbone", "branch"), ("model.head",)),
         ("probe", ("model.head",), ("model.backbone", "branch")),
+        ("branch", ("branch",), ("model",)),
     ],
 )
 def test_each_stage_trains_its_parts_and_leaves_the_others_bitwise(stage, trained, frozen):

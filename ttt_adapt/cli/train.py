@@ -62,7 +62,12 @@ def train(
     classes: Annotated[str, typer.Option(help="Comma-separated class names, where the data bring none.")] = "",
     size: Size = None,
     stills: Annotated[int, typer.Option(min=1, metavar="N", help="Images rendered for 'street'.")] = 400,
-    recipe: Annotated[str, typer.Option(help="joint: main task, then joint. main: main task twice. probe.")] = "joint",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="joint: main task, then joint. main: main task twice. branch: main, then branch alone. probe."
+        ),
+    ] = "joint",
     first_epochs: Annotated[int, typer.Option(min=0, metavar="N", help="Epochs of the recipe's first stage.")] = 40,
     epochs: Annotated[int, typer.Option(min=1, metavar="N", help="Epochs of the recipe's last stage.")] = 40,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images per batch.")] = 16,

@@ -40,7 +40,7 @@ from ttt_adapt.training.distributed import process_group, rank, world_size
 
 FORMAT = 1
 """Number of the layout of training states, under "format". States without a number have the same layout."""
-STAGES = ("main", "joint", "mae", "probe")
+STAGES = ("main", "joint", "mae", "probe", "branch")
 
 Criterion = Callable[[Any, Any], Tensor]
 
@@ -50,7 +50,9 @@ class TrainConfig:
     """How `fit` trains.
 
     Attributes:
-        stage: "main", "joint", "mae" or "probe".
+        stage: what learns, and by which loss: "main", the model by its task; "joint", model and branch by both; "mae",
+            encoder and branch by reconstruction; "probe", the head by its task; "branch", the branch alone, beside a
+            model that stays as it is, by reconstruction.
         epochs: passes over the data.
         batch_size: images per process and step, before accumulation.
         accumulate: steps whose gradients are added up for one update.
@@ -111,13 +113,13 @@ class JointLoss(nn.Module):
 
     def __init__(self, model: nn.Module, branch: Attached | None, criterion: Criterion, stage: str) -> None:
         super().__init__()
-        self.model, self.branch = model, branch if stage in ("joint", "mae") else None
+        self.model, self.branch = model, branch if stage in ("joint", "mae", "branch") else None
         self._criterion, self._stage = criterion, stage
 
     def forward(self, images: Tensor, targets: Any) -> dict[str, Tensor]:
         """The stage's losses by name; images [B, 3, H, W] as the model takes them."""
         losses = {}
-        if self._stage != "mae":
+        if self._stage not in ("mae", "branch"):
             losses["main"] = self._criterion(self.model(images), targets)
         if self.branch is not None:
             info = self.branch.info
@@ -183,7 +185,7 @@ class _Run:
         self.device = next(model.parameters()).device
         self._criterion = criterion
         self._frozen = _parameters_to_freeze(model, branch, config.stage)
-        self._frozen_norms = branch.info.norms if branch is not None and config.stage == "probe" else []
+        self._frozen_norms = branch.info.norms if branch is not None and config.stage in ("probe", "branch") else []
 
     def __enter__(self) -> _Run:
         self._thawed = [p for p in self._frozen if p.requires_grad]
@@ -334,9 +336,11 @@ def _read_state(file: str | Path, device: torch.device) -> dict[str, Any]:
 
 
 def _parameters_to_freeze(model: nn.Module, branch: Attached | None, stage: str) -> list[nn.Parameter]:
-    """What a stage does not train: the head for "mae", the encoder for "probe"."""
+    """What a stage does not train: the head for "mae", the encoder for "probe", both for "branch"."""
     if branch is None or stage in ("main", "joint"):
         return []
+    if stage == "branch":
+        return list(model.parameters())
     encoder = {id(p) for p in branch.encoder_parameters().values()}
     return [p for p in model.parameters() if (id(p) in encoder) == (stage == "probe")]
 

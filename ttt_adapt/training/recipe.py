@@ -25,7 +25,13 @@ from ttt_adapt.training.joint import Progress, TrainConfig, fit
 from ttt_adapt.training.start import find_start
 from ttt_adapt.view.terminal import notice, progress_bar
 
-RECIPES = {"joint": ("main", "joint"), "main": ("main", "main"), "probe": ("mae", "probe")}
+RECIPES = {
+    "joint": ("main", "joint"),
+    "main": ("main", "main"),
+    "probe": ("mae", "probe"),
+    "branch": ("main", "branch"),
+}
+"""Name -> the stages of training."""
 
 
 def train(
@@ -67,7 +73,8 @@ def train(
         classes: class names, where the data bring none.
         size: (H, W) that images are resized to; None: as on disk.
         stills: number of images rendered for "street".
-        recipe: "joint" (main task, then joint), "main" (main task twice), or "probe" (reconstruction, then head).
+        recipe: "joint" (main task, then joint), "main" (main task twice), "branch" (main task, then the branch beside the
+            model, which stays as it is), or "probe" (reconstruction, then head).
         first_epochs: epochs of the recipe's first stage; 0 leaves it out.
         init: checkpoint to start from.
         pretrained: where the encoder's first weights come from: "timm" (it downloads), a file (.safetensors, .pth, .pt)
