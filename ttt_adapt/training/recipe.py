@@ -73,8 +73,8 @@ def train(
         classes: class names, where the data bring none.
         size: (H, W) that images are resized to; None: as on disk.
         stills: number of images rendered for "street".
-        recipe: "joint" (main task, then joint), "main" (main task twice), "branch" (main task, then the branch beside the
-            model, which stays as it is), or "probe" (reconstruction, then head).
+        recipe: "joint" (main task, then joint), "main" (main task twice), "branch" (main task, then the branch beside
+            the model, which stays as it is), or "probe" (reconstruction, then head).
         first_epochs: epochs of the recipe's first stage; 0 leaves it out.
         init: checkpoint to start from.
         pretrained: where the encoder's first weights come from: "timm" (it downloads), a file (.safetensors, .pth, .pt)
