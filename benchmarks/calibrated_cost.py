@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from timing import now, table, write
+from ttt_adapt.model.calibration import Calibration
 from ttt_adapt.model.correction import correction
 from ttt_adapt.model.measure import measure, take_stills
+from ttt_adapt.model.rule import Rule
 from ttt_adapt.tasks.dense_model import DenseModel
 
 SIZE = (192, 256)
@@ -40,20 +42,27 @@ def rows(names: list[str], threads: int, frames: int) -> Iterator[dict[str, Any]
         torch.manual_seed(0)
         model = MODELS[name]().eval()
         stills = [torch.randn(3, *SIZE) for _ in range(8)]
-        calibration = measure(model, take_stills(model, stills))
-        corrected = correction(model, calibration)
+        measured = measure(model, take_stills(model, stills))
+        for points in (measured.rule.points, f"input+{measured.rule.points}"):
+            calibration = measured.replace(rule=Rule(points))
+            ms = costs(model, calibration, torch.randn(frames, 1, 3, *SIZE) * 0.5)
+            where = f"{len(measured.points)} {measured.rule.points}" + " + image" * points.startswith("input")
+            yield {"model": name, "threads": threads, "points": where, "frames": frames, **ms}
 
-        def fixed(x: Tensor, model: nn.Module = model) -> None:
-            with torch.no_grad():
-                model(x)
 
-        def calibrated(x: Tensor, model: nn.Module = model, corrected: Any = corrected) -> None:
-            with torch.no_grad(), corrected.active():
-                model(x)
+def costs(model: nn.Module, calibration: Calibration, frames: Tensor) -> dict[str, float]:
+    """Of fixed and corrected passes of one model over the frames."""
+    corrected = correction(model, calibration)
 
-        ms = paired(fixed, calibrated, torch.randn(frames, 1, 3, *SIZE) * 0.5)
-        points = f"{len(calibration.points)} {calibration.rule.points}"
-        yield {"model": name, "threads": threads, "points": points, "frames": frames, **ms}
+    def fixed(x: Tensor) -> None:
+        with torch.no_grad():
+            model(x)
+
+    def calibrated(x: Tensor) -> None:
+        with torch.no_grad(), corrected.active():
+            model(x)
+
+    return paired(fixed, calibrated, frames)
 
 
 def paired(one: Callable[[Tensor], None], two: Callable[[Tensor], None], frames: Tensor) -> dict[str, float]:

@@ -27,7 +27,7 @@ def test_levels_of_a_large_image_come_from_an_even_grid_of_it():
     x = image(600, 800)
     every = np.quantile(x.numpy()[0].reshape(3, -1), np.linspace(0.02, 0.98, LEVELS), axis=1).T
     scale = x.std((0, 2, 3)).numpy()[:, None]
-    assert np.abs((levels_of(x).numpy() - every) / scale).max() < 0.1
+    assert np.abs((levels_of(x).numpy() - every) / scale).max() < 0.25
     step = int((600 * 800 // SAMPLES) ** 0.5)
     changed = x.clone()
     changed[:, :, 1::step] = 99.0  # rows that are not looked at

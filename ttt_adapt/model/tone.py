@@ -16,8 +16,8 @@ from torch import Tensor
 LEVELS = 9
 EDGE = 0.02
 """The levels are the quantiles from here to one minus this, evenly spaced: single dead pixels do not count."""
-SAMPLES = 4096
-"""About so many pixels of each channel are looked at, on an even grid."""
+SAMPLES = 1024
+"""About so many pixels of each channel are looked at, on an even grid: a sort of more takes longer than a layer."""
 STEEPEST = 8.0
 """The largest slope of a curve: a wall of one colour has no contrast that could be restored, only noise."""
 
@@ -26,10 +26,10 @@ def levels_of(x: Tensor) -> Tensor:
     """The levels of images x [B, C, H, W], all together: [C, LEVELS], float32 or wider, ascending."""
     step = max(1, math.isqrt(x.shape[0] * x.shape[2] * x.shape[3] // SAMPLES))
     pixels = x[:, :, ::step, ::step].transpose(0, 1).flatten(1).to(torch.promote_types(x.dtype, torch.float32))
-    last = pixels.shape[1] - 1
+    ordered = pixels.sort(1).values
+    last = ordered.shape[1] - 1
     places = (EDGE + (1.0 - 2.0 * EDGE) * i / (LEVELS - 1) for i in range(LEVELS))
-    # nine searches take a third of the time of a sort
-    return torch.stack([pixels.kthvalue(1 + round(place * last), dim=1).values for place in places], 1)
+    return torch.stack([ordered[:, round(place * last)] for place in places], 1)
 
 
 def tone_divergence(levels: Tensor, source: Tensor, source_std: Tensor) -> Tensor:
@@ -58,5 +58,5 @@ def along_curve(x: Tensor, levels: Tensor, wanted: Tensor) -> Tensor:
     curved = x + start.view(-1, 1, 1)
     for piece in range(LEVELS - 1):
         low, high, bend = (each.view(-1, 1, 1) for each in (levels[:, piece], levels[:, piece + 1], bends[:, piece]))
-        curved = curved.addcmul_(x.clamp(low, high), bend)
+        curved = curved.addcmul_(torch.minimum(torch.maximum(x, low), high), bend)  # a clamp takes thrice as long
     return curved.to(x.dtype)
