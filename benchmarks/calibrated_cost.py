@@ -1,9 +1,11 @@
-"""What calibrated statistics cost: corrected passes against fixed ones of the same model, in turns in one run.
+"""What calibration costs: corrected passes, and gated gradient steps, against fixed passes of the same model.
 
     python benchmarks/calibrated_cost.py --out benchmarks/results/calibrated_cost.json
 
-`ratio` is the median over the frames of corrected time by fixed time. With one thread it is processor time, which other
-programs on the machine hardly change; with more it is clock time.
+Both are taken in turns in one run. `ratio` is the median over the frames of calibrated time by fixed time, and `gated`
+that of `adapter.step` with `gate="calibrated"`, on frames like the stills: nearly all are usual and skip the gradient
+step. With one thread it is processor time, which other programs on the machine hardly change; with more it is clock
+time.
 """
 
 from __future__ import annotations
@@ -19,14 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from timing import now, table, write
+from ttt_adapt import MAEBranch, StreamAdapter, StreamConfig
 from ttt_adapt.model.calibration import Calibration
 from ttt_adapt.model.correction import correction
-from ttt_adapt.model.measure import measure, take_stills
+from ttt_adapt.model.measure import measure, take_stills, with_drifts
 from ttt_adapt.model.rule import Rule
 from ttt_adapt.tasks.dense_model import DenseModel
 
 SIZE = (192, 256)
 SWIN = {"embed_dim": 48, "depths": (2, 2, 2, 2), "num_heads": (2, 4, 8, 16), "img_size": SIZE}
+ENCODERS = {"VisionTransformer": "norm"}
+"""Type of a model -> where its encoder ends, unless it is its `backbone`."""
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "tf_efficientnet_lite0": lambda: DenseModel("tf_efficientnet_lite0", 11),
     "resnet18": lambda: DenseModel("resnet18", 11),
@@ -41,11 +46,12 @@ def rows(names: list[str], threads: int, frames: int) -> Iterator[dict[str, Any]
     for name in names:
         torch.manual_seed(0)
         model = MODELS[name]().eval()
-        stills = [torch.randn(3, *SIZE) for _ in range(8)]
-        measured = measure(model, take_stills(model, stills))
+        stills = take_stills(model, [torch.randn(3, *SIZE) for _ in range(20)])
+        measured = measure(model, stills)
         for points in (measured.rule.points, f"input+{measured.rule.points}"):
             calibration = measured.replace(rule=Rule(points))
             ms = costs(model, calibration, torch.randn(frames, 1, 3, *SIZE) * 0.5)
+            ms["gated"] = gated(model, with_drifts(model, calibration, stills), torch.randn(frames, 3, *SIZE))
             where = f"{len(measured.points)} {measured.rule.points}" + " + image" * points.startswith("input")
             yield {"model": name, "threads": threads, "points": where, "frames": frames, **ms}
 
@@ -63,6 +69,19 @@ def costs(model: nn.Module, calibration: Calibration, frames: Tensor) -> dict[st
             model(x)
 
     return paired(fixed, calibrated, frames)
+
+
+def gated(model: nn.Module, calibration: Calibration, frames: Tensor) -> float:
+    """Median ratio of a gated step by a fixed pass."""
+    with MAEBranch.attach(model, ENCODERS.get(type(model).__name__, "backbone"), patch_size=16) as branch:
+        config = StreamConfig.online(gate="calibrated")
+        with StreamAdapter(model, branch, config=config, calibration=calibration) as adapter:
+
+            def fixed(x: Tensor) -> None:
+                with torch.no_grad():
+                    model(x[None])
+
+            return paired(fixed, adapter.step, frames)["ratio"]
 
 
 def paired(one: Callable[[Tensor], None], two: Callable[[Tensor], None], frames: Tensor) -> dict[str, float]:
@@ -91,7 +110,7 @@ def main() -> None:
             found.append(row)
             print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
             write(options.out, found)
-    print(table(found, ["model", "threads", "points", "fixed", "calibrated", "ratio"]))
+    print(table(found, ["model", "threads", "points", "fixed", "calibrated", "ratio", "gated"]))
 
 
 if __name__ == "__main__":
