@@ -33,6 +33,7 @@ class EncoderInfo:
         parameters: name -> parameter, all that the features depend on.
         checkpointing: modules that can recompute their activations in the backward pass.
         tokens: the blocks that tokens run through, for plain transformers; None for every other encoder.
+        no_tokens: why there are none; "" if there are.
         probe_size: (H, W) of the random images that the model was examined with.
         called_norms: dotted path -> layer with running statistics, for all that an encoder pass calls.
     """
@@ -46,6 +47,7 @@ class EncoderInfo:
     parameters: dict[str, nn.Parameter] = field(repr=False)
     checkpointing: list[nn.Module] = field(repr=False)
     tokens: TokenPath | None = field(repr=False)
+    no_tokens: str = field(repr=False)
     probe_size: tuple[int, int]
     called_norms: dict[str, nn.Module] = field(repr=False)
 
@@ -135,6 +137,7 @@ def _inspect(model: nn.Module, path: str, module: nn.Module, size: tuple[int, in
         # a model may pad such images inside, which hides the layout of its tokens: take whole patches
         return _inspect(model, path, module, (size[0] - size[0] % stride, size[1] - size[1] % stride))
     maps = describe(output, size, stride)
+    tokens, no_tokens = find_token_path(model, module, trace, size, stride)
     norms = {name: m for name, m in model.named_modules(remove_duplicate=False) if m in trace.norms}
     return EncoderInfo(
         model=model,
@@ -145,7 +148,8 @@ def _inspect(model: nn.Module, path: str, module: nn.Module, size: tuple[int, in
         maps=maps,
         parameters=_used_parameters(model, module, images, maps),
         checkpointing=_checkpointing(model),
-        tokens=find_token_path(model, module, trace, size, stride),
+        tokens=tokens,
+        no_tokens=no_tokens,
         probe_size=size,
         called_norms=norms,
     )

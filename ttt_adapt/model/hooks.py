@@ -1,6 +1,7 @@
 """Hooks on the user's model, set and removed by context managers. After the `with` block none is left.
 
 - `run_encoder` runs the model from its input and stops where the encoder ends.
+- `run_until` stops before a module and returns what it is called with.
 - `hidden_channel` tells the model's first convolution which pixels are hidden.
 - `visible_tokens` shows a transformer's blocks the visible tokens only.
 - `uncompiled` and `without_checkpointing` switch off, for the block, what does not work together with hooks.
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ttt_adapt.errors import EncoderError
+from ttt_adapt.errors import EncoderError, FrameError
 
 
 class _EncoderDone(BaseException):
@@ -29,7 +30,7 @@ class _EncoderDone(BaseException):
         self.output = output
 
 
-def run_encoder(model: nn.Module, encoder: nn.Module, images: Tensor) -> Any:
+def run_encoder(model: Callable[[Tensor], Any], encoder: nn.Module, images: Tensor) -> Any:
     """Run `model(images)` up to and including `encoder` and return the encoder's output.
 
     Raises:
@@ -51,6 +52,27 @@ def run_encoder(model: nn.Module, encoder: nn.Module, images: Tensor) -> Any:
         f"the encoder ({type(encoder).__name__}) is never reached by model(images): "
         "name a module that the model calls in its forward pass"
     )
+
+
+def run_until(model: Callable[[Tensor], Any], module: nn.Module, images: Tensor) -> tuple[Any, ...]:
+    """Run `model(images)` until it calls `module`, and return what it calls it with: arguments, then keyword values.
+
+    Raises:
+        EncoderError: the model finished without calling the module.
+    """
+
+    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _EncoderDone((*args, *kwargs.values()))
+
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with uncompiled():
+            model(images)
+    except _EncoderDone as done:
+        return tuple(done.output)
+    finally:
+        handle.remove()
+    raise EncoderError(f"{type(module).__name__} is never called by model(images)")
 
 
 @contextmanager
@@ -195,7 +217,18 @@ class _VisibleTokens:
         self.rotary: dict[int, tuple[Tensor, Tensor]] = {}
 
     def gather(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Before a block that is called with all tokens."""
+        """Before a block that is called with all tokens, or again with the visible ones.
+
+        Raises:
+            FrameError: it is called with another number of tokens than the image has.
+        """
+        found = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim == 3]
+        if not any(v.shape[:2] in ((self.batch, self.total), (self.batch, self.kept)) for v in found):
+            raise FrameError(
+                f"the transformer's blocks are called with {[tuple(v.shape) for v in found]} for images of "
+                f"{self.patches} patches; expected {self.total} tokens. The model pads such images inside, or drops or "
+                'merges tokens: use frames of a size that it does not pad, or masking="pixels"'
+            )
         return self._gather(args, True), {key: self._gather(v, True) for key, v in kwargs.items()}
 
     def gather_rotary_only(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
