@@ -25,9 +25,7 @@ class Vit(nn.Module):
         self.stem = nn.Conv2d(3, WIDTH, 8, 8) if stem is None else stem
         self.position = nn.Parameter(torch.randn(1, PATCHES, WIDTH))
         self.extra = nn.Parameter(torch.randn(1, 2, WIDTH))
-        self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(WIDTH, 2, 32, 0.0, batch_first=True) for _ in range(2)
-        )
+        self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(WIDTH, 2, 32, 0.0, batch_first=True) for _ in range(2))
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 5)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -108,9 +106,7 @@ class Memory(Vit):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(
-            nn.TransformerDecoderLayer(WIDTH, 2, 32, 0.0, batch_first=True) for _ in range(2)
-        )
+        self.blocks = nn.ModuleList(nn.TransformerDecoderLayer(WIDTH, 2, 32, 0.0, batch_first=True) for _ in range(2))
 
     def encode(self, tokens):
         memory = tokens
@@ -159,7 +155,10 @@ def test_tokens_through_which_hidden_pixels_would_leak_get_pixel_masking(kind):
         branch = attach(model)
     assert branch.masking == "pixels"
     assert moved_by_hidden_pixels(branch) == 0.0
-    with left_as_it_was(model), pytest.raises(EncoderError, match='masking="tokens".*(hidden pixels|as a set).*"pixels"'):
+    with (
+        left_as_it_was(model),
+        pytest.raises(EncoderError, match='masking="tokens".*(hidden pixels|as a set).*"pixels"'),
+    ):
         attach(model, masking="tokens")
 
 

@@ -188,7 +188,7 @@ NEAR_ZERO, LARGER = 1e-2, 0.1
 def _with_larger_weights(model: nn.Module) -> Callable[[Tensor], Any]:
     """`model` as a function of images, with random numbers in the place of parameters near zero.
 
-    The model itself stays as it is. """
+    The model itself stays as it is."""
     larger = {}
     for name, p in model.named_parameters():
         if p.numel() and p.is_floating_point() and p.abs().max() < NEAR_ZERO:
