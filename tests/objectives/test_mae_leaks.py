@@ -190,6 +190,34 @@ def test_the_tokens_that_are_kept_are_those_of_the_visible_pixels():
     assert torch.equal(kept[0], every[mask.flatten()])
 
 
+@pytest.mark.parametrize("calls", ["aaa", "abab", "aabb", "aba"])
+@pytest.mark.parametrize("listed", ["once", "for every call"])
+def test_blocks_that_are_called_several_times_see_the_visible_tokens_only(calls, listed):
+    class Shared(Vit):
+        def __init__(self):
+            super().__init__()
+            self.named = dict(zip("ab", self.blocks, strict=True))
+            self.blocks = nn.ModuleList(self.named[name] for name in (calls if listed != "once" else sorted({*calls})))
+
+        def encode(self, tokens):
+            for name in calls:
+                tokens = self.named[name](tokens)
+            return tokens
+
+    model = Shared().eval()
+    branch = attach(model)
+    assert branch.masking == "tokens"
+    assert moved_by_hidden_pixels(branch) == 0.0
+    images, features = torch.randn(1, 3, *SIZE), []
+    mask = branch.draw_mask(images)
+    model.norm.register_forward_hook(lambda _m, _args, output: features.append(output[0, 2:]))
+    branch.reconstruct(images, mask=mask)
+    with torch.no_grad():
+        every = model.arrange(model.embed(images))
+        by_hand = model.norm(model.encode(every[:, torch.cat([torch.ones(2, dtype=torch.bool), mask.flatten()])]))
+    torch.testing.assert_close(features[0][mask.flatten()], by_hand[0, 2:])
+
+
 def test_a_size_that_the_model_pads_is_refused_with_the_way_out():
     class Padding(Vit):
         def embed(self, images):

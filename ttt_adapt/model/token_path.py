@@ -57,15 +57,15 @@ def find_token_path(
     grid = (size[0] // stride, size[1] // stride)
     patches = grid[0] * grid[1]
     for group in sorted(trace.lists, key=len, reverse=True):
-        blocks = [child for child in group if child in trace.inputs]
+        blocks = list(dict.fromkeys(child for child in group if child in trace.inputs))  # a list may hold one twice
         shapes = {trace.inputs[block] for block in blocks}
         if len(shapes) != 1 or len({type(block) for block in blocks}) != 1:
             continue
         shape = shapes.pop()  # [B, prefix + patches, C] if these are the blocks
         if len(shape) != 3 or not 0 <= shape[1] - patches <= MAX_PREFIX:
             continue
-        path = TokenPath(tuple(blocks), stride, shape[1] - patches, shape[2])
-        for path in (path, replace(path, every_block=True)):
+        once = TokenPath(tuple(blocks), stride, shape[1] - patches, shape[2])
+        for path in (once, replace(once, every_block=True)):
             reason = _Trial(model, encoder, path, probe_images(model, size), grid).reason()
             if not reason:
                 return path, ""
@@ -173,9 +173,9 @@ class _Trial:
 def _moved(a: Tensor, b: Tensor) -> Tensor:
     """Which rows of `b` [..., C] differ from those of `a`, [...].
 
-    A difference up to 2e-6 of the largest value is none. Passes over tensors of the same shape agree bit for bit, except
-    where a library adds in another order from call to call; in single precision this is below the bound. The pixels that
-    are changed here change by more than their own size, and the weights that carry them are not near zero.
+    A difference up to 2e-6 of the largest value is none. Passes over tensors of the same shape agree bit for bit,
+    except where a library adds in another order from call to call; in single precision this is below the bound. The
+    pixels that are changed here change by more than their own size, and the weights that carry them are not near zero.
     """
     difference = (a - b).abs().float()
     return difference.amax(-1) > 2e-6 * a.abs().max().float() if a.ndim else difference > 0
