@@ -160,7 +160,7 @@ def _called(model: nn.Module, path: str, module: nn.Module, images: Tensor) -> n
     if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) == 0:
         return module
     ran: list[nn.Module] = []
-    candidates = [module, *module]
+    candidates = [module, *module.children()]  # a list may have empty places
     with hooks(m.register_forward_hook(lambda m, _a, _o: ran.append(m)) for m in candidates), torch.no_grad():
         model(images)
     if module in ran:

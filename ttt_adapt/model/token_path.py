@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ttt_adapt.model.features import MAX_PREFIX, tensors
-from ttt_adapt.model.hooks import TokenPath, run_encoder, run_until, visible_tokens
+from ttt_adapt.model.hooks import TokenPath, inputs_of, run_encoder, visible_tokens
 from ttt_adapt.model.probe import probe_images
 from ttt_adapt.model.trace import Trace
 
@@ -154,9 +154,7 @@ class _Trial:
 
     def _first_tokens(self, images: Tensor) -> Tensor:
         """The tokens [1, prefix + patches, C] that the first block is called with."""
-        shape = (1, self._path.prefix + self._patches, self._path.width)
-        values = run_until(self._call, self._path.blocks[0], images)
-        return next(value for value in tensors(values) if value.shape == shape)
+        return inputs_of(self._call, self._path.blocks[0], images)[0]
 
     def _outputs(self, images: Tensor, order: Tensor) -> list[Tensor]:
         """All tensors that the encoder returns if its blocks see the patches `order` [n] only."""
