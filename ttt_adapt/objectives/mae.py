@@ -25,6 +25,7 @@ from ttt_adapt.model.norms import frozen_norms
 from ttt_adapt.model.parameters import check_state
 from ttt_adapt.model.places import StemViews
 from ttt_adapt.model.probe import evaluating
+from ttt_adapt.model.token_dropout import keeping_tokens
 from ttt_adapt.objectives.base import Attached
 from ttt_adapt.objectives.decoders import Decoder, build_decoder, padding_multiple
 from ttt_adapt.objectives.mae_settings import check_settings, masks_tokens
@@ -161,7 +162,11 @@ class MAEBranch(Attached):
         """Predict images [B, 3, H, W] from their `visible` patches: [B, 3, H', W'], zero-padded to `multiple`."""
         padded = pad_to_multiple(images, self.multiple)  # [B, 3, H', W']
         height, width = padded.shape[-2:]
-        with frozen_norms(self.norms), without_checkpointing(self.info.checkpointing):
+        with (
+            frozen_norms(self.norms),
+            without_checkpointing(self.info.checkpointing),
+            keeping_tokens(self.info.token_droppers),
+        ):
             try:
                 encoded = self._encode(padded, mask, visible)
             except AssertionError as error:  # timm's way to refuse a size
