@@ -219,11 +219,26 @@ def test_blocks_that_are_called_several_times_see_the_visible_tokens_only(calls,
 
 
 def test_a_size_that_the_model_pads_is_refused_with_the_way_out():
-    class Padding(Vit):
+    class PaddingSmallOnes(Vit):
         def embed(self, images):
-            return super().embed(nn.functional.pad(images, (0, -images.shape[3] % 48)))
+            return super().embed(nn.functional.pad(images, (0, max(48 - images.shape[3], 0))))
 
-    branch = attach(Padding().eval())
+    branch = attach(PaddingSmallOnes().eval())
     assert branch.masking == "tokens"
     with pytest.raises(FrameError, match=r'\(1, 26, 16\).*8 patches; expected 10 tokens.*masking="pixels"'):
         branch.loss(torch.randn(1, 3, 32, 16))
+
+
+@pytest.mark.parametrize("share", [0, 2])
+def test_a_model_that_pads_or_resizes_its_images_gets_pixel_masking_whatever_size_it_is_attached_with(share):
+    class Padding(Vit):
+        def embed(self, images):
+            more = -images.shape[3] % 48
+            first = more // share if share else 0
+            tokens = self.stem(nn.functional.pad(images, (first, more - first))).flatten(2).transpose(1, 2)
+            return tokens + self.position.repeat(1, -(-tokens.shape[1] // PATCHES), 1)[:, : tokens.shape[1]]
+
+    model = Padding().eval()
+    assert attach(model).masking == "pixels"
+    with pytest.raises(EncoderError, match='masking="tokens".*pads or resizes its images'):
+        attach(model, masking="tokens")

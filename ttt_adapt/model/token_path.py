@@ -5,7 +5,8 @@ Nothing is guessed from the name of a class. An encoder passes if
 1. every token answers to its own patch: changing the pixels of a patch moves its token in front of the blocks, and no
    other token,
 2. the order of the tokens changes no output, and the blocks run with a part of them,
-3. changing the pixels of all hidden patches changes no output at all.
+3. changing the pixels of all hidden patches changes no output at all,
+4. larger images have as many tokens as they have patches.
 
 Each trial runs with the weights near zero replaced by larger ones. Residual branches that are scaled by 1e-5, tables of
 relative positions and gates that start at zero do nothing before training, and must not pass for that reason.
@@ -33,6 +34,7 @@ OTHER_PIXELS = (
     "(overlapping patches, padding, another order, or tokens made of the whole image): hidden pixels would reach "
     "visible tokens"
 )
+PADS = "it pads or resizes its images inside, so their size does not tell how many tokens they have"
 LEAK = "hidden pixels reach its features on another way than through its blocks"
 
 
@@ -73,7 +75,7 @@ def find_token_path(
 
 
 class _Trial:
-    """The three trials of one path, on images of one size.
+    """The trials of one path, on images of one size.
 
     Args:
         model: the user's model.
@@ -86,7 +88,7 @@ class _Trial:
     def __init__(
         self, model: nn.Module, encoder: nn.Module, path: TokenPath, images: Tensor, grid: tuple[int, int]
     ) -> None:
-        self._call, self._encoder, self._path = _with_larger_weights(model), encoder, path
+        self._model, self._call, self._encoder, self._path = model, _with_larger_weights(model), encoder, path
         self._images, self._grid, self._patches = images, grid, grid[0] * grid[1]
         self._generator = torch.Generator().manual_seed(1)
         self._fill = torch.zeros(path.width, device=images.device)
@@ -99,7 +101,9 @@ class _Trial:
                 return OTHER_PIXELS
             if not self._tokens_are_a_set():
                 return NO_SET
-            return "" if self._hidden_pixels_stay_hidden() else LEAK
+            if not self._hidden_pixels_stay_hidden():
+                return LEAK
+            return "" if self._tokens_follow_the_size() else PADS
         except Exception:  # these blocks cannot run without all tokens in order
             return NO_SET
 
@@ -147,6 +151,16 @@ class _Trial:
             if any(_moved(a, b).any() for a, b in zip(plain, other, strict=True)):
                 return False
         return True
+
+    def _tokens_follow_the_size(self) -> bool:
+        """Whether an image with one more row and column of patches has as many tokens more, if the model takes it."""
+        rows, columns = self._grid[0] + 1, self._grid[1] + 1
+        side = self._path.patch_size
+        try:
+            tokens = self._first_tokens(probe_images(self._model, (rows * side, columns * side)))
+        except Exception:  # a model of one size
+            return True
+        return tokens.shape[1] == self._path.prefix + rows * columns
 
     @property
     def _half(self) -> int:
