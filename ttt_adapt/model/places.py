@@ -54,7 +54,7 @@ def find_places(see: Callable[[Tensor], Tensor], images: Tensor) -> Tensor | Non
     if not torch.equal(shown, columns > 0) or (rows > h).any() or (columns > w).any():
         return None
     places = torch.where(shown, (rows - 1) * w + columns - 1, h * w)
-    pattern = torch.rand(h * w, generator=torch.Generator().manual_seed(0)).to(images.device) < 0.5
+    pattern = torch.rand(h * w, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(images.device) < 0.5
     expected = torch.cat([pattern, pattern.new_zeros(1)])[places]
     return places if torch.equal(moved(pattern.view(h, w)), expected) else None
 

@@ -90,7 +90,7 @@ class _Trial:
     ) -> None:
         self._model, self._call, self._encoder, self._path = model, _with_larger_weights(model), encoder, path
         self._images, self._grid, self._patches = images, grid, grid[0] * grid[1]
-        self._generator = torch.Generator().manual_seed(1)
+        self._generator = torch.Generator("cpu").manual_seed(1)
         self._fill = torch.zeros(path.width, device=images.device)
 
     @torch.no_grad()
@@ -114,7 +114,7 @@ class _Trial:
         two patches some trial changes the one and not the other, so no pair of a patch and a foreign token is missed.
         """
         plain = self._first_tokens(self._images)
-        numbers = torch.arange(self._patches)
+        numbers = torch.arange(self._patches, device="cpu")
         for digit in range((self._patches - 1).bit_length()):
             for value in (0, 1):
                 chosen = (numbers >> digit & 1 == value).to(plain.device)
@@ -128,7 +128,9 @@ class _Trial:
 
         Attention in windows and tables of relative positions need all tokens in their places; they fail here.
         """
-        order = torch.randperm(self._patches, generator=self._generator).to(self._images.device)  # [patches]
+        order = torch.randperm(self._patches, generator=self._generator, device="cpu").to(
+            self._images.device
+        )  # [patches]
         plain = list(tensors(run_encoder(self._call, self._encoder, self._images)))
         permuted, half = self._outputs(self._images, order), self._outputs(self._images, order[: self._half])
         if not [t.shape for t in plain] == [t.shape for t in permuted] == [t.shape for t in half]:
@@ -144,7 +146,7 @@ class _Trial:
         One half of the patches, drawn at random, is hidden, then the other half: a way from a hidden patch to a
         visible one that exists for patches everywhere is seen in one of the two.
         """
-        order = torch.randperm(self._patches, generator=self._generator).to(self._images.device)
+        order = torch.randperm(self._patches, generator=self._generator, device="cpu").to(self._images.device)
         for visible, hidden in ((order[: self._half], order[self._half :]), (order[self._half :], order[: self._half])):
             chosen = torch.zeros(self._patches, dtype=torch.bool, device=order.device).scatter_(0, hidden, True)
             plain, other = (self._outputs(x, visible) for x in (self._images, self._changed(chosen)))
@@ -204,6 +206,6 @@ def _with_larger_weights(model: nn.Module) -> Callable[[Tensor], Any]:
     larger = {}
     for name, p in model.named_parameters():
         if p.numel() and p.is_floating_point() and p.abs().max() < NEAR_ZERO:
-            generator = torch.Generator().manual_seed(len(name))
-            larger[name] = LARGER * torch.randn(p.shape, generator=generator).to(p)
+            generator = torch.Generator("cpu").manual_seed(len(name))
+            larger[name] = LARGER * torch.randn(p.shape, generator=generator, device="cpu").to(p)
     return lambda images: functional_call(model, larger, (images,))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,30 +34,15 @@ from ttt_adapt.objectives.masking import (
     count_visible,
     denormalise_patches,
     hidden_patches,
-    normalise_patches,
     pad_to_multiple,
     patch_grid,
     random_mask,
     visible_pixels,
 )
+from ttt_adapt.objectives.reconstruction_error import Reconstruction, pixels_counted, reconstruction_error
 
 SETTINGS = ("mask_ratio", "loss_on", "norm_pix_loss")
 """The settings of a branch that may change after it was attached, in the order of `MAEBranch.settings()`."""
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """What the branch makes of masked images.
-
-    Attributes:
-        prediction: [B, 3, H, W], in the units of the images.
-        mask: bool [B, 1, H, W], True = visible.
-        loss: scalar, the reconstruction loss of this mask.
-    """
-
-    prediction: Tensor
-    mask: Tensor
-    loss: Tensor
 
 
 class MAEBranch(Attached):
@@ -181,22 +165,14 @@ class MAEBranch(Attached):
 
     def _encode(self, padded: Tensor, mask: Tensor, visible: int) -> Encoded:
         """What the encoder returns for images [B, 3, H', W'] without their hidden patches."""
-        if self._views is None:
+        if self.masking == "tokens":
             return encode_visible_tokens(self.info, padded, mask, visible, self.patch_size, self.mask_token)
+        assert self._views is not None
         return encode_visible_pixels(self.info, padded, mask, self.patch_size, self.mask_channel, self._views)
 
     def _error(self, prediction: Tensor, images: Tensor, mask: Tensor) -> Tensor:
-        """Mean squared error of the prediction [B, 3, H', W'] over the pixels that count, a scalar."""
-        h, w = images.shape[-2:]
-        target = normalise_patches(images, self.patch_size) if self.norm_pix_loss else images
-        prediction, target = prediction[..., :h, :w], target[..., :h, :w]  # [B, 3, H, W], without the padding
-        if target.dtype in (torch.float16, torch.bfloat16):  # sums of squares overflow in half precision
-            prediction, target = prediction.float(), target.float()
-        error = (prediction - target).square().mean(1, keepdim=True)  # [B, 1, H, W]
-        if self.loss_on == "all":
-            return error.mean()
-        hidden = ~visible_pixels(mask, self.patch_size, (h, w))  # [B, 1, H, W]
-        return (error * hidden).sum() / hidden.sum()
+        """The loss of a prediction [B, 3, H', W'], a scalar."""
+        return reconstruction_error(prediction, images, mask, self.patch_size, self.loss_on, self.norm_pix_loss)
 
     @torch.no_grad()
     def reconstruct(
@@ -235,10 +211,7 @@ class MAEBranch(Attached):
 
     def weight(self, images: Tensor, mask: Tensor) -> Tensor:
         """How many pixels the loss is the mean of, a scalar on the device. See `SplitLoss`."""
-        h, w = images.shape[-2:]
-        if self.loss_on == "all":
-            return torch.full((), len(images) * h * w, device=images.device)
-        return (~visible_pixels(mask, self.patch_size, (h, w))).sum()
+        return pixels_counted(images, mask, self.patch_size, self.loss_on)
 
     def settings(self) -> tuple[float | str | bool, ...]:
         """The values of `SETTINGS`: what the loss depends on beside images, masks and weights."""
