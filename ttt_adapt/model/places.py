@@ -59,6 +59,11 @@ def find_places(see: Callable[[Tensor], Tensor], images: Tensor) -> Tensor | Non
     return places if torch.equal(moved(pattern.view(h, w)), expected) else None
 
 
+def shows_all_in_place(places: Tensor, size: tuple[int, int]) -> bool:
+    """Whether a picture of these places shows an image of `size` (H, W) as it is."""
+    return places.shape == size and torch.equal(places.flatten(), torch.arange(places.numel(), device=places.device))
+
+
 def moved_to(places: Tensor, values: Tensor) -> Tensor:
     """Values of pixels [B, 1, H, W] -> [B, 1, H', W'], in the places from `find_places`; 0 in the padding."""
     flat = torch.cat([values.flatten(2), values.new_zeros(len(values), 1, 1)], 2)  # [B, 1, H * W + 1]
@@ -106,7 +111,7 @@ class StemViews:
         handle = stem.register_forward_pre_hook(lambda module, _args: calls.append(module))
         try:
             with evaluating(model), without_checkpointing(checkpointing), torch.no_grad():
-                run_encoder(model, encoder, probe_images(model, size))
+                run_encoder(model, encoder, self._images(size))
         finally:
             handle.remove()
         self._calls = len(calls)
@@ -128,7 +133,7 @@ class StemViews:
         return self._known[key]
 
     def _look(self, size: tuple[int, int]) -> StemView:
-        images = probe_images(self._model, size)
+        images = self._images(size)
         places = tuple(self._places(images, call, seen) for call, seen in enumerate(self._seen(images)))
         if places[0] is None:
             return StemView(places, (0, 0), size)
@@ -137,6 +142,10 @@ class StemViews:
             raise _refused(size, tuple(places[0].shape))
         axes = [self._covered(axis, corner[axis], size[axis], places[0].shape[axis]) for axis in (0, 1)]
         return StemView(places, (axes[0][0], axes[1][0]), (axes[0][1], axes[1][1]))
+
+    def _images(self, size: tuple[int, int]) -> Tensor:
+        """Random images [1, C, H, W] of `size` (H, W), with as many channels as the stem takes."""
+        return probe_images(self._model, size)[:, :1].repeat(1, self._stem.in_channels, 1, 1)
 
     def _seen(self, images: Tensor) -> list[Tensor]:
         """What the stem is called with, for each call."""
@@ -148,8 +157,7 @@ class StemViews:
         found = find_places(lambda x: self._seen(x)[call], images)
         h, w = images.shape[-2:]
         if found is not None:
-            same = found.shape == (h, w) and torch.equal(found.flatten(), torch.arange(h * w, device=found.device))
-            return None if same else found
+            return None if shows_all_in_place(found, (h, w)) else found
         if seen.shape[-2:] == (h, w):  # every pixel depends on all, as where a model normalises each image by itself
             return None
         raise _refused((h, w), tuple(seen.shape))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ttt_adapt.errors import EncoderError
-from ttt_adapt.model.places import KEPT, find_places, moved_to
+from ttt_adapt.model.places import KEPT, find_places, moved_to, shows_all_in_place
 
 
 class MaskChannel(nn.Module):
@@ -35,7 +35,7 @@ class MaskChannel(nn.Module):
         self.weight = nn.Parameter(torch.zeros(stem.out_channels, 1, *stem.kernel_size))
         self._stem = (stem,)  # in a tuple: it is no module of the mask channel
         self._plain = type(stem).forward is nn.Conv2d.forward and stem.padding_mode == "zeros"
-        self._known: OrderedDict[Any, tuple[Tensor, dict[str, Any]]] = OrderedDict()
+        self._known: OrderedDict[Any, tuple[Tensor | None, dict[str, Any]]] = OrderedDict()
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[B, 1, H, W], 1 = hidden -> [B, C, h, w], the shape of the stem's output.
@@ -71,7 +71,7 @@ class MaskChannel(nn.Module):
                     f"the stem ({type(stem).__name__}) mixes pixels before it convolves them, so it cannot be told "
                     "which are hidden: name an encoder with another stem"
                 )
-            self._known[key] = places, settings
+            self._known[key] = None if shows_all_in_place(places, size) else places, settings
             while len(self._known) > KEPT:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
