@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # what type checkers see; a test compares it with the table b
     from ttt_adapt.model.frames import Normalize as Normalize
     from ttt_adapt.objectives.base import Objective as Objective
     from ttt_adapt.objectives.mae import MAEBranch as MAEBranch
-    from ttt_adapt.objectives.mae import Reconstruction as Reconstruction
+    from ttt_adapt.objectives.reconstruction_error import Reconstruction as Reconstruction
     from ttt_adapt.stream.report import StepReport as StepReport
     from ttt_adapt.training.joint import TrainConfig as TrainConfig
     from ttt_adapt.training.joint import fit as fit
@@ -23,7 +23,7 @@ _MODULE_OF = {
     "MAEBranch": "objectives.mae",
     "Normalize": "model.frames",
     "Objective": "objectives.base",
-    "Reconstruction": "objectives.mae",
+    "Reconstruction": "objectives.reconstruction_error",
     "StepReport": "stream.report",
     "StreamAdapter": "adapter",
     "StreamConfig": "config",

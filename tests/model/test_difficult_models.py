@@ -226,6 +226,30 @@ def test_a_model_that_resizes_its_images_inside_is_refused_for_pixel_masking() -
         MAEBranch.attach(Resizing(), "inner.backbone")
 
 
+@pytest.mark.parametrize("kind", ["list", "sequence"])
+def test_empty_places_in_lists_of_modules_are_no_obstacle(kind: str) -> None:
+    class Net(zoo.PlainSeg):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps = nn.ModuleList([None, nn.Conv2d(12, 12, 1), None])
+            if kind == "sequence":
+                self.steps = nn.Sequential(nn.Conv2d(12, 12, 1), nn.Conv2d(12, 12, 1))
+                self.steps._modules["0"] = None
+
+        def forward(self, x):
+            x = self.backbone(x)
+            for step in self.steps:
+                x = x if step is None else step(x)
+            return self.head(x)
+
+    m, frames = Net().eval(), clip(2)
+    for encoder in ("backbone", "steps"):
+        with adapter(m) if encoder == "backbone" else StreamAdapter(m, encoder=encoder, config=CONFIG) as a:
+            assert all(a.step(frame).isfinite().all() for frame in frames)
+            assert a.last is not None
+            assert a.last.adapted
+
+
 def test_half_precision_losses_do_not_overflow() -> None:
     m = model().to(torch.bfloat16)
     branch = MAEBranch.attach(m, "backbone")

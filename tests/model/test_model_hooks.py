@@ -123,10 +123,10 @@ def test_the_mask_channel_follows_tensorflow_padding():
         assert branch.mask_channel(torch.zeros(1, 1, *size)).shape == branch.info.stem(torch.zeros(1, 3, *size)).shape
 
 
-def test_a_model_that_shrinks_its_images_inside_is_refused_with_both_sizes():
+def test_a_stem_that_sees_another_size_than_the_mask_is_an_error_with_both_sizes():
     model = zoo.PlainSeg()
     tap = hidden_channel(model.backbone[0], lambda hidden: hidden, torch.zeros(1, 1, 32, 32))
-    with pytest.raises(EncoderError, match=r"\(16, 16\).*\(32, 32\)"), tap:
+    with pytest.raises(EncoderError, match=r"\(1, 3, 16, 16\).*\(1, 1, 32, 32\)"), tap:
         model(torch.zeros(1, 3, 16, 16))
     assert hooks_of(model) == 0
 

@@ -15,6 +15,7 @@ from ttt_adapt.model.features import MapSpec, describe, tensors
 from ttt_adapt.model.hooks import CHECKPOINT_FLAGS, TokenPath, hooks, run_encoder, uncompiled, without_checkpointing
 from ttt_adapt.model.norms import norm_layers
 from ttt_adapt.model.probe import along, evaluating, probe_images, probe_sizes
+from ttt_adapt.model.token_dropout import token_droppers
 from ttt_adapt.model.token_path import find_token_path
 from ttt_adapt.model.trace import Trace
 
@@ -33,6 +34,8 @@ class EncoderInfo:
         parameters: name -> parameter, all that the features depend on.
         checkpointing: modules that can recompute their activations in the backward pass.
         tokens: the blocks that tokens run through, for plain transformers; None for every other encoder.
+        no_tokens: why there are none; "" if there are.
+        token_droppers: modules that leave out tokens in training mode.
         probe_size: (H, W) of the random images that the model was examined with.
         called_norms: dotted path -> layer with running statistics, for all that an encoder pass calls.
     """
@@ -46,6 +49,8 @@ class EncoderInfo:
     parameters: dict[str, nn.Parameter] = field(repr=False)
     checkpointing: list[nn.Module] = field(repr=False)
     tokens: TokenPath | None = field(repr=False)
+    no_tokens: str = field(repr=False)
+    token_droppers: list[nn.Module] = field(repr=False)
     probe_size: tuple[int, int]
     called_norms: dict[str, nn.Module] = field(repr=False)
 
@@ -135,6 +140,7 @@ def _inspect(model: nn.Module, path: str, module: nn.Module, size: tuple[int, in
         # a model may pad such images inside, which hides the layout of its tokens: take whole patches
         return _inspect(model, path, module, (size[0] - size[0] % stride, size[1] - size[1] % stride))
     maps = describe(output, size, stride)
+    tokens, no_tokens = find_token_path(model, module, trace, size, stride)
     norms = {name: m for name, m in model.named_modules(remove_duplicate=False) if m in trace.norms}
     return EncoderInfo(
         model=model,
@@ -145,7 +151,9 @@ def _inspect(model: nn.Module, path: str, module: nn.Module, size: tuple[int, in
         maps=maps,
         parameters=_used_parameters(model, module, images, maps),
         checkpointing=_checkpointing(model),
-        tokens=find_token_path(model, module, trace, size, stride),
+        tokens=tokens,
+        no_tokens=no_tokens,
+        token_droppers=token_droppers(model, module, images),
         probe_size=size,
         called_norms=norms,
     )
@@ -156,7 +164,7 @@ def _called(model: nn.Module, path: str, module: nn.Module, images: Tensor) -> n
     if not isinstance(module, nn.ModuleList | nn.Sequential) or len(module) == 0:
         return module
     ran: list[nn.Module] = []
-    candidates = [module, *module]
+    candidates = [module, *(child for child in module if child is not None)]
     with hooks(m.register_forward_hook(lambda m, _a, _o: ran.append(m)) for m in candidates), torch.no_grad():
         model(images)
     if module in ran:

@@ -1,6 +1,7 @@
 """Hooks on the user's model, set and removed by context managers. After the `with` block none is left.
 
 - `run_encoder` runs the model from its input and stops where the encoder ends.
+- `inputs_of` stops at a call of a module and returns what it is called with.
 - `hidden_channel` tells the model's first convolution which pixels are hidden.
 - `visible_tokens` shows a transformer's blocks the visible tokens only.
 - `uncompiled` and `without_checkpointing` switch off, for the block, what does not work together with hooks.
@@ -15,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ttt_adapt.errors import EncoderError
+from ttt_adapt.errors import EncoderError, FrameError
+from ttt_adapt.model.features import tensors
 
 
 class _EncoderDone(BaseException):
@@ -29,7 +30,7 @@ class _EncoderDone(BaseException):
         self.output = output
 
 
-def run_encoder(model: nn.Module, encoder: nn.Module, images: Tensor) -> Any:
+def run_encoder(model: Callable[[Tensor], Any], encoder: nn.Module, images: Tensor) -> Any:
     """Run `model(images)` up to and including `encoder` and return the encoder's output.
 
     Raises:
@@ -51,6 +52,33 @@ def run_encoder(model: nn.Module, encoder: nn.Module, images: Tensor) -> Any:
         f"the encoder ({type(encoder).__name__}) is never reached by model(images): "
         "name a module that the model calls in its forward pass"
     )
+
+
+def inputs_of(model: Callable[[Tensor], Any], module: nn.Module, images: Tensor, calls: int = 1) -> list[Any]:
+    """Run `model(images)` until it calls `module` for the last of `calls` times; the module itself does not run then.
+
+    Returns:
+        For each call the first tensor that the module is called with.
+
+    Raises:
+        EncoderError: the model finished with fewer calls.
+    """
+    found: list[Any] = []
+
+    def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(next(tensors([args, kwargs]), None))
+        if len(found) == calls:
+            raise _EncoderDone(found)
+
+    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with uncompiled():
+            model(images)
+    except _EncoderDone:
+        return found
+    finally:
+        handle.remove()
+    raise EncoderError(f"model(images) calls {type(module).__name__} {len(found)} times; expected {calls}")
 
 
 @contextmanager
@@ -102,13 +130,9 @@ def hooks(handles: Iterable[Any]) -> Iterator[None]:
         yield
 
 
-MAX_PADDING = 64
-"""Pixels below which a larger input of the first convolution is padding of the model's own; from here on, a resize."""
-
-
 @contextmanager
-def hidden_channel(stem: nn.Module, conv: Callable[[Tensor], Tensor], hidden: Tensor) -> Iterator[None]:
-    """Inside the block, add `conv(hidden)` to the output of the model's first convolution.
+def hidden_channel(stem: nn.Module, conv: Callable[[Tensor], Tensor], *told: Tensor) -> Iterator[None]:
+    """Inside the block, add `conv(told)` to the output of the model's first convolution.
 
     Together they are one convolution over 4 channels: the image and the mask. Where nothing is hidden, nothing is
     added.
@@ -116,20 +140,23 @@ def hidden_channel(stem: nn.Module, conv: Callable[[Tensor], Tensor], hidden: Te
     Args:
         stem: the model's first convolution, images [B, 3, H, W] -> [B, C, h, w].
         conv: the mask channel's convolution, [B, 1, H, W] -> [B, C, h, w].
-        hidden: [B, 1, H, W], 1 where a pixel is hidden.
+        told: [B, 1, H, W], 1 where a pixel is hidden; one for each call of the stem in a pass.
 
     Raises:
-        EncoderError: in the pass, if the first convolution does not see the image in its own size.
+        EncoderError: in the pass, if the stem is called with another size.
     """
+    calls = 0
 
     def add(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        bottom, right = (args[0].shape[i] - hidden.shape[i] for i in (-2, -1))
-        if not (0 <= bottom < MAX_PADDING and 0 <= right < MAX_PADDING):
+        nonlocal calls
+        hidden = told[calls % len(told)]
+        calls += 1
+        if args[0].shape[-2:] != hidden.shape[-2:] or len(args[0]) != len(hidden):
             raise EncoderError(
-                f"the stem sees {tuple(args[0].shape[-2:])} of an image of {tuple(hidden.shape[-2:])} (H, W): a model "
-                "that resizes its images inside cannot be masked by pixels; let it take images as the stem sees them"
+                f"the stem sees {tuple(args[0].shape)} where images and masks are {tuple(hidden.shape)}: a model that "
+                "resizes its images inside cannot be masked by pixels; let it take images as the stem sees them"
             )
-        return output + conv(F.pad(hidden, (0, right, 0, bottom)))  # nothing is hidden in the model's own padding
+        return output + conv(hidden)
 
     with hooks([stem.register_forward_hook(add)]):
         yield
@@ -195,7 +222,18 @@ class _VisibleTokens:
         self.rotary: dict[int, tuple[Tensor, Tensor]] = {}
 
     def gather(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """Before a block that is called with all tokens."""
+        """Before a block that is called with all tokens, or again with the visible ones.
+
+        Raises:
+            FrameError: it is called with another number of tokens than the image has.
+        """
+        found = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim == 3]
+        if not any(v.shape[:2] in ((self.batch, self.total), (self.batch, self.kept)) for v in found):
+            raise FrameError(
+                f"the transformer's blocks are called with {[tuple(v.shape) for v in found]} for images of "
+                f"{self.patches} patches; expected {self.total} tokens. The model pads such images inside, or drops or "
+                'merges tokens: use frames of a size that it does not pad, or masking="pixels"'
+            )
         return self._gather(args, True), {key: self._gather(v, True) for key, v in kwargs.items()}
 
     def gather_rotary_only(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:

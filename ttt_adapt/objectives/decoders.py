@@ -181,7 +181,7 @@ def build_decoder(
     if decoder == "transformer":
         return TokenDecoder(specs)
     if decoder == "copy_head":
-        return HeadCopy(model, path, images)
+        return HeadCopy(model, path, images, specs)
     raise ConfigError(
         f'decoder is {decoder!r}; expected "auto", "conv", "transformer", "copy_head", a module, or a function of '
         "the feature maps' specs that returns one"

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -10,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt_adapt.errors import EncoderError
-from ttt_adapt.model.features import Features
+from ttt_adapt.model.features import Features, MapSpec, tensors
 from ttt_adapt.model.hooks import hooks, run_encoder
 
 
@@ -19,28 +23,35 @@ class HeadCopy(nn.Module):
 
     The copy has the trained weights of the original. Only its last convolution is new: it has 3 * s * s outputs at its
     stride s, which are rearranged to pixels. What the model does after that layer (upsampling, softmax) does not run.
+    Where a model has several outputs, or auxiliary heads, the copy ends in the main one: the map that most of the
+    head's weights make.
 
     Args:
         model: the user's model; it is not changed.
         path: dotted path of the encoder, a module that holds all of it.
         images: images [1, 3, H, W] to run the model on.
+        specs: the encoder's maps, finest first.
 
     Raises:
-        EncoderError: the encoder is not one module of its own, or no convolution follows it.
+        EncoderError: the encoder is not one module of its own, its head needs more than what it returns, or no
+            convolution follows it.
     """
 
-    def __init__(self, model: nn.Module, path: str, images: Tensor) -> None:
+    def __init__(self, model: nn.Module, path: str, images: Tensor, specs: Sequence[MapSpec]) -> None:
         super().__init__()
         if not path:
             raise EncoderError("copy_head needs a head behind the encoder, but the encoder is the whole model")
-        encoder, stub = model.get_submodule(path), _Stub()
-        head = copy.deepcopy(model, {id(encoder): stub})
+        encoder = model.get_submodule(path)
+        stub = _Stub(encoder)
+        head = copy.deepcopy(model, {id(encoder): stub}).requires_grad_(True)
         with torch.no_grad():
             stub.output = run_encoder(model, encoder, images)
-            last, shape = _last_convolution(head, images)
-        self.stride = -(-images.shape[-2] // shape[-2])
+        leaves = list(tensors(stub.output))
+        covered = max(images.shape[-2], specs[0].stride * _rows(leaves[specs[0].index], specs[0]))
+        last, rows = _last_convolution(head, images)
+        self.stride = -(-covered // rows)
         _set_outputs(head, last, 3 * self.stride**2)
-        self.head, self.path, self.last = head.requires_grad_(True), path, last
+        self.head, self.path, self.last = head, path, last
         self._freeze_unused(images)
         stub.output = None
 
@@ -76,46 +87,143 @@ class HeadCopy(nn.Module):
 
 
 class _Stub(nn.Module):
-    """Stands in the place of the encoder in the copy, and returns features that were computed before."""
+    """Stands in the place of the encoder in the copy, and returns features that were computed before.
 
-    output: Any = None
+    What a head reads of its encoder beside the features (settings, numbers of channels, methods that call it) it finds
+    here too.
+
+    Args:
+        encoder: the encoder of the user's model. It is no module of the stub, which has no weights.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.output: Any = None
+        self.__dict__["_encoder"] = encoder
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_encoder" not in self.__dict__:
+            raise AttributeError(name)
+        encoder = self.__dict__["_encoder"]
+        method = inspect.getattr_static(type(encoder), name, None)
+        if isinstance(method, FunctionType):  # it may call the encoder: that is this stub
+            return MethodType(method, self)
+        return getattr(encoder, name)
 
     def forward(self, *_args: Any, **_kwargs: Any) -> Any:
-        return self.output
+        return _fresh(self.output)
 
 
-def _last_convolution(head: nn.Module, images: Tensor) -> tuple[str, torch.Size]:
-    """Name and output shape of the last Conv2d that `head(images)` runs.
+def _fresh(value: Any) -> Any:
+    """The same tensors in lists, tuples and dicts of their own, which a head may change."""
+    if isinstance(value, list):
+        fresh: Any = copy.copy(value)
+        fresh[:] = [_fresh(item) for item in value]
+        return fresh
+    if isinstance(value, dict):
+        fresh = copy.copy(value)
+        for key, item in value.items():
+            fresh[key] = _fresh(item)
+        return fresh
+    return tuple(_fresh(item) for item in value) if type(value) is tuple else value
+
+
+def _rows(tensor: Tensor, spec: MapSpec) -> int:
+    """Rows of the map in a tensor; 0 where it comes as tokens."""
+    axis = {"nchw": 2, "nhwc": 1}.get(spec.layout)
+    return 0 if axis is None else tensor.shape[axis]
+
+
+def _last_convolution(head: nn.Module, images: Tensor) -> tuple[str, int]:
+    """Name and number of output rows of the last Conv2d that the main output of `head(images)` depends on.
 
     Raises:
-        EncoderError: a convolution runs before the encoder, or none behind it gives a map.
+        EncoderError: a convolution runs before the encoder, none behind it gives a map, or the head runs more of the
+            encoder than its end.
     """
-    ran: list[tuple[str, torch.Size]] = []
+    ran: list[tuple[str, Tensor]] = []
 
     def record(name: str) -> Any:
-        return lambda _module, _args, output: ran.append((name, output.shape))
+        return lambda _module, _args, output: ran.append((name, output))
 
-    before: list[str] = []
+    before: list[str] | None = None
 
     def reached(_module: nn.Module, _args: Any, _output: Any) -> None:
-        before.extend(name for name, _ in ran)
-        ran.clear()
+        nonlocal before
+        before = [name for name, _ in ran] if before is None else before
 
+    stubs = [m for m in head.modules() if isinstance(m, _Stub)]
     handles = [m.register_forward_hook(record(n)) for n, m in head.named_modules() if isinstance(m, nn.Conv2d)]
-    handles += [m.register_forward_hook(reached) for m in head.modules() if isinstance(m, _Stub)]
-    with hooks(handles):
-        head(images)
+    handles += [stub.register_forward_hook(reached) for stub in stubs]
+    with _without_encoder(stubs[0]), hooks(handles), torch.enable_grad():
+        output = head(images)
     if before:
         raise EncoderError(
             f"copy_head needs an encoder that is one module: {before[0]!r} runs before the module that was named, so "
             'it would be copied with the head; name a module that holds all of the encoder, or use decoder="conv"'
         )
-    if not ran or 1 in ran[-1][1][-2:]:
+    of_main = _of_main_output(ran, list(tensors(output)), list(head.parameters()))
+    last = next((name for name, _ in reversed(of_main)), "")
+    shape = next((made.shape for name, made in ran if name == last), torch.Size([1]))  # of its first call
+    if 1 in shape[-2:]:
         raise EncoderError(
             "copy_head needs a head that ends in a convolution over a map, as segmentation heads do; "
             'this model has none behind its encoder: use decoder="conv"'
         )
-    return ran[-1]
+    return last, shape[-2]
+
+
+@contextmanager
+def _without_encoder(stub: _Stub) -> Iterator[None]:
+    """Inside the block, a head that calls parts of the encoder, or lacks something of it, is refused.
+
+    Raises:
+        EncoderError: it does, or it fails.
+    """
+    encoder: nn.Module = stub.__dict__["_encoder"]
+    called: list[str] = []
+    handles = [
+        m.register_forward_pre_hook(lambda _m, _a, name=n: called.append(name)) for n, m in encoder.named_modules()
+    ]
+    reason = ""
+    try:
+        with hooks(handles):
+            yield
+    except EncoderError:
+        raise
+    except Exception as error:
+        reason = f"it fails with {type(error).__name__}: {error}"
+    if called:
+        reason = f"it runs {called[0] or 'the encoder'!r} of the encoder, too"
+    if reason:
+        raise EncoderError(
+            "copy_head needs a head that runs on what the encoder returns; the head of this model does not: "
+            f'{reason}. Use decoder="conv", or name another module as the end of the encoder'
+        )
+
+
+def _of_main_output(
+    ran: list[tuple[str, Tensor]], outputs: list[Tensor], parameters: list[nn.Parameter]
+) -> list[tuple[str, Tensor]]:
+    """Of the convolutions that ran, those that the main output depends on; all where no output has a gradient.
+
+    The main output is the map [B, C, h, w], or else the tensor, that depends on the most weights.
+    """
+    outputs = [x for x in outputs if x.requires_grad]
+    maps = [x for x in outputs if x.ndim == 4 and 1 not in x.shape[-2:]] or outputs
+    if not maps:
+        return ran
+    made = [x for _, x in ran]
+
+    def depends(output: Tensor, on: Sequence[Tensor]) -> list[bool]:
+        gradients = torch.autograd.grad(output.sum(), on, retain_graph=True, allow_unused=True)
+        return [gradient is not None for gradient in gradients]
+
+    def weights(output: Tensor) -> int:
+        return sum(p.numel() for p, used in zip(parameters, depends(output, parameters), strict=True) if used)
+
+    main = max(maps, key=weights)
+    return [call for call, used in zip(ran, depends(main, made), strict=True) if used] if made else ran
 
 
 def _set_outputs(head: nn.Module, name: str, channels: int) -> None:

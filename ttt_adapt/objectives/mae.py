@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,44 +18,31 @@ from ttt_adapt.model.calibration import Calibration
 from ttt_adapt.model.encoder import EncoderInfo, inspect_encoder
 from ttt_adapt.model.features import Features, to_maps
 from ttt_adapt.model.frames import Preprocess
-from ttt_adapt.model.hooks import hidden_channel, run_encoder, visible_tokens, without_checkpointing
+from ttt_adapt.model.hooks import without_checkpointing
 from ttt_adapt.model.measure import TakenStills, measure, take_stills, with_drifts
 from ttt_adapt.model.norms import frozen_norms
 from ttt_adapt.model.parameters import check_state
+from ttt_adapt.model.places import StemViews
 from ttt_adapt.model.probe import evaluating
+from ttt_adapt.model.token_dropout import keeping_tokens
 from ttt_adapt.objectives.base import Attached
 from ttt_adapt.objectives.decoders import Decoder, build_decoder, padding_multiple
 from ttt_adapt.objectives.mae_settings import check_settings, masks_tokens
 from ttt_adapt.objectives.mask_channel import MaskChannel
+from ttt_adapt.objectives.masked_pass import Encoded, encode_visible_pixels, encode_visible_tokens, look_once
 from ttt_adapt.objectives.masking import (
     count_visible,
     denormalise_patches,
     hidden_patches,
-    normalise_patches,
     pad_to_multiple,
     patch_grid,
     random_mask,
     visible_pixels,
-    visible_tokens_first,
 )
+from ttt_adapt.objectives.reconstruction_error import Reconstruction, pixels_counted, reconstruction_error
 
 SETTINGS = ("mask_ratio", "loss_on", "norm_pix_loss")
 """The settings of a branch that may change after it was attached, in the order of `MAEBranch.settings()`."""
-
-
-@dataclass(frozen=True)
-class Reconstruction:
-    """What the branch makes of masked images.
-
-    Attributes:
-        prediction: [B, 3, H, W], in the units of the images.
-        mask: bool [B, 1, H, W], True = visible.
-        loss: scalar, the reconstruction loss of this mask.
-    """
-
-    prediction: Tensor
-    mask: Tensor
-    loss: Tensor
 
 
 class MAEBranch(Attached):
@@ -85,12 +71,14 @@ class MAEBranch(Attached):
         self.decoder = decoder
         self.calibration: Calibration | None = None
         self.multiple = patch_size if tokens else padding_multiple(info.maps, decoder, patch_size)
+        self._views: StemViews | None = None
         if tokens:
             assert info.tokens is not None
             self.mask_token = nn.Parameter(torch.empty(info.tokens.width).normal_(std=0.02))
         else:
             assert info.stem is not None
             self.mask_channel = MaskChannel(info.stem)
+            self._views = StemViews(info.model, info.module, info.stem, info.checkpointing, info.probe_size)
         self.to(next(iter(info.parameters.values())))
 
     def loss(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -158,44 +146,33 @@ class MAEBranch(Attached):
         """Predict images [B, 3, H, W] from their `visible` patches: [B, 3, H', W'], zero-padded to `multiple`."""
         padded = pad_to_multiple(images, self.multiple)  # [B, 3, H', W']
         height, width = padded.shape[-2:]
-        with frozen_norms(self.norms), without_checkpointing(self.info.checkpointing):
+        with (
+            frozen_norms(self.norms),
+            without_checkpointing(self.info.checkpointing),
+            keeping_tokens(self.info.token_droppers),
+        ):
             try:
-                raw = self._encode(padded, mask, visible)
+                encoded = self._encode(padded, mask, visible)
             except AssertionError as error:  # timm's way to refuse a size
                 raise FrameError(
                     f"the model does not take images of {tuple(images.shape[-2:])} (H, W), padded to "
                     f"{tuple(padded.shape[-2:])}: {error}"
                 ) from error
-            maps = to_maps(raw, self.info.maps, (height, width))  # [B, C_i, h_i, w_i] each, finest first
-            prediction = self.decoder(Features(maps, raw, (height, width)))  # [B, 3, >= H', >= W']
-        return prediction[..., :height, :width]
+            maps = to_maps(encoded.raw, self.info.maps, encoded.size)  # [B, C_i, h_i, w_i] each, finest first
+            prediction = self.decoder(Features(maps, encoded.raw, (height, width)))  # [B, 3, >= H', >= W']
+        top, left = encoded.corner
+        return prediction[..., top : top + height, left : left + width]
 
-    def _encode(self, padded: Tensor, mask: Tensor, visible: int) -> Any:
+    def _encode(self, padded: Tensor, mask: Tensor, visible: int) -> Encoded:
         """What the encoder returns for images [B, 3, H', W'] without their hidden patches."""
-        info = self.info
-        if info.tokens is not None and self.masking == "tokens":  # hidden tokens are never encoded
-            side = self.patch_size // info.tokens.patch_size  # tokens along one side of a patch
-            order = visible_tokens_first(mask, side)  # [B, N] of all tokens
-            kept = order[:, : visible * side**2]  # [B, n]
-            with visible_tokens(info.tokens, kept, order.shape[1], self.mask_token):
-                return run_encoder(info.model, info.module, padded)
-        assert info.stem is not None
-        shown = visible_pixels(mask, self.patch_size, padded.shape[-2:]).to(padded.dtype)  # [B, 1, H', W']
-        with hidden_channel(info.stem, self.mask_channel, 1 - shown):
-            return run_encoder(info.model, info.module, padded * shown)
+        if self.masking == "tokens":
+            return encode_visible_tokens(self.info, padded, mask, visible, self.patch_size, self.mask_token)
+        assert self._views is not None
+        return encode_visible_pixels(self.info, padded, mask, self.patch_size, self.mask_channel, self._views)
 
     def _error(self, prediction: Tensor, images: Tensor, mask: Tensor) -> Tensor:
-        """Mean squared error of the prediction [B, 3, H', W'] over the pixels that count, a scalar."""
-        h, w = images.shape[-2:]
-        target = normalise_patches(images, self.patch_size) if self.norm_pix_loss else images
-        prediction, target = prediction[..., :h, :w], target[..., :h, :w]  # [B, 3, H, W], without the padding
-        if target.dtype in (torch.float16, torch.bfloat16):  # sums of squares overflow in half precision
-            prediction, target = prediction.float(), target.float()
-        error = (prediction - target).square().mean(1, keepdim=True)  # [B, 1, H, W]
-        if self.loss_on == "all":
-            return error.mean()
-        hidden = ~visible_pixels(mask, self.patch_size, (h, w))  # [B, 1, H, W]
-        return (error * hidden).sum() / hidden.sum()
+        """The loss of a prediction [B, 3, H', W'], a scalar."""
+        return reconstruction_error(prediction, images, mask, self.patch_size, self.loss_on, self.norm_pix_loss)
 
     @torch.no_grad()
     def reconstruct(
@@ -222,15 +199,19 @@ class MAEBranch(Attached):
         return Reconstruction(prediction[..., :h, :w], visible_pixels(mask, self.patch_size, (h, w)), loss)
 
     def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Everything that is random in the loss of `images`: the masks. See `SplitLoss`."""
-        return self.draw_mask(images, generator)
+        """Everything that is random in the loss of `images`: the masks. See `SplitLoss`.
+
+        What the pass has to find out by trial about images of a new size, it finds out here.
+        """
+        mask = self.draw_mask(images, generator)
+        if self._views is not None:
+            h, w = images.shape[-2:]
+            look_once((h + -h % self.multiple, w + -w % self.multiple), self.mask_channel, self._views)
+        return mask
 
     def weight(self, images: Tensor, mask: Tensor) -> Tensor:
         """How many pixels the loss is the mean of, a scalar on the device. See `SplitLoss`."""
-        h, w = images.shape[-2:]
-        if self.loss_on == "all":
-            return torch.full((), len(images) * h * w, device=images.device)
-        return (~visible_pixels(mask, self.patch_size, (h, w))).sum()
+        return pixels_counted(images, mask, self.patch_size, self.loss_on)
 
     def settings(self) -> tuple[float | str | bool, ...]:
         """The values of `SETTINGS`: what the loss depends on beside images, masks and weights."""
@@ -255,6 +236,11 @@ class MAEBranch(Attached):
             yield self
         finally:
             vars(self).update(own)
+
+    def detach(self) -> None:
+        """As `Attached.detach`."""
+        super().detach()
+        self._views = None
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As `torch.nn.Module.load_state_dict`, but a state of another branch changes nothing.
@@ -337,6 +323,8 @@ class MAEBranch(Attached):
             mask = self.draw_mask(images, torch.Generator(images.device).manual_seed(0))
             try:
                 prediction = self._predict(images, mask, int(mask[0].sum()))
+            except EncoderError:
+                raise
             except (RuntimeError, FrameError, ValueError, IndexError) as error:
                 raise EncoderError(
                     f"a masked pass over images {tuple(images.shape)}, padded to multiples of {self.multiple}, failed "

@@ -31,7 +31,7 @@ def masks_tokens(masking: str, info: EncoderInfo) -> bool:
     if masking == "tokens" and info.tokens is None:
         raise EncoderError(
             'masking="tokens" needs a plain transformer whose blocks see all tokens at once (ViT, EVA, DINOv2/v3); '
-            f'{type(info.module).__name__} is none: use masking="pixels"'
+            f'{type(info.module).__name__} is none, for {info.no_tokens}: use masking="pixels"'
         )
     if masking != "tokens" and info.tokens is None and info.stem is None:
         raise EncoderError('no convolution over the 3-channel images was found, so masking="pixels" has no stem')

@@ -11,6 +11,7 @@ from ttt_adapt.model.encoder import EncoderInfo, inspect_encoder
 from ttt_adapt.model.features import to_maps
 from ttt_adapt.model.hooks import run_encoder, without_checkpointing
 from ttt_adapt.model.norms import frozen_norms
+from ttt_adapt.model.token_dropout import keeping_tokens
 from ttt_adapt.objectives.base import Attached
 
 
@@ -40,8 +41,9 @@ class Rotation(Attached):
     def loss(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Cross-entropy over the four turns, a scalar. One turn is drawn for each of the images [B, 3, H, W]."""
         turned, turns = self.turn(self.checked(images), generator)  # [B, 3, S, S], [B]
-        with frozen_norms(self.norms), without_checkpointing(self.info.checkpointing):
-            raw = run_encoder(self.info.model, self.info.module, turned)
+        info = self.info
+        with frozen_norms(self.norms), without_checkpointing(info.checkpointing), keeping_tokens(info.token_droppers):
+            raw = run_encoder(info.model, info.module, turned)
         coarsest = to_maps(raw, self.info.maps, (turned.shape[-2], turned.shape[-1]))[-1]  # [B, C, h, w]
         return F.cross_entropy(self.head(coarsest.mean((2, 3))), turns)
 

@@ -12,7 +12,7 @@ from ttt_adapt.view.overlay import to_uint8
 
 if TYPE_CHECKING:
     from ttt_adapt.model.frames import Normalize
-    from ttt_adapt.objectives.mae import Reconstruction
+    from ttt_adapt.objectives.reconstruction_error import Reconstruction
 
 
 def reconstruction_image(reconstruction: Reconstruction, x: Tensor, normalize: Normalize) -> np.ndarray:
