@@ -98,7 +98,7 @@ def _pipeline(cfg: Config, scope: str) -> Compose:
     first = {**found[0], "type": f"{scope}.LoadImageFromNDArray"}
     rest = [transform for transform in found[1:] if not _name(transform).startswith("Load")]  # annotations
     for transform in rest:
-        check_transform(_name(transform), transform.get("prob"))
+        check_transform(_name(transform), transform.get("prob"), transform.get("test_mode"))
     init_default_scope(scope)
     return Compose([TRANSFORMS.build(dict(transform)) for transform in (first, *rest)])
 
