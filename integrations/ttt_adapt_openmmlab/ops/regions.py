@@ -52,7 +52,7 @@ def roi_align_forward(
         fill(output, lambda x: ops.roi_align(x, rois, size, spatial_scale, sampling_ratio, aligned), input)
         return
     output.fill_(torch.finfo(torch.float32).min)  # where a region without area has no samples
-    for chosen, rows, columns in _sample_grids(rois, size, spatial_scale, sampling_ratio, aligned):
+    for chosen, rows, columns in sample_grids(rois, size, spatial_scale, sampling_ratio, aligned):
         samples = _samples(wide(input), rois[chosen], size, (rows, columns), spatial_scale, aligned)
         largest, place = F.max_pool2d(samples, (rows, columns), return_indices=True)
         width = samples.shape[-1]
@@ -81,7 +81,7 @@ def roi_align_backward(
         pool = lambda x: ops.roi_align(x, rois, size, spatial_scale, sampling_ratio, aligned)  # noqa: E731
         grad_input.copy_(gradients(pool, [grad_input], grad_output)[0])
         return
-    for chosen, rows, columns in _sample_grids(rois, size, spatial_scale, sampling_ratio, aligned):
+    for chosen, rows, columns in sample_grids(rois, size, spatial_scale, sampling_ratio, aligned):
         grid, some = (rows, columns), rois[chosen]
         cells = [torch.arange(count, device=rois.device) for count in size]
         y = cells[0][:, None] * rows + argmax_y[chosen].long()
@@ -151,7 +151,7 @@ def roi_pool_backward(
     grad_input.copy_(total.scatter_add_(0, place.flatten(), values.flatten()).view_as(grad_input))
 
 
-def _sample_grids(
+def sample_grids(
     rois: Tensor, size: tuple[int, int], scale: float, sampling_ratio: int, aligned: bool
 ) -> Iterator[tuple[Tensor, int, int]]:
     """Regions with the same number of samples per cell: their indices, and the rows and columns of samples.

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from ttt_adapt.errors import MissingPackageError
-from ttt_adapt_openmmlab.ops import boxes, deformable_conv, focal_loss, regions, windows
+from ttt_adapt_openmmlab.ops import boxes, deformable_conv, deformable_regions, focal_loss, regions, windows
 from ttt_adapt_openmmlab.ops.deformable import instead_of
 
 EXTENSION = "mmcv._ext"
@@ -38,6 +38,8 @@ OPERATORS: Mapping[str, Callable[..., Any]] = {
         regions.roi_align_backward,
         regions.roi_pool_forward,
         regions.roi_pool_backward,
+        deformable_regions.deform_roi_pool_forward,
+        deformable_regions.deform_roi_pool_backward,
         deformable_conv.deform_conv_forward,
         deformable_conv.deform_conv_backward_input,
         deformable_conv.deform_conv_backward_parameters,

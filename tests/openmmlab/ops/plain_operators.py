@@ -63,9 +63,10 @@ def bilinear(plane: Tensor, y: float, x: float) -> Tensor:
     return (1 - v) * upper + v * ((1 - u) * plane[down, left] + u * plane[down, right])
 
 
-def roi_align(x: Tensor, rois: Tensor, size, scale: float, ratio: int, mode: str, aligned: bool) -> Tensor:
+def roi_align(x: Tensor, rois: Tensor, size, scale: float, ratio: int, mode: str, aligned: bool, moves=None) -> Tensor:
+    """RoIAlign; with `moves` [N, 2, h, w], each cell is moved by so many widths and heights of its region."""
     cells = []
-    for image, *box in rois.tolist():
+    for n, (image, *box) in enumerate(rois.tolist()):
         left, top, right, bottom = (value * scale - 0.5 * aligned for value in box)
         width, height = right - left, bottom - top
         if not aligned:
@@ -75,11 +76,12 @@ def roi_align(x: Tensor, rois: Tensor, size, scale: float, ratio: int, mode: str
         for plane in x[int(image)]:
             for i in range(size[0]):
                 for j in range(size[1]):
+                    move = (0.0, 0.0) if moves is None else moves[n, :, i, j].tolist()
                     samples = [
                         bilinear(
                             plane,
-                            top + (i + (a + 0.5) / counts[0]) * steps[0],
-                            left + (j + (b + 0.5) / counts[1]) * steps[1],
+                            top + (i + (a + 0.5) / counts[0]) * steps[0] + move[1] * height,
+                            left + (j + (b + 0.5) / counts[1]) * steps[1] + move[0] * width,
                         )
                         for a in range(counts[0])
                         for b in range(counts[1])

@@ -164,6 +164,19 @@ def test_roi_align_of_a_region_without_area_is_that_of_mmcv():
     assert roi_align(x, empty[:0], (2, 2), 1.0, 0, "avg", True).shape == (0, 2, 2, 2)
 
 
+@pytest.mark.parametrize("ratio", [0, 2])
+def test_deformable_pooling_moves_each_cell_by_its_offset(ratio):
+    from mmcv.ops import deform_roi_pool
+
+    x, offset, rois = normal(2, 3, 9, 11), normal(3, 2, 3, 2, seed=1), ROIS[:3]
+    expected = plain.roi_align(x, rois, (3, 2), 0.5, ratio, "avg", True, 0.2 * offset)
+    torch.testing.assert_close(deform_roi_pool(x, rois, offset, (3, 2), 0.5, ratio, 0.2), expected)
+    inputs = x.requires_grad_(), offset.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, o: deform_roi_pool(x, rois, o, (3, 2), 0.5, ratio, 0.2), inputs)
+    still = lambda x: deform_roi_pool(x, rois, None, (3, 2), 0.5, ratio)  # noqa: E731
+    agree(still, lambda x: plain.roi_align(x, rois, (3, 2), 0.5, ratio, "avg", True), x.detach())
+
+
 @pytest.mark.parametrize("scale", [0.5, 1.0])
 def test_roi_pool_takes_the_maximum_of_the_pixels_that_a_cell_touches(scale):
     from mmcv.ops import roi_pool
