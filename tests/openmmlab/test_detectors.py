@@ -90,6 +90,22 @@ def test_a_tracker_is_refused_before_it_is_built(name):
         JointMAE(Config.fromfile(CONFIGS / name).model)
 
 
+def test_a_semi_supervised_detector_is_refused_before_it_is_built():
+    tiny.enter("mmdet")
+    name = "soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py"
+    with pytest.raises(ConfigError, match=r"SoftTeacher of mmdet holds two detectors.*take the detector in its config"):
+        JointMAE(Config.fromfile(CONFIGS / name).model)
+
+
+def test_a_model_that_needs_proposals_of_a_file_is_refused_by_a_stream():
+    config = small("fast_rcnn/fast-rcnn_r50_fpn_1x_coco.py")
+    tiny.enter("mmdet")
+    model = JointMAE(config.model)
+    model.cfg = config
+    with pytest.raises(ConfigError, match=r"LoadProposals.*such as Faster R-CNN"):
+        stream_adapter(model)
+
+
 def test_a_tracker_that_is_built_is_refused_by_a_stream():
     from mmdet.models.mot import BaseMOTModel
 

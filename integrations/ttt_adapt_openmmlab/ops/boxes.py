@@ -25,8 +25,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
         int64 [K], best first.
     """
     boxes = wide(boxes)
-    # x2 + 1 in the place of x2 gives the widths, areas and intersections of an offset of 1.
-    boxes = boxes + boxes.new_tensor([0, 0, offset, offset])
+    if offset:  # x2 + 1 in the place of x2 gives the widths, areas and intersections of an offset of 1
+        boxes = torch.cat([boxes[:, :2], boxes[:, 2:] + offset], 1)
     limit = torch.tensor(iou_threshold, dtype=boxes.dtype).item()  # mmcv compares in the precision of the boxes
     return ops.nms(boxes, wide(scores), limit)
 

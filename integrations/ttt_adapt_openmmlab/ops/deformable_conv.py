@@ -126,7 +126,7 @@ def _plain(geometry: dict[str, int]) -> Callable[..., Tensor]:
     dilation = geometry["dilationH"], geometry["dilationW"]
 
     def convolve(x: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
-        return ops.deform_conv2d(x, offset, weight.to(x.dtype), None, stride, padding, dilation)
+        return ops.deform_conv2d(x, offset, weight, None, stride, padding, dilation)
 
     return convolve
 
