@@ -8,8 +8,8 @@ from ttt_adapt.errors import ConfigError
 
 _TRACKER = (
     "{} of mmdet tracks objects through clips: its frames come as [B, T, 3, H, W], and what it remembers of earlier "
-    "frames belongs to no single one. A stream has one frame at a time, [1, 3, H, W]: take a model that predicts single "
-    "images, such as the detector in the tracker's config"
+    "frames belongs to no single one. A stream has one frame at a time, [1, 3, H, W]: take a model that predicts "
+    "single images, such as the detector in the tracker's config"
 )
 _SEMI_SUPERVISED = (
     "{} of mmdet holds two detectors and trains on several batches at once, with and without labels; JointMAE and "
