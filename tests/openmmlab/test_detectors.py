@@ -54,12 +54,12 @@ def joint(name: str) -> JointMAE:
 def test_a_detector_trains_jointly_and_streams(name):
     model = joint(name)
     wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1e-3))
-    before = {key: value.clone() for key, value in model.model.backbone.named_parameters()}
+    trained = {key: value for key, value in model.model.backbone.named_parameters() if value.requires_grad}
+    before = {key: value.detach().clone() for key, value in trained.items()}
     logs = model.train().train_step(tiny.batch({"type": type(model.model).__name__}, size=SIZE), wrapper)
     assert DETECTORS[name] | {"loss", "loss_mae"} <= set(logs)
     assert all(torch.isfinite(value).all() for value in logs.values())
-    moved = [key for key, value in model.model.backbone.named_parameters() if not torch.equal(value, before[key])]
-    assert set(moved) == set(before)
+    assert [key for key, value in trained.items() if torch.equal(value, before[key])] == []
     with stream_adapter(model.eval(), config=StreamConfig(window=2, batch_size=1)) as adapter:
         for seed in range(3):
             sample = adapter.step(tiny.frame(SIZE, seed))
@@ -131,4 +131,4 @@ def test_a_pad_that_is_the_same_for_every_frame_is_no_random_one():
     model = JointMAE(config.model)
     model.cfg = config
     with stream_adapter(model.eval(), config=StreamConfig(window=2, batch_size=1)) as adapter:
-        assert adapter.predict(tiny.frame(SIZE)).img_shape == (127, 127)
+        assert adapter.predict(tiny.frame(SIZE)).img_shape == (96, 128)

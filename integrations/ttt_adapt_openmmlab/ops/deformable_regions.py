@@ -86,7 +86,7 @@ def _samples(boxes: Tensor, moves: Tensor, size: tuple[int, int], grid: tuple[in
     places = []
     for axis, (cells, samples) in enumerate(zip(size[::-1], grid[::-1], strict=True)):  # x, then y
         start, extent = boxes[:, axis], boxes[:, axis + 2] - boxes[:, axis]
-        within = (torch.arange(samples, device=boxes.device) + 0.5) / samples
+        within = (torch.arange(samples, device=boxes.device, dtype=boxes.dtype) + 0.5) / samples
         step = (torch.arange(cells, device=boxes.device)[:, None] + within) / cells  # [cells, samples], of the extent
         step = step[None, None, :, None, :] if axis == 0 else step[None, :, None, :, None]
         moved = step + moves[:, axis, :, :, None, None]
