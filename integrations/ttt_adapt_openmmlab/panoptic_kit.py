@@ -36,7 +36,7 @@ def stand_in_for_panopticapi() -> None:
     """Let mmdet find the codes of `panopticapi` where it is not installed; elsewhere do nothing."""
     if importlib.util.find_spec(PACKAGE) is not None:  # installed, or this function ran before
         return
-    parts = {"": {"__path__": []}, ".utils": {"rgb2id": rgb2id, "id2rgb": id2rgb}}
+    parts: dict[str, dict[str, Any]] = {"": {"__path__": []}, ".utils": {"rgb2id": rgb2id, "id2rgb": id2rgb}}
     parts[".evaluation"] = {"VOID": 0, "OFFSET": 256**3}
     for name, content in parts.items():
         module = ModuleType(PACKAGE + name, "Stands in for COCO's panoptic development kit.")

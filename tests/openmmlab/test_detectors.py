@@ -31,10 +31,12 @@ DETECTORS = {
 
 
 def small(name: str) -> Config:
-    """The config with a ResNet of 4 channels, and frames of one small size."""
+    """The config with a ResNet of 4 channels, few proposals, and frames of one small size."""
     config = Config.fromfile(CONFIGS / name)
     config.model.backbone.update(base_channels=4, init_cfg=None, frozen_stages=-1, norm_eval=False)
     config.model.neck.in_channels = [16, 32, 64, 128]
+    if "rpn_head" in config.model:
+        config.model.train_cfg.rpn_proposal.max_per_img = config.model.test_cfg.rpn.max_per_img = 40
     for transform in config.test_dataloader.dataset.pipeline:
         if transform.type == "Resize":
             transform.scale = (SIZE[1], SIZE[0])
