@@ -1,4 +1,4 @@
-# COCO panoptic without `panopticapi`, which mmdet's own loading and scoring need and which is not on the package index.
+# COCO panoptic without `panopticapi`, which mmdet's own scoring needs and which is not on the package index.
 # A config that inherits from mmdet's uses the entries by name: `val_dataloader = _base_.coco_panoptic_test_dataloader`.
 coco_panoptic_test_dataloader = dict(
     dataset=dict(

@@ -30,7 +30,10 @@ from ttt_adapt_openmmlab.decoders import branch_for  # noqa: E402
 from ttt_adapt_openmmlab.hooks import OnlineTTTHook  # noqa: E402
 from ttt_adapt_openmmlab.joint import JointMAE, find_branch, plain_model  # noqa: E402
 from ttt_adapt_openmmlab.metrics import StreamAPMetric, StreamIoUMetric, StreamPQMetric  # noqa: E402
+from ttt_adapt_openmmlab.panoptic_kit import stand_in_for_panopticapi  # noqa: E402
 from ttt_adapt_openmmlab.stream import stream_adapter  # noqa: E402
+
+stand_in_for_panopticapi()
 
 __all__ = [
     "CamVidStream",

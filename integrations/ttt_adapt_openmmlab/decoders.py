@@ -130,7 +130,9 @@ def branch_for(model: nn.Module, *, encoder: str = "backbone", decoder: Any = "a
     """Attach a branch to a model of mmsegmentation or mmdetection.
 
     Like `MAEBranch.attach`, and decoder="copy_head" knows the heads of OpenMMLab. Where a head cannot be copied
-    (two-stage and dense detectors), the branch gets the convolutional decoder, and the log says so.
+    (two-stage and dense detectors), the branch gets the convolutional decoder, and the log says so. For a model that
+    takes pixels up to 255 (YOLOX, backbones of caffe), `norm_pix_loss` is True by default: a squared error of such
+    pixels is some thousand times the main loss.
 
     Args:
         model: the plain model, not a `JointMAE`.
@@ -142,6 +144,7 @@ def branch_for(model: nn.Module, *, encoder: str = "backbone", decoder: Any = "a
         EncoderError: the model has no such encoder, or the encoder cannot be used; nothing was changed.
         ConfigError: a setting out of range.
     """
+    settings.setdefault("norm_pix_loss", _takes_large_pixels(model))
     if decoder != "copy_head":
         return MAEBranch.attach(model, encoder, decoder, **settings)
     name = _mask_head(model)
@@ -162,6 +165,15 @@ def branch_for(model: nn.Module, *, encoder: str = "backbone", decoder: Any = "a
         level=logging.WARNING,
     )
     return branch
+
+
+def _takes_large_pixels(model: nn.Module) -> bool:
+    """Whether the model's data preprocessor leaves pixels at about 0 to 255, with or without their mean."""
+    preprocessor = getattr(model, "data_preprocessor", None)
+    normalises = getattr(preprocessor, "_enable_normalize", None)  # of mmengine and mmseg; None for any other
+    if preprocessor is None or normalises is None:
+        return False
+    return not normalises or float(preprocessor.std.max()) < 10
 
 
 def _mask_head(model: nn.Module) -> str | None:

@@ -96,9 +96,14 @@ def _pipeline(cfg: Config, scope: str) -> Compose:
         begin = _name(found[0]) if found else "nothing"
         raise ConfigError(f"the config's test pipeline begins with {begin}; expected LoadImageFromFile")
     first = {**found[0], "type": f"{scope}.LoadImageFromNDArray"}
+    if any(_name(transform) == "LoadProposals" for transform in found):
+        raise ConfigError(
+            "the test pipeline loads the proposals of another model from a file (LoadProposals), and a stream has "
+            "frames alone: take a model with an rpn_head, such as Faster R-CNN"
+        )
     rest = [transform for transform in found[1:] if not _name(transform).startswith("Load")]  # annotations
     for transform in rest:
-        check_transform(_name(transform), transform.get("prob"))
+        check_transform(_name(transform), transform.get("prob"), transform.get("test_mode"))
     init_default_scope(scope)
     return Compose([TRANSFORMS.build(dict(transform)) for transform in (first, *rest)])
 

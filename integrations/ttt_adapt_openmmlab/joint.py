@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ttt_adapt import Calibration, MAEBranch
 from ttt_adapt.errors import ConfigError
 from ttt_adapt_openmmlab.decoders import ATTACH, branch_for, branch_settings
+from ttt_adapt_openmmlab.refused_models import refuse_model
 
 INNER = "model."  # prefix of the plain model's parameters; the keys of a state_dict are without it
 BRANCH = "mae_branch."
@@ -172,8 +173,9 @@ def data_preprocessor_of(model: nn.Module) -> nn.Module:
     """The plain model's own.
 
     Raises:
-        ConfigError: there is none that makes batches of images.
+        ConfigError: there is none that makes batches of images, or the model takes clips or several batches.
     """
+    refuse_model(type(model))
     found = getattr(model, "data_preprocessor", None)
     if not isinstance(found, nn.Module) or type(found) is BaseDataPreprocessor:
         raise ConfigError(
@@ -241,6 +243,7 @@ def _built(model: Any, data_preprocessor: Any, inherited: Mapping[str, Any]) -> 
         return model
     if not isinstance(model, Mapping) or "type" not in model:
         raise ConfigError(f"model is a {type(model).__name__}; expected a module, or a config dict with a type")
+    refuse_model(model["type"])
     config = copy.deepcopy(ConfigDict(model))
     if config.get("data_preprocessor") is None and data_preprocessor is not None:
         config["data_preprocessor"] = data_preprocessor
@@ -275,6 +278,7 @@ _NO_BACKBONE = (
 
 
 def _check_model(model: nn.Module, encoder: Any) -> None:
+    refuse_model(type(model))
     if encoder == "backbone" and not isinstance(getattr(model, "backbone", None), nn.Module):
         raise ConfigError(_NO_BACKBONE.format(type(model).__name__))
     data_preprocessor_of(model)

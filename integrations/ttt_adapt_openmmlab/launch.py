@@ -156,16 +156,14 @@ def _readable_errors() -> Iterator[None]:
             f"{error.filename} does not exist: if it belongs to a data set, set data_root of the dataset in "
             "train_dataloader and test_dataloader; ttt-adapt mm check KIND PATH tells what a folder should hold"
         ) from error
-    except ImportError as error:
-        if "panopticapi" not in str(error):
-            raise
-        raise MissingPackageError(
-            "panopticapi is not installed: it is not on the package index, and LoadPanopticSegments and StreamPQMetric "
-            "do what LoadPanopticAnnotations and CocoPanopticMetric need it for"
-        ) from error
     except (pickle.UnpicklingError, EOFError) as error:
         raise CheckpointError(f"the checkpoint cannot be read: {error}") from error
     except RuntimeError as error:
+        if "panopticapi is not installed" in str(error):
+            raise MissingPackageError(
+                "panopticapi is not installed, and it is not on the package index: StreamPQMetric computes what "
+                "CocoPanopticMetric needs it for"
+            ) from error
         if "No state_dict found" not in str(error) and "PytorchStreamReader" not in str(error):
             raise
         raise CheckpointError(f"the checkpoint cannot be read: {error}") from error

@@ -13,9 +13,9 @@ ROOT = Path(ttt_adapt_openmmlab.__file__).parent
 
 # Each part imports from those before it, and from itself where it is a folder.
 ORDER = [
-    "environment", "ops", "datasets", "metrics", "arms", "decoders", "joint", "colorization", "batches",
-    "frames", "calibration", "stream_branch", "stills", "run_calibration", "reconstruction", "totals", "hooks",
-    "stream", "run_config", "launch", "cli", "__init__",
+    "environment", "ops", "datasets", "panoptic_kit", "refused_models", "metrics", "arms", "decoders", "joint",
+    "colorization", "batches", "frames", "calibration", "stream_branch", "stills", "run_calibration", "reconstruction",
+    "totals", "hooks", "stream", "run_config", "launch", "cli", "__init__",
 ]  # fmt: skip
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -30,7 +30,8 @@ def check_stream(loader: Any) -> None:
     _check_workers(loader)
     _check_sampler(loader.sampler)
     for transform in _transforms(loader.dataset):
-        check_transform(type(transform).__name__, getattr(transform, "prob", getattr(transform, "flip_ratio", None)))
+        prob = getattr(transform, "prob", getattr(transform, "flip_ratio", None))
+        check_transform(type(transform).__name__, prob, getattr(transform, "test_mode", None))
 
 
 def stream_infos(loader: DataLoader) -> tuple[list[int], list[dict[str, Any]]] | None:
@@ -99,12 +100,13 @@ def _transforms(dataset: Any) -> Iterator[Any]:
             queue.append(getattr(item, "transforms", None))
 
 
-def check_transform(name: str, prob: Any) -> None:
+def check_transform(name: str, prob: Any, test_mode: Any = None) -> None:
     """Refuse a transform of a test pipeline that makes several views of a frame, or another image each time.
 
     Args:
         name: of its class.
         prob: how likely it acts: a number, a list of them, or None for one that always does.
+        test_mode: whether it was told to do the same to every frame, as CenterNet's RandomCenterCropPad can be.
 
     Raises:
         ConfigError: it is one of these.
@@ -114,6 +116,8 @@ def check_transform(name: str, prob: Any) -> None:
             f"the test pipeline holds {name}, which makes several views of a frame; a stream has one: take it out "
             "(and tta_model, tta_pipeline)"
         )
+    if test_mode:
+        return
     acts = any(p > 0 for p in prob) if isinstance(prob, list | tuple) else prob is None or prob > 0
     if acts and ("Flip" in name or "Random" in name or "PhotoMetric" in name):
         does = "flips frames" if "Flip" in name else "changes frames at random"

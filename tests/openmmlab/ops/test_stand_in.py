@@ -32,14 +32,20 @@ def run(code: str) -> subprocess.CompletedProcess:
 
 @lite
 def test_an_operator_without_its_compiled_code_says_what_to_install():
-    from mmcv.ops import nms, roi_align
+    from mmcv.ops import border_align, nms_rotated
 
-    boxes, scores = torch.rand(3, 4), torch.rand(3)
-    with pytest.raises(NotImplementedError, match=r"'nms'.*mmcv==2\.1\.0") as raised:
-        nms(boxes, scores, 0.5)
+    with pytest.raises(NotImplementedError, match=r"'nms_rotated'.*mmcv==2\.1\.0") as raised:
+        nms_rotated(torch.rand(3, 5), torch.rand(3), 0.5)
     assert isinstance(raised.value, TTTAdaptError)
-    with pytest.raises(NotImplementedError, match="'roi_align_forward'"):
-        roi_align(torch.rand(1, 2, 8, 8), torch.tensor([[0.0, 0, 0, 4, 4]]), (2, 2))
+    with pytest.raises(NotImplementedError, match="'border_align_forward'"):
+        border_align(torch.rand(1, 4, 8, 8), torch.rand(1, 64, 4), 2)
+
+
+@lite
+def test_the_environment_says_that_mmcv_was_not_compiled():
+    from mmcv.utils import collect_env
+
+    assert "mmcv-lite" in collect_env()["MMCV Compiler"]
 
 
 @lite
