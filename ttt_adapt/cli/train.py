@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import typer.core
 
+from ttt_adapt.cli.language import Command
 from ttt_adapt.cli.options import (
     BranchSettings,
     Device,
+    Overwrite,
     Seed,
     Size,
     branch_keywords,
@@ -23,7 +24,7 @@ from ttt_adapt.cli.output import say
 from ttt_adapt.errors import ConfigError
 
 
-class TrainCommand(typer.core.TyperCommand):
+class TrainCommand(Command):
     """`train`, whose `--pretrained` used to stand alone: without a source, the error says which there are."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -79,6 +80,7 @@ def train(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on where an interrupted run stopped.")] = False,
+    overwrite: Overwrite = False,
     half: Annotated[bool, typer.Option(help="Store weights as float16.")] = False,
     calibrate: Annotated[
         bool, typer.Option("--calibrate/--no-calibrate", help="Calibrate the trained model on its own stills.")
@@ -117,6 +119,7 @@ def train(
         init=init,
         pretrained=pretrained,
         resume=resume,
+        overwrite=overwrite,
         half=half,
         calibrate=calibrate,
         device=pick_device(device),

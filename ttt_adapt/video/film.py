@@ -1,6 +1,6 @@
 """A film that plays while it is being written: the encoder behind `VideoWriter`.
 
-An ordinary mp4 has its index at the end, and a process that is killed never writes it. This film has no end to wait for:
+An ordinary mp4 has its index at the end, and a process that is killed never writes it. This film waits for no end:
 every frame is a fragment of its own (of Matroska: a cluster), which is on disk as soon as the encoder has made it. The
 encoder looks one frame ahead and has no B-frames, so a killed process loses about three frames. `finish_film` turns the
 fragments into an ordinary file once all frames are there.
@@ -91,13 +91,16 @@ def finish_film(film: Path, target: Path) -> None:
     av = import_av()
     container_format = CONTAINERS[target.suffix.lower()]
     options = {} if container_format == "matroska" else {"movflags": "+faststart"}
-    with atomic_write(target) as part, av.open(_local(film)) as source:
-        with av.open(_local(part), "w", format=container_format, options=options) as whole:
-            stream = whole.add_stream_from_template(source.streams.video[0])
-            for packet in source.demux(source.streams.video[0]):
-                if packet.dts is not None:  # the last one is empty
-                    packet.stream = stream
-                    whole.mux(packet)
+    with (
+        atomic_write(target) as part,
+        av.open(_local(film)) as source,
+        av.open(_local(part), "w", format=container_format, options=options) as whole,
+    ):
+        stream = whole.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:  # the last one is empty
+                packet.stream = stream
+                whole.mux(packet)
     if film != target:
         film.unlink()
 

@@ -36,6 +36,7 @@ class FrameSource(Protocol):
     fps: float | None
     size: tuple[int, int]
     sounds: int
+    names: tuple[str, ...] | None
 
     @property
     def length(self) -> int | None:
@@ -69,6 +70,7 @@ class VideoFile:
     """A video file, opened anew for each iteration. A `FrameSource`."""
 
     live = False
+    names: tuple[str, ...] | None = None
 
     def __init__(self, path: Path) -> None:
         self.name = path.name
@@ -165,6 +167,7 @@ class LiveStream:
 
     live = True
     length: int | None = None
+    names: tuple[str, ...] | None = None
     sounds = 0
     uneven = False
 

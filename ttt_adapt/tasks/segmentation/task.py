@@ -43,7 +43,7 @@ class Segmentation(Task):
 
     def __init__(self, classes: Sequence[str], palette: Sequence[Sequence[int]] = ()) -> None:
         self._classes = tuple(classes)
-        self._palette = np.asarray(palette or default_palette(len(self._classes)), dtype=np.uint8)
+        self.palette: np.ndarray = np.asarray(palette or default_palette(len(self._classes)), dtype=np.uint8)
 
     @classmethod
     def of(cls, spec: ModelSpec) -> Segmentation:
@@ -105,7 +105,7 @@ class Segmentation(Task):
 
     def draw(self, frame: np.ndarray, prediction: np.ndarray) -> np.ndarray:
         """The classes' colours over the frame."""
-        return blend(frame, prediction, self._palette)
+        return blend(frame, prediction, self.palette, ignore=None)
 
     def score(self, ignore: int = 255, weights: Path | None = None) -> SegmentationScore:
         """An empty score of IoU.
