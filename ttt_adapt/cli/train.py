@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -103,7 +104,7 @@ def train(
         workers=workers,
         seed=seed,
     )
-    train_recipe(
+    made = train_recipe(
         data,
         out,
         encoder=encoder,
@@ -128,3 +129,6 @@ def train(
         task_options=parse_settings(task_option, "mode=classification"),
     )
     say(f"wrote {out}")
+    name = shlex.quote(str(out))
+    ready = made.branch is not None or made.calibration is not None
+    say(f"next: ttt-adapt run VIDEO --checkpoint {name}" if ready else f"next: ttt-adapt calibrate {name} STILLS")

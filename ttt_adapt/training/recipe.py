@@ -21,7 +21,7 @@ from ttt_adapt.tasks import Criterion, Stills, Task, find_task, task_of
 from ttt_adapt.tasks.checkpoint import OBJECTIVES, Checkpoint, save_checkpoint
 from ttt_adapt.tasks.spec import ModelSpec
 from ttt_adapt.training.distributed import process_group, rank
-from ttt_adapt.training.finish import calibrate_trained, round_to_half
+from ttt_adapt.training.finish import calibrate_trained, round_to_half, score_trained
 from ttt_adapt.training.joint import Progress, TrainConfig, fit
 from ttt_adapt.training.start import find_start
 from ttt_adapt.view.terminal import notice, progress_bar
@@ -54,7 +54,7 @@ def train(
     task: str = "segmentation",
     task_options: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """Train, calibrate and write the checkpoint; with `resume`, go on from the state files beside it.
+    """Train, calibrate, write and score the checkpoint; with `resume`, go on from the state files beside it.
 
     Args:
         data: a folder of clips or stills, with labels where the task has some, or "street" for the rendered street of
@@ -115,7 +115,7 @@ def train(
     if chosen:
         branch["patch_size"] = side = checkpoint.mae_branch.patch_size  # a plain transformer has patches of its own
         notes = [
-            f"mask patches of {side} x {side} pixels: chosen for the frames, patch_size of the branch sets another"
+            f"mask patches of {side} x {side} pixels: chosen for the frames; patch_size of the `branch` sets another"
         ]
     criterion = checkpoint.task.criterion(samples)
     output_folder(out.parent)
@@ -151,6 +151,7 @@ def train(
             if calibrate:
                 calibrate_trained(checkpoint, opened, config.seed)
             save_checkpoint(out, checkpoint, half)
+            score_trained(checkpoint, opened)
         _remove(files)
     except KeyboardInterrupt:
         if kept := [file for file in files if file.exists()]:

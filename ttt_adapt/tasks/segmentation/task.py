@@ -16,6 +16,7 @@ from ttt_adapt.data.clip import Clip
 from ttt_adapt.data.layouts import open_clips
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.tasks.base import Criterion, Metric, Stills, Task
+from ttt_adapt.tasks.segmentation.palette import find_palette
 from ttt_adapt.tasks.segmentation.score import SegmentationScore
 from ttt_adapt.tasks.spec import ModelSpec
 from ttt_adapt.view.overlay import blend, default_palette
@@ -63,10 +64,10 @@ class Segmentation(Task):
     def stills(
         cls, data: str, names: Sequence[str], size: tuple[int, int] | None, classes: Sequence[str] | None
     ) -> Stills:
-        """The labelled frames of the clips under `data`; see `open_clips`."""
+        """The labelled frames of the clips under `data`, and the colours of their classes; see `open_clips`."""
         clips = open_clips(data, list(names) or None, size, classes=classes)
         height, width = size or clips[0][0][1].shape
-        return Stills(clips, (height, width), clips[0].classes)
+        return Stills(clips, (height, width), clips[0].classes, find_palette(data, clips))
 
     @classmethod
     def clips(
