@@ -5,7 +5,7 @@ The library names its arguments as Python does. Three forms of a name are unders
 | in the library | on the command line |
 |---|---|
 | `size` in backticks, size= or overwrite=True | --size, --overwrite |
-| "size is ..." at the beginning of a statement | "--size is ..." |
+| "size is ..." (are, has, names) at the beginning of a statement | "--size is ..." |
 | "leave size out" | "leave --size out" |
 
 Words that are no option of the command stay as they are.
@@ -80,8 +80,8 @@ def in_options(text: str, options: dict[str, tuple[str, str]]) -> str:
     name = f"(?P<name>{'|'.join(map(re.escape, sorted(known, key=len, reverse=True)))})"
     forms = (
         rf"`{name}(?:=(?P<value>True|False))?`",
-        rf"(?<![\w./=-]){name}=(?P<value>True|False)?(?![\w'\"(\[./-])",
-        rf"(?:^|(?<=: )|(?<=; )){name}(?= is )",
+        rf"(?<![\w./=-]){name}=(?P<value>True|False)?(?![\w'\"(\[/-]|\.\w)",
+        rf"(?:^|(?<=: )|(?<=; )){name}(?= (?:is|are|has|names) )",
         rf"(?<=\bleave ){name}(?= out\b)",
     )
 
@@ -91,4 +91,4 @@ def in_options(text: str, options: dict[str, tuple[str, str]]) -> str:
 
     for form in forms:
         text = re.sub(form, option, text)
-    return text
+    return re.sub(r"(--[\w-]+), \1\b", r"\1", text)  # of a message that names both

@@ -83,7 +83,7 @@ class VideoReader:
         self.size = source.size
         self.fps = source.fps
         self.sounds = source.sounds
-        self.names = source.names
+        self.names: tuple[str, ...] | None = getattr(source, "names", None)
         self._source = source
         self._depth = read_ahead
         self._running: set[ReadAhead[np.ndarray]] = set()

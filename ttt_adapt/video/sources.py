@@ -36,7 +36,6 @@ class FrameSource(Protocol):
     fps: float | None
     size: tuple[int, int]
     sounds: int
-    names: tuple[str, ...] | None
 
     @property
     def length(self) -> int | None:
@@ -70,7 +69,6 @@ class VideoFile:
     """A video file, opened anew for each iteration. A `FrameSource`."""
 
     live = False
-    names: tuple[str, ...] | None = None
 
     def __init__(self, path: Path) -> None:
         self.name = path.name
@@ -167,7 +165,6 @@ class LiveStream:
 
     live = True
     length: int | None = None
-    names: tuple[str, ...] | None = None
     sounds = 0
     uneven = False
 

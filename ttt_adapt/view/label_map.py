@@ -36,5 +36,5 @@ def write_label_map(path: Path, labels: np.ndarray, palette: np.ndarray | Sequen
         image = Image.fromarray(labels.astype(np.uint16))
     else:
         image = Image.fromarray(labels.astype(np.uint8), mode="P")
-        image.putpalette(colours.tobytes())
+        image.putpalette(np.pad(colours, ((0, LARGEST_PALETTE - len(colours)), (0, 0))).tobytes())  # 8 bits a pixel
     image.save(path, format="png")

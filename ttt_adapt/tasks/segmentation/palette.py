@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,6 @@ from typing import Any
 import numpy as np
 
 from ttt_adapt.data.clip import Clip
-from ttt_adapt.data.images import open_image, pillow
-from ttt_adapt.data.labelled import read_index
 from ttt_adapt.errors import DataError
 
 Palette = tuple[tuple[int, int, int], ...]
@@ -31,10 +30,16 @@ def find_palette(data: str | Path, clips: Sequence[Clip]) -> Palette:
     """
     classes = clips[0].classes
     for folder in (Path(data), Path(data).parent):
-        index = read_index(folder)
-        if "palette" in index and len(index["classes"]) == len(classes):
+        index = _read(folder / "index.json")
+        if "palette" in index and len(index.get("classes", ())) == len(classes):
             return _of_index(index["palette"], classes, folder / "index.json")
     return _of_image(clips[0], len(classes))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """An index; {} where there is none. The clips were opened with it, so it can be read."""
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _of_index(given: Any, classes: Sequence[str], file: Path) -> Palette:
@@ -59,7 +64,9 @@ def _of_image(clip: Clip, count: int) -> Palette:
     """The palette of a clip's first label image; () where it says nothing about the classes."""
     if len(clip.files) < 2 or clip.files[1].suffix.lower() != ".png":
         return ()
-    image = open_image(clip.files[1])
+    from PIL import Image
+
+    image: Any = Image.open(clip.files[1])
     if image.mode != "P":
         return ()
     levels = image.getpalette() or []
@@ -68,7 +75,7 @@ def _of_image(clip: Clip, count: int) -> Palette:
     if len(colours) < count or grey or len(np.unique(colours, axis=0)) < count:
         return ()
     if clip.size is not None:
-        image = image.resize(clip.size[::-1], pillow().Resampling.NEAREST)
+        image = image.resize(clip.size[::-1], Image.Resampling.NEAREST)
     if not np.array_equal(np.asarray(image), clip[0][1]):  # the ids of the image are not those of the classes
         return ()
     return tuple((int(red), int(green), int(blue)) for red, green, blue in colours)
