@@ -208,6 +208,28 @@ def test_a_signal_ends_a_run_as_ctrl_c_does_and_what_was_written_is_told_as_part
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)] == before
 
 
+def test_an_interrupted_run_that_may_overwrite_leaves_the_old_film_and_says_so_in_plain_words(
+    model, frames, tmp_path, capsys, monkeypatch
+):
+    real, out = VideoWriter.write, tmp_path / "o.mp4"
+    out.write_bytes(b"precious")
+
+    def write(self, picture):
+        real(self, picture)
+        if self.count == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(VideoWriter, "write", write)
+    call = ["run", frames, f"--checkpoint={model}", "--arm=fixed", f"--out={out}", "--overwrite"]
+    assert status(monkeypatch, *call) == 143
+    told = capsys.readouterr().err
+    partial = tmp_path / "o.partial.mp4"
+    assert f"warning: {out} exists and stays; the 2 new frames are in {partial}.\n" in told
+    assert "UserWarning" not in told
+    assert out.read_bytes() == b"precious"
+    assert video(partial)[0] == 2
+
+
 def test_a_signal_that_is_ignored_stays_ignored(model, frames, tmp_path, monkeypatch):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -14,14 +14,16 @@ Words that are no option of the command stay as they are.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
 import typer.core
 
 from ttt_adapt.errors import TTTAdaptError
-from ttt_adapt.view.terminal import rewording
+from ttt_adapt.view.terminal import notice, rewording
 
 ELSEWHERE = {
     "binary": "--classes background,foreground",
@@ -42,7 +44,7 @@ class Command(typer.core.TyperCommand):
             TTTAdaptError: as the library raised it, with the options' names in its message.
         """
         options = options_of(self.params)
-        with rewording(lambda text: in_options(text, options)):
+        with rewording(lambda text: in_options(text, options)), _plain_warnings():
             try:
                 return super().invoke(ctx)
             except TTTAdaptError as error:
@@ -50,6 +52,22 @@ class Command(typer.core.TyperCommand):
                 if text == str(error):
                     raise
                 raise type(error)(text) from error
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings to the user are lines of text, without the place in the source code that other warnings have."""
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(message: Any, category: Any, *place: Any, **more: Any) -> None:
+            if category is UserWarning:
+                notice(f"warning: {message}")
+            else:
+                shown(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def options_of(parameters: Iterable[Any]) -> dict[str, tuple[str, str]]:
