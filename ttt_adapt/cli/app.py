@@ -7,10 +7,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, version
 from typing import Annotated
 
-from ttt_adapt import __version__
 from ttt_adapt.errors import TTTAdaptError, missing
 
 try:
@@ -47,13 +46,13 @@ for _name, _command in (
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"ttt-adapt {__version__}")
+        print(f"ttt-adapt {version('ttt-adapt')}")
         raise typer.Exit
 
 
 @app.callback()
 def _options(
-    version: Annotated[
+    show_version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version.")
     ] = False,
 ) -> None:

@@ -98,6 +98,8 @@ def adapt_video(
     """
     if view not in ("overlay", "panels"):
         raise ConfigError(f'view is {view!r}; expected "overlay" or "panels"')
+    if out is None and (legend or view != "overlay" or fps is not None):
+        raise ConfigError("`legend`, `view` and `fps` are of a film, and none is written: name one with `out`")
     targets = Targets(out, labels_out, raw_out, overwrite)
     targets.check((Path(source), checkpoint), fps)
     model = _load(checkpoint, task, arm, device)
