@@ -129,7 +129,7 @@ def test_a_legend_names_the_classes_below_the_film(frames, tmp_path):
         (["--labels-out={new}", "--raw-out={new}"], "and so is --raw-out: choose a folder for each"),
         (["--out={folder}/film.mp4"], "--out is {folder}/film.mp4, which exists: choose another name, or set --overwr"),
         (["--labels-out={new}", "--out={folder}/film.mp4"], "film.mp4, which exists"),
-        (["--labels-out={new}", "--view=panels"], "--legend, --view and --fps are of a film, and none is written: name"),
+        (["--labels-out={new}", "--view=panels"], "--legend, --view and --fps are of a film, and none is written:"),
     ],
 )
 def test_nothing_is_written_over_unasked_and_nothing_else_is_written_then(
