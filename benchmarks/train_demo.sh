@@ -5,5 +5,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
-ttt-adapt train street --stills 1600 --size 128x192 --out "${1:-ttt_adapt/data/street/street.safetensors}" --half --device cpu \
+ttt-adapt train street --stills 1600 --size 128x192 --out "${1:-ttt_adapt/data/street/street.safetensors}" --half --device cpu --overwrite \
   --encoder regnetx_002 --branch patch_size=8 --recipe joint --first-epochs 12 --epochs 6 --seed 0

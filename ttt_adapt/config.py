@@ -206,8 +206,36 @@ def _known(config: type[StreamConfig], changes: dict[str, Any]) -> dict[str, Any
     known = [field.name for field in dataclasses.fields(config)]
     for name in changes:
         if name not in known:
-            raise ConfigError(f"StreamConfig has no field {name!r}; {nearest(name, known)}")
+            raise ConfigError(f"StreamConfig has no field {name!r}; {_hint(name, known)}")
     return changes
+
+
+ALIASES = {
+    "learning_rate": "lr",
+    "step_size": "lr",
+    "encoder_lr": "encoder_lr_scale",
+    "steps": "iterations",
+    "epochs": "iterations",
+    "batch": "batch_size",
+    "memory": "window",
+    "crop": "crop_size",
+    "clip_grad": "grad_clip",
+    "max_grad_norm": "grad_clip",
+    "momentum": "norm_momentum",
+    "dtype": "precision",
+    "amp": "precision",
+}
+"""What others call a field."""
+OF_THE_BRANCH = ("mask_ratio", "patch_size", "masking", "decoder", "loss_on", "norm_pix_loss")
+"""What is no field, but a setting of `MAEBranch.attach`."""
+
+
+def _hint(name: str, known: list[str]) -> str:
+    """Where an unknown field is to be found."""
+    plain = name.replace("-", "_").lower()
+    if plain in OF_THE_BRANCH:
+        return f"{plain} is a setting of the `branch` (MAEBranch.attach)"
+    return f"it is called {ALIASES[plain]!r}" if plain in ALIASES else nearest(plain, known)
 
 
 def _is_whole(value: Any) -> bool:

@@ -118,3 +118,22 @@ def output_folder(folder: Path) -> None:
         raise ConfigError(
             f"{folder} is no folder that can be written to ({error.strerror}); choose another one"
         ) from error
+
+
+def refuse_existing(path: Path, overwrite: bool, what: str = "out") -> None:
+    """Nothing is written over unasked: refuse a file that is there, or a folder that holds something.
+
+    Args:
+        path: what is to be written.
+        overwrite: whether the caller was asked to write over it.
+        what: the name of the argument that names it.
+
+    Raises:
+        ConfigError: it is there.
+    """
+    if overwrite or not os.path.lexists(path):
+        return
+    if not path.is_dir():
+        raise ConfigError(f"{what} is {path}, which exists: choose another name, or set `overwrite` to replace it")
+    if next(path.iterdir(), None) is not None:
+        raise ConfigError(f"{what} is {path}, which is not empty: choose another folder, or set `overwrite`")

@@ -113,7 +113,7 @@ def test_steps_of_a_checkpoint_without_a_branch_are_refused_and_nothing_is_writt
 def test_run_leaves_a_chosen_gate_out_where_other_statistics_are_asked_for(calibrated, clips, tmp_path):
     found, chosen = load_checkpoint(calibrated), tmp_path / "chosen.safetensors"
     write_calibration(calibrated, found.calibration.replace(settings={"gate": "calibrated", "lr": 1e-3}), chosen)
-    call = ["run", clips / "short" / "images", f"--checkpoint={chosen}", f"--out={tmp_path / 'o.mp4'}"]
+    call = ["run", clips / "short" / "images", f"--checkpoint={chosen}", f"--out={tmp_path / 'o.mp4'}", "--overwrite"]
     assert "calibrated statistics, with gradient steps" in invoke(*call)
     for more in ("--set=norm_stats=frozen", "--set=window=auto"):
         invoke(*call, more)
@@ -219,7 +219,7 @@ def test_info_tells_a_calibration_of_other_weights_and_a_stream_refuses_it(calib
 
 
 def test_run_says_how_the_calibration_is_used_where_it_is(calibrated, made, clips, tmp_path):
-    call = ["run", clips / "short" / "images", f"--out={tmp_path / 'o.mp4'}", "--set=batch_size=2"]
+    call = ["run", clips / "short" / "images", f"--out={tmp_path / 'o.mp4'}", "--set=batch_size=2", "--overwrite"]
     assert "calibrated statistics, with gradient steps: " in invoke(*call, f"--checkpoint={calibrated}")
     for more in ([f"--checkpoint={calibrated}", "--set=norm_stats=frozen"], [f"--checkpoint={made}"]):
         assert "calibrated statistics" not in invoke(*call, *more)
@@ -347,6 +347,6 @@ def test_results_of_an_earlier_calibration_are_not_gone_on_with(calibrated, clip
     call += [f"--out={tmp_path / 'eval'}"]
     invoke(*call)
     before = (tmp_path / "eval" / "report.json").read_bytes()
-    invoke("calibrate", model, clips, "--clips=ground", "--stills=9", "--no-choose")
+    invoke("calibrate", model, clips, "--clips=ground", "--stills=9", "--no-choose", "--overwrite")
     assert "other settings (rows)" in fail(capsys, monkeypatch, *call)
     assert (tmp_path / "eval" / "report.json").read_bytes() == before

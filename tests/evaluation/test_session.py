@@ -291,7 +291,7 @@ def test_other_code_or_another_machine_does_not_go_on(name, value, tmp_path, cli
     here = session.environment()
     monkeypatch.setattr(session, "environment", lambda: {**here, name: value})
     shown = "torch" if name == "packages" else name
-    with pytest.raises(DataError, match=rf"begun with another .*{shown} \(.*, now .*another folder, or remove it"):
+    with pytest.raises(DataError, match=rf"begun with another .*{shown} \(.*, now .*, or set `overwrite`"):
         evaluate(rows, clips, CONFIG, [0], tmp_path / "out")
     assert (tmp_path / "out" / "report.json").read_text() == text
     assert counted == ["fixed dusk", "fixed noon"]

@@ -324,7 +324,10 @@ def test_run_does_not_claim_to_have_kept_what_could_not_be_written(trained, tmp_
     source = write_video(tmp_path / "old.mkv", [to_grey(frame) for frame in colour_frames(2)], pix_fmt="gray")
     call = ["run", source, f"--checkpoint={trained}", f"--out={tmp_path / 'o.mp4'}", "--set=batch_size=2"]
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("the disk is gone")))
-    assert fail(capsys, monkeypatch, *call) == f"error: {tmp_path / 'o.mp4'} cannot be finished: the disk is gone\n"
+    line = fail(capsys, monkeypatch, *call)
+    assert line.startswith(f"error: {tmp_path / 'o.mp4'} cannot be finished: the disk is gone. The frames so far can ")
+    assert not (tmp_path / "o.mp4").exists()
+    assert len(decoded(tmp_path / "o.partial.mp4")) == 2
 
 
 def test_training_calibrates_by_agreement_and_run_uses_it(tmp_path):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable
-from importlib.metadata import EntryPoint, entry_points
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import EntryPoint, entry_points, version
+from typing import Annotated
 
 from ttt_adapt.errors import TTTAdaptError, missing
 
@@ -19,6 +23,7 @@ from ttt_adapt.cli.calibrate import calibrate
 from ttt_adapt.cli.demo import demo
 from ttt_adapt.cli.eval import evaluate
 from ttt_adapt.cli.info import info
+from ttt_adapt.cli.language import Command
 from ttt_adapt.cli.run import run
 from ttt_adapt.cli.train import TrainCommand, train
 
@@ -36,7 +41,22 @@ for _name, _command in (
     ("eval", evaluate),
     ("info", info),
 ):
-    app.command(_name, cls=TrainCommand if _command is train else None)(_command)
+    app.command(_name, cls=TrainCommand if _command is train else Command)(_command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ttt-adapt {version('ttt-adapt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options that stand before a command."""
 
 
 def _hand_over(entry: EntryPoint) -> Callable[[typer.Context], None]:
@@ -59,19 +79,48 @@ for _entry in entry_points(group="ttt_adapt.commands"):
     )(_hand_over(_entry))
 
 
-def main() -> None:
-    """Entry point: an expected error is one line on standard error and exit status 1; Ctrl-C is 130."""
-    errors = Console(stderr=True)
+@contextmanager
+def _stop_as_ctrl_c() -> Iterator[list[int]]:
+    """SIGTERM and SIGHUP end what runs inside the block as Ctrl-C does. Yields a list that gets the signal that came.
+
+    A signal that is ignored, as SIGHUP under `nohup`, stays ignored.
+    """
+    came: list[int] = []
+
+    def stop(number: int, _frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has no SIGHUP
+    handled = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    for number in handled:
+        signal.signal(number, stop)
     try:
-        app()
-    except (TTTAdaptError, OSError) as error:
-        line = " ".join(str(error).split())
-        errors.print(f"[bold red]error:[/] {escape(line)}", highlight=False, soft_wrap=True)
-        sys.exit(1)
-    except SystemExit as stop:
-        if stop.code == 130:  # what Typer makes of Ctrl-C
-            errors.print("interrupted")
-        raise
+        yield came
+    finally:
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def main() -> None:
+    """Entry point: an expected error is one line on standard error and exit status 1.
+
+    Ctrl-C has the status 130, SIGTERM 143 and SIGHUP 129, as shells count them; what was kept is told before.
+    """
+    errors = Console(stderr=True)
+    with _stop_as_ctrl_c() as came:
+        try:
+            app()
+        except (TTTAdaptError, OSError) as error:
+            line = " ".join(str(error).split())
+            errors.print(f"[bold red]error:[/] {escape(line)}", highlight=False, soft_wrap=True)
+            sys.exit(1)
+        except SystemExit as stop:
+            if stop.code != 130:  # what Typer makes of Ctrl-C
+                raise
+            errors.print(f"stopped by {signal.Signals(came[0]).name}" if came else "interrupted")
+            sys.exit(128 + came[0] if came else 130)
 
 
 if __name__ == "__main__":

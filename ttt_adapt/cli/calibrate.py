@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ttt_adapt.cli.options import Device, Seed, parse_names, parse_size, pick_device
+from ttt_adapt.cli.options import Device, Overwrite, Seed, parse_names, parse_size, pick_device
 from ttt_adapt.cli.output import console, say
 from ttt_adapt.errors import ConfigError
 
@@ -52,6 +52,7 @@ def calibrate(
         bool,
         typer.Option("--steps", help="Choose too how gradient steps are taken, on short streams; it takes minutes."),
     ] = False,
+    overwrite: Overwrite = False,
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
@@ -59,7 +60,7 @@ def calibrate(
     from ttt_adapt.calibration.calibrate import DRIFTS
     from ttt_adapt.data.drift import parse_drift
     from ttt_adapt.files import output_folder
-    from ttt_adapt.tasks.calibrate import calibrate_checkpoint, open_stills
+    from ttt_adapt.tasks.calibrate import calibrate_checkpoint, calibration_target, open_stills
     from ttt_adapt.tasks.checkpoint import load_checkpoint, write_calibration
 
     chosen_on = DRIFTS if drifts is None else parse_names(drifts)
@@ -67,9 +68,7 @@ def calibrate(
         raise ConfigError("drifts is empty; expected at least one to choose on, or --no-choose")
     for drift in chosen_on:
         parse_drift(drift)  # it raises before anything is loaded
-    target = model if out is None else out
-    if target.suffix != ".safetensors":
-        raise ConfigError(f"the checkpoint to write is {target}; expected a file name ending in .safetensors")
+    target = calibration_target(model, out, overwrite)
     checkpoint = load_checkpoint(model, pick_device(device))
     output_folder(target.parent)
     found = open_stills(
@@ -83,7 +82,7 @@ def calibrate(
     started = time.perf_counter()
     calibration = calibrate_checkpoint(checkpoint, found, choose=choose, steps=steps, drifts=chosen_on, seed=seed)
     seconds = time.perf_counter() - started
-    write_calibration(model, calibration, out)
+    write_calibration(model, calibration, target)
     used = "with their labels" if found.labels is not None else f"without labels ({found.unlabelled})"
     say(f"calibrated on {calibration.stills} of {found.of} frames of {stills} {used}, in {seconds:.1f} s")
     _show(checkpoint.model, calibration)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ttt_adapt.cli.options import Device, Seed, Settings, parse_settings, pick_device
+from ttt_adapt.cli.options import Device, Overwrite, Seed, Settings, parse_settings, pick_device
 from ttt_adapt.cli.output import console, say
 
 
@@ -17,6 +17,7 @@ def demo(
     seed: Seed = 0,
     arm: Annotated[str, typer.Option(help="What runs beside the model as trained, such as online.")] = "calibrated",
     settings: Settings = None,
+    overwrite: Overwrite = False,
     device: Device = "auto",
 ) -> None:
     """Watch a small model adapt to a street that drifts to night, fog and rain, and back each time."""
@@ -28,7 +29,7 @@ def demo(
 
     changes = parse_settings(settings)
     config = StreamConfig.online(**changes) if changes else None
-    report = run_demo(out, frames, seed, config, pick_device(device), arm)
+    report = run_demo(out, frames, seed, config, pick_device(device), arm, overwrite)
     console.print(rich_table(report, width=console.width))
     say(gain_note(report, find_arm(arm).name, "fixed"))
     say(f"side-by-side video: {out / 'demo.mp4'}\nits frame at night: {out / 'demo.png'}")

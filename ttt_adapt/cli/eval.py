@@ -9,6 +9,7 @@ import typer
 
 from ttt_adapt.cli.options import (
     Device,
+    Overwrite,
     Preset,
     TestBranch,
     parse_arm_settings,
@@ -75,6 +76,7 @@ def evaluate(
         Path | None, typer.Option(help="Folder with the networks of LPIPS, FID and Inception Score; never downloaded.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.json, table.md and plots.")] = Path("ttt-adapt-eval"),
+    overwrite: Overwrite = False,
     preset: Preset = "online",
     settings: Annotated[
         list[str] | None,
@@ -140,6 +142,7 @@ def evaluate(
         real_time=charged,
         study=chosen,
         metric_weights=metric_weights,
+        overwrite=overwrite,
     )
     console.print(rich_table(report, width=console.width))
     say(f"report, tables and plots: {out}")

@@ -9,6 +9,7 @@ import typer
 
 from ttt_adapt.cli.options import (
     Device,
+    Overwrite,
     Preset,
     Seed,
     Settings,
@@ -25,9 +26,24 @@ from ttt_adapt.errors import ConfigError
 def run(
     video: Annotated[str, typer.Argument(help="Video file, folder of frames, camera index, or URL.")],
     checkpoint: Annotated[Path, typer.Option(help="A file of `ttt-adapt train`.")] = Path("model.safetensors"),
-    out: Annotated[Path, typer.Option(help="The mp4 to write.")] = Path("out.mp4"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The mp4 to write; by default out.mp4, and none with --labels-out or --raw-out."),
+    ] = None,
+    labels_out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write label maps: a palette PNG of class ids for each frame."),
+    ] = None,
+    raw_out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Write what the model returns, such as class scores: an npz file for each frame."
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
     task: Annotated[str | None, typer.Option(help="What the checkpoint is for; it knows itself.")] = None,
     view: Annotated[str, typer.Option(help="overlay, or panels (frame, fixed, adapted, reconstruction).")] = "overlay",
+    legend: Annotated[bool, typer.Option("--legend", help="Name the classes in a strip below the film.")] = False,
     size: Annotated[
         str | None, typer.Option(metavar="HxW", help="Size for the model; 'native' for the video's own.")
     ] = None,
@@ -54,12 +70,17 @@ def run(
     if arm is not None and preset != "online":
         raise ConfigError(f"--preset {preset} and --arm {arm} both say what runs: give one of them")
     tuned = chosen_settings(checkpoint, changes) if arm is None and preset == "online" else {}
+    film = Path("out.mp4") if out is None and labels_out is None and raw_out is None else out
     count = adapt_video(
         video,
         checkpoint,
-        out,
+        film,
+        labels_out=labels_out,
+        raw_out=raw_out,
+        overwrite=overwrite,
         task=task,
         view=view,
+        legend=legend,
         size="native" if size == "native" else parse_size(size),
         limit=limit,
         fps=fps,
@@ -69,4 +90,6 @@ def run(
         branch=parse_settings(branch, "mask_ratio=0.75"),
         device=pick_device(device),
     )
-    say(f"wrote {counted(count, 'frame')} to {out}")
+    for written, what in ((film, ""), (labels_out, ", as label maps"), (raw_out, ", as raw outputs")):
+        if written is not None:
+            say(f"wrote {counted(count, 'frame')} to {written}{what}")

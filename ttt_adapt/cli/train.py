@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import typer.core
 
+from ttt_adapt.cli.language import Command
 from ttt_adapt.cli.options import (
     BranchSettings,
     Device,
+    Overwrite,
     Seed,
     Size,
     branch_keywords,
@@ -23,7 +25,7 @@ from ttt_adapt.cli.output import say
 from ttt_adapt.errors import ConfigError
 
 
-class TrainCommand(typer.core.TyperCommand):
+class TrainCommand(Command):
     """`train`, whose `--pretrained` used to stand alone: without a source, the error says which there are."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -84,6 +86,7 @@ def train(
         ),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on where an interrupted run stopped.")] = False,
+    overwrite: Overwrite = False,
     half: Annotated[bool, typer.Option(help="Store weights as float16.")] = False,
     calibrate: Annotated[
         bool, typer.Option("--calibrate/--no-calibrate", help="Calibrate the trained model on its own stills.")
@@ -106,7 +109,7 @@ def train(
         workers=workers,
         seed=seed,
     )
-    train_recipe(
+    made = train_recipe(
         data,
         out,
         encoder=encoder,
@@ -122,6 +125,7 @@ def train(
         init=init,
         pretrained=pretrained,
         resume=resume,
+        overwrite=overwrite,
         half=half,
         calibrate=calibrate,
         device=pick_device(device),
@@ -130,3 +134,6 @@ def train(
         task_options=parse_settings(task_option, "mode=classification"),
     )
     say(f"wrote {out}")
+    name = shlex.quote(str(out))
+    ready = made.branch is not None or made.calibration is not None
+    say(f"next: ttt-adapt run VIDEO --checkpoint {name}" if ready else f"next: ttt-adapt calibrate {name} STILLS")

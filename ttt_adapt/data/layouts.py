@@ -53,7 +53,7 @@ def open_clips(
         classes: class names, for clips without an index.
         binary: the label images are object masks of 0 and 255; see `LabelledClip`.
         format: one of `FORMATS`, or "auto" to recognise it by the names of its folders. Folders of masks of 0 and 255
-            that have no class names are taken for "davis".
+            that have no class names, or the names background and foreground, are taken for "davis".
 
     Raises:
         ConfigError: the format is unknown.
@@ -107,7 +107,8 @@ def _folders(
     root: Path, size: tuple[int, int] | None, classes: Sequence[str] | None, binary: bool
 ) -> dict[str, Opener]:
     folders = _clip_folders(root)
-    return _openers(folders, size, classes, binary or (classes is None and _holds_masks(folders[0])))
+    unnamed = classes is None or tuple(classes) == BINARY_CLASSES
+    return _openers(folders, size, classes, binary or (unnamed and _holds_masks(folders[0])))
 
 
 def _clip_folders(root: Path) -> list[Path]:
@@ -132,11 +133,12 @@ def _openers(
 
 
 def _holds_masks(folder: Path) -> bool:
-    """Whether a clip has no class names, and its first label is a mask of 0 and 255."""
+    """Whether a clip has no class names, and the first of its labels that is not all 0 is a mask of 0 and 255."""
     if read_index(folder.parent):
         return False
     try:
-        return set(np.unique(read_ids(pair_files(folder)[0][1])).tolist()) == {0, 255}
+        kinds = (set(np.unique(read_ids(label)).tolist()) for _, label in pair_files(folder))
+        return next((kind for kind in kinds if kind != {0}), {0}) == {0, 255}
     except DataError:
         return False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -17,17 +18,18 @@ from ttt_adapt.arms import find_arm
 from ttt_adapt.calibration.describe import describe_rule
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError, ConfigError
+from ttt_adapt.evaluation.run_outputs import Outputs, Targets
 from ttt_adapt.evaluation.runners.base import Runner, device_of
 from ttt_adapt.evaluation.runners.modifiers import Modified
 from ttt_adapt.evaluation.runners.start import start
 from ttt_adapt.evaluation.runners.streaming import Adapting
-from ttt_adapt.files import output_folder
 from ttt_adapt.model.frames import Normalize
 from ttt_adapt.objectives.forward_only import ForwardOnly
 from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.tasks import find_task
 from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint
-from ttt_adapt.video import DEFAULT_FPS, VideoReader, VideoWriter, check_format, open_video
+from ttt_adapt.video import DEFAULT_FPS, VideoReader, VideoWriter, open_video
+from ttt_adapt.view.legend import Legend
 from ttt_adapt.view.overlay import panels
 from ttt_adapt.view.reconstruction import reconstruction_image
 from ttt_adapt.view.terminal import counted, notice, progress_bar
@@ -39,9 +41,13 @@ COLOUR_NOISE = 8
 def adapt_video(
     source: str,
     checkpoint: Path,
-    out: Path,
+    out: Path | None,
     *,
+    labels_out: Path | None = None,
+    raw_out: Path | None = None,
+    overwrite: bool = False,
     view: str = "overlay",
+    legend: bool = False,
     size: tuple[int, int] | Literal["native"] | None = None,
     limit: int | None = None,
     fps: float | None = None,
@@ -52,16 +58,24 @@ def adapt_video(
     task: str | None = None,
     device: torch.device | str = "cpu",
 ) -> int:
-    """Adapt to a video frame by frame, and write a video of what the model sees.
+    """Adapt to a video frame by frame, and write what the model sees: a film, label maps, or its raw outputs.
 
-    After Ctrl-C, or when the video breaks in the middle, the frames written so far are a playable file.
+    What was written can be used whatever ends the run. After Ctrl-C, or when the video breaks in the middle, the film
+    is a whole file; when the process is killed, it is `NAME.partial.mp4`, which plays too. The file `run.json` in a
+    folder of label maps or raw outputs says whether they are complete.
 
     Args:
         source: video file, folder of frames, camera index, or URL.
         checkpoint: a file of `ttt-adapt train`.
-        out: the mp4 to write.
+        out: the mp4 to write; None: no film.
+        labels_out: folder for label maps: a palette PNG of class ids for each frame, of the frame's size and name
+            (frames of a video have their numbers from 000000). None: none. For tasks with classes.
+        raw_out: folder for what the model returns: an npz file for each frame, with `output`, float32 [C, H, W] of the
+            model's size: class scores, whose softmax over C is the predicted distribution. None: none.
+        overwrite: replace a film, label maps and raw outputs of an earlier run.
         view: "overlay" (the prediction, of classes over the frame) or "panels" (frame, fixed and adapted prediction,
             reconstruction).
+        legend: whether the film has a strip with the names and colours of the classes at its lower edge.
         size: (H, W) at which the model sees the frames; "native": their own; None: the training height, and the
             video's aspect.
         limit: stop after this many frames; None: at the end.
@@ -79,50 +93,49 @@ def adapt_video(
         The number of frames written.
 
     Raises:
-        ConfigError, CheckpointError: the arguments do not fit together; nothing is written.
+        ConfigError, CheckpointError: the arguments do not fit together, or a target exists already; nothing is written.
         VideoError: the video cannot be read, or the new one cannot be written.
     """
     if view not in ("overlay", "panels"):
         raise ConfigError(f'view is {view!r}; expected "overlay" or "panels"')
-    _check_files(source, checkpoint, out, fps)
+    if out is None and (legend or view != "overlay" or fps is not None):
+        raise ConfigError("`legend`, `view` and `fps` are of a film, and none is written: name one with `out`")
+    targets = Targets(out, labels_out, raw_out, overwrite)
+    targets.check((Path(source), checkpoint), fps)
     model = _load(checkpoint, task, arm, device)
-    writer = None
-    try:
-        with ExitStack() as stack:
-            if branch or (arm is None and model.calibration is None):
-                stack.enter_context(model.mae_branch.using(**(branch or {})))  # it raises where there is none
-            video = stack.enter_context(open_video(source))
-            rate = video.fps if fps is None else fps
-            normalize = _normalize(model, size, video.size)
-            runner = stack.enter_context(closing(_start(model, config, arm, changes)))
-            fixed = load_checkpoint(checkpoint, device).model if view == "panels" else None
-            pictures = _Pictures(model, fixed, normalize)
-            remarks = _Remarks(video, source, out, rate, _how_it_runs(model, runner))
-            total = video.length if limit is None else min(video.length or limit, limit)
-            advance = stack.enter_context(progress_bar(video.name, total))
-            for frame in islice(video, limit):
-                seen = model.task.see(frame)
-                shown = seen if size == "native" else normalize(seen)  # a runner knows of no resizing
-                picture = pictures.draw(seen, runner.step(shown))
-                if writer is None:
-                    output_folder(out.parent)
-                    writer = stack.enter_context(VideoWriter(out, rate))
-                remarks.look(frame, seen, picture)
-                writer.write(picture)
-                advance(runner.loss)
-    except BaseException:
-        if writer is not None and writer.finished:
-            notice(f"kept in {writer.path}: {counted(writer.count, 'frame')}")
-        raise
-    return 0 if writer is None else writer.count
+    targets.check_task(model)
+    with ExitStack() as stack:
+        if branch or (arm is None and model.calibration is None):
+            stack.enter_context(model.mae_branch.using(**(branch or {})))  # it raises where there is none
+        video = stack.enter_context(open_video(source))
+        rate = video.fps if fps is None else fps
+        normalize = _normalize(model, size, video.size)
+        runner = stack.enter_context(closing(_start(model, config, arm, changes)))
+        fixed = load_checkpoint(checkpoint, device).model if view == "panels" and out is not None else None
+        pictures = _Pictures(model, fixed, normalize, legend)
+        remarks = _Remarks(video, source, out, rate, _how_it_runs(model, runner))
+        total = video.length if limit is None else min(video.length or limit, limit)
+        about = {"source": source, "checkpoint": str(checkpoint), **_colours(model)}
+        film = None if out is None else partial(VideoWriter, out, rate)
+        advance = stack.enter_context(progress_bar(video.name, total))
+        written = stack.enter_context(Outputs(targets, model, film, about, video.names, total))
+        for frame in islice(video, limit):
+            seen = model.task.see(frame)
+            shown = seen if size == "native" else normalize(seen)  # a runner knows of no resizing
+            output = runner.step(shown)
+            prediction = model.task.predict(output, seen)
+            picture = None if out is None else pictures.draw(seen, prediction)
+            written.begin(output)
+            remarks.look(frame, seen, picture)
+            written.write(output, prediction, picture)
+            advance(runner.loss)
+    return written.count
 
 
-def _check_files(source: str, checkpoint: Path, out: Path, fps: float | None) -> None:
-    """Raises ConfigError where the output would overwrite an input, or cannot be a video."""
-    for read in (Path(source), checkpoint):
-        if read.exists() and out.exists() and out.samefile(read):
-            raise ConfigError(f"out is {out}, which is an input and would be lost; choose another file")
-    check_format(out, fps)
+def _colours(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The names and colours of the classes; {} for a task without classes."""
+    palette = checkpoint.task.palette
+    return {} if palette is None else {"classes": list(checkpoint.spec.classes), "palette": palette.tolist()}
 
 
 def _load(file: Path, task: str | None, arm: str | None, device: torch.device | str) -> Checkpoint:
@@ -190,27 +203,28 @@ def _normalize(
 class _Remarks:
     """Tells the user what is unusual about the video and about what is written, each thing once."""
 
-    def __init__(self, video: VideoReader, source: str, out: Path, rate: float | None, how: str) -> None:
+    def __init__(self, video: VideoReader, source: str, out: Path | None, rate: float | None, how: str) -> None:
         self._video, self._source, self._out, self._rate, self._how = video, source, out, rate, how
         self._begun = self._coloured = False
 
-    def look(self, frame: np.ndarray, seen: np.ndarray, picture: np.ndarray) -> None:
-        """Look at a frame, at the frame as the model sees it, and at the picture that is written."""
+    def look(self, frame: np.ndarray, seen: np.ndarray, picture: np.ndarray | None) -> None:
+        """Look at a frame, at the frame as the model sees it, and at the picture of the film, if there is one."""
         name = self._video.name
         if not self._begun:
             self._begun = True
-            self._begin(name, *picture.shape[:2])
+            if self._how:
+                notice(self._how)
+            if picture is not None:
+                self._begin_film(name, *picture.shape[:2])
         if self._coloured or seen is frame or np.abs(frame.astype(np.int16) - seen).max() <= COLOUR_NOISE:
             return
         self._coloured = True
         notice(f"{name} is in colour: its frames are converted to grey of the same luminance, and coloured anew")
 
-    def _begin(self, name: str, height: int, width: int) -> None:
+    def _begin_film(self, name: str, height: int, width: int) -> None:
         """Say what is known when the first picture is there."""
-        if self._how:
-            notice(self._how)
         if self._rate is None:
-            notice(f"{name} has no frame rate: written at {DEFAULT_FPS} frames a second; fps sets another rate")
+            notice(f"{name} has no frame rate: written at {DEFAULT_FPS} frames a second; `fps` sets another rate")
         elif self._video.uneven:
             notice(f"{name}: its frames are not evenly spaced in time; every one is written, {self._rate:.4g} a second")
         if tracks := self._video.sounds:
@@ -225,6 +239,7 @@ class _Remarks:
         """The command that adds the sound of the source to the written video."""
         if self._rate not in (None, self._video.fps):
             return f"at {self._rate:g} frames a second it would not fit"
+        assert self._out is not None  # there is a film
         files = [str(self._out), self._source, str(self._out.with_name(f"{self._out.stem}-sound.mkv"))]
         out, source, target = (shlex.quote(f"./{file}" if file.startswith("-") else file) for file in files)
         drift = " (it may drift: the frames are written evenly)" if self._video.uneven else ""
@@ -232,30 +247,32 @@ class _Remarks:
 
 
 class _Pictures:
-    """Turns what a model returns into pictures; with a fixed model beside it, into four panels."""
+    """Turns predictions into pictures; with a fixed model beside it, into four panels."""
 
-    def __init__(self, checkpoint: Checkpoint, fixed: nn.Module | None, normalize: Normalize) -> None:
+    def __init__(self, checkpoint: Checkpoint, fixed: nn.Module | None, normalize: Normalize, legend: bool) -> None:
         self._checkpoint, self._fixed, self._normalize = checkpoint, fixed, normalize
         self._device = next(checkpoint.model.parameters()).device
+        palette = checkpoint.task.palette
+        if legend and palette is None:
+            raise ConfigError(
+                f"legend is set, and {checkpoint.task.name} has no classes that it could name: leave legend out"
+            )
+        self._legend = Legend(checkpoint.spec.classes, palette) if legend and palette is not None else None
+
+    def draw(self, frame: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+        """The picture of one frame, uint8 RGB [H, W, 3]: the prediction, or the four panels."""
+        picture = self._checkpoint.task.draw(frame, prediction)
+        if self._fixed is not None:
+            picture = self._panels(self._fixed, frame, picture)
+        return picture if self._legend is None else self._legend.below(picture, prediction)
 
     @torch.no_grad()
-    def draw(self, frame: np.ndarray, output: torch.Tensor) -> np.ndarray:
-        """The picture of one frame, uint8 RGB [H, W, 3]: the prediction, or the four panels."""
-        adapted = self._picture(frame, output)
-        if self._fixed is None:
-            return adapted
-        x = self._normalize(frame)
-        shown = {
-            self._checkpoint.task.source: frame,
-            "fixed": self._picture(frame, self._fixed(x)),
-            "adapted": adapted,
-        }
+    def _panels(self, fixed: nn.Module, frame: np.ndarray, adapted: np.ndarray) -> np.ndarray:
+        """The frame, the fixed prediction, the picture of the adapted one, and the reconstruction if there is one."""
+        x, task = self._normalize(frame), self._checkpoint.task
+        shown = {task.source: frame, "fixed": task.draw(frame, task.predict(fixed(x), frame)), "adapted": adapted}
         if isinstance(self._checkpoint.branch, MAEBranch):
             generator = torch.Generator(self._device).manual_seed(0)
             seen = self._checkpoint.branch.reconstruct(x, generator=generator)
             shown["reconstruction"] = reconstruction_image(seen, x, self._normalize)
         return panels(shown, columns=2)
-
-    def _picture(self, frame: np.ndarray, output: torch.Tensor) -> np.ndarray:
-        task = self._checkpoint.task
-        return task.draw(frame, task.predict(output, frame))

@@ -18,6 +18,7 @@ from ttt_adapt.evaluation.report import Report
 from ttt_adapt.evaluation.run_arm import run_arm
 from ttt_adapt.evaluation.stream_plot import plot_stream
 from ttt_adapt.evaluation.tables import markdown_table
+from ttt_adapt.files import output_folder, refuse_existing
 from ttt_adapt.tasks.checkpoint import load_checkpoint
 from ttt_adapt.view.terminal import progress_bar
 
@@ -29,6 +30,7 @@ def run_demo(
     config: StreamConfig | None = None,
     device: torch.device | str = "cpu",
     arm: str = "calibrated",
+    overwrite: bool = False,
 ) -> Report:
     """Stream the rendered scene through the fixed model and an arm; write the table, the video and the plot.
 
@@ -41,18 +43,23 @@ def run_demo(
         config: of an arm that adapts weights; None: `StreamConfig.online()`.
         device: where to run.
         arm: what runs beside the fixed model.
+        overwrite: replace the results of an earlier demo.
 
     Raises:
-        ConfigError: there is no such arm, it sees the whole clip first, or it does not read the configuration.
+        ConfigError: `out` is not empty, there is no such arm, it sees the whole clip first, or it does not read the
+            configuration.
     """
     chosen = find_arm(arm)
     if not chosen.streaming or chosen.name == "fixed":
         raise ConfigError(f"arm is {arm!r}; the demo shows the fixed model beside another arm that streams")
     if config is not None and not chosen.adapts:
         raise ConfigError(f"arm {arm} adapts no weights, so a configuration would change nothing: choose arm online")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"out is {out}, a file; expected a folder")
+    refuse_existing(out, overwrite)
     config = StreamConfig.online() if config is None else config
     checkpoint = load_checkpoint(WEIGHTS, device)
-    out.mkdir(parents=True, exist_ok=True)
+    output_folder(out)
     street = StreetClip(seed, frames, checkpoint.spec.size)
     with progress_bar("render the street", frames) as advance:
         for _ in street:

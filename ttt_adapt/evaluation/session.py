@@ -24,7 +24,7 @@ from ttt_adapt.evaluation.run_arm import run_arm
 from ttt_adapt.evaluation.stream_plot import plot_stream
 from ttt_adapt.evaluation.studies import Study, write_study
 from ttt_adapt.evaluation.tables import describe_failure, markdown_table
-from ttt_adapt.files import output_folder
+from ttt_adapt.files import output_folder, refuse_existing
 from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint
 from ttt_adapt.view.terminal import counted, notice, progress_bar
@@ -41,6 +41,7 @@ def evaluate(
     real_time: Mapping[str, float] | None = None,
     study: Study | None = None,
     metric_weights: Path | None = None,
+    overwrite: bool = False,
 ) -> Report:
     """Run every row on every clip with every seed, and write report.json, table.md and plots into `out`.
 
@@ -60,10 +61,12 @@ def evaluate(
             arm; those of other streaming arms are measured. None lets the frames wait.
         study: what the rows are of; writes NAME.md, NAME.png and loss.png too.
         metric_weights: folder of the networks that some metrics are measured with; None leaves those out.
+        overwrite: start anew where there are results, and replace them.
 
     Raises:
         ConfigError, CheckpointError, DataError, MissingPackageError: something does not fit, or `out` holds results
-            of other settings, of another machine or of other code; before anything runs or is written.
+            of other settings, of another machine or of other code, or no results but other files; before anything
+            runs or is written.
         StateError: every run failed.
     """
     costs = None if real_time is None else {find_arm(arm).name: cost for arm, cost in real_time.items()}
@@ -71,6 +74,9 @@ def evaluate(
     check(rows, clips, config, device, costs, metric_weights)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out is {out}, a file; expected a new folder, or the folder of an evaluation to continue")
+    file = out / "report.json"
+    if not file.exists():
+        refuse_existing(out, overwrite)
     output_folder(out)
     settings = {
         "config": asdict(config),
@@ -82,8 +88,7 @@ def evaluate(
         **({} if study is None else {"study": study.name}),
         **({} if metric_weights is None else {"metric_weights": fingerprints(metric_files(rows, metric_weights))}),
     }
-    file = out / "report.json"
-    report = _open_report(file, settings)
+    report = Report(config=settings, environment=environment()) if overwrite else _open_report(file, settings)
     if report.runs:
         notice(f"kept in {file}: {counted(len(report.runs), 'finished run')}; only what is missing is run")
 
@@ -258,7 +263,8 @@ def _open_report(path: Path, settings: dict[str, Any]) -> Report:
     known = json.loads(json.dumps(settings))  # JSON has no tuples
     if other := [name for name in {*known, *report.config} if report.config.get(name) != known.get(name)]:
         raise DataError(
-            f"{path} holds results of other settings ({', '.join(sorted(other))}): choose another folder, or remove it"
+            f"{path} holds results of other settings ({', '.join(sorted(other))}): choose another folder, or set "
+            "`overwrite`"
         )
     _check_same_code(path, report.environment, environment())
     return report
@@ -269,7 +275,7 @@ def _check_same_code(path: Path, before: Mapping[str, Any], here: Mapping[str, A
     if before.get("dirty"):
         raise DataError(
             f"{path} was made by uncommitted code, which cannot be compared with the code that runs now: choose "
-            "another folder, or remove it"
+            "another folder, or set `overwrite`"
         )
     if here["dirty"]:
         raise DataError(
@@ -277,4 +283,4 @@ def _check_same_code(path: Path, before: Mapping[str, Any], here: Mapping[str, A
             "them, or choose another folder"
         )
     if other := differing(before, here):
-        raise DataError(f"{path} was begun with another {', '.join(other)}: choose another folder, or remove it")
+        raise DataError(f"{path} was begun with another {', '.join(other)}: choose another folder, or set `overwrite`")

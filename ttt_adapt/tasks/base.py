@@ -125,6 +125,7 @@ class Task(ABC):
         labelled: whether the targets are class ids that come with the frames.
         source: caption of the picture that the model is shown.
         weight_files: names of the files with networks that some metrics need.
+        palette: colours of the classes, uint8 RGB [n, 3]; None for a task without classes.
     """
 
     name: str
@@ -138,6 +139,7 @@ class Task(ABC):
     labelled: bool
     source: str
     weight_files: tuple[str, ...] = ()
+    palette: np.ndarray | None = None
 
     @property
     @abstractmethod

@@ -14,11 +14,12 @@ from ttt_adapt.calibration.calibrate import DRIFTS, calibrate
 from ttt_adapt.data import Clip, VideoClip, is_unnamed, open_clips, open_frames
 from ttt_adapt.data.clip import Sample
 from ttt_adapt.errors import ConfigError, DataError
+from ttt_adapt.files import refuse_existing
 from ttt_adapt.model.calibration import Calibration
 from ttt_adapt.model.frames import Preprocess
 from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.tasks.base import Stills
-from ttt_adapt.tasks.checkpoint import Checkpoint
+from ttt_adapt.tasks.checkpoint import Checkpoint, read_calibration
 from ttt_adapt.tasks.lookup import task_of
 from ttt_adapt.tasks.spec import ModelSpec
 
@@ -87,6 +88,33 @@ def open_stills(
                 raise
             reason = str(error).partition(" (pictures without")[0]
     return _picked(_unlabelled(str(data), names, size, count), count, unlabelled=reason)
+
+
+def calibration_target(model: Path, out: Path | None, overwrite: bool) -> Path:
+    """The file that a calibration of the checkpoint `model` is written to.
+
+    Args:
+        model: the checkpoint.
+        out: another file; None: `model` itself, which gets a calibration beside its weights.
+        overwrite: whether another checkpoint, or the calibration that `model` has, may be replaced.
+
+    Raises:
+        ConfigError: the name is no checkpoint's, or something would be replaced unasked.
+        CheckpointError: `model` cannot be read.
+    """
+    target = model if out is None else out
+    if target.suffix != ".safetensors":
+        raise ConfigError(f"the checkpoint to write is {target}; expected a file name ending in .safetensors")
+    if target.exists() and model.exists() and target.samefile(model):
+        found = None if overwrite else read_calibration(model)
+        if found is not None:
+            raise ConfigError(
+                f"{model} is calibrated already, on {found.stills} stills: set `overwrite` to replace this "
+                "calibration, or name another file with `out`"
+            )
+    else:
+        refuse_existing(target, overwrite)
+    return target
 
 
 def training_stills(opened: Stills, labelled: bool, count: int = STILLS) -> SourceStills:

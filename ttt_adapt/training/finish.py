@@ -1,4 +1,4 @@
-"""What happens to a model when its training is over: weights are rounded as they are stored, and it is calibrated."""
+"""What happens to a model when its training is over: its weights are rounded, and it is calibrated and scored."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from ttt_adapt.calibration.describe import describe_rule
 from ttt_adapt.errors import TTTAdaptError
+from ttt_adapt.model.frames import Normalize
 from ttt_adapt.model.measure import LEAST_STILLS
 from ttt_adapt.tasks import Stills
 from ttt_adapt.tasks.calibrate import calibrate_checkpoint, training_stills
@@ -45,3 +46,34 @@ def calibrate_trained(checkpoint: Checkpoint, opened: Stills, seed: int) -> None
         notice(f"not calibrated: {error}")
         return
     notice(f"calibrated on {found.stills} of {stills.of} training stills: {describe_rule(found.rule)}")
+
+
+@torch.no_grad()
+def score_trained(checkpoint: Checkpoint, opened: Stills) -> None:
+    """Tell the user what the trained model scores on evenly chosen, unchanged training stills.
+
+    The model knows these stills: the number says whether training worked, not how good the model is elsewhere.
+
+    Args:
+        checkpoint: the trained model.
+        opened: what it was trained on.
+    """
+    spec, task = checkpoint.spec, checkpoint.task
+    stills = training_stills(opened, task.labelled)
+    normalize = Normalize(spec.mean, spec.std, spec.size, next(checkpoint.model.parameters()).device)
+    try:
+        score = task.score(stills.ignore)
+        for index, frame in enumerate(stills.frames):
+            seen = task.see(frame)
+            truth = frame if stills.labels is None else stills.labels[index]
+            score.update(task.predict(checkpoint.model(normalize(seen)), seen), truth)
+        found = score.result()
+    except TTTAdaptError as error:  # the training is not lost by it
+        notice(f"not scored: {error}")
+        return
+    metric = task.metrics[0]
+    unit = f" {metric.unit}" if metric.unit else ""
+    notice(
+        f"{metric.title} {metric.text(found[metric.field])}{unit} on {len(stills.frames)} of its {stills.of} training "
+        "stills; `ttt-adapt eval` scores it on clips that it does not know"
+    )

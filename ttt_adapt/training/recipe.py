@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +16,12 @@ from torch import Tensor
 
 from ttt_adapt.data import Clip, StillsDataset
 from ttt_adapt.errors import ConfigError
-from ttt_adapt.files import output_folder
+from ttt_adapt.files import output_folder, refuse_existing
 from ttt_adapt.tasks import Criterion, Stills, Task, find_task, task_of
 from ttt_adapt.tasks.checkpoint import OBJECTIVES, Checkpoint, save_checkpoint
 from ttt_adapt.tasks.spec import ModelSpec
 from ttt_adapt.training.distributed import process_group, rank
-from ttt_adapt.training.finish import calibrate_trained, round_to_half
+from ttt_adapt.training.finish import calibrate_trained, round_to_half, score_trained
 from ttt_adapt.training.joint import Progress, TrainConfig, fit
 from ttt_adapt.training.start import find_start
 from ttt_adapt.view.terminal import notice, progress_bar
@@ -51,6 +52,7 @@ def train(
     init: Path | None = None,
     pretrained: str | Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     half: bool = False,
     calibrate: bool = True,
     device: torch.device | str = "cpu",
@@ -58,7 +60,7 @@ def train(
     task: str = "segmentation",
     task_options: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """Train, calibrate and write the checkpoint; with `resume`, go on from the state files beside it.
+    """Train, calibrate, write and score the checkpoint; with `resume`, go on from the state files beside it.
 
     Args:
         data: a folder of clips or stills, with labels where the task has some, or "street" for the rendered street of
@@ -80,6 +82,8 @@ def train(
         pretrained: where the encoder's first weights come from: "timm" (it downloads), a file (.safetensors, .pth, .pt)
             in timm's or torchvision's names, or "package:efficientnet-lite0". They bring their own mean and std.
         resume: go on where an interrupted run with the same arguments stopped.
+        overwrite: train anew where there is a checkpoint `out`, which stays until the new one is complete, or the state
+            of an interrupted run, which is dropped; without it, both are refused.
         half: store weights as float16.
         calibrate: calibrate the trained model on some of its own stills (`ttt_adapt.tasks.calibrate`).
         device: where to train; under `torchrun`, each process takes the CUDA device of its own rank.
@@ -92,7 +96,8 @@ def train(
     """
     config, branch = config or TrainConfig(), dict(branch or {})
     encoder_options, task_options = dict(encoder_options or {}), dict(task_options or {})
-    _check(out, recipe, objective, branch, resume)
+    _check(recipe, objective, branch)
+    _check_out(out, resume, overwrite)
     start = find_start(pretrained, init, encoder)
     device = _own_device(torch.device(device))
     opened = _open_stills(find_task(task), data, clips, size, classes, stills)
@@ -117,7 +122,7 @@ def train(
     if chosen:
         branch["patch_size"] = side = checkpoint.mae_branch.patch_size  # a plain transformer has patches of its own
         notes = [
-            f"mask patches of {side} x {side} pixels: chosen for the frames, patch_size of the branch sets another"
+            f"mask patches of {side} x {side} pixels: chosen for the frames; patch_size of the `branch` sets another"
         ]
     criterion = checkpoint.task.criterion(samples)
     output_folder(out.parent)
@@ -142,7 +147,7 @@ def train(
     ]
     files = [out.with_suffix(f".{i}-{stage.stage}.state") for i, stage in enumerate(stages)]
     if not resume:
-        _remove(files)
+        _remove(_states(out))
     try:
         _fit_stages(checkpoint, samples, criterion, dict(zip(files, stages, strict=True)), origin, notes)
         made_from = {"data": data, "clips": list(clips), **start.record()}
@@ -153,6 +158,7 @@ def train(
             if calibrate:
                 calibrate_trained(checkpoint, opened, config.seed)
             save_checkpoint(out, checkpoint, half)
+            score_trained(checkpoint, opened)
         _remove(files)
     except KeyboardInterrupt:
         if kept := [file for file in files if file.exists()]:
@@ -201,7 +207,7 @@ def _remove(files: Sequence[Path]) -> None:
             file.unlink(missing_ok=True)
 
 
-def _check(out: Path, recipe: str, objective: str, branch: Mapping[str, Any], resume: bool) -> None:
+def _check(recipe: str, objective: str, branch: Mapping[str, Any]) -> None:
     """Raises ConfigError where arguments of `train` contradict each other."""
     if recipe not in RECIPES:
         raise ConfigError(f"recipe is {recipe!r}; expected one of {', '.join(RECIPES)}")
@@ -211,14 +217,32 @@ def _check(out: Path, recipe: str, objective: str, branch: Mapping[str, Any], re
         raise ConfigError(
             f"branch has {next(iter(branch))}, which is a setting of the MAE branch; {objective} has none: leave it out"
         )
+
+
+def _check_out(out: Path, resume: bool, overwrite: bool) -> None:
+    """Raises ConfigError where the checkpoint cannot be written, or something would be lost by it."""
     if out.suffix != ".safetensors":
         raise ConfigError(f"out is {out}; expected a file name ending in .safetensors")
     if out.is_dir():
         raise ConfigError(f"out is {out}, a folder; expected the name of a file")
-    if resume and out.exists() and not any(out.parent.glob(f"{out.stem}.*.state")):
+    states = _states(out)
+    if resume:
+        if out.exists() and not states:
+            raise ConfigError(
+                f"resume is set, and {out} is complete; leave resume out and set `overwrite` to train it anew, or "
+                "choose another file"
+            )
+        return
+    if states and not overwrite:
         raise ConfigError(
-            f"resume is set, and {out} is complete; leave resume out to train it anew, or choose another file"
+            f"{states[-1]} keeps an interrupted run: set `resume` to go on with it, or `overwrite` to train anew"
         )
+    refuse_existing(out, overwrite)
+
+
+def _states(out: Path) -> list[Path]:
+    """The states of runs that write the checkpoint `out`, in the order of their stages."""
+    return sorted(out.parent.glob(f"{glob.escape(out.stem)}.[0-9]*-*.state"))
 
 
 class NormalizedStills(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
@@ -291,10 +315,9 @@ class _Bar:
         if self._bar is None:
             while self._notes:
                 notice(self._notes.pop(0))
-            self._bar = progress_bar(self._title, progress.steps, "step")
+            done = progress.step - 1  # a resumed run starts in the middle
+            self._bar = progress_bar(self._title, progress.steps, "step", done)
             self._advance = self._bar.__enter__()
-            for _ in range(progress.step - 1):  # a resumed run starts in the middle
-                self._advance()
         losses = "  ".join(f"{name} {value:.4f}" for name, value in progress.losses.items())
         self._advance(f"epoch {progress.epoch + 1}/{self._config.epochs}  {losses}")
 

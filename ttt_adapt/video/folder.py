@@ -35,6 +35,9 @@ class ImageFolder:
             raise VideoError(f"{folder} holds no images.{hint} Known suffixes: {' '.join(sorted(SUFFIXES))}.")
         # Unlike the order of files_in, this one ignores upper case and compares suffixes: a.jpg, a.png, B.jpg.
         self._files = sorted(files, key=lambda file: (natural_key(file.name.lower()), file.name))
+        stems = [file.stem for file in self._files]
+        alike = len({stem.lower() for stem in stems}) < len(stems)  # a.jpg beside a.png
+        self.names = tuple(file.name for file in self._files) if alike else tuple(stems)
         self.length: int | None = len(files)
         self.size: tuple[int, int] = _read(self._files[0], 0).shape[:2]
 

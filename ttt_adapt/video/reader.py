@@ -75,6 +75,7 @@ class VideoReader:
         size: (height, width) of every frame, in pixels.
         fps: frames per second; None where the source has no rate.
         sounds: number of sound tracks of a file, which are not read.
+        names: a name for every frame, of the files of a folder; None where frames have no names.
     """
 
     def __init__(self, source: FrameSource, read_ahead: int) -> None:
@@ -82,6 +83,7 @@ class VideoReader:
         self.size = source.size
         self.fps = source.fps
         self.sounds = source.sounds
+        self.names: tuple[str, ...] | None = getattr(source, "names", None)
         self._source = source
         self._depth = read_ahead
         self._running: set[ReadAhead[np.ndarray]] = set()

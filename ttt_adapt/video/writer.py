@@ -1,41 +1,31 @@
-"""`VideoWriter`: writes frames into an H.264 file; after an interruption, the frames so far can be played."""
+"""`VideoWriter`: writes frames into an H.264 file; whatever ends it, the frames so far can be played."""
 
 from __future__ import annotations
 
 import os
-import signal
-import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from fractions import Fraction
+from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError, StateError, VideoError
-from ttt_adapt.files import part_file
+from ttt_adapt.video.film import CONTAINERS, Film, finish_film, uninterrupted
 from ttt_adapt.video.sources import import_av
 
-if TYPE_CHECKING:
-    from av import VideoFrame
-    from av.container import OutputContainer
-    from av.video.stream import VideoStream
-
-CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 DEFAULT_FPS = 25
-BT709 = 1  # the number of ITU-R BT.709 in every table of ITU-T H.273
-LIMITED_RANGE = 1
 
 
 class VideoWriter:
     """Writes uint8 RGB frames [H, W, 3] as H.264 (yuv420p, BT.709), for use in a `with` block.
 
-    The file is written under a temporary name beside the target, and takes the target's name when it is complete. When
-    an exception or Ctrl-C ends the block, the frames written so far become a playable file. It gets the target's name,
-    or `NAME.partial.SUFFIX` where a file of that name exists: a failed run destroys nothing.
+    The film is `NAME.partial.SUFFIX` beside the target while it is written (`NAME.partial-2.SUFFIX` where there is one
+    already), and takes the target's name when it is complete. It can be played at any time: a process that is killed
+    leaves it, up to the last few frames. When an exception or Ctrl-C ends the block, the frames so far get the target's
+    name, or keep the partial one where a file of the target's name exists: a failed run destroys nothing.
 
     yuv420p needs an even height and width: an odd one is padded by repeating the last row or column.
 
@@ -75,9 +65,8 @@ class VideoWriter:
         check_format(self.path)
         _check_folder(self.path.parent)
         _check_encoder()
-        self._part = part_file(self.path)
-        self._container: OutputContainer | None = None
-        self._stream: VideoStream | None = None
+        self._partial: Path | None = None  # the film so far
+        self._film: Film | None = None
         self._closed = False
 
     def write(self, frame: np.ndarray) -> None:
@@ -96,12 +85,12 @@ class VideoWriter:
         if height % 2 or width % 2:
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         av = import_av()
-        with _uninterrupted():  # an encoded frame that is not written would leave a gap in the video
+        with uninterrupted():  # an encoded frame that is not written would leave a gap in the video
             try:
-                if self._container is None:
-                    self._open(*frame.shape[:2])
-                image = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-                self._encode(image.reformat(format="yuv420p", src_colorspace="ITU709", dst_colorspace="ITU709"))
+                if self._film is None:
+                    self._partial = _new_partial(self.path)
+                    self._film = Film(self._partial, self._rate, frame.shape[:2], self._crf)
+                self._film.write(frame)
             except (av.FFmpegError, OSError) as error:
                 raise VideoError(f"Frame {self.count} of {self.path} cannot be written: {error}") from error
             self.count += 1
@@ -127,15 +116,18 @@ class VideoWriter:
     ) -> None:
         if error is None:
             self.close()
-        elif self._closed or not self.count:
+        elif self._closed:
+            return
+        elif not self.count:
             self._discard()
         else:
             self._keep_partial()
 
     def _keep_partial(self) -> None:
+        assert self._partial is not None
         target = self.path
         if target.exists():
-            target = target.with_name(f"{target.stem}.partial{target.suffix}")
+            target = self._partial
             warnings.warn(f"{self.path} exists and stays; the {self.count} new frames are in {target}.", stacklevel=3)
         try:
             self._finish(target)
@@ -155,66 +147,41 @@ class VideoWriter:
         if frame.shape[:2] != tuple(self._size):
             raise FrameError(f"The frame has shape {list(frame.shape)}, expected {[*self._size, 3]} as the video has.")
 
-    def _open(self, height: int, width: int) -> None:
-        container_format = CONTAINERS[self.path.suffix.lower()]
-        options = {} if container_format == "matroska" else {"movflags": "+faststart"}
-        self._container = import_av().open(str(self._part), "w", format=container_format, options=options)
-        self._stream = stream = self._container.add_stream("libx264", rate=self._rate)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        stream.options = {"crf": str(self._crf)}
-        context = stream.codec_context
-        context.colorspace = context.color_primaries = context.color_trc = BT709
-        context.color_range = LIMITED_RANGE
-
-    def _encode(self, image: VideoFrame | None) -> None:
-        """Encode one image; None flushes the encoder."""
-        assert self._container is not None
-        assert self._stream is not None
-        for packet in self._stream.encode(image):
-            self._container.mux(packet)
-
     def _finish(self, target: Path) -> None:
-        assert self._container is not None
+        """Make the film so far the file `target`; if that fails, the film stays under its partial name."""
+        assert self._film is not None
+        assert self._partial is not None
         self._closed = True
-        with _uninterrupted():
+        with uninterrupted():
             try:
-                self._encode(None)
-                self._container.close()
-                os.replace(self._part, target)
-                self.path, self.finished = target, True
+                self._film.close()
+                finish_film(self._partial, target)
             except (import_av().FFmpegError, OSError) as error:
-                raise VideoError(f"{target} cannot be finished: {error}") from error
-            finally:
-                self._discard()
+                self.path = self._partial
+                raise VideoError(
+                    f"{target} cannot be finished: {error}. The frames so far can be played: {self._partial}"
+                ) from error
+            self.path, self.finished = target, True
 
     def _discard(self) -> None:
-        """Remove the temporary file."""
+        """Remove a film without a frame."""
         self._closed = True
-        container, self._container = self._container, None
-        try:
-            if container is not None:
-                container.close()
-        except (import_av().FFmpegError, OSError):
-            pass  # the file is thrown away, so it need not be complete
-        finally:
-            self._part.unlink(missing_ok=True)
+        film, self._film = self._film, None
+        with suppress(import_av().FFmpegError, OSError):  # it is thrown away, so it need not be complete
+            if film is not None:
+                film.close()
+        if self._partial is not None:
+            self._partial.unlink(missing_ok=True)
 
 
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Delay Ctrl-C until the block ends. Only the main thread gets Ctrl-C; other threads need no delay."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or handler is None:
-        yield
-        return
-    came: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, _frame: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if came:
-            signal.raise_signal(signal.SIGINT)
+def _new_partial(path: Path) -> Path:
+    """Make an empty file for the film of `path` while it is written; the films of earlier runs stay."""
+    for number in count(1):
+        name = f"{path.stem}.partial{'' if number == 1 else f'-{number}'}{path.suffix}"
+        with suppress(FileExistsError):
+            path.with_name(name).open("xb").close()
+            return path.with_name(name)
+    raise AssertionError("unreachable")
 
 
 def _exact_rate(fps: float | Fraction) -> Fraction:

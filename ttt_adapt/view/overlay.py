@@ -129,16 +129,19 @@ def panels(
     return np.array(sheet)
 
 
-def legend(names: Sequence[str], palette: np.ndarray | Sequence[Sequence[int]], width: int) -> np.ndarray:
+def legend(
+    names: Sequence[str], palette: np.ndarray | Sequence[Sequence[int]], width: int, height: int | None = None
+) -> np.ndarray:
     """A strip that says which class has which colour, in as many rows as its width needs.
 
     Args:
         names: of the classes.
         palette: their colours, RGB in [0, 255], one for each name.
         width: of the strip, pixels.
+        height: of the strip, pixels; names that do not fit are left out, but never the first row. None: as needed.
 
     Returns:
-        uint8 RGB [rows * bar, width, 3].
+        uint8 RGB [rows * bar, width, 3]; of that height, if one is given.
 
     Raises:
         ConfigError: no names, not one colour for each, or a width too small for the longest name.
@@ -154,16 +157,22 @@ def legend(names: Sequence[str], palette: np.ndarray | Sequence[Sequence[int]], 
     swatch, gap = round(bar * 0.6), round(bar * 0.4)
     needed = [swatch + gap + math.ceil(font.getlength(name)) for name in names]
     if max(needed) + 2 * gap > width:
-        raise ConfigError(f"width is {width}; expected at least {max(needed) + 2 * gap}, for the longest name.")
+        raise ConfigError(
+            f"width is {width}; expected at least {max(needed) + 2 * gap}, for the longest name of the legend: enlarge "
+            "the pictures, or leave legend out"
+        )
     places, x, row = [], gap, 0
     for size in needed:
         if x + size + gap > width:
             x, row = gap, row + 1
         places.append((x, row * bar))
         x += size + 3 * gap
-    strip = Image.new("RGB", (width, (row + 1) * bar), BAR_COLOR)
+    rows = row + 1 if height is None else max(height // bar, 1)
+    strip = Image.new("RGB", (width, rows * bar if height is None else max(height, bar)), BAR_COLOR)
     draw = ImageDraw.Draw(strip)
     for name, colour, (x, y) in zip(names, palette, places, strict=True):
+        if y >= rows * bar:
+            break
         top = y + (bar - swatch) / 2
         draw.rectangle((x, top, x + swatch, top + swatch), fill=tuple(int(value) for value in colour))
         draw.text((x + swatch + gap, y + bar / 2), name, fill=TEXT_COLOR, font=font, anchor="lm")

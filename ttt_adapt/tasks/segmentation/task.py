@@ -16,6 +16,7 @@ from ttt_adapt.data.clip import Clip
 from ttt_adapt.data.layouts import open_clips
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.tasks.base import Criterion, Metric, Stills, Task
+from ttt_adapt.tasks.segmentation.palette import find_palette
 from ttt_adapt.tasks.segmentation.score import SegmentationScore
 from ttt_adapt.tasks.spec import ModelSpec
 from ttt_adapt.view.overlay import blend, default_palette
@@ -43,7 +44,7 @@ class Segmentation(Task):
 
     def __init__(self, classes: Sequence[str], palette: Sequence[Sequence[int]] = ()) -> None:
         self._classes = tuple(classes)
-        self._palette = np.asarray(palette or default_palette(len(self._classes)), dtype=np.uint8)
+        self.palette: np.ndarray = np.asarray(palette or default_palette(len(self._classes)), dtype=np.uint8)
 
     @classmethod
     def of(cls, spec: ModelSpec) -> Segmentation:
@@ -63,10 +64,10 @@ class Segmentation(Task):
     def stills(
         cls, data: str, names: Sequence[str], size: tuple[int, int] | None, classes: Sequence[str] | None
     ) -> Stills:
-        """The labelled frames of the clips under `data`; see `open_clips`."""
+        """The labelled frames of the clips under `data`, and the colours of their classes; see `open_clips`."""
         clips = open_clips(data, list(names) or None, size, classes=classes)
         height, width = size or clips[0][0][1].shape
-        return Stills(clips, (height, width), clips[0].classes)
+        return Stills(clips, (height, width), clips[0].classes, find_palette(data, clips))
 
     @classmethod
     def clips(
@@ -105,7 +106,7 @@ class Segmentation(Task):
 
     def draw(self, frame: np.ndarray, prediction: np.ndarray) -> np.ndarray:
         """The classes' colours over the frame."""
-        return blend(frame, prediction, self._palette)
+        return blend(frame, prediction, self.palette, ignore=None)
 
     def score(self, ignore: int = 255, weights: Path | None = None) -> SegmentationScore:
         """An empty score of IoU.

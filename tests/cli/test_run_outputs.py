@@ -1,0 +1,245 @@
+"""What `ttt-adapt run` writes: films with a legend, label maps, raw outputs; and what is kept when it is stopped."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ttt_adapt.evaluation.adapt_video as module
+from arm_inputs import CLASSES, SIZE, checkpoint, write_clip
+from command_line import fail, invoke, status, video
+from ttt_adapt.errors import ConfigError
+from ttt_adapt.evaluation.adapt_video import adapt_video
+from ttt_adapt.tasks.checkpoint import load_checkpoint, save_checkpoint
+from ttt_adapt.video import VideoWriter
+
+PALETTE = ((10, 20, 30), (200, 0, 0), (0, 0, 250))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("model") / "m.safetensors"
+    save_checkpoint(file, checkpoint(palette=PALETTE))
+    return file
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory) -> Path:
+    """A folder of five pictures whose names are no numbers from 0."""
+    root = tmp_path_factory.mktemp("clips") / "clip"
+    write_clip(root, 5)
+    for index, name in enumerate(("a", "b 1", "b 2", "b 10", "ü")):
+        (root / "images" / f"{index}.png").rename(root / "images" / f"{name}.png")
+    return root / "images"
+
+
+def run(frames: Path, model: Path, *more: object) -> str:
+    return invoke("run", frames, f"--checkpoint={model}", "--arm=fixed", *more)
+
+
+def test_label_maps_are_palette_pictures_of_the_frames_names_and_sizes_and_raw_outputs_give_them(
+    model, frames, tmp_path
+):
+    labels, raw = tmp_path / "labels", tmp_path / "raw"
+    text = run(frames, model, f"--labels-out={labels}", f"--raw-out={raw}", "--size=32x48")
+    assert f"wrote 5 frames to {labels}, as label maps\nwrote 5 frames to {raw}, as raw outputs\n" in text
+    assert "raw outputs take " in text
+    assert {path.name for path in tmp_path.iterdir()} == {"labels", "raw"}  # no film, since nobody asked for one
+    names = {"a", "b 1", "b 2", "b 10", "ü"}
+    assert {path.name for path in labels.iterdir()} == {*(f"{name}.png" for name in names), "run.json"}
+    assert {path.name for path in raw.iterdir()} == {*(f"{name}.npz" for name in names), "run.json"}
+    made = load_checkpoint(model)
+    normalize = made.spec.preprocess()
+    for name in names:
+        with Image.open(labels / f"{name}.png") as image:
+            assert (image.mode, image.size) == ("P", SIZE[::-1])
+            assert image.getpalette()[:9] == [level for colour in PALETTE for level in colour]
+            ids = np.asarray(image)
+        output = np.load(raw / f"{name}.npz")["output"]
+        assert (output.dtype, output.shape) == (np.float32, (3, 32, 48))
+        frame = np.asarray(Image.open(frames / f"{name}.png").convert("RGB"))
+        assert np.array_equal(ids, made.task.predict(torch.from_numpy(output)[None], frame))
+        with torch.no_grad():
+            expected = made.model(type(normalize)(normalize.mean, normalize.std, (32, 48))(frame))[0]
+        torch.testing.assert_close(torch.from_numpy(output), expected)
+    about = json.loads((labels / "run.json").read_text())
+    assert about["classes"] == list(CLASSES)
+    assert about["palette"] == [list(colour) for colour in PALETTE]
+    assert (about["frames"], about["complete"]) == (5, True)
+
+
+def test_frames_of_a_video_have_numbers_and_a_film_is_written_where_it_is_asked_for(model, tmp_path):
+    with VideoWriter(tmp_path / "in.mp4", 25) as writer:
+        for level in (0, 80, 160):
+            writer.write(np.full((*SIZE, 3), level, np.uint8))
+    text = run(tmp_path / "in.mp4", model, f"--labels-out={tmp_path / 'l'}", f"--out={tmp_path / 'o.mp4'}", "--limit=2")
+    assert f"wrote 2 frames to {tmp_path / 'o.mp4'}\n" in text
+    assert {path.name for path in (tmp_path / "l").iterdir()} == {"000000.png", "000001.png", "run.json"}
+    assert video(tmp_path / "o.mp4") == (2, 25.0, SIZE)
+
+
+def test_pictures_of_one_name_and_two_suffixes_have_a_label_map_each(model, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.bmp", "a.tif"):
+        Image.new("RGB", SIZE[::-1]).save(tmp_path / "in" / name)
+    run(tmp_path / "in", model, f"--labels-out={tmp_path / 'l'}")
+    assert {path.name for path in (tmp_path / "l").iterdir()} == {"a.bmp.png", "a.tif.png", "run.json"}
+
+
+def test_the_palette_of_the_checkpoint_colours_the_film(model, frames, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(VideoWriter, "write", lambda _self, picture: shown.append(picture))
+    monkeypatch.setattr(VideoWriter, "close", lambda _self: None)
+    run(frames, model, f"--out={tmp_path / 'o.mp4'}", f"--labels-out={tmp_path / 'l'}", "--limit=1")
+    frame, ids = (np.asarray(Image.open(folder / "a.png")) for folder in (frames, tmp_path / "l"))
+    expected = 0.5 * frame + 0.5 * np.array(PALETTE)[ids]
+    assert np.abs(shown[0] - expected).max() <= 1
+
+
+def test_a_legend_names_the_classes_below_the_film(frames, tmp_path):
+    save_checkpoint(tmp_path / "m.safetensors", checkpoint(classes=("aa", "b", "c"), palette=PALETTE))
+    run(frames, tmp_path / "m.safetensors", f"--out={tmp_path / 'o.mp4'}", "--legend")
+    count, _, (height, width) = video(tmp_path / "o.mp4")
+    assert (count, width) == (5, SIZE[1])
+    assert SIZE[0] < height <= 2 * SIZE[0]
+    assert height % 2 == 0
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (
+            ["--labels-out={folder}"],
+            "--labels-out is {folder}, which is not empty: choose another folder, or set --",
+        ),
+        (
+            ["--labels-out={folder}", "--overwrite"],
+            "which holds what no run has written, and nothing of that is",
+        ),
+        (["--raw-out={folder}/film.mp4"], "--raw-out is {folder}/film.mp4, a file; expected a folder"),
+        (["--labels-out={new}", "--raw-out={new}"], "and so is --raw-out: choose a folder for each"),
+        (["--out={folder}/film.mp4"], "--out is {folder}/film.mp4, which exists: choose another name, or set --overwr"),
+        (["--labels-out={new}", "--out={folder}/film.mp4"], "film.mp4, which exists"),
+        (["--labels-out={new}", "--view=panels"], "--legend, --view and --fps are of a film, and none is written:"),
+    ],
+)
+def test_nothing_is_written_over_unasked_and_nothing_else_is_written_then(
+    more, match, model, frames, tmp_path, capsys, monkeypatch
+):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "film.mp4").write_bytes(b"precious")
+    names = {"folder": folder, "new": tmp_path / "new"}
+    monkeypatch.setattr(module, "load_checkpoint", lambda *_: pytest.fail("work was done"))
+    call = ["run", frames, f"--checkpoint={model}", *(each.format(**names) for each in more)]
+    assert match.format(**names) in fail(capsys, monkeypatch, *call)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert [(path.name, path.read_bytes()) for path in folder.iterdir()] == [("film.mp4", b"precious")]
+
+
+def test_a_task_without_classes_has_raw_outputs_and_no_label_maps_or_legend(frames, tmp_path, capsys, monkeypatch):
+    save_checkpoint(tmp_path / "c.safetensors", checkpoint(classes=(), task="colorization"))
+    call = ["run", frames, f"--checkpoint={tmp_path / 'c.safetensors'}", "--arm=fixed", f"--out={tmp_path / 'o.mp4'}"]
+    line = fail(capsys, monkeypatch, *call, f"--labels-out={tmp_path / 'l'}")
+    assert "colorization has no classes: leave it out; --out has the pictures, and --raw-out what the model" in line
+    assert "leave --legend out" in fail(capsys, monkeypatch, *call, "--legend")
+    assert [path.name for path in tmp_path.iterdir()] == ["c.safetensors"]
+    invoke(*call[:-1], f"--raw-out={tmp_path / 'r'}")
+    assert np.load(tmp_path / "r" / "a.npz")["output"].shape == (2, *SIZE)
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["contents"].startswith("raw outputs: a and b")
+
+
+def test_overwrite_replaces_all_of_an_earlier_run_and_nothing_else(model, frames, tmp_path):
+    labels, film = tmp_path / "labels", tmp_path / "o.mp4"
+    run(frames, model, f"--labels-out={labels}", f"--out={film}")
+    (labels / "notes.txt").write_text("mine")
+    run(frames, model, f"--labels-out={labels}", f"--out={film}", "--limit=2", "--overwrite")
+    assert {path.name for path in labels.iterdir()} == {"a.png", "b 1.png", "run.json", "notes.txt"}
+    assert video(film)[0] == 2
+
+
+def test_the_same_rules_hold_in_python(model, frames, tmp_path):
+    out = tmp_path / "o.mp4"
+    out.write_bytes(b"precious")
+    with pytest.raises(ConfigError, match="which exists: choose another name, or set `overwrite`"):
+        adapt_video(str(frames), model, out, arm="fixed")
+    with pytest.raises(ConfigError, match="nothing is to be written"):
+        adapt_video(str(frames), model, None, arm="fixed")
+    assert out.read_bytes() == b"precious"
+    assert adapt_video(str(frames), model, out, arm="fixed", overwrite=True) == 5
+    assert video(out)[0] == 5
+
+
+# ---- stopping
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_a_signal_ends_a_run_as_ctrl_c_does_and_what_was_written_is_told_as_partial(
+    name, code, model, frames, tmp_path, capsys, monkeypatch
+):
+    number, real = getattr(signal, name), VideoWriter.write
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)]
+
+    def write(self, picture):
+        real(self, picture)
+        if self.count == 3:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(VideoWriter, "write", write)
+    out, labels = tmp_path / "o.mp4", tmp_path / "labels"
+    call = ["run", frames, f"--checkpoint={model}", "--arm=fixed", f"--out={out}", f"--labels-out={labels}"]
+    assert status(monkeypatch, *call) == code
+    told = capsys.readouterr().err
+    assert f"kept in {out}: " in told
+    assert f"kept in {labels}: " in told
+    assert " of 5\n" in told
+    assert told.endswith("interrupted\n" if name == "SIGINT" else f"stopped by {name}\n")
+    assert video(out)[0] == 3
+    assert json.loads((labels / "run.json").read_text())["complete"] is False
+    assert {path.name for path in labels.glob("*.png")} == {"a.png", "b 1.png", "b 2.png"}
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_an_interrupted_run_that_may_overwrite_leaves_the_old_film_and_says_so_in_plain_words(
+    model, frames, tmp_path, capsys, monkeypatch
+):
+    real, out = VideoWriter.write, tmp_path / "o.mp4"
+    out.write_bytes(b"precious")
+
+    def write(self, picture):
+        real(self, picture)
+        if self.count == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(VideoWriter, "write", write)
+    call = ["run", frames, f"--checkpoint={model}", "--arm=fixed", f"--out={out}", "--overwrite"]
+    assert status(monkeypatch, *call) == 143
+    told = capsys.readouterr().err
+    partial = tmp_path / "o.partial.mp4"
+    assert f"warning: {out} exists and stays; the 2 new frames are in {partial}.\n" in told
+    assert "UserWarning" not in told
+    assert out.read_bytes() == b"precious"
+    assert video(partial)[0] == 2
+
+
+def test_a_signal_that_is_ignored_stays_ignored(model, frames, tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        real = VideoWriter.write
+        monkeypatch.setattr(
+            VideoWriter, "write", lambda self, picture: (real(self, picture), signal.raise_signal(signal.SIGHUP))
+        )
+        call = ["run", frames, f"--checkpoint={model}", "--arm=fixed", f"--out={tmp_path / 'o.mp4'}"]
+        assert status(monkeypatch, *call) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert video(tmp_path / "o.mp4")[0] == 5

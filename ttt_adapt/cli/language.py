@@ -1,0 +1,112 @@
+"""Messages in the language of the command line: arguments of the library's functions become options.
+
+The library names its arguments as Python does. Three forms of a name are understood, and messages keep to them:
+
+| in the library | on the command line |
+|---|---|
+| `size` in backticks, size= or overwrite=True | --size, --overwrite |
+| "size is ..." (are, has, names) at the beginning of a statement | "--size is ..." |
+| "leave size out" | "leave --size out" |
+
+Words that are no option of the command stay as they are.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+import typer.core
+
+from ttt_adapt.errors import TTTAdaptError
+from ttt_adapt.view.terminal import notice, rewording
+
+ELSEWHERE = {
+    "binary": "--classes background,foreground",
+    "encoder_options": "--encoder-option",
+    "task_options": "--task-option",
+    "changes": "--set",
+}
+"""What the library calls otherwise than the command line."""
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose errors and notices name its options."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command.
+
+        Raises:
+            TTTAdaptError: as the library raised it, with the options' names in its message.
+        """
+        options = options_of(self.params)
+        with rewording(lambda text: in_options(text, options)), _plain_warnings():
+            try:
+                return super().invoke(ctx)
+            except TTTAdaptError as error:
+                text = in_options(str(error), options)
+                if text == str(error):
+                    raise
+                raise type(error)(text) from error
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings to the user are lines of text, without the place in the source code that other warnings have."""
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+
+        def show(message: Any, category: Any, *place: Any, **more: Any) -> None:
+            if category is UserWarning:
+                notice(f"warning: {message}")
+            else:
+                shown(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
+
+
+def options_of(parameters: Iterable[Any]) -> dict[str, tuple[str, str]]:
+    """Name in Python -> (the option, the option that switches it off), such as "labels": ("--labels", "--no-labels").
+
+    An option without a counterpart stands for both; arguments without a name of their own are left out.
+    """
+    found = {}
+    for parameter in parameters:
+        on = next((name for name in parameter.opts if name.startswith("--")), None)
+        if on is not None:
+            off = next(iter(parameter.secondary_opts), on)
+            found[on[2:].replace("-", "_")] = (on, off)
+    return found
+
+
+def in_options(text: str, options: dict[str, tuple[str, str]]) -> str:
+    """A message of the library with the names of options.
+
+    Args:
+        text: the message.
+        options: as `options_of` gives them.
+    """
+    known = {**options, **{name: (option, option) for name, option in ELSEWHERE.items()}}
+    known = {name: pair for name, pair in known.items() if pair[0].split()[0] in {on for on, _ in options.values()}}
+    if not known:
+        return text
+    name = f"(?P<name>{'|'.join(map(re.escape, sorted(known, key=len, reverse=True)))})"
+    forms = (
+        rf"`{name}(?:=(?P<value>True|False))?`",
+        rf"(?<![\w./=-]){name}=(?P<value>True|False)?(?![\w'\"(\[/-]|\.\w)",
+        rf"(?:^|(?<=: )|(?<=; )){name}(?= (?:is|are|has|names) )",
+        rf"(?<=\bleave ){name}(?= out\b)",
+    )
+
+    def option(found: re.Match[str]) -> str:
+        on, off = known[found["name"]]
+        return off if found.groupdict().get("value") == "False" else on
+
+    for form in forms:
+        text = re.sub(form, option, text)
+    return re.sub(r"(--[\w-]+), \1\b", r"\1", text)  # of a message that names both
