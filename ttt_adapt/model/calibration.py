@@ -282,8 +282,13 @@ def default_rule(kinds: Mapping[str, Any]) -> Rule:
 
 def fingerprint_of(model: nn.Module) -> str:
     """A hash of all parameters and buffers, as float16: a model and its copy in float16 have the same."""
+    return fingerprint(model.state_dict())
+
+
+def fingerprint(tensors: Mapping[str, Any]) -> str:
+    """A hash of named tensors, as float16; what is no tensor is left out."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         if isinstance(tensor, Tensor):
             tensor = tensor.detach().half() if tensor.is_floating_point() else tensor.detach()
             digest.update(f"{name} {tuple(tensor.shape)}".encode())

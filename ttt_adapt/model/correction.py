@@ -15,6 +15,7 @@ from ttt_adapt.model.hooks import hooks
 from ttt_adapt.model.norms import channel_moments
 from ttt_adapt.model.points import SIDES, Point, first_tensor
 from ttt_adapt.model.rule import PointStatistics, Rule
+from ttt_adapt.model.threads import in_this_thread
 
 
 def correction_of(model: nn.Module, config: StreamConfig, calibration: Calibration | None) -> Correction | None:
@@ -65,8 +66,8 @@ class Correction:
         device = next((x.device for point in chosen for x in _own_tensors(point.module)), device)
         self._unit = max(unit, 1e-12)
         # in fixed places, where also a recorded pass leaves its numbers
-        self._seen = torch.zeros(len(chosen), device=device)
-        self._calls = torch.zeros((), device=device)
+        self._numbers = torch.zeros(len(chosen) + 1, device=device)
+        self._seen, self._calls = self._numbers[:-1], self._numbers[-1]
         self._layers = [
             _Layer(p, statistics[p.name], rule.at(i, len(chosen)), self._seen[i], device) for i, p in enumerate(chosen)
         ]
@@ -88,9 +89,12 @@ class Correction:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Inside the block, passes are corrected, each by its own statistics: nothing is carried from pass to pass."""
-        self._seen.zero_()
-        self._calls.zero_()
+        """Inside the block, passes are corrected, each by its own statistics: nothing is carried from pass to pass.
+
+        A block that raises leaves the drift as it was.
+        """
+        last = self._numbers.clone()
+        self._numbers.zero_()
         norms = [layer.point.module for layer in self._layers if layer.point.side == "statistics"]
         before = [(norm, norm.training, norm._buffers.copy()) for norm in norms]
         with hooks(self._hook(layer, first=i == 0) for i, layer in enumerate(self._layers)):
@@ -99,6 +103,9 @@ class Correction:
                     if norm.training:
                         norm.training = False
                 yield
+            except BaseException:
+                self._numbers.copy_(last)
+                raise
             finally:
                 for norm, training, buffers in before:
                     norm._buffers.update(buffers)
@@ -109,11 +116,11 @@ class Correction:
     def _hook(self, layer: _Layer, first: bool) -> Any:
         module, calls = layer.point.module, self._calls if first else None
         if layer.point.side == "statistics":
-            return module.register_forward_pre_hook(_replace_statistics(layer, calls), with_kwargs=True)
+            return module.register_forward_pre_hook(in_this_thread(_replace_statistics(layer, calls)), with_kwargs=True)
         correct = _correct(layer, calls)
         if layer.point.side == "input":
-            return module.register_forward_pre_hook(lambda _module, args: (correct(args[0]), *args[1:]))
-        return module.register_forward_hook(lambda _module, _args, output: correct(output))
+            return module.register_forward_pre_hook(in_this_thread(lambda _module, args: (correct(args[0]), *args[1:])))
+        return module.register_forward_hook(in_this_thread(lambda _module, _args, output: correct(output)))
 
 
 def _replace_statistics(layer: _Layer, calls: Tensor | None) -> Any:

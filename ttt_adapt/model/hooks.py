@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt_adapt.errors import EncoderError
+from ttt_adapt.model.threads import in_this_thread
 
 
 class _EncoderDone(BaseException):
@@ -39,7 +40,7 @@ def run_encoder(model: nn.Module, encoder: nn.Module, images: Tensor) -> Any:
     def stop(_module: nn.Module, _args: Any, output: Any) -> None:
         raise _EncoderDone(output)
 
-    handle = encoder.register_forward_hook(stop)
+    handle = encoder.register_forward_hook(in_this_thread(stop))
     try:
         with uncompiled():
             model(images)
@@ -131,7 +132,7 @@ def hidden_channel(stem: nn.Module, conv: Callable[[Tensor], Tensor], hidden: Te
             )
         return output + conv(F.pad(hidden, (0, right, 0, bottom)))  # nothing is hidden in the model's own padding
 
-    with hooks([stem.register_forward_hook(add)]):
+    with hooks([stem.register_forward_hook(in_this_thread(add))]):
         yield
 
 
@@ -173,9 +174,9 @@ def visible_tokens(path: TokenPath, order: Tensor, patches: int, fill: Tensor | 
     handles = []
     for i, block in enumerate(path.blocks):
         gather = tokens.gather if path.every_block or i == 0 else tokens.gather_rotary_only
-        handles.append(block.register_forward_pre_hook(gather, with_kwargs=True))
+        handles.append(block.register_forward_pre_hook(in_this_thread(gather), with_kwargs=True))
         if fill is not None and (path.every_block or i == last):
-            handles.append(block.register_forward_hook(tokens.put_back))
+            handles.append(block.register_forward_hook(in_this_thread(tokens.put_back)))
     with hooks(handles):
         yield
 

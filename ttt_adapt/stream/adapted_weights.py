@@ -119,10 +119,10 @@ class AdaptedWeights(Part):
         if not self.moved:
             yield
             return
-        self.leave()
-        self._source.restore()
-        torch.clear_autocast_cache()
         try:
+            self.leave()
+            self._source.restore()
+            torch.clear_autocast_cache()
             yield
         finally:
             self.enter()

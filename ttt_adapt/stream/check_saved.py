@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
+
+from torch import nn
 
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError
 from ttt_adapt.files import check_format_number
+from ttt_adapt.model.calibration import fingerprint
 from ttt_adapt.model.frames import Normalize, Preprocess
-from ttt_adapt.objectives.base import Objective, SplitLoss
+from ttt_adapt.objectives.base import Objective, SplitLoss, StatefulObjective
 from ttt_adapt.objectives.mae import SETTINGS, MAEBranch
+from ttt_adapt.stream.source import SourceWeights
 
 FORMAT = 1
 """Version of the layout of a saved stream. States without a number are of version 0."""
@@ -74,6 +78,37 @@ def setting_of(objective: Objective, preprocess: Preprocess | None, calibration:
         numbers = {name: tuple(map(float, getattr(preprocess, name))) for name in ("mean", "std")}
         return {**setting, "preprocess": "Normalize", **numbers, "size": preprocess.size and tuple(preprocess.size)}
     return {**setting, "preprocess": "none" if preprocess is None else "a function"}
+
+
+def source_of(objective: Objective, source: SourceWeights) -> dict[str, str]:
+    """Hashes of the source weights of a stream: those of the whole model, and those of the objective."""
+    own = (
+        objective.state_dict(keep_vars=True) if isinstance(objective, nn.Module) else dict(objective.named_parameters())
+    )
+    memory = objective.memory() if isinstance(objective, StatefulObjective) else {}
+    parts = {"model": objective.model.state_dict(keep_vars=True), "objective": {**own, **memory}}
+    return {name: fingerprint(source.originals(tensors)) for name, tensors in parts.items()}
+
+
+def check_source(state: Mapping[str, Any], own: Callable[[], Mapping[str, str]]) -> None:
+    """Refuse a stream that began with other weights.
+
+    Args:
+        state: from `current_format`; without a "source", one of an early version, which is not compared.
+        own: this adapter's, from `source_of`.
+
+    Raises:
+        CheckpointError: the source weights of the model or of the objective are others.
+    """
+    if "source" not in state:
+        return
+    theirs, ours = state["source"], own()
+    if other := [name for name in ours if theirs.get(name) != ours[name]]:
+        what = " and of the ".join(other)
+        raise CheckpointError(
+            f"the state was saved over other source weights of the {what}, with the hash {theirs.get(other[0])!r}, here "
+            f"it is {ours[other[0]]!r}: make the adapter on the weights that the stream began with"
+        )
 
 
 def check_compatible(state: Mapping[str, Any], config: StreamConfig, setting: Mapping[str, Any]) -> None:

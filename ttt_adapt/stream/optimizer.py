@@ -203,6 +203,13 @@ class StreamOptimizer(Part):
         """See `Part`."""
         self._use(self._make())
 
+    def renew(self) -> None:
+        """Put a new one in its place that has the settings of this one, such as a learning rate that a user changed."""
+        settings = [_settings(group) for group in self._optimizer.param_groups]
+        self._use(self._make())
+        for group, own in zip(self._optimizer.param_groups, settings, strict=True):
+            group.update(own)
+
     def state_dict(self) -> dict[str, Any]:
         """The kind of optimizer, and a copy of its state."""
         return {"kind": type(self._optimizer).__name__, "state": copied(self._optimizer.state_dict())}
@@ -228,7 +235,12 @@ class StreamOptimizer(Part):
 
     def _use(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._fresh = [copied({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups]
+        self._fresh = [_settings(group) for group in optimizer.param_groups]
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of what a group says beside its parameters."""
+    return {name: copied(value) for name, value in group.items() if name != "params"}
 
 
 def decides_on_device(optimizer: torch.optim.Optimizer) -> bool:

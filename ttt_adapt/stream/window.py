@@ -143,10 +143,10 @@ class FrameWindow(Part):
 
     def mark(self) -> Callable[[], None]:
         """See `Part`."""
-        committed = self._committed
+        committed, buffer = self._committed, self._buffer  # a frame of another size or kind brings another buffer
 
         def undo() -> None:
-            self._committed = committed
+            self._committed, self._buffer = committed, buffer
 
         return undo
 
