@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError
 from ttt_adapt.model.parameters import split_by_decay
+from ttt_adapt.schema import check_fields, text
+from ttt_adapt.stream.check_optimizer import check_optimizer_state
 from ttt_adapt.stream.source import copied
 from ttt_adapt.stream.state_part import Part, nothing
 
@@ -216,13 +218,17 @@ class StreamOptimizer(Part):
 
     def prepare_load(self, saved: Any) -> Callable[[], None]:
         """See `Part`; a new optimizer takes the saved state, so that one that does not fit changes nothing."""
+        check_fields(saved, {"kind": text, "state": lambda _state: ""}, "the state's optimizer")
         try:
             with torch.inference_mode(False):
                 optimizer = self._make()
                 kinds = [type(optimizer).__name__] + ["AdamW"] * isinstance(optimizer, FusedAdamW)
                 if saved["kind"] not in kinds:
                     raise ValueError(f"the optimizer was {saved['kind']}, here it is {kinds[0]}")
-                optimizer.load_state_dict(copied(saved["state"]))
+                check_optimizer_state(optimizer, saved["state"])
+                optimizer.load_state_dict(copied(dict(saved["state"])))
+        except CheckpointError:
+            raise
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"the state's optimizer does not fit this adapter ({error}): go on with the same optimizer"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ttt_adapt.errors import CheckpointError
+from ttt_adapt.schema import list_of, number, shown
 from ttt_adapt.stream.state_part import Part
 
 LENGTH = 50
@@ -52,9 +53,10 @@ class SurpriseGate(Part):
 
     def prepare_load(self, saved: Any) -> Callable[[], None]:
         """See `Part`."""
-        if not isinstance(saved, list) or not all(isinstance(loss, float) for loss in saved):
-            raise CheckpointError(f"the state's gate is a {type(saved).__name__}; expected a list of losses")
-        return lambda: self._put_back(saved)
+        if expected := list_of(number(), most=LENGTH)(saved):
+            raise CheckpointError(f"the state's gate is {shown(saved)}; expected the losses, {expected}")
+        losses = [float(loss) for loss in saved]
+        return lambda: self._put_back(losses)
 
     def mark(self) -> Callable[[], None]:
         """See `Part`."""

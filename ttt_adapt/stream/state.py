@@ -19,6 +19,7 @@ from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError, StateError
 from ttt_adapt.model.frames import FrameIntake, scaling
 from ttt_adapt.model.uncopied import Uncopied
+from ttt_adapt.schema import check_fields, whole
 from ttt_adapt.stream.adapted_weights import AdaptedTensors, AdaptedWeights
 from ttt_adapt.stream.auto_window import AutoWindow
 from ttt_adapt.stream.optimizer import StreamOptimizer
@@ -54,9 +55,9 @@ class RandomState(Part):
     def prepare_load(self, saved: Any) -> Callable[[], None]:
         """See `Part`."""
         try:
-            state = saved.cpu()
+            state = saved.detach().cpu().clone()
             torch.Generator(self.generator.device).set_state(state)
-        except (RuntimeError, TypeError, AttributeError) as error:
+        except (RuntimeError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(
                 f"the state's random state does not fit this adapter ({error}): go on on the same kind of device"
             ) from error
@@ -97,9 +98,8 @@ class Progress(Part):
 
     def prepare_load(self, saved: Any) -> Callable[[], None]:
         """See `Part`."""
-        index = saved.get("frame_index") if isinstance(saved, Mapping) else None
-        if not isinstance(index, int) or index < 0:
-            raise CheckpointError(f"the state's progress is {saved!r}; expected the index of a frame")
+        check_fields(saved, {"frame_index": whole()}, "the state's progress")
+        index = saved["frame_index"]
         return lambda: self._put_back(index, None)
 
     def mark(self) -> Callable[[], None]:
