@@ -107,8 +107,8 @@ def dict_of(check: Check, names: Collection[str] | None = None) -> Check:
 
 
 def plain(value: Any) -> str:
-    """Nested lists and dicts of text, finite numbers, True, False and None."""
-    level, scalar = [value], optional(lambda item: flag(item) and number()(item) and text(item))
+    """Nested lists and dicts of text, numbers, True, False and None."""
+    level = [value]
     for _ in range(DEPTH):
         inside: list[Any] = []
         for item in level:
@@ -118,12 +118,17 @@ def plain(value: Any) -> str:
                 inside += item.values()
             elif isinstance(item, list | tuple):
                 inside += item
-            elif scalar(item):
-                return "plain values: text, finite numbers, True, False, None, lists and dicts"
+            elif not _is_scalar(item):
+                return "plain values: text, numbers, True, False, None, lists and dicts"
         level = inside
         if not level:
             return ""
     return f"plain values, nested at most {DEPTH} deep"
+
+
+def _is_scalar(item: Any) -> bool:
+    """Whether a value is None, True, False, text or a number; no whole number has more digits than can be shown."""
+    return item is None or isinstance(item, bool | float) or not text(item) or not whole(-(2**64), 2**64)(item)
 
 
 def check_fields(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt_adapt.config import StreamConfig
+from ttt_adapt.errors import ConfigError
 from ttt_adapt.model.calibration import Calibration
 from ttt_adapt.model.hooks import hooks
 from ttt_adapt.model.norms import channel_moments
@@ -31,8 +32,14 @@ def correction_of(model: nn.Module, config: StreamConfig, calibration: Calibrati
 
 
 def correction(model: nn.Module, calibration: Calibration) -> Correction:
-    """What corrects the passes of a model by a calibration of its weights."""
+    """What corrects the passes of a model by a calibration of its weights.
+
+    Raises:
+        ConfigError: the calibration has points that the model has not.
+    """
     modules = dict(model.named_modules())
+    for (kind, name), each in calibration.points.items():
+        _check_point(modules.get(name), kind, name, len(each.mean))
     points = [
         Point(name, modules[name], SIDES[kind], each.layout, len(each.mean), each.prefix)
         for (kind, name), each in calibration.points.items()
@@ -40,6 +47,24 @@ def correction(model: nn.Module, calibration: Calibration) -> Correction:
     statistics = {name: each for (_, name), each in calibration.points.items()}
     device = next((x.device for x in _own_tensors(model)), None)
     return Correction(points, statistics, calibration.rule, calibration.usual_drift, device)
+
+
+def _check_point(module: nn.Module | None, kind: str, name: str, channels: int) -> None:
+    """Refuse a point that a calibration has, and the model has not.
+
+    Raises:
+        ConfigError: there is no such module, or it has another number of channels.
+    """
+    own: Any = channels
+    if kind == "batchnorm":
+        own = len(getattr(module, "running_mean", ()))
+    elif kind == "input":
+        own = getattr(module, "in_channels", None)
+    if module is None or own != channels:
+        raise ConfigError(
+            f"the calibration has {channels} channels at {name!r} ({kind}), where this model has "
+            f"{'no module' if module is None else own}: calibrate the model again"
+        )
 
 
 class Correction:
@@ -150,11 +175,15 @@ def _replace_statistics(layer: _Layer, calls: Tensor | None) -> Any:
 
 def _correct(layer: _Layer, calls: Tensor | None) -> Any:
     """What happens to the input or the output of a layer: it is shifted and scaled toward the source."""
-    point = layer.point
+    point, checked = layer.point, False
 
     def correct(output: Any) -> Any:
+        nonlocal checked
         x = first_tensor(output)
         assert x is not None
+        if not checked:
+            layer.check(x)
+            checked = True
         if calls is not None:
             calls.add_(1.0)
         mean, variance = point.moments(x.detach())
@@ -206,6 +235,20 @@ class _Layer:
         self._unit = (1.0 / (statistics.layer_usual.to(moments).clamp_min(1e-12) * channels)).to(seen.device)
         self._largest = rule.largest
         self._unbiased: dict[int, Tensor] = {}
+
+    def check(self, x: Tensor) -> None:
+        """Refuse a tensor of another layout or width than this point has.
+
+        Raises:
+            ConfigError: it has.
+        """
+        point, axis = self.point, 1 if self.point.layout == "nchw" else -1
+        fits = x.ndim == (3 if point.layout == "tokens" else 4) and x.shape[axis] == point.channels
+        if not fits or (point.prefix and x.shape[1] <= point.prefix):
+            raise ConfigError(
+                f"the calibration has {point.channels} channels, {point.layout}, at {point.name!r}; the model gives "
+                f"{tuple(x.shape)} there: calibrate the model again"
+            )
 
     def finite(self, own: Tensor) -> Tensor:
         """Moments [2, C], with those of the source where they are not finite: one overflow stays where it is."""

@@ -115,7 +115,7 @@ def _check_entry(optimizer: torch.optim.Optimizer, parameter: Tensor, entry: Any
     of_torch = type(optimizer).__module__.startswith(("torch.optim", "ttt_adapt."))
     for name, value in entry.items():
         if not isinstance(value, Tensor):
-            if plain(value) and of_torch:
+            if of_torch and optional(lambda item: flag(item) and number()(item))(value):
                 raise CheckpointError(f"{what} has {shown(value)} as {name}; expected a tensor or a number")
             continue
         fits = value.ndim == 0 if name in _ONE_NUMBER else value.shape == parameter.shape or name in _FACTORS

@@ -10,7 +10,7 @@ from typing import Any
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError, ConfigError
 from ttt_adapt.files import check_format_number
-from ttt_adapt.model.calibration import fingerprint
+from ttt_adapt.model.fingerprint import fingerprint
 from ttt_adapt.model.frames import Normalize, Preprocess
 from ttt_adapt.objectives.base import Attached, Objective, SplitLoss, StatefulObjective
 from ttt_adapt.objectives.mae import SETTINGS, MAEBranch

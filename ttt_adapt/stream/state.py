@@ -56,7 +56,10 @@ class RandomState(Part):
         """See `Part`."""
         try:
             state = saved.detach().cpu().clone()
-            torch.Generator(self.generator.device).set_state(state)
+            scratch = torch.Generator(self.generator.device)
+            scratch.set_state(state)
+            if not torch.equal(scratch.get_state(), state):
+                raise ValueError("a generator in this state has another one")
         except (RuntimeError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(
                 f"the state's random state does not fit this adapter ({error}): go on on the same kind of device"
