@@ -57,6 +57,14 @@ def _places(value: Any) -> str:
     return dict_of(dict_of(place), KINDS)(value) or _mixed(value)
 
 
+def _rule(value: Any) -> str:
+    """The fields of a `Rule`, of the kinds of their defaults; what they mean is checked when it is made."""
+    kinds = {each.name: number() if isinstance(each.default, float) else text for each in fields(Rule)}
+    if expected := dict_of(lambda _value: "", kinds)(value):
+        return expected
+    return next((f"{name} as {expected}" for name, item in value.items() if (expected := kinds[name](item))), "")
+
+
 def _mixed(value: Mapping[str, Mapping[str, Any]]) -> str:
     """Whether every place has a layout first, and then a number."""
     places = [place for points in value.values() for place in points.values()]
@@ -65,7 +73,7 @@ def _mixed(value: Mapping[str, Mapping[str, Any]]) -> str:
 
 _FIELDS = {
     "format": whole(1, FORMAT),
-    "rule": dict_of(lambda value: text(value) and number()(value), [f.name for f in fields(Rule)]),
+    "rule": _rule,
     "fingerprint": text,
     "stills": whole(1),
     "size": list_of(whole(1), 2, 2),

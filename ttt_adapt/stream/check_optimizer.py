@@ -70,7 +70,8 @@ def _check_group(own: Mapping[str, Any], other: Any) -> None:
     for key, value in own.items():
         if key == "params" or (key not in other and (value is None or isinstance(value, bool))):  # an earlier PyTorch
             continue
-        expected = _like(value)(other[key]) if key in other else "a value"
+        check = optional(flag) if key in ("fused", "foreach") else _like(value)  # how a step runs, not what it does
+        expected = check(other[key]) if key in other else "a value"
         if expected or (key == "name" and other[key] != value):
             raise CheckpointError(
                 f"the state's optimizer has {shown(other.get(key))} as {key} in its group {name!r}; expected "
@@ -85,7 +86,7 @@ def _check_group(own: Mapping[str, Any], other: Any) -> None:
 def _like(value: Any) -> Check:
     """A check for settings of the same kind as `value`: rates and the like are not negative."""
     if isinstance(value, bool):
-        return optional(flag)
+        return lambda item: "" if item is value else f"{value}"
     if value is None:
         return plain
     if isinstance(value, int | float):
@@ -115,7 +116,8 @@ def _check_entry(optimizer: torch.optim.Optimizer, parameter: Tensor, entry: Any
     of_torch = type(optimizer).__module__.startswith(("torch.optim", "ttt_adapt."))
     for name, value in entry.items():
         if not isinstance(value, Tensor):
-            if of_torch and optional(lambda item: flag(item) and number()(item))(value):
+            other = value is not None and (name not in _ONE_NUMBER or number(0.0)(value))
+            if known is not None or (of_torch and other):
                 raise CheckpointError(f"{what} has {shown(value)} as {name}; expected a tensor or a number")
             continue
         fits = value.ndim == 0 if name in _ONE_NUMBER else value.shape == parameter.shape or name in _FACTORS
