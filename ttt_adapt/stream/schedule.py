@@ -13,6 +13,8 @@ from ttt_adapt.stream.state_part import Part
 
 LENGTH = 50
 """How many earlier losses the surprise gate looks at."""
+_LARGEST = 3.5e38
+"""No loss in float32 is larger; squares of such numbers can be added."""
 
 
 def is_due(frame_index: int, every: int) -> bool:
@@ -53,7 +55,7 @@ class SurpriseGate(Part):
 
     def prepare_load(self, saved: Any) -> Callable[[], None]:
         """See `Part`."""
-        if expected := list_of(number(), most=LENGTH)(saved):
+        if expected := list_of(number(-_LARGEST, _LARGEST), most=LENGTH)(saved):
             raise CheckpointError(f"the state's gate is {shown(saved)}; expected the losses, {expected}")
         losses = [float(loss) for loss in saved]
         return lambda: self._put_back(losses)
