@@ -6,6 +6,7 @@ step on the reconstruction of a batch drawn from the window, then predict the fr
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -26,13 +27,15 @@ from ttt_adapt.model.correction import correction_of
 from ttt_adapt.model.frames import FrameIntake, Preprocess, TakenFrame, default_preprocess
 from ttt_adapt.model.norms import frame_statistics, norm_layers, updating_norms
 from ttt_adapt.model.ownership import Ownership, check_unowned, check_unshared
+from ttt_adapt.model.threads import lock_of, one_at_a_time
+from ttt_adapt.model.uncopied import Uncopied
 from ttt_adapt.objectives.base import Objective
 from ttt_adapt.objectives.check_objective import check_objective
 from ttt_adapt.objectives.forward_only import ForwardOnly
 from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.stream.adapted_weights import adapted_tensors
 from ttt_adapt.stream.auto_window import gradient_sketch
-from ttt_adapt.stream.check_saved import FORMAT, check_compatible, current_format, setting_of
+from ttt_adapt.stream.check_saved import FORMAT, check_compatible, check_source, current_format, setting_of, source_of
 from ttt_adapt.stream.optimizer import ParamGroups, adamw, parameter_groups, total_norm
 from ttt_adapt.stream.report import StepReport
 from ttt_adapt.stream.schedule import is_due
@@ -40,11 +43,12 @@ from ttt_adapt.stream.source import SourceWeights
 from ttt_adapt.stream.state import StreamState, swap
 
 
-class StreamAdapter:
+class StreamAdapter(Uncopied):
     """Keeps a model learning from the video it is watching: `prediction = adapter.step(frame)`.
 
     While attached, the model is in eval mode and its encoder's weights change in place. `detach()` (or leaving the
-    `with` block) gives it back with its source weights and its own flags.
+    `with` block) gives it back with its source weights and its own flags. Several threads may call it: their calls run
+    one after the other. It is not copied and not pickled: `state_dict()` is.
 
     Args:
         model: the trained model.
@@ -67,6 +71,8 @@ class StreamAdapter:
         StateError: the model already has an adapter, or shares what would be adapted with a model that has one.
     """
 
+    instead = "Save the stream with state_dict(), and load it into an adapter on a copy of the model and the branch"
+
     def __init__(
         self,
         model: nn.Module,
@@ -83,6 +89,7 @@ class StreamAdapter:
         calibration = getattr(branch, "calibration", None) if calibration is None else calibration
         self.config = config = settled_config(config, calibration)
         check_unowned(model)
+        self._lock = lock_of(model)
         self._correction = correction_of(model, config, calibration)
         if branch is None and not attach and self._correction is None:
             raise ConfigError(
@@ -108,6 +115,7 @@ class StreamAdapter:
         modules = [m for m in (model, self._branch) if isinstance(m, nn.Module)]
         make = partial(_fresh, optimizer or adamw, parameter_groups(step.encoder, step.own, modules, config))
         source = SourceWeights(tensors, whole=[*adapted.statistics, *adapted.memory])
+        self._source = functools.cache(partial(source_of, self._branch, source))
         self._begin = partial(StreamState.begin, config, adapted, source, make, self._intake)
         self._state = self._begin()
         self._engine = choose_engine(step, self._state.optimizer.optimizer)
@@ -154,6 +162,7 @@ class StreamAdapter:
 
     # ---- what a user calls
 
+    @one_at_a_time
     def step(self, frame: Any) -> Any:
         """Adapt to a frame, then predict it.
 
@@ -166,31 +175,46 @@ class StreamAdapter:
         Raises:
             FrameTypeError, FrameError: a frame that cannot be used; nothing has changed.
             EncoderError: the model's weights were replaced by other tensors; nothing has changed.
-            MemoryLimitError: out of memory; in the gradient step, the frame was not taken into the stream. After any
-                error in the gradient step, window, random state and counters are as before, and the weights are those
-                of the last finished iteration (pulled toward the source, if `source_pull` asks for it).
+            MemoryLimitError: out of memory. After any error, also in the prediction, the frame was not taken into the
+                stream: window, size of the frames, random state and counters are as before. The weights are those of
+                the last finished iteration (pulled toward the source, if `source_pull` asks for it), and at the
+                beginning of a video those of the source.
         """
         taken = self._take(frame)
-        self._adapt(taken)
-        return self._predict_frame(taken)
+        with self._undone_if_it_fails():
+            self._adapt(taken)
+            return self._predict_frame(taken)
 
+    @one_at_a_time
     def adapt(self, frame: Any) -> StepReport:
         """Take the frame into the window and the gradient steps on it; arguments and errors as in `step`."""
-        report = self._adapt(self._take(frame))
+        taken = self._take(frame)
+        with self._undone_if_it_fails():
+            report = self._adapt(taken)
         self._answer = None  # `predict` is asked for it anew
         return report
 
+    @one_at_a_time
     def predict(self, frame: Any) -> Any:
         """Predict a frame with the weights as they are; it does not enter the stream."""
         return self._predict_frame(self._take(frame))
 
+    @one_at_a_time
     def forward(self, x: Tensor) -> Any:
         """What the model (or `predict`) returns for x [1, 3, H, W], as it takes it, of any size; x is not checked."""
         self._check_attached()
         return self._predict_frame(TakenFrame(x))
 
-    def statistics(self) -> AbstractContextManager[None]:
-        """Inside the block, the model normalises a frame as `predict` does: for code that calls the model itself."""
+    @contextmanager
+    def statistics(self) -> Iterator[None]:
+        """Inside the block, the model normalises a frame as `predict` does: for code that calls the model itself.
+
+        Other threads that call the adapter wait for the end of the block.
+        """
+        with self._lock, self._statistics():
+            yield
+
+    def _statistics(self) -> AbstractContextManager[None]:
         config = self.config
         if self._correction is not None:
             return self._correction.active()
@@ -201,6 +225,7 @@ class StreamAdapter:
         for frame in frames:
             yield self.step(frame)
 
+    @one_at_a_time
     def reset(self) -> None:
         """Begin a new video: source weights, empty window, fresh optimizer, the seed again, counters at 0."""
         self._check_attached()
@@ -208,6 +233,7 @@ class StreamAdapter:
         self._forget_passes()
         self._state.reset()
 
+    @one_at_a_time
     def detach(self, keep_adapted: bool = False) -> nn.Module:
         """Give the model back as it was, with its source weights; may be called twice.
 
@@ -243,7 +269,7 @@ class StreamAdapter:
             return self._only_count(started, "iterations" if self._gradient.parameters else "no branch")
         state, numbers, sketch = self._state, None, None
         self._answer = None
-        with self._undone_if_it_fails():
+        with self._stepping():
             self._engine.check()
             state.window.stage(taken.x[0], taken.pixels)
             skipped, surprise = self._decide(taken)
@@ -338,14 +364,25 @@ class StreamAdapter:
             self._answer = None
             return answer[1]
         with torch.no_grad(), explained_memory_errors(config):
-            return self._engine.predict(self._predict, taken, self.statistics())
+            return self._engine.predict(self._predict, taken, self._statistics())
 
     @contextmanager
     def _undone_if_it_fails(self) -> Iterator[None]:
-        """Outside of inference mode; if the block raises, see `step` for what stays."""
+        """If the block raises, the frame was never there; see `step` for what stays."""
+        try:
+            with self._state.undone_if_it_fails():
+                yield
+        except BaseException:
+            self._answer = None
+            self._engine.forget()
+            raise
+
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
+        """Inside the block the weights change: outside of inference mode, and nothing stays that depends on them."""
         with torch.inference_mode(False), torch.no_grad():
             try:
-                with self._state.undone_if_it_fails(), explained_memory_errors(self.config):
+                with explained_memory_errors(self.config):
                     yield
             finally:
                 self._gradient.forget_gradients()
@@ -363,30 +400,36 @@ class StreamAdapter:
 
     # ---- saving mid-stream, and several videos
 
+    @one_at_a_time
     def state_dict(self) -> dict[str, Any]:
         """A copy of all of the stream's state: weights, optimizer, window, random state, counters."""
         self._check_attached()
-        setting = self._setting()
-        return {"format": FORMAT, "config": asdict(self.config), "setting": setting, **self._state.state_dict()}
+        about = {"config": asdict(self.config), "setting": self._setting(), "source": self._source()}
+        return {"format": FORMAT, **about, **self._state.state_dict()}
 
     def _setting(self) -> dict[str, Any]:
         """What the stream depends on beside its configuration and its tensors, in plain values."""
         return setting_of(self._branch, self._intake.preprocess, self._calibrated_as)
 
+    @one_at_a_time
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on exactly where `state_dict` was taken; a state that does not fit changes nothing.
 
         Raises:
-            CheckpointError: the state is of another model, configuration, objective, preprocessing or later version.
+            CheckpointError: the state is damaged, or of other weights, another model, configuration, objective,
+                preprocessing or later version.
         """
         self._check_attached()
         saved = current_format(state)
         check_compatible(saved, self.config, self._setting())
-        self._engine.forget()
         with explained_memory_errors(self.config):
-            self._state.load_state_dict(saved)
+            take = self._state.prepare_load(saved)
+            check_source(saved, self._source)
+            self._engine.forget()
+            take()
         self._forget_passes()
 
+    @one_at_a_time
     def new_state(self) -> StreamState:
         """The state of another video over the same model, at its beginning; `swap` puts it in."""
         self._check_attached()
@@ -395,6 +438,7 @@ class StreamAdapter:
         state.weights.reset()
         return state
 
+    @one_at_a_time
     def swap(self, state: StreamState) -> StreamState:
         """Go on with another video: its weights are copied into the model, in place.
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ttt_adapt.errors import CheckpointError, ConfigError
+from ttt_adapt.schema import shown, whole
 
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg"})
 """Photographs. A PNG file with the same stem in the same folder is its label, not a picture."""
@@ -97,9 +98,9 @@ def check_format_number(number: object, newest: int, file: str | Path) -> None:
     Raises:
         CheckpointError: `number` is no whole number from 1 to `newest`.
     """
-    if not isinstance(number, int) or not 1 <= number <= newest:
+    if whole(1, newest)(number):
         raise CheckpointError(
-            f"{file} has format {number!r}, and this version of ttt_adapt reads formats up to {newest}: update "
+            f"{file} has format {shown(number)}, and this version of ttt_adapt reads formats up to {newest}: update "
             "ttt_adapt"
         )
 

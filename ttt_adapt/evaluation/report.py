@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from ttt_adapt.errors import ConfigError, DataError, StateError
 from ttt_adapt.files import atomic_write
+from ttt_adapt.schema import check_fields, dict_of, flag, list_of, number, optional, plain, read_json, text, whole
 from ttt_adapt.tasks import Metric, Score, Task, find_task
 
 FORMAT = 2
@@ -183,23 +184,66 @@ class Report:
             DataError: the file is missing, or not such a report.
         """
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            if data["format"] not in (1, FORMAT):
-                raise DataError(
-                    f"{path} has format {data['format']}, and this version of ttt_adapt reads formats up to {FORMAT}: "
-                    "update ttt_adapt"
-                )
-            if data["format"] == 1:
-                _upgrade(data)
-            names = {entry.name for entry in fields(Run)}
-            runs = [Run(**{key: value for key, value in run.items() if key in names}) for run in data["runs"]]
-            return cls(data["config"], data["environment"], runs, list(data.get("failures", [])))
+            data = read_json(Path(path).read_bytes(), str(path), DataError)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error}") from error
-        except DataError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} is not an evaluation report: {error!r}") from error
+        what = f"{path} is not an evaluation report: it"
+        check_fields(data, {"format": whole(1)}, what, others=True, error=DataError)
+        if data["format"] > FORMAT:
+            raise DataError(
+                f"{path} has format {data['format']}, and this version of ttt_adapt reads formats up to {FORMAT}: "
+                "update ttt_adapt"
+            )
+        check_fields(data, _FIELDS, what, required=("config", "environment", "runs"), others=True, error=DataError)
+        if data["format"] == 1:
+            _upgrade(data)
+        for run in data["runs"]:
+            check_fields(run, _RUN, f"{what} has a run that", required=_NEEDED, others=True, error=DataError)
+        check_fields(
+            data["config"], {"rows": _rows}, f"{what} has a config that", required=(), others=True, error=DataError
+        )
+        for failure in data.get("failures", ()):
+            check_fields(failure, _FAILURE, f"{what} has a failure that", others=True, error=DataError)
+        names = {entry.name for entry in fields(Run)}
+        runs = [Run(**{key: value for key, value in run.items() if key in names}) for run in data["runs"]]
+        return cls(data["config"], data["environment"], runs, list(data.get("failures", [])))
+
+
+def _rows(value: Any) -> str:
+    """Label of a row -> what describes it; the hashes of calibrations are read again."""
+    digests = list_of(optional(text))
+    return dict_of(dict_of(plain))(value) or dict_of(lambda row: digests(row.get("calibrations", ())))(value)
+
+
+_MEASURED = optional(number())
+_SCORES = dict_of(_MEASURED)
+_FIELDS = {
+    "config": dict_of(plain),
+    "environment": dict_of(plain),
+    "runs": list_of(dict_of(plain)),
+    "failures": list_of(dict_of(plain)),
+}
+"""What the file of a report holds."""
+_FAILURE = {"arm": optional(text), "clip": text, "seed": optional(whole()), "error": text}
+"""What a failure in it holds."""
+_RUN = {
+    "arm": text,
+    "clip": text,
+    "seed": whole(),
+    "per_frame": list_of(_MEASURED),
+    "losses": list_of(_MEASURED),
+    "ms_per_frame": number(0.0),
+    "task": text,
+    "scores": _SCORES,
+    "per_class": _SCORES,
+    "fps": _MEASURED,
+    "peak_memory_mib": _MEASURED,
+    "forwards": _MEASURED,
+    "streaming": flag,
+    "oracle": flag,
+}
+"""What a run in it holds."""
+_NEEDED = [entry.name for entry in fields(Run) if entry.default is MISSING and entry.default_factory is MISSING]
 
 
 def _upgrade(data: dict[str, Any]) -> None:

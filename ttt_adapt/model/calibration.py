@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError, ConfigError, missing
-from ttt_adapt.files import atomic_write, check_format_number
+from ttt_adapt.files import atomic_write
+from ttt_adapt.model.calibration_file import FORMAT, TENSORS, read_saved
+from ttt_adapt.model.fingerprint import fingerprint_of
 from ttt_adapt.model.rule import PointStatistics, Rule
-
-FORMAT = 2
-"""Number of the layout of saved calibrations. In format 1 the image had a mean per channel in place of its levels."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -132,7 +131,7 @@ class Calibration:
             f"{kind}/{name}/{part}": getattr(statistics, part).cpu()
             for kind, points in self.statistics.items()
             for name, statistics in points.items()
-            for part in _TENSORS
+            for part in TENSORS
         }
 
     def to_json(self) -> str:
@@ -159,30 +158,23 @@ class Calibration:
         Raises:
             CheckpointError: they do not belong together, or a later version wrote them.
         """
+        plain = read_saved(text, tensors, source)
         try:
-            plain = json.loads(text)
-            number = plain.pop("format")
-            check_format_number(number, FORMAT, source)
-            if number < FORMAT:
-                raise CheckpointError(
-                    f"{source} has format {number}, which has no levels of the image: calibrate the model again"
-                )
             plain["rule"] = Rule(**plain["rule"])
             plain["size"], plain["drifts"] = tuple(plain["size"]), tuple(plain["drifts"])
             plain["loss"] = None if plain["loss"] is None else tuple(plain["loss"])
             statistics = {
                 kind: {
                     name: PointStatistics(
-                        layout, prefix, **{part: tensors[f"{kind}/{name}/{part}"].float() for part in _TENSORS}
+                        layout, prefix, **{part: tensors[f"{kind}/{name}/{part}"].float() for part in TENSORS}
                     )
                     for name, (layout, prefix) in places.items()
                 }
                 for kind, places in plain.pop("places").items()
             }
+            StreamConfig.online(**plain["settings"])
             return cls(statistics=statistics, **plain)
-        except CheckpointError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (ConfigError, TypeError) as error:
             raise CheckpointError(f"{source} is no calibration that ttt_adapt wrote: {error}") from error
 
     def to_bytes(self) -> bytes:
@@ -200,7 +192,7 @@ class Calibration:
         try:
             tensors = library.load(data)
             length = int.from_bytes(data[:8], "little")
-            text = json.loads(data[8 : 8 + length]).get("__metadata__", {})["calibration"]
+            text = json.loads(data[8 : 8 + length])["__metadata__"]["calibration"]
         except Exception as error:  # broken data can raise any error
             raise CheckpointError(
                 f"{source} is no calibration that ttt_adapt wrote ({type(error).__name__}: {error})"
@@ -234,10 +226,6 @@ class Calibration:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         return cls.of_bytes(data, str(path))
-
-
-_TENSORS = ("mean", "std", "usual", "high", "layer_usual", "layer_high", "layer_shift")
-"""The fields of `PointStatistics` that are tensors."""
 
 
 def settled_config(config: StreamConfig | None, calibration: Calibration | None) -> StreamConfig:
@@ -283,17 +271,6 @@ def default_rule(kinds: Mapping[str, Any]) -> Rule:
         if kinds.get(kind):
             return Rule(kind)
     return Rule("none")
-
-
-def fingerprint_of(model: nn.Module) -> str:
-    """A hash of all parameters and buffers, as float16: a model and its copy in float16 have the same."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if isinstance(tensor, Tensor):
-            tensor = tensor.detach().half() if tensor.is_floating_point() else tensor.detach()
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().cpu().numpy().tobytes())
-    return digest.hexdigest()[:32]
 
 
 def _safetensors() -> Any:

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ttt_adapt.config import StreamConfig
+from ttt_adapt.errors import ConfigError
 from ttt_adapt.model.calibration import Calibration
 from ttt_adapt.model.hooks import hooks
 from ttt_adapt.model.norms import channel_moments
 from ttt_adapt.model.points import SIDES, Point, first_tensor
 from ttt_adapt.model.rule import PointStatistics, Rule, above_zero
+from ttt_adapt.model.threads import in_this_thread
 from ttt_adapt.model.tone import along_curve, levels_of, tone_divergence
 
 
@@ -31,8 +33,14 @@ def correction_of(model: nn.Module, config: StreamConfig, calibration: Calibrati
 
 
 def correction(model: nn.Module, calibration: Calibration) -> Correction:
-    """What corrects the passes of a model by a calibration of its weights."""
+    """What corrects the passes of a model by a calibration of its weights.
+
+    Raises:
+        ConfigError: the calibration has points that the model has not.
+    """
     modules = dict(model.named_modules())
+    for (kind, name), each in calibration.points.items():
+        _check_point(modules.get(name), kind, name, len(each.mean))
     points = [
         Point(name, modules[name], SIDES[kind], each.layout, len(each.mean), each.prefix)
         for (kind, name), each in calibration.points.items()
@@ -40,6 +48,24 @@ def correction(model: nn.Module, calibration: Calibration) -> Correction:
     statistics = {name: each for (_, name), each in calibration.points.items()}
     device = next((x.device for x in _own_tensors(model)), None)
     return Correction(points, statistics, calibration.rule, calibration.usual_drift, device)
+
+
+def _check_point(module: nn.Module | None, kind: str, name: str, channels: int) -> None:
+    """Refuse a point that a calibration has, and the model has not.
+
+    Raises:
+        ConfigError: there is no such module, or it has another number of channels.
+    """
+    own: Any = channels
+    if kind == "batchnorm":
+        own = len(getattr(module, "running_mean", ()))
+    elif kind == "input":
+        own = getattr(module, "in_channels", None)
+    if module is None or own != channels:
+        raise ConfigError(
+            f"the calibration has {channels} channels at {name!r} ({kind}), where this model has "
+            f"{'no module' if module is None else own}: calibrate the model again"
+        )
 
 
 class Correction:
@@ -66,8 +92,8 @@ class Correction:
         device = next((x.device for point in chosen for x in _own_tensors(point.module)), device)
         self._unit = max(unit, 1e-12)
         # in fixed places, where also a recorded pass leaves its numbers
-        self._seen = torch.zeros(len(chosen), device=device)
-        self._calls = torch.zeros((), device=device)
+        self._numbers = torch.zeros(len(chosen) + 1, device=device)
+        self._seen, self._calls = self._numbers[:-1], self._numbers[-1]
         self._layers = [
             (_Image if point.side == "input" else _Layer)(point, statistics[point.name], rule, seen, device)
             for point, seen in zip(chosen, self._seen, strict=True)
@@ -90,9 +116,12 @@ class Correction:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Inside the block, passes are corrected, each by its own statistics: nothing is carried from pass to pass."""
-        self._seen.zero_()
-        self._calls.zero_()
+        """Inside the block, passes are corrected, each by its own statistics: nothing is carried from pass to pass.
+
+        A block that raises leaves the drift as it was.
+        """
+        last = self._numbers.clone()
+        self._numbers.zero_()
         norms = [layer.point.module for layer in self._layers if layer.point.side == "statistics"]
         before = [(norm, norm.training, norm._buffers.copy()) for norm in norms]
         with hooks(self._hook(layer, first=i == 0) for i, layer in enumerate(self._layers)):
@@ -101,6 +130,9 @@ class Correction:
                     if norm.training:
                         norm.training = False
                 yield
+            except BaseException:
+                self._numbers.copy_(last)
+                raise
             finally:
                 for norm, training, buffers in before:
                     norm._buffers.update(buffers)
@@ -111,11 +143,11 @@ class Correction:
     def _hook(self, layer: _Layer | _Image, first: bool) -> Any:
         module, calls = layer.point.module, self._calls if first else None
         if isinstance(layer, _Image):
-            return module.register_forward_pre_hook(_correct_image(layer, calls))
+            return module.register_forward_pre_hook(in_this_thread(_correct_image(layer, calls)))
         if layer.point.side == "statistics":
-            return module.register_forward_pre_hook(_replace_statistics(layer, calls), with_kwargs=True)
+            return module.register_forward_pre_hook(in_this_thread(_replace_statistics(layer, calls)), with_kwargs=True)
         correct = _correct(layer, calls)
-        return module.register_forward_hook(lambda _module, _args, output: correct(output))
+        return module.register_forward_hook(in_this_thread(lambda _module, _args, output: correct(output)))
 
 
 def _replace_statistics(layer: _Layer, calls: Tensor | None) -> Any:
@@ -145,11 +177,15 @@ def _replace_statistics(layer: _Layer, calls: Tensor | None) -> Any:
 
 def _correct(layer: _Layer, calls: Tensor | None) -> Any:
     """What happens to the output of a layer: it is shifted and scaled toward the source."""
-    point = layer.point
+    point, checked = layer.point, False
 
     def correct(output: Any) -> Any:
+        nonlocal checked
         x = first_tensor(output)
         assert x is not None
+        if not checked:
+            _check(point, x)
+            checked = True
         if calls is not None:
             calls.add_(1.0)
         mean, variance = point.moments(x.detach())
@@ -169,15 +205,36 @@ def _correct(layer: _Layer, calls: Tensor | None) -> Any:
 def _correct_image(layer: _Image, calls: Tensor | None) -> Any:
     """What happens to the image: its tones are moved toward those of the source."""
 
+    checked = False
+
     def before(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal checked
+        x = args[0]
+        if not checked:
+            _check(layer.point, x)
+            checked = True
         if calls is not None:
             calls.add_(1.0)
-        x = args[0]
         own = layer.finite(levels_of(x.detach()))
         wanted = own.lerp(layer.mean.to(own), layer.share(own).to(own))
         return along_curve(x, own, wanted), *args[1:]
 
     return before
+
+
+def _check(point: Point, x: Tensor) -> None:
+    """Refuse a tensor of another layout or width than a point has.
+
+    Raises:
+        ConfigError: it has.
+    """
+    axis = 1 if point.layout == "nchw" else -1
+    fits = x.ndim == (3 if point.layout == "tokens" else 4) and x.shape[axis] == point.channels
+    if not fits or (point.prefix and x.shape[1] <= point.prefix):
+        raise ConfigError(
+            f"the calibration has {point.channels} channels, {point.layout}, at {point.name!r}; the model gives "
+            f"{tuple(x.shape)} there: calibrate the model again"
+        )
 
 
 def _own_tensors(module: nn.Module) -> Iterator[Tensor]:

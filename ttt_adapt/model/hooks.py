@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ttt_adapt.errors import EncoderError, FrameError
 from ttt_adapt.model.features import tensors
+from ttt_adapt.model.threads import in_this_thread
 
 
 class _EncoderDone(BaseException):
@@ -40,7 +41,7 @@ def run_encoder(model: Callable[[Tensor], Any], encoder: nn.Module, images: Tens
     def stop(_module: nn.Module, _args: Any, output: Any) -> None:
         raise _EncoderDone(output)
 
-    handle = encoder.register_forward_hook(stop)
+    handle = encoder.register_forward_hook(in_this_thread(stop))
     try:
         with uncompiled():
             model(images)
@@ -158,7 +159,7 @@ def hidden_channel(stem: nn.Module, conv: Callable[[Tensor], Tensor], *told: Ten
             )
         return output + conv(hidden)
 
-    with hooks([stem.register_forward_hook(add)]):
+    with hooks([stem.register_forward_hook(in_this_thread(add))]):
         yield
 
 
@@ -200,9 +201,9 @@ def visible_tokens(path: TokenPath, order: Tensor, patches: int, fill: Tensor | 
     handles = []
     for i, block in enumerate(path.blocks):
         gather = tokens.gather if path.every_block or i == 0 else tokens.gather_rotary_only
-        handles.append(block.register_forward_pre_hook(gather, with_kwargs=True))
+        handles.append(block.register_forward_pre_hook(in_this_thread(gather), with_kwargs=True))
         if fill is not None and (path.every_block or i == last):
-            handles.append(block.register_forward_hook(tokens.put_back))
+            handles.append(block.register_forward_hook(in_this_thread(tokens.put_back)))
     with hooks(handles):
         yield
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError
-from ttt_adapt.model.calibration import Calibration, default_rule, fingerprint_of
+from ttt_adapt.model.calibration import Calibration, default_rule
 from ttt_adapt.model.correction import correction
+from ttt_adapt.model.fingerprint import fingerprint_of
 from ttt_adapt.model.frames import FrameIntake, Preprocess, TakenFrame, default_preprocess
 from ttt_adapt.model.hooks import hooks, uncompiled
 from ttt_adapt.model.ownership import check_unowned

@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ttt_adapt.model.hooks import hooks
+from ttt_adapt.model.threads import in_this_thread
 
 
 def norm_layers(module: nn.Module) -> list[nn.Module]:
@@ -188,8 +189,8 @@ def _around_calls(
         handle
         for norm in norms
         for handle in (
-            norm.register_forward_pre_hook(call_begins, with_kwargs=True),
-            norm.register_forward_hook(call_ends),
+            norm.register_forward_pre_hook(in_this_thread(call_begins), with_kwargs=True),
+            norm.register_forward_hook(in_this_thread(call_ends)),
         )
     ):
         yield

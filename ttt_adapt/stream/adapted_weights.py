@@ -119,10 +119,10 @@ class AdaptedWeights(Part):
         if not self.moved:
             yield
             return
-        self.leave()
-        self._source.restore()
-        torch.clear_autocast_cache()
         try:
+            self.leave()
+            self._source.restore()
+            torch.clear_autocast_cache()
             yield
         finally:
             self.enter()
@@ -140,12 +140,13 @@ class AdaptedWeights(Part):
     def prepare_load(self, saved: Any) -> Callable[[], None]:
         """See `Part`."""
         self._source.check()
-        check_state(dict(zip(self._names, self._here, strict=True)), saved, "this adapter's model")
+        check_state(dict(zip(self._names, self._here, strict=True)), saved, "this adapter's model", finite=True)
+        values = [saved[name].detach() for name in self._names]
 
         def load() -> None:
             self.moved = True
-            for name, tensor in zip(self._names, self._here, strict=True):
-                tensor.copy_(saved[name])
+            if values:
+                torch._foreach_copy_(self._here, values)
             torch.clear_autocast_cache()
 
         return load

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ttt_adapt.errors import CheckpointError, ConfigError, FrameError
+from ttt_adapt.model.parameters import dense
+from ttt_adapt.schema import Check, check_fields, optional, whole
 from ttt_adapt.stream.state_part import Part
 from ttt_adapt.theory import check_from
 
@@ -158,14 +160,12 @@ class AutoWindow(Part):
         Raises:
             CheckpointError: the state has another `reach`, or it is no state of an `AutoWindow`.
         """
-        try:
-            differences, counts = (state[name].cpu().numpy().copy() for name in ("differences", "counts"))
-            recent = [] if state["recent"] is None else [*state["recent"].cpu().numpy().copy()]
-            since = int(state["since"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"this is no state of an AutoWindow: {error!r}") from error
+        check_fields(state, _FIELDS, "the state's AutoWindow")
+        differences, counts = (state[name].cpu().numpy().copy() for name in ("differences", "counts"))
+        recent = [] if state["recent"] is None else [*state["recent"].cpu().numpy().copy()]
         if differences.shape != (len(self._lags),) or counts.shape != differences.shape or len(recent) > self.reach:
             raise CheckpointError(f"the state has {differences.size} distances; expected {len(self._lags)}: same reach")
+        since = state["since"]
         return lambda: self._put_back(recent, differences, counts, since)
 
     def mark(self) -> Callable[[], None]:
@@ -175,6 +175,26 @@ class AutoWindow(Part):
 
     def _put_back(self, recent: list[np.ndarray], differences: np.ndarray, counts: np.ndarray, since: int) -> None:
         self._recent, self._differences, self._counts, self._since = recent, differences, counts, since
+
+
+def _numbers(dtype: torch.dtype, dims: int) -> Check:
+    """A tensor of finite numbers that are not negative in the vectors of means and counts."""
+
+    def check(value: Any) -> str:
+        kind = isinstance(value, Tensor) and dense(value) and value.dtype == dtype and value.ndim == dims
+        fits = kind and value.numel() and bool(value.isfinite().all()) and (dims > 1 or not bool((value < 0).any()))
+        return "" if fits else f"finite numbers, a tensor of {dtype} with {dims} dimensions"
+
+    return check
+
+
+_FIELDS = {
+    "recent": optional(_numbers(torch.float64, 2)),
+    "differences": _numbers(torch.float64, 1),
+    "counts": _numbers(torch.int64, 1),
+    "since": whole(),
+}
+"""What a saved `AutoWindow` holds."""
 
 
 def gradient_sketch(parameters: Iterable[nn.Parameter], size: int = 512) -> Tensor:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.errors import CheckpointError
+from ttt_adapt.errors import CheckpointError, ConfigError
 from ttt_adapt.files import check_format_number
+from ttt_adapt.model.fingerprint import fingerprint
 from ttt_adapt.model.frames import Normalize, Preprocess
-from ttt_adapt.objectives.base import Objective, SplitLoss
+from ttt_adapt.objectives.base import Attached, Objective, SplitLoss, StatefulObjective
 from ttt_adapt.objectives.mae import SETTINGS, MAEBranch
+from ttt_adapt.schema import check_fields, dict_of, plain, text
+from ttt_adapt.stream.source import SourceWeights
 
 FORMAT = 1
 """Version of the layout of a saved stream. States without a number are of version 0."""
@@ -37,7 +41,12 @@ def current_format(state: Any) -> dict[str, Any]:
         _upgrade_from_0(state)
     if not isinstance(state.get("config"), Mapping):
         raise CheckpointError("this is no state of a StreamAdapter: config missing")
+    check_fields(state, _FIELDS, "the state", required=("config",), others=True)
     return state
+
+
+_FIELDS = {"config": dict_of(plain), "setting": dict_of(plain), "source": dict_of(text)}
+"""What a saved stream holds beside the parts of `StreamState`."""
 
 
 def _upgrade_from_0(state: dict[str, Any]) -> None:
@@ -76,6 +85,36 @@ def setting_of(objective: Objective, preprocess: Preprocess | None, calibration:
     return {**setting, "preprocess": "none" if preprocess is None else "a function"}
 
 
+def source_of(objective: Objective, source: SourceWeights) -> dict[str, str]:
+    """Hashes of the source weights of a stream: those of the whole model, and those of the objective."""
+    branch = objective.state_dict(keep_vars=True) if isinstance(objective, Attached) else {}
+    memory = objective.memory() if isinstance(objective, StatefulObjective) else {}
+    own = {**dict(objective.named_parameters()), **branch, **memory}
+    parts = {"model": objective.model.state_dict(keep_vars=True), "objective": own}
+    return {name: fingerprint(source.originals(tensors)) for name, tensors in parts.items()}
+
+
+def check_source(state: Mapping[str, Any], own: Callable[[], Mapping[str, str]]) -> None:
+    """Refuse a stream that began with other weights.
+
+    Args:
+        state: from `current_format`; without a "source", one of an early version, which is not compared.
+        own: this adapter's, from `source_of`.
+
+    Raises:
+        CheckpointError: the source weights of the model or of the objective are others.
+    """
+    if "source" not in state:
+        return
+    theirs, ours = state["source"], own()
+    if other := [name for name in ours if theirs.get(name) != ours[name]]:
+        what = " and of the ".join(other)
+        raise CheckpointError(
+            f"the state was saved over other source weights of the {what} (hash {theirs.get(other[0])!r}, here "
+            f"{ours[other[0]]!r}): make the adapter on the weights that the stream began with"
+        )
+
+
 def check_compatible(state: Mapping[str, Any], config: StreamConfig, setting: Mapping[str, Any]) -> None:
     """Refuse a stream of another configuration, objective or preprocessing.
 
@@ -88,8 +127,9 @@ def check_compatible(state: Mapping[str, Any], config: StreamConfig, setting: Ma
         CheckpointError: it does not fit; the message says in what.
     """
     own = asdict(config)
-    other = {k: v for k, v in state["config"].items() if k not in _HOW and own.get(k) != v}
-    if "norm_momentum" in other and _share(state["config"]) == config.frame_share:  # its default, or not used
+    saved = {**asdict(StreamConfig()), **state["config"]}  # an early version lacks fields that came later
+    other = {k: v for k, v in saved.items() if k not in _HOW and own.get(k) != v}
+    if [*other] == ["norm_momentum"] and _share(saved) == config.frame_share:  # its default, or not used
         del other["norm_momentum"]
     if other:
         raise CheckpointError(
@@ -100,8 +140,11 @@ def check_compatible(state: Mapping[str, Any], config: StreamConfig, setting: Ma
 
 
 def _share(config: Mapping[str, Any]) -> float:
-    """`StreamConfig.frame_share` of a saved configuration."""
-    return StreamConfig(norm_stats=config["norm_stats"], norm_momentum=config["norm_momentum"]).frame_share
+    """`StreamConfig.frame_share` of a saved configuration; NaN where its momentum is none."""
+    try:
+        return StreamConfig(norm_stats=config["norm_stats"], norm_momentum=config["norm_momentum"]).frame_share
+    except ConfigError:
+        return math.nan
 
 
 def _check_setting(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:

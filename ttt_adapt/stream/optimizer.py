@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError
 from ttt_adapt.model.parameters import split_by_decay
+from ttt_adapt.schema import check_fields, text
+from ttt_adapt.stream.check_optimizer import check_optimizer_state
 from ttt_adapt.stream.source import copied
 from ttt_adapt.stream.state_part import Part, nothing
 
@@ -203,19 +205,30 @@ class StreamOptimizer(Part):
         """See `Part`."""
         self._use(self._make())
 
+    def renew(self) -> None:
+        """Put a new one in its place that has the settings of this one, such as a learning rate that a user changed."""
+        settings = [_settings(group) for group in self._optimizer.param_groups]
+        self._use(self._make())
+        for group, own in zip(self._optimizer.param_groups, settings, strict=True):
+            group.update(own)
+
     def state_dict(self) -> dict[str, Any]:
         """The kind of optimizer, and a copy of its state."""
         return {"kind": type(self._optimizer).__name__, "state": copied(self._optimizer.state_dict())}
 
     def prepare_load(self, saved: Any) -> Callable[[], None]:
         """See `Part`; a new optimizer takes the saved state, so that one that does not fit changes nothing."""
+        check_fields(saved, {"kind": text, "state": lambda _state: ""}, "the state's optimizer")
         try:
             with torch.inference_mode(False):
                 optimizer = self._make()
                 kinds = [type(optimizer).__name__] + ["AdamW"] * isinstance(optimizer, FusedAdamW)
                 if saved["kind"] not in kinds:
                     raise ValueError(f"the optimizer was {saved['kind']}, here it is {kinds[0]}")
-                optimizer.load_state_dict(copied(saved["state"]))
+                check_optimizer_state(optimizer, saved["state"])
+                optimizer.load_state_dict(copied(dict(saved["state"])))
+        except CheckpointError:
+            raise
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"the state's optimizer does not fit this adapter ({error}): go on with the same optimizer"
@@ -228,7 +241,12 @@ class StreamOptimizer(Part):
 
     def _use(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._fresh = [copied({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups]
+        self._fresh = [_settings(group) for group in optimizer.param_groups]
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of what a group says beside its parameters."""
+    return {name: copied(value) for name, value in group.items() if name != "params"}
 
 
 def decides_on_device(optimizer: torch.optim.Optimizer) -> bool:

@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ttt_adapt.errors import CheckpointError
+from ttt_adapt.schema import list_of, number, shown
 from ttt_adapt.stream.state_part import Part
 
 LENGTH = 50
 """How many earlier losses the surprise gate looks at."""
+_LARGEST = 3.5e38
+"""No loss in float32 is larger; squares of such numbers can be added."""
 
 
 def is_due(frame_index: int, every: int) -> bool:
@@ -52,9 +55,10 @@ class SurpriseGate(Part):
 
     def prepare_load(self, saved: Any) -> Callable[[], None]:
         """See `Part`."""
-        if not isinstance(saved, list) or not all(isinstance(loss, float) for loss in saved):
-            raise CheckpointError(f"the state's gate is a {type(saved).__name__}; expected a list of losses")
-        return lambda: self._put_back(saved)
+        if expected := list_of(number(-_LARGEST, _LARGEST), most=LENGTH)(saved):
+            raise CheckpointError(f"the state's gate is {shown(saved)}; expected the losses, {expected}")
+        losses = [float(loss) for loss in saved]
+        return lambda: self._put_back(losses)
 
     def mark(self) -> Callable[[], None]:
         """See `Part`."""

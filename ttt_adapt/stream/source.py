@@ -41,6 +41,12 @@ class SourceWeights:
         self._released = True
         self._live, self._copies, self._pulled, self._targets = [], [], [], []
 
+    def originals(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """`tensors` with the copies in the place of those that are live; errors as in `check`."""
+        self.check()
+        copies = {id(live): copy for live, copy in zip(self._live, self._copies, strict=True)}
+        return {name: copies.get(id(tensor), tensor) for name, tensor in tensors.items()}
+
     def restore(self) -> None:
         """Write the copies back into the live tensors, bit for bit."""
         self.copy_to(self._live)

@@ -18,6 +18,8 @@ from torch import Tensor
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError, StateError
 from ttt_adapt.model.frames import FrameIntake, scaling
+from ttt_adapt.model.uncopied import Uncopied
+from ttt_adapt.schema import check_fields, whole
 from ttt_adapt.stream.adapted_weights import AdaptedTensors, AdaptedWeights
 from ttt_adapt.stream.auto_window import AutoWindow
 from ttt_adapt.stream.optimizer import StreamOptimizer
@@ -53,9 +55,12 @@ class RandomState(Part):
     def prepare_load(self, saved: Any) -> Callable[[], None]:
         """See `Part`."""
         try:
-            state = saved.cpu()
-            torch.Generator(self.generator.device).set_state(state)
-        except (RuntimeError, TypeError, AttributeError) as error:
+            state = saved.detach().cpu().clone()
+            scratch = torch.Generator(self.generator.device)
+            scratch.set_state(state)
+            if not torch.equal(scratch.get_state(), state):
+                raise ValueError("a generator in this state has another one")
+        except (RuntimeError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(
                 f"the state's random state does not fit this adapter ({error}): go on on the same kind of device"
             ) from error
@@ -96,9 +101,8 @@ class Progress(Part):
 
     def prepare_load(self, saved: Any) -> Callable[[], None]:
         """See `Part`."""
-        index = saved.get("frame_index") if isinstance(saved, Mapping) else None
-        if not isinstance(index, int) or index < 0:
-            raise CheckpointError(f"the state's progress is {saved!r}; expected the index of a frame")
+        check_fields(saved, {"frame_index": whole()}, "the state's progress")
+        index = saved["frame_index"]
         return lambda: self._put_back(index, None)
 
     def mark(self) -> Callable[[], None]:
@@ -111,7 +115,7 @@ class Progress(Part):
 
 
 @dataclass(eq=False)
-class StreamState:
+class StreamState(Uncopied):
     """One video.
 
     Attributes:
@@ -123,6 +127,8 @@ class StreamState:
         auto: chooses the length of the window; None where the configuration fixes it.
         progress: the position in the video, and the last report.
     """
+
+    instead = "`StreamAdapter.new_state()` makes another video, and `state_dict()` a copy of one in plain values"
 
     weights: AdaptedWeights
     optimizer: StreamOptimizer
@@ -167,6 +173,11 @@ class StreamState:
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @property
+    def _present(self) -> dict[str, Part]:
+        """`parts` without those that the configuration does not need; an empty window is there, though it is falsy."""
+        return {name: part for name, part in self.parts.items() if part is not None}
+
+    @property
     def window_length(self) -> int:
         """How many of the last frames a draw sees at most, the current one included."""
         return self.window.capacity if self.auto is None else self.auto.length
@@ -178,35 +189,68 @@ class StreamState:
 
     def reset(self) -> None:
         """Begin a new video."""
-        for part in filter(None, self.parts.values()):
+        for part in self._present.values():
             part.reset()
 
     @contextmanager
     def undone_if_it_fails(self) -> Iterator[None]:
-        """If the block raises, every part goes back to its `mark`: window, counters and random state are as before."""
+        """If the block raises, every part goes back to its `mark`: window, counters and random state are as before.
+
+        Weights stay as the last finished gradient step left them. A video whose weights were those of the source before
+        the block has these again, and a new optimizer.
+        """
+        moved = self.weights.moved
         with ExitStack() as undo:
-            for part in filter(None, self.parts.values()):
-                undo.callback(part.mark())
+            with _writing():
+                for part in self._present.values():
+                    undo.callback(_writing()(part.mark()))
+            if not moved:
+                undo.callback(_writing()(self._begin_weights_again))
             yield
             undo.pop_all()  # nothing to undo
+
+    def _begin_weights_again(self) -> None:
+        """Go back to the source weights, if a step of a video at its beginning moved them."""
+        if self.weights.moved:
+            self.weights.reset()
+            self.optimizer.renew()
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of every part, under the name of its field; None for a part that is not there."""
         return {name: None if part is None else part.state_dict() for name, part in self.parts.items()}
 
-    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned, all parts or none.
+    def prepare_load(self, saved: Mapping[str, Any]) -> Callable[[], None]:
+        """Check what `state_dict` returned, and change nothing.
+
+        Returns:
+            A function that takes all parts over.
 
         Raises:
-            CheckpointError: a part is missing or does not fit; nothing has changed.
+            CheckpointError: a part is missing or does not fit.
         """
-        parts = {name: part for name, part in self.parts.items() if part is not None}
+        parts = self._present
         if missing := [name for name in parts if name not in saved]:
             raise CheckpointError(f"this is no state of a StreamAdapter: {', '.join(missing)} missing")
-        with torch.inference_mode(False), torch.no_grad():
+        with _writing():
             takers = [part.prepare_load(saved[name]) for name, part in parts.items()]
-            for take in takers:
-                take()
+
+        @_writing()
+        def take() -> None:
+            for each in takers:
+                each()
+
+        return take
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned, all parts or none; errors as in `prepare_load`."""
+        self.prepare_load(saved)()
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Inside the block, values are written into tensors that a model may train later, without a graph."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def swap(old: StreamState, new: StreamState) -> None:
@@ -218,5 +262,9 @@ def swap(old: StreamState, new: StreamState) -> None:
     if not isinstance(new, StreamState) or not new.weights.shares_model_with(old.weights):
         raise StateError("this is no state of this adapter: expected one from new_state() or swap() of this adapter")
     if old is not new:
-        old.weights.leave()
-        new.weights.enter()
+        try:
+            old.weights.leave()
+            new.weights.enter()
+        except BaseException:
+            old.weights.enter()
+            raise

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from ttt_adapt.errors import CheckpointError
+from ttt_adapt.model.parameters import dense
+from ttt_adapt.schema import whole
 from ttt_adapt.stream.state_part import Part
+
+_DAMAGED = "the state's window is damaged: it does not hold the frames that it counts"
 
 
 class FrameWindow(Part):
@@ -143,10 +147,10 @@ class FrameWindow(Part):
 
     def mark(self) -> Callable[[], None]:
         """See `Part`."""
-        committed = self._committed
+        committed, buffer = self._committed, self._buffer  # a frame of another size or kind brings another buffer
 
         def undo() -> None:
-            self._committed = committed
+            self._committed, self._buffer = committed, buffer
 
         return undo
 
@@ -178,12 +182,15 @@ class FrameWindow(Part):
         Raises:
             CheckpointError: this window cannot draw from them; the message says why and what to do.
         """
-        frames = saved.get("frames") if isinstance(saved, Mapping) else None
-        seen = saved.get("seen") if isinstance(saved, Mapping) else None
+        if not isinstance(saved, Mapping) or saved.keys() != {"frames", "seen"}:
+            raise CheckpointError(_DAMAGED)
+        frames, seen = saved["frames"], saved["seen"]
         if seen == 0 and frames is None:
             return None, 0
-        if not isinstance(frames, Tensor) or not isinstance(seen, int) or len(frames) != min(seen, self.capacity):
-            raise CheckpointError("the state's window is damaged: it does not hold the frames that it counts")
+        if not isinstance(frames, Tensor) or not frames.ndim or not dense(frames) or not isinstance(seen, int):
+            raise CheckpointError(_DAMAGED)
+        if whole(1)(seen) or len(frames) != min(seen, self.capacity):
+            raise CheckpointError(_DAMAGED)
         pixels = frames.dtype == torch.uint8
         if pixels and self._normalize is None:
             raise CheckpointError(
@@ -196,6 +203,8 @@ class FrameWindow(Part):
                 "the model to the dtype that the state was saved with"
             )
         layout, channels = ("[n, H, W, 3]", -1) if pixels else ("[n, 3, H, W]", 1)
-        if frames.ndim != 4 or frames.shape[channels] != 3:
+        if frames.ndim != 4 or frames.shape[channels] != 3 or not frames.numel():
             raise CheckpointError(f"the state's window holds frames {tuple(frames.shape)}; expected {layout}")
+        if not pixels and not bool(frames.isfinite().all()):
+            raise CheckpointError("the state's window holds frames with NaN or infinite values: it is damaged")
         return frames, seen

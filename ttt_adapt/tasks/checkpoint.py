@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,15 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt_adapt.errors import CheckpointError, ConfigError, missing
+from ttt_adapt.errors import CheckpointError, ConfigError, TTTAdaptError, missing
 from ttt_adapt.files import atomic_write, check_format_number
 from ttt_adapt.model.calibration import Calibration
-from ttt_adapt.model.parameters import check_state
+from ttt_adapt.model.calibration_file import OUTDATED, is_outdated
+from ttt_adapt.model.parameters import check_state, dense
 from ttt_adapt.objectives.base import Attached
 from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.objectives.rotation import Rotation
+from ttt_adapt.schema import shown
 from ttt_adapt.tasks.base import Task
 from ttt_adapt.tasks.dense_model import DenseModel
+from ttt_adapt.tasks.described import check_described
 from ttt_adapt.tasks.lookup import task_of
 from ttt_adapt.tasks.pretrained import Pretrained
 from ttt_adapt.tasks.spec import ModelSpec
@@ -45,6 +50,25 @@ def build_model(spec: ModelSpec, pretrained: Pretrained | None = None) -> tuple[
     )
     attach = OBJECTIVES[spec.objective].attach
     return model, None if spec.branch is None else attach(model, "backbone", **spec.branch)
+
+
+def build_described(spec: ModelSpec, weights: dict[str, Tensor], source: str) -> tuple[DenseModel, Attached | None]:
+    """As `build_model`, of a description that came with weights in a file.
+
+    Raises:
+        CheckpointError: the description cannot be that of the weights, or nothing can be built of it.
+        ConfigError, EncoderError: it names an encoder, a task or a branch that cannot be made here.
+    """
+    check_described(spec, weights, OBJECTIVES, source)
+    try:
+        return build_model(spec)
+    except TTTAdaptError:
+        raise
+    except Exception as error:  # encoders and branches raise all kinds of errors over their options
+        raise CheckpointError(
+            f"{source} describes a model that cannot be built ({type(error).__name__}: {error}): the file is damaged, "
+            "or of another version of timm"
+        ) from error
 
 
 @dataclass
@@ -97,16 +121,31 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint, half: bool = False
         half: store floating-point weights as float16.
 
     Raises:
-        CheckpointError: the file cannot be written.
+        CheckpointError: the file cannot be written, or as for `check_can_be_saved`.
     """
-    weights = {f"model.{name}": value for name, value in checkpoint.model.state_dict().items()}
-    if checkpoint.branch is not None:
-        weights |= {f"branch.{name}": value for name, value in checkpoint.branch.state_dict().items()}
+    weights = check_can_be_saved(checkpoint)
     metadata = {"format": str(FORMAT), "spec": checkpoint.spec.to_json()}
     if half:
         weights = {name: v.half() if v.is_floating_point() else v for name, v in weights.items()}
     own = checkpoint.branch.calibration if isinstance(checkpoint.branch, MAEBranch) else None
     _write(path, weights, metadata, own or checkpoint.calibration)
+
+
+def check_can_be_saved(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The weights of model and branch by their names in a file; to be called before a training, too.
+
+    Raises:
+        CheckpointError: something in their states is no ordinary tensor.
+    """
+    weights = {f"model.{name}": value for name, value in checkpoint.model.state_dict().items()}
+    if checkpoint.branch is not None:
+        weights |= {f"branch.{name}": value for name, value in checkpoint.branch.state_dict().items()}
+    if strange := [name for name, value in weights.items() if not isinstance(value, Tensor) or not dense(value)]:
+        raise CheckpointError(
+            f"{strange[0]} is {shown(weights[strange[0]])}, which a checkpoint cannot hold: expected ordinary tensors "
+            "in the states of model and branch"
+        )
+    return weights
 
 
 def write_calibration(source: str | Path, calibration: Calibration, out: str | Path | None = None) -> None:
@@ -136,9 +175,20 @@ def _write(
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as part:
-            part.write_bytes(library.save({name: v.contiguous() for name, v in weights.items()}, metadata))
-    except (OSError, library.SafetensorError) as error:
+            part.write_bytes(library.save(_apart(weights), metadata))
+    except (OSError, ValueError, KeyError, library.SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, each in memory of its own: layers that share one are written with it, once for each name."""
+    taken: set[int] = set()
+    found = {}
+    for name, value in weights.items():
+        place = value.untyped_storage().data_ptr()
+        found[name] = value.clone(memory_format=torch.contiguous_format) if place in taken else value.contiguous()
+        taken |= {place, found[name].untyped_storage().data_ptr()}
+    return found
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
@@ -147,11 +197,12 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> Che
     Raises:
         CheckpointError: there is no such file, it is not of this library or of a newer version, or its weights do not
             fit its description.
+        ConfigError, EncoderError: the description names an encoder, a task or a branch that cannot be made here.
     """
     weights, spec, text = _read(path, device)
-    model, branch = build_model(spec)
+    model, branch = build_described(spec, weights, str(path))
     load_weights(model, weights, "model.", str(path))
-    calibration = None if text is None else Calibration.of_tensors(_part(weights, "calibration."), text, str(path))
+    calibration = _calibration(weights, text, str(path))
     if branch is not None:
         load_weights(branch, weights, "branch.", str(path))
         branch.to(device).eval()
@@ -176,7 +227,19 @@ def read_calibration(path: str | Path) -> Calibration | None:
         CheckpointError: as for `load_checkpoint`.
     """
     weights, _, text = _read(path, "cpu")
-    return None if text is None else Calibration.of_tensors(_part(weights, "calibration."), text, str(path))
+    return _calibration(weights, text, str(path))
+
+
+def _calibration(weights: Mapping[str, Tensor], text: str | None, source: str) -> Calibration | None:
+    """The calibration of a checkpoint; None where there is none, or one that an earlier version made."""
+    if text is None:
+        return None
+    if is_outdated(text, source):
+        warnings.warn(
+            f"{source} {OUTDATED}, and is used without it: `ttt-adapt calibrate` makes one that fits", stacklevel=3
+        )
+        return None
+    return Calibration.of_tensors(_part(weights, "calibration."), text, source)
 
 
 def load_initial(path: str | Path, checkpoint: Checkpoint) -> None:
@@ -197,20 +260,34 @@ def load_initial(path: str | Path, checkpoint: Checkpoint) -> None:
             f"{path} was trained with {', '.join(given) or 'none'} as task options, which makes another head: "
             "give the same"
         )
-    load_weights(checkpoint.model, weights, "model.", str(path))
-    if checkpoint.branch is not None and spec.branch is not None and spec.objective == checkpoint.spec.objective:
-        load_weights(checkpoint.branch, weights, "branch.", str(path))
+    branch = checkpoint.branch if spec.branch is not None and spec.objective == checkpoint.spec.objective else None
+    modules = {"model.": checkpoint.model, "branch.": branch}
+    for prefix, module in modules.items():
+        if module is not None:
+            check_weights(module, weights, prefix, str(path))
+    for prefix, module in modules.items():
+        if module is not None:
+            load_weights(module, weights, prefix, str(path))
 
 
-def load_weights(module: torch.nn.Module, weights: dict[str, Tensor], prefix: str, source: str) -> None:
-    """Load the part of `weights` whose names begin with `prefix` into `module`; if one does not fit, load nothing.
+def check_weights(module: torch.nn.Module, weights: dict[str, Tensor], prefix: str, source: str) -> dict[str, Tensor]:
+    """The part of `weights` whose names begin with `prefix`, without it, if `module` can load it.
 
     Raises:
         CheckpointError: names or shapes differ; the message says which, and `source` is named in it.
     """
     part = _part(weights, prefix)
     check_state(module.state_dict(), part, f"the {prefix[:-1]} of {source}")
-    module.load_state_dict(part)
+    return part
+
+
+def load_weights(module: torch.nn.Module, weights: dict[str, Tensor], prefix: str, source: str) -> None:
+    """Load the part of `weights` whose names begin with `prefix` into `module`; if one does not fit, load nothing.
+
+    Raises:
+        CheckpointError: as for `check_weights`.
+    """
+    module.load_state_dict(check_weights(module, weights, prefix, source))
 
 
 def _part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -222,7 +299,7 @@ def _read(path: str | Path, device: torch.device | str) -> tuple[dict[str, Tenso
     """Weights, description, and the calibration's text; None without one."""
     weights, metadata = _raw(path, device)
     floats = {n: v.float() if v.dtype is torch.float16 else v for n, v in weights.items()}
-    return floats, ModelSpec.of_json(metadata["spec"]), metadata.get("calibration")
+    return floats, ModelSpec.of_json(metadata["spec"], f"the description in {path}"), metadata.get("calibration")
 
 
 def _raw(path: str | Path, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -235,11 +312,14 @@ def _raw(path: str | Path, device: torch.device | str) -> tuple[dict[str, Tensor
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         check_format_number(int(metadata.get("format", FORMAT)), FORMAT, path)
-        ModelSpec.of_json(metadata["spec"])
+        ModelSpec.of_json(metadata["spec"], f"the description in {path}")
     except CheckpointError:
         raise
-    except (KeyError, TypeError, ValueError, OSError, library.SafetensorError) as error:
+    except Exception as error:  # a broken file can raise any error
         raise CheckpointError(f"{path} is no checkpoint written by ttt_adapt: {error}") from error
+    parts = ("model.", "branch.", "calibration.")
+    if other := [name for name, value in weights.items() if not name.startswith(parts) or not dense(value)]:
+        raise CheckpointError(f"{path} holds {shown(other[0])}, which is no part of a checkpoint: it is damaged")
     return weights, metadata
 
 

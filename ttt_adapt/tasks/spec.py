@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from ttt_adapt.errors import CheckpointError
 from ttt_adapt.model.frames import Normalize
+from ttt_adapt.schema import check_fields, dict_of, list_of, number, optional, plain, read_json, text, whole
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,20 @@ class ModelSpec:
     task_options: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of_json(cls, text: str) -> ModelSpec:
-        """The description that `to_json` wrote.
+    def of_json(cls, content: str, source: str = "the description") -> ModelSpec:
+        """The description that `to_json` wrote; `source` is named in messages.
 
         Raises:
-            ValueError, TypeError: `text` is no such description.
+            CheckpointError: `content` is no such description.
         """
-        return cls(**{name: _with_tuples(name, value) for name, value in json.loads(text).items()})
+        values = read_json(content, source)
+        check_fields(values, _FIELDS, source, required=("encoder", "classes", "size"))
+        spec = cls(**{name: _with_tuples(name, value) for name, value in values.items()})
+        if 0 < len(spec.palette) < len(spec.classes):
+            raise CheckpointError(
+                f"{source} has {len(spec.palette)} colours for {len(spec.classes)} classes; expected one for each"
+            )
+        return spec
 
     def to_json(self) -> str:
         """The description as text, for the metadata of a checkpoint."""
@@ -62,6 +71,26 @@ class ModelSpec:
     def preprocess(self, device: torch.device | str | None = None) -> Normalize:
         """The normalisation that the model was trained with."""
         return Normalize(self.mean, self.std, device=device)
+
+
+_SIDE = whole(1, 2**16)
+_OPTIONS = dict_of(plain)
+_FIELDS = {
+    "encoder": text,
+    "classes": list_of(text, most=2**16),
+    "size": list_of(_SIDE, 2, 2),
+    "encoder_options": _OPTIONS,
+    "branch": optional(_OPTIONS),
+    "objective": text,
+    "palette": list_of(list_of(whole(0, 255), 3, 3)),
+    "mean": list_of(number(-3.0, 3.0), 3, 3),
+    "std": list_of(number(1e-6, 3.0), 3, 3),
+    "width": _SIDE,
+    "training": list_of(_OPTIONS),
+    "task": text,
+    "task_options": _OPTIONS,
+}
+"""What the fields of a description in a file hold."""
 
 
 def _with_tuples(name: str, value: Any) -> Any:

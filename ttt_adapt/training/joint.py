@@ -31,15 +31,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from ttt_adapt.errors import CheckpointError, ConfigError, StateError
-from ttt_adapt.files import atomic_write, check_format_number
+from ttt_adapt.files import atomic_write
 from ttt_adapt.model.hooks import run_encoder
 from ttt_adapt.model.norms import frozen_norms
 from ttt_adapt.model.parameters import check_state, split_by_decay
 from ttt_adapt.objectives.base import Attached
 from ttt_adapt.training.distributed import process_group, rank, world_size
+from ttt_adapt.training.state import FORMAT, check_parts, read_state
 
-FORMAT = 1
-"""Number of the layout of training states, under "format". States without a number have the same layout."""
 STAGES = ("main", "joint", "mae", "probe", "branch")
 
 Criterion = Callable[[Any, Any], Tensor]
@@ -297,7 +296,7 @@ class _Run:
 
     def resume(self, file: str | Path, origin: str) -> int:
         """Load a state and return the epoch to go on with. If one part does not fit, nothing is loaded."""
-        state = _read_state(file, self.device)
+        state = read_state(file, self.device)
         ours = dataclasses.asdict(self.config)
         other = {k: v for k, v in state["config"].items() if ours.get(k) != v}
         if other:
@@ -310,6 +309,7 @@ class _Run:
         check_state(self.model.state_dict(), state["model"], f"the run of {file}: its model is another one")
         if self.branch is not None:
             check_state(self.branch.state_dict(), state["branch"], f"the run of {file}: its branch is another one")
+        check_parts(state, self.config.epochs, self.optimizer, self.schedule, self.scaler, file)
         self.model.load_state_dict(state["model"])
         if self.branch is not None:
             self.branch.load_state_dict(state["branch"])
@@ -317,22 +317,6 @@ class _Run:
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         return int(state["epoch"])
-
-
-_PARTS = {"config", "origin", "epoch", "model", "branch", "optimizer", "schedule", "scaler"}
-
-
-def _read_state(file: str | Path, device: torch.device) -> dict[str, Any]:
-    try:
-        state = torch.load(file, map_location=device, weights_only=True)
-    except Exception as error:  # a broken file can raise any error
-        raise CheckpointError(f"{file} cannot be read ({type(error).__name__}): remove it to start anew") from error
-    if not isinstance(state, dict) or not isinstance(state.get("format", FORMAT), int):
-        raise CheckpointError(f"{file} is no training state: remove it to start anew")
-    check_format_number(state.get("format", FORMAT), FORMAT, file)
-    if state.keys() - {"format"} != _PARTS:
-        raise CheckpointError(f"{file} is no training state: remove it to start anew")
-    return state
 
 
 def _parameters_to_freeze(model: nn.Module, branch: Attached | None, stage: str) -> list[nn.Parameter]:

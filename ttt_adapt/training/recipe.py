@@ -18,7 +18,7 @@ from ttt_adapt.data import Clip, StillsDataset
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.files import output_folder, refuse_existing
 from ttt_adapt.tasks import Criterion, Stills, Task, find_task, task_of
-from ttt_adapt.tasks.checkpoint import OBJECTIVES, Checkpoint, save_checkpoint
+from ttt_adapt.tasks.checkpoint import OBJECTIVES, Checkpoint, check_can_be_saved, save_checkpoint
 from ttt_adapt.tasks.spec import ModelSpec
 from ttt_adapt.training.distributed import process_group, rank
 from ttt_adapt.training.finish import calibrate_trained, round_to_half, score_trained
@@ -118,6 +118,7 @@ def train(
     )
     samples = _samples(opened, spec, config.seed)
     checkpoint = start.build(spec, config.seed, device)
+    check_can_be_saved(checkpoint)
     notes = []
     if chosen:
         branch["patch_size"] = side = checkpoint.mae_branch.patch_size  # a plain transformer has patches of its own

@@ -1,0 +1,242 @@
+"""A call that fails leaves the stream as it was; a state of other weights is refused; adapters are not copied."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import models as zoo
+from conftest import hooks_of, photograph, same_bits, settle_norms
+from ttt_adapt import MAEBranch, Normalize, StreamAdapter, StreamConfig
+from ttt_adapt.errors import CheckpointError, FrameError, MemoryLimitError, StateError
+from ttt_adapt.objectives import PseudoLabel
+
+NORMALIZE = Normalize((0.5,) * 3, (0.5,) * 3)
+CONFIG = StreamConfig(window=3, batch_size=2, lr=1e-2)
+
+
+class EvenOnly(nn.Module):
+    """Takes even sizes only; its encoder takes all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc, self.down, self.out = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(16, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.enc(x)
+        return self.out(torch.cat([fine, nn.functional.interpolate(self.down(fine), scale_factor=2)], 1))
+
+
+def image(*size: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+def attached(config: StreamConfig = CONFIG, **more: Any) -> StreamAdapter:
+    torch.manual_seed(9)
+    model = settle_norms(zoo.TinySeg())
+    return StreamAdapter(model, MAEBranch.attach(model, "backbone"), config=config, preprocess=NORMALIZE, **more)
+
+
+@pytest.mark.parametrize("config", [CONFIG, StreamConfig.no_memory(batch_size=2), CONFIG.replace(window="auto")])
+def test_a_first_frame_that_the_model_refuses_does_not_decide_the_size(config):
+    torch.manual_seed(0)
+    net = EvenOnly().eval()
+    with StreamAdapter(net, encoder="down", config=config, preprocess=NORMALIZE) as adapter:
+        fresh = adapter.state_dict()
+        for odd in ((33, 47), (35, 45)):
+            with pytest.raises(RuntimeError, match="Sizes of tensors"):
+                adapter.step(image(*odd))
+            assert same_bits(adapter.state_dict(), fresh)
+        adapter.step(image(32, 48))
+        with pytest.raises(FrameError, match="those of the stream so far are"):
+            adapter.step(image(33, 47))
+        after = adapter.predict(image(32, 48, seed=5))
+    torch.manual_seed(0)
+    net = EvenOnly().eval()
+    with StreamAdapter(net, encoder="down", config=config, preprocess=NORMALIZE) as adapter:
+        adapter.step(image(32, 48))
+        assert torch.equal(adapter.predict(image(32, 48, seed=5)), after)
+
+
+def test_a_frame_without_a_gradient_step_that_fails_is_not_counted():
+    calls: list[int] = []
+
+    def predict(x: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 1:
+            raise ValueError("no")
+        return x
+
+    with attached(CONFIG.replace(iterations=0), predict=predict) as adapter:
+        with pytest.raises(ValueError, match="no"):
+            adapter.step(image(33, 47))
+        assert (adapter.state.progress.frame_index, adapter.last) == (0, None)
+        adapter.step(image(32, 48))
+        assert adapter.state.progress.frame_index == 1
+
+
+PLACES = ("preprocess", "objective", "model", "optimizer", "predict")
+ERRORS = (ValueError("burst"), torch.OutOfMemoryError("burst"), KeyboardInterrupt("burst"))
+
+
+class Bursting:
+    """A stream that raises an error in one place once it is told so."""
+
+    def __init__(self, place: str, error: BaseException, config: StreamConfig) -> None:
+        self.place, self.error, self.armed = place, error, False
+        torch.manual_seed(9)
+        self.model = settle_norms(zoo.TinySeg())
+        branch = MAEBranch.attach(self.model, "backbone")
+        loss, forward = branch.loss, self.model.backbone.forward
+        branch.loss = lambda *a, **k: self.burst("objective") or loss(*a, **k)  # type: ignore[method-assign]
+        self.model.backbone.forward = lambda x: self.burst("model") or forward(x)
+        self.adapter = StreamAdapter(
+            self.model,
+            branch,
+            config=config,
+            preprocess=lambda frame: self.burst("preprocess") or NORMALIZE(frame),
+            predict=lambda x: self.burst("predict") or self.model(x),
+        )
+        optimizer = self.adapter.state.optimizer.optimizer
+        optimizer.register_step_pre_hook(lambda *_: self.burst("optimizer"))
+
+    def burst(self, place: str) -> None:
+        if self.armed and place == self.place:
+            raise self.error
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("before", [0, 4])
+def test_an_error_anywhere_in_a_step_leaves_nothing(place, error, before):
+    stream = Bursting(place, error, CONFIG.replace(gate="none" if before else "surprise", norm_stats="ema"))
+    with stream.adapter as adapter:
+        for i in range(before):
+            adapter.step(image(32, 48, seed=i))
+        was, report, flags = adapter.state_dict(), adapter.last, photograph(stream.model)
+        stream.armed = True
+        with pytest.raises((type(error), MemoryLimitError)):
+            adapter.step(image(32, 48, seed=7))
+        stream.armed = False
+        now = adapter.state_dict()
+        moved = {"weights", "optimizer"} if before and place in ("optimizer", "predict") else set()
+        for name in was.keys() - moved:
+            assert same_bits(now[name], was[name]), name
+        assert adapter.last is report
+        assert hooks_of(stream.model) == 0
+        assert photograph(stream.model)["training"] == flags["training"]
+        adapter.step(image(32, 48, seed=8))
+
+
+def test_a_prediction_that_fails_leaves_the_drift_of_the_last_one():
+    torch.manual_seed(9)
+    model = settle_norms(zoo.TinySeg())
+    branch = MAEBranch.attach(model, "backbone")
+    branch.calibrate([NORMALIZE(image(32, 48, seed=i))[0] for i in range(8)])
+    fail: list[int] = []
+
+    def predict(x: Tensor) -> Tensor:
+        found = model(x)
+        if fail:
+            raise ValueError("late")
+        return found
+
+    with StreamAdapter(model, branch, config=CONFIG.replace(norm_stats="calibrated"), predict=predict) as adapter:
+        adapter.step(torch.randn(3, 32, 48))
+        drift = adapter.drift
+        fail.append(1)
+        with pytest.raises(ValueError, match="late"):
+            adapter.step(5 * torch.randn(3, 32, 48))
+        assert adapter.drift == drift
+
+
+# ---- whose weights a state is of
+
+
+def stream_of(seed: int, branch_seed: int, objective: str = "mae") -> StreamAdapter:
+    torch.manual_seed(seed)
+    model = settle_norms(zoo.TinySeg())
+    torch.manual_seed(branch_seed)
+    branch = MAEBranch.attach(model, "backbone") if objective == "mae" else PseudoLabel(model, average=0.9)
+    return StreamAdapter(model, branch, config=CONFIG)
+
+
+@pytest.mark.parametrize(("other", "what"), [((1, 5), "of the model"), ((0, 6), "of the objective")])
+def test_a_state_over_other_source_weights_is_refused_and_changes_nothing(other, what):
+    with stream_of(0, 5) as adapter:
+        adapter.step(torch.randn(3, 32, 48))
+        state = adapter.state_dict()
+    with stream_of(*other) as adapter:
+        adapter.step(torch.randn(3, 32, 48))
+        before = adapter.state_dict()
+        with pytest.raises(CheckpointError, match=f"other source weights.*{what}.*began with"):
+            adapter.load_state_dict(state)
+        assert same_bits(adapter.state_dict(), before)
+    with stream_of(0, 5) as adapter:
+        adapter.load_state_dict(state)
+        assert same_bits(adapter.state_dict(), state)
+
+
+def test_a_state_of_another_head_is_refused_where_only_the_encoder_is_adapted():
+    with stream_of(0, 5, "pseudo-labels") as adapter:
+        state = adapter.state_dict()
+    torch.manual_seed(0)
+    model = settle_norms(zoo.TinySeg())
+    with torch.no_grad():
+        [*model.parameters()][-1].add_(1.0)
+    with (
+        StreamAdapter(model, PseudoLabel(model, average=0.9), config=CONFIG) as adapter,
+        pytest.raises(CheckpointError, match="other source weights of the model"),
+    ):
+        adapter.load_state_dict(state)
+
+
+def test_the_source_of_a_state_is_that_of_the_beginning_whenever_it_is_saved():
+    with stream_of(0, 5) as adapter:
+        for _ in range(3):
+            adapter.step(torch.randn(3, 32, 48))
+        late = adapter.state_dict()["source"]
+        adapter.reset()
+        assert adapter.state_dict()["source"] == late
+    with stream_of(0, 5) as adapter:
+        assert adapter.state_dict()["source"] == late
+
+
+# ---- copies
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps, lambda it: copy.deepcopy({"a": [it]})])
+@pytest.mark.parametrize("what", ["adapter", "state"])
+def test_an_adapter_and_its_state_are_not_copied_and_stay_as_they_are(copied, what):
+    with attached() as adapter:
+        adapter.step(image(32, 48))
+        before = adapter.state_dict()
+        with pytest.raises(StateError, match=r"cannot be copied or pickled.*state_dict\(\)"):
+            copied(adapter if what == "adapter" else adapter.state)
+        assert same_bits(adapter.state_dict(), before)
+        adapter.step(image(32, 48, seed=1))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=["copy", "pickle"])
+def test_a_branch_is_copied_with_its_model_and_its_calibration(copied):
+    torch.manual_seed(9)
+    model = settle_norms(zoo.TinySeg())
+    branch = MAEBranch.attach(model, "backbone")
+    calibration = branch.calibrate(list(torch.randn(8, 3, 32, 48)))
+    other = copied(branch)
+    assert other.model is not model
+    assert other.calibration.digest == calibration.digest == copied(calibration).digest
+    x = torch.randn(2, 3, 32, 48)
+    losses = [each.loss(x, generator=torch.Generator().manual_seed(1)) for each in (branch, other)]
+    assert torch.equal(*losses)
+    with (
+        StreamAdapter(other.model, other, config=CONFIG) as adapter,
+        StreamAdapter(model, branch, config=CONFIG) as own,
+    ):
+        assert torch.equal(adapter.step(x[0]), own.step(x[0]))

@@ -1,0 +1,134 @@
+"""Several threads over one model: each gets what it would get alone."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import models as zoo
+from conftest import hooks_of, settle_norms
+from ttt_adapt import MAEBranch, StreamAdapter, StreamConfig
+from ttt_adapt.model.threads import in_this_thread, lock_of
+
+SIZE = (32, 48)
+STILL = StreamConfig(window=2, batch_size=1, lr=0.0, weight_decay=0.0)
+
+
+def frames(count: int, seed: int = 3) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(3, *SIZE, generator=generator) for _ in range(count)]
+
+
+def attached(config: StreamConfig, make=zoo.TinySeg, encoder: str = "backbone") -> StreamAdapter:
+    torch.manual_seed(9)
+    model = settle_norms(make())
+    return StreamAdapter(model, MAEBranch.attach(model, encoder), config=config)
+
+
+@contextmanager
+def beside(work):
+    """Runs `work` in another thread while the block runs; its error is raised here."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    yield thread
+    thread.join()
+    if failed:
+        raise failed[0]
+
+
+@pytest.mark.parametrize(("make", "encoder"), [(zoo.TinySeg, "backbone"), (zoo.vit, "norm")], ids=["pixels", "tokens"])
+@pytest.mark.parametrize("plain", [False, True], ids=["adapter", "model"])
+def test_predictions_beside_steps_are_those_without_them(make, encoder, plain):
+    adapter, clip = attached(STILL, make, encoder), frames(6)
+    with adapter, torch.no_grad():
+        call = (lambda x: adapter.branch.model(x[None])) if plain else adapter.predict
+        wanted = [call(frame) for frame in clip]
+        with beside(lambda: [adapter.adapt(frame) for frame in clip * 8]) as thread:
+            while thread.is_alive():
+                for frame, right in zip(clip, wanted, strict=True):
+                    assert torch.equal(call(frame), right)
+        assert hooks_of(adapter.branch.model) == 0
+
+
+def test_a_prediction_beside_steps_is_that_of_finished_steps():
+    config, clip = STILL.replace(lr=1e-2, norm_stats="ema"), frames(20)
+    with attached(config) as alone:
+        probe = clip[0]
+        finished = [alone.predict(probe)]
+        for frame in clip:
+            alone.adapt(frame)
+            finished.append(alone.predict(probe))
+    with attached(config) as adapter, beside(lambda: [adapter.adapt(frame) for frame in clip]) as thread:
+        seen = [adapter.predict(probe)]
+        while thread.is_alive():
+            seen.append(adapter.predict(probe))
+    assert all(any(torch.equal(each, one) for one in finished) for each in seen)
+
+
+def test_steps_of_two_threads_follow_each_other():
+    with attached(STILL) as adapter:
+        with beside(lambda: [adapter.step(frame) for frame in frames(10)]):
+            for frame in frames(10, seed=4):
+                adapter.step(frame)
+        assert adapter.state.progress.frame_index == 20
+
+
+def test_two_calibrated_threads_see_their_own_frames_alone():
+    torch.manual_seed(9)
+    model = settle_norms(zoo.TinySeg())
+    branch = MAEBranch.attach(model, "backbone")
+    branch.calibrate(frames(8))
+    with StreamAdapter(model, branch, config=STILL.replace(norm_stats="calibrated")) as adapter:
+        clip = [3.0 * frame for frame in frames(5)]
+        wanted = [adapter.predict(frame) for frame in clip]
+        with beside(lambda: [adapter.step(frame) for frame in frames(20, seed=8)]) as thread:
+            while thread.is_alive():
+                for frame, right in zip(clip, wanted, strict=True):
+                    assert torch.equal(adapter.predict(frame), right)
+
+
+def test_the_block_of_statistics_keeps_other_threads_waiting():
+    adapter, begun, done = attached(STILL.replace(norm_stats="batch")), threading.Event(), threading.Event()
+
+    def step() -> None:
+        begun.set()
+        adapter.step(frames(1)[0])
+        done.set()
+
+    with adapter:
+        with adapter.statistics():
+            thread = threading.Thread(target=step)
+            thread.start()
+            begun.wait()
+            assert not done.wait(0.1)
+        thread.join()
+        assert done.is_set()
+
+
+def test_a_hook_of_one_thread_is_not_called_by_another():
+    seen: list[int] = []
+    layer = torch.nn.Linear(2, 2)
+    layer.register_forward_hook(in_this_thread(lambda *_: seen.append(threading.get_ident())))
+    with beside(lambda: layer(torch.zeros(1, 2))):
+        pass
+    layer(torch.zeros(1, 2))
+    assert seen == [threading.get_ident()]
+
+
+def test_a_model_has_one_lock_which_its_thread_may_take_again():
+    model, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    assert lock_of(model) is lock_of(model)
+    assert lock_of(model) is not lock_of(other)
+    with lock_of(model), lock_of(model), lock_of(other):
+        pass
