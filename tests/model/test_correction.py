@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -99,8 +100,10 @@ def plain_correction(model: nn.Module, calibration: Calibration, frame: torch.Te
 
     def before(source, _module, args):
         (image,) = args[0].double()
-        at = [round((0.02 + 0.12 * i) * (image[0].numel() - 1)) for i in range(9)]
-        levels = image.flatten(1).sort(1).values[:, at]
+        step = math.isqrt(image[0].numel() // 1024)  # an even grid of some 1024 pixels
+        looked_at = image[:, :: max(step, 1), :: max(step, 1)].flatten(1)
+        at = [round((0.02 + 0.12 * i) * (looked_at.shape[1] - 1)) for i in range(9)]
+        levels = looked_at.sort(1).values[:, at]
         d = ((levels - source.mean) / source.std[:, None]).square().mean(1)
         share = share_at(d, source, "high").expand(len(d))
         wanted = levels + share[:, None] * (source.mean - levels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 
 from conftest import photograph, same_bits, settle_norms
 from ttt_adapt.errors import CheckpointError, ConfigError
+from ttt_adapt.model.calibration import Calibration
+from ttt_adapt.model.measure import measure, take_stills
 from ttt_adapt.tasks.checkpoint import Checkpoint, build_model, load_checkpoint, load_initial, save_checkpoint
 from ttt_adapt.tasks.spec import ModelSpec
 
@@ -256,3 +259,20 @@ def test_an_unknown_encoder_in_a_file_is_named(tmp_path):
     save_checkpoint(tmp_path / "a.safetensors", Checkpoint(saved.model, saved.branch, spec))
     with pytest.raises(ConfigError, match="resnet18_of_tomorrow"):
         load_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_a_checkpoint_with_a_calibration_of_an_earlier_version_is_used_without_it(tmp_path):
+    saved = make({**CNN, "branch": None})
+    stills = [torch.randn(3, 48, 64) for _ in range(8)]
+    found = measure(saved.model, take_stills(saved.model, stills))
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, dataclasses.replace(saved, calibration=found))
+    assert load_checkpoint(path).calibration is not None
+    text = json.loads(found.to_json())
+    rewritten(path, calibration=json.dumps({**text, "format": 1}))
+    with pytest.warns(UserWarning, match="earlier version.*used without it: `ttt-adapt calibrate` makes one that fits"):
+        loaded = load_checkpoint(path)
+    assert loaded.calibration is None
+    assert same_bits(outputs(loaded), outputs(saved))
+    with pytest.raises(CheckpointError, match="earlier version.*calibrate the model again"):
+        Calibration.of_tensors(found.tensors(), json.dumps({**text, "format": 1}))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -230,7 +229,7 @@ def read_calibration(path: str | Path) -> Calibration | None:
     return _calibration(weights, text, str(path))
 
 
-def _calibration(weights: Mapping[str, Tensor], text: str | None, source: str) -> Calibration | None:
+def _calibration(weights: dict[str, Tensor], text: str | None, source: str) -> Calibration | None:
     """The calibration of a checkpoint; None where there is none, or one that an earlier version made."""
     if text is None:
         return None
