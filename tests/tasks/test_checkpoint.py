@@ -269,7 +269,7 @@ def test_a_checkpoint_with_a_calibration_of_an_earlier_version_is_used_without_i
     save_checkpoint(path, dataclasses.replace(saved, calibration=found))
     assert load_checkpoint(path).calibration is not None
     text = json.loads(found.to_json())
-    rewritten(path, calibration=json.dumps({**text, "format": 1}))
+    path = rewritten(path, calibration=json.dumps({**text, "format": 1}))
     with pytest.warns(UserWarning, match="earlier version.*used without it: `ttt-adapt calibrate` makes one that fits"):
         loaded = load_checkpoint(path)
     assert loaded.calibration is None
