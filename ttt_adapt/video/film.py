@@ -2,8 +2,8 @@
 
 An ordinary mp4 has its index at the end, and a process that is killed never writes it. This film waits for no end:
 every frame is a fragment of its own (of Matroska: a cluster), which is on disk as soon as the encoder has made it. The
-encoder looks one frame ahead and has no B-frames, so a killed process loses three or four frames. `finish_film` turns
-the fragments into an ordinary file once all frames are there.
+encoder looks one frame ahead and has no B-frames: a killed process loses three or four frames. `finish_film` makes an
+ordinary file of the fragments once all frames are there.
 """
 
 from __future__ import annotations
