@@ -270,7 +270,7 @@ def test_an_unknown_encoder_in_a_file_is_named(tmp_path):
 
 def test_layers_that_share_weights_are_saved_and_give_the_same_outputs(tmp_path):
     saved = make()
-    block = saved.model.backbone.layer1[0]
+    block = saved.model.backbone.layer1[1]
     block.conv2.weight = block.conv1.weight
     save_checkpoint(tmp_path / "a.safetensors", saved)
     loaded = load_checkpoint(tmp_path / "a.safetensors")
