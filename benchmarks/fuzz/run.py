@@ -20,6 +20,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +100,11 @@ def main() -> int:
         child(given.kind, range(given.seed, given.seed + given.count))
         return 0
     outcomes: Counter[str] = Counter()
-    for seed, outcome, fault in trials(given.kind, given.count, given.seed):
-        outcomes[outcome] += 1
-        if fault or outcome.startswith("crash"):
-            print(f"seed {seed}: {outcome}: {fault}", flush=True)
+    with suppress(KeyboardInterrupt):  # the counts so far are shown
+        for seed, outcome, fault in trials(given.kind, given.count, given.seed):
+            outcomes[outcome] += 1
+            if fault or outcome.startswith("crash"):
+                print(f"seed {seed}: {outcome}: {fault}", flush=True)
     for outcome, count in outcomes.most_common():
         print(f"{count:6d} {outcome}")
     return int(any(outcome.startswith(("fault", "crash")) for outcome in outcomes))

@@ -13,7 +13,14 @@ from conftest import photograph, same_bits, settle_norms
 from ttt_adapt.errors import CheckpointError, ConfigError
 from ttt_adapt.model.calibration import Calibration
 from ttt_adapt.model.measure import measure, take_stills
-from ttt_adapt.tasks.checkpoint import Checkpoint, build_model, load_checkpoint, load_initial, save_checkpoint
+from ttt_adapt.tasks.checkpoint import (
+    Checkpoint,
+    build_model,
+    check_can_be_saved,
+    load_checkpoint,
+    load_initial,
+    save_checkpoint,
+)
 from ttt_adapt.tasks.spec import ModelSpec
 
 CNN = {"encoder": "resnet18", "encoder_options": {"channels": (8, 16, 24, 32)}, "width": 16}
@@ -276,3 +283,69 @@ def test_a_checkpoint_with_a_calibration_of_an_earlier_version_is_used_without_i
     assert same_bits(outputs(loaded), outputs(saved))
     with pytest.raises(CheckpointError, match="earlier version.*calibrate the model again"):
         Calibration.of_tensors(found.tensors(), json.dumps({**text, "format": 1}))
+
+
+# ---- layers that share weights, and what no file can hold
+
+
+def test_layers_that_share_weights_are_saved_and_give_the_same_outputs(tmp_path):
+    saved = make()
+    block = saved.model.backbone.layer1[1]
+    block.conv2.weight = block.conv1.weight
+    save_checkpoint(tmp_path / "a.safetensors", saved)
+    loaded = load_checkpoint(tmp_path / "a.safetensors")
+    assert same_bits(outputs(loaded), outputs(saved))
+    assert same_bits(dict(loaded.model.state_dict()), dict(saved.model.state_dict()))
+
+
+def test_a_state_that_no_file_can_hold_is_refused_by_name_before_anything_is_written(tmp_path):
+    saved = make()
+    saved.model.register_buffer("odd", torch.eye(3).to_sparse())
+    with pytest.raises(CheckpointError, match=r"model\.odd is a tensor \(3, 3\).*ordinary tensors"):
+        check_can_be_saved(saved)
+    with pytest.raises(CheckpointError, match=r"model\.odd"):
+        save_checkpoint(tmp_path / "a.safetensors", saved)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_starting_from_a_file_with_a_damaged_branch_changes_nothing(tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    save_checkpoint(tmp_path / "a.safetensors", make())
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        metadata, weights = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    weights["branch.mask_channel.weight"] = torch.zeros(1)
+    save_file(weights, tmp_path / "b.safetensors", metadata)
+    target = make()
+    before = photograph(target.model)
+    with pytest.raises(CheckpointError, match="other shapes"):
+        load_initial(tmp_path / "b.safetensors", target)
+    assert photograph(target.model) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 10**4}, "width has 10000; with the weights in this file it is at most"),
+        ({"width": "16"}, "has '16' as width; expected a whole number"),
+        ({"size": [48]}, "as size; expected a list of 2 values"),
+        ({"classes": "road"}, "has 'road' as classes; expected a list"),
+        ({"more": 1}, "has 'more', which this version of ttt_adapt does not know"),
+        ({"encoder_options": {"channels": [8, 16, 24, 10**9]}}, "encoder_options has 1000000000"),
+        ({"encoder_options": {"pretrained": True}}, "has pretrained among the options of its encoder"),
+        ({"branch": {"masks": 1}}, "has 'masks' among the settings of its branch"),
+        ({"branch": {"patch_size": 10**5}}, "patch_size has 100000"),
+        ({"palette": [[1, 2, 3]]}, "has 1 colours for 3 classes"),
+        ({"std": [0.1, 0.0, 0.1]}, "as std; expected a list"),
+        ({"objective": "sleep"}, "has the objective 'sleep'; expected mae, rotation"),
+    ],
+)
+def test_a_description_that_cannot_be_is_refused_before_a_model_is_built(tmp_path, changes, message):
+    save_checkpoint(tmp_path / "a.safetensors", make())
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        spec = json.loads(file.metadata()["spec"])
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(rewritten(tmp_path / "a.safetensors", spec=json.dumps({**spec, **changes})))
