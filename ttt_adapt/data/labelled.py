@@ -13,19 +13,17 @@ from ttt_adapt.data.clip import Clip, Sample
 from ttt_adapt.data.images import (
     UNLABELLED,
     check_ids,
-    image_size,
     match,
     no_folder,
-    open_image,
-    pillow,
     read_ids,
     read_mask,
 )
 from ttt_adapt.errors import DataError
-from ttt_adapt.files import FRAME_SUFFIXES, files_in
+from ttt_adapt.files import FRAME_FOLDERS, PICTURE_SUFFIXES, files_in
+from ttt_adapt.video.labels_beside import frames_and_labels
+from ttt_adapt.video.pictures import header, pillow, read_picture
 
 BINARY_CLASSES = ("background", "foreground")
-FRAME_FOLDERS = ("images", "frames")
 
 
 class ImageClip(Clip):
@@ -68,14 +66,14 @@ class ImageClip(Clip):
 
     def __getitem__(self, index: int) -> Sample:
         frame_file, label_file = self._files[index]
-        frame = open_image(frame_file)
-        ids = self._labels(frame_file, label_file, (frame.height, frame.width))
-        frame = frame.convert("RGB")
+        frame = read_picture(frame_file)
+        ids = self._labels(frame_file, label_file, frame.shape[:2])
         if self.size is not None:
-            resampling = pillow().Resampling
-            frame = frame.resize(self.size[::-1], resampling.BILINEAR)
-            ids = np.asarray(pillow().fromarray(ids).resize(self.size[::-1], resampling.NEAREST))
-        return np.array(frame), np.array(ids)
+            library = pillow()
+            sides, resampling = self.size[::-1], library.Resampling
+            frame = np.array(library.fromarray(frame).resize(sides, resampling.BILINEAR))
+            ids = np.array(library.fromarray(ids).resize(sides, resampling.NEAREST))
+        return frame, ids
 
     @property
     def files(self) -> list[Path]:
@@ -90,15 +88,17 @@ class ImageClip(Clip):
                 message names the file.
         """
         for frame_file, label_file in self._files:
-            self._labels(frame_file, label_file, image_size(frame_file))
+            self._labels(frame_file, label_file, header(frame_file).size)
 
     def _labels(self, frame_file: Path, label_file: Path, size: tuple[int, int]) -> np.ndarray:
         """The class ids of a frame of that size on disk, checked."""
         ids = self._read(label_file)
         if ids.shape != size:
+            turned = header(frame_file).orientation
+            stored = f" once it is turned upright (its EXIF orientation is {turned})" if turned > 1 else ""
             raise DataError(
                 f"{label_file} is {ids.shape[0]} x {ids.shape[1]}, its frame {frame_file.name} is "
-                f"{size[0]} x {size[1]} (height x width); labels must have their frame's size"
+                f"{size[0]} x {size[1]} (height x width){stored}; labels must have their frame's size"
             )
         allowed = {*range(len(self.classes)), self.ignore}
         check_ids(ids, allowed, f"0..{len(self.classes) - 1} or {self.ignore}", label_file)
@@ -172,15 +172,15 @@ def pair_files(folder: Path) -> list[tuple[Path, Path]]:
     label_folder = folder if frame_folder == folder else folder / "labels"
     if not label_folder.is_dir():
         raise DataError(f"{frame_folder} has no labels beside it; expected {label_folder} {UNLABELLED}")
-    suffixes = FRAME_SUFFIXES - {".png"} if label_folder == frame_folder else FRAME_SUFFIXES
-    frames = files_in(frame_folder, suffixes)
+    suffixes = PICTURE_SUFFIXES - {".png"} if label_folder == frame_folder else PICTURE_SUFFIXES
+    frames, _ = frames_and_labels(files_in(frame_folder, suffixes))
     if not frames:
         raise DataError(
             f"no frames in {frame_folder}; expected images/ (or frames/) beside labels/, or NAME.jpg beside NAME.png "
             f"{UNLABELLED}"
         )
-    labels = files_in(label_folder, {".png"})
-    return match(frames, labels, lambda frame: label_folder / f"{frame.stem}.png")
+    labels = {file.stem: file for file in files_in(label_folder, {".png"})}
+    return match(frames, labels.values(), lambda frame: labels.get(frame.stem, label_folder / f"{frame.stem}.png"))
 
 
 def read_index(root: Path) -> dict[str, Any]:
