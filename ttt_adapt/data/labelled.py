@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from ttt_adapt.data.classes import class_names
 from ttt_adapt.data.clip import Clip, Sample
 from ttt_adapt.data.images import (
     UNLABELLED,
@@ -18,6 +17,7 @@ from ttt_adapt.data.images import (
     read_ids,
     read_mask,
 )
+from ttt_adapt.data.index import Index, read_index
 from ttt_adapt.errors import DataError
 from ttt_adapt.files import FRAME_FOLDERS, PICTURE_SUFFIXES, files_in
 from ttt_adapt.video.labels_beside import frames_and_labels
@@ -34,7 +34,7 @@ class ImageClip(Clip):
         files: the (frame, label) files.
         read: label file -> class ids, `uint8 [H, W]`.
         classes: class names.
-        ignore: the id of void pixels.
+        ignore: the id of void pixels; None: 255.
         size: (height, width) to resize to: frames bilinear with antialiasing, labels to the nearest pixel.
         fps: labelled frames per second.
         times: seconds of every frame.
@@ -52,7 +52,7 @@ class ImageClip(Clip):
         read: Callable[[Path], np.ndarray],
         *,
         classes: Sequence[str],
-        ignore: int = 255,
+        ignore: int | None = None,
         size: tuple[int, int] | None = None,
         fps: float | None = None,
         times: tuple[float, ...] | None = None,
@@ -74,6 +74,10 @@ class ImageClip(Clip):
             frame = np.array(library.fromarray(frame).resize(sides, resampling.BILINEAR))
             ids = np.array(library.fromarray(ids).resize(sides, resampling.NEAREST))
         return frame, ids
+
+    def place(self, index: int) -> str:
+        """The frame's file."""
+        return str(self._files[index][0])
 
     @property
     def files(self) -> list[Path]:
@@ -143,19 +147,15 @@ class LabelledClip(ImageClip):
         folder = Path(folder)
         index = read_index(folder.parent)
         files = pair_files(folder)
-        entry: dict[str, Any] = next((clip for clip in index.get("clips", []) if clip.get("clip") == folder.name), {})
-        gap = entry.get("label_gap_s")
-        seconds = {frame.get("frame"): frame.get("t") for frame in entry.get("frames", [])}
-        known = all(seconds.get(frame.name) is not None for frame, _ in files)
         super().__init__(
             name or folder.name,
             files,
             read_mask if binary else read_ids,
             classes=_class_names(folder, classes, binary, index),
-            ignore=int(index.get("ignore", 255)) if ignore is None else ignore,
+            ignore=index.ignore() if index is not None and ignore is None else ignore,
             size=size,
-            fps=1.0 / gap if gap else None,
-            times=tuple(seconds[frame.name] for frame, _ in files) if known else None,
+            fps=None if index is None else index.fps(folder.name),
+            times=None if index is None else index.times(folder.name, [frame.name for frame, _ in files]),
         )
         self.binary = binary
 
@@ -183,31 +183,18 @@ def pair_files(folder: Path) -> list[tuple[Path, Path]]:
     return match(frames, labels.values(), lambda frame: labels.get(frame.stem, label_folder / f"{frame.stem}.png"))
 
 
-def read_index(root: Path) -> dict[str, Any]:
-    """The `index.json` of a folder of clips, or {} where there is none with class names.
-
-    Raises:
-        DataError: the file is not JSON.
-    """
-    file = root / "index.json"
-    if not file.is_file():
-        return {}
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file} is not JSON ({error}): mend it, or remove it") from error
-    return index if isinstance(index, dict) and "classes" in index else {}
-
-
-def _class_names(folder: Path, given: Sequence[str] | None, binary: bool, index: dict[str, Any]) -> tuple[str, ...]:
-    names = given or (BINARY_CLASSES if binary else index.get("classes"))
+def _class_names(folder: Path, given: Sequence[str] | None, binary: bool, index: Index | None) -> tuple[str, ...]:
+    names = class_names(given, f"clip {folder}") or (BINARY_CLASSES if binary else ())
+    names = names or (index.classes() if index is not None else ())
     if not names:
+        file = folder.parent / "index.json"
+        bare = f"; {file} is there, and has no classes" if file.is_file() else ""
         raise DataError(
             f"the classes of {folder} are unknown: give their names in the order of the ids (classes=, --classes), or "
-            f'put {folder.parent / "index.json"} there with {{"classes": [...]}}. Masks of 0 and 255 are binary=True'
+            f'put {file} there with {{"classes": [...]}}{bare}. Masks of 0 and 255 are binary=True'
         )
     if binary and len(names) != 2:
         raise DataError(
             f"binary=True got {len(names)} class names ({', '.join(names)}); expected 2, background and foreground"
         )
-    return tuple(names)
+    return names

@@ -79,13 +79,20 @@ class StillsDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         frame, labels = self._samples[index]
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or labels.shape != frame.shape[:2]:
             raise DataError(
-                f"sample {index} is a {frame.dtype} frame {frame.shape} with labels {labels.shape}; "
-                "expected a uint8 frame (H, W, 3) with labels (H, W)"
+                f"sample {index}{self._place(index)} is a {frame.dtype} frame {frame.shape} with labels "
+                f"{labels.shape}; expected a uint8 frame (H, W, 3) with labels (H, W)"
             )
         self._shape = self._shape or frame.shape
         if frame.shape != self._shape:
-            raise DataError(f"sample {index} has shape {frame.shape}, others {self._shape}; open the clips with size=")
+            raise DataError(
+                f"sample {index}{self._place(index)} has shape {frame.shape}, others {self._shape}, such as "
+                f"sample 0{self._place(0)}; open the clips with size="
+            )
         return frame, labels
+
+    def _place(self, index: int) -> str:
+        """Where a sample is from, in brackets; "" where pairs were given."""
+        return f" ({self._samples.place(index)})" if isinstance(self._samples, _Chain) else ""
 
 
 class _Chain(Sequence[Sample]):
@@ -101,6 +108,11 @@ class _Chain(Sequence[Sample]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def place(self, index: int) -> str:
+        """What messages call a sample."""
+        clip, place = self._places[index]
+        return clip.place(place)
 
     def __getitem__(self, index: Any) -> Any:
         clip, place = self._places[index]

@@ -43,6 +43,10 @@ class PictureClip(Clip):
     def __getitem__(self, index: int) -> Sample:
         return _sample(_fit(pillow().fromarray(read_picture(self._files[index])), self.size))
 
+    def place(self, index: int) -> str:
+        """The picture's file."""
+        return str(self._files[index])
+
     @property
     def files(self) -> list[Path]:
         """The pictures."""
@@ -52,9 +56,11 @@ class PictureClip(Clip):
         """The clip without the pictures that are stored in grey, as their headers say."""
         return PictureClip(self.name, [file for file in self.files if header(file).mode not in GREY_MODES], self.size)
 
-    def sizes(self) -> set[tuple[int, int]]:
-        """(H, W) of the samples, as the headers say."""
-        return {self.size} if self.size is not None else {header(file).size for file in self.files}
+    def sizes(self) -> dict[tuple[int, int], Path]:
+        """(H, W) of the samples, as the headers say, each with the first picture that has it."""
+        if self.size is not None:
+            return dict.fromkeys([self.size], self._files[0])
+        return {header(file).size: file for file in reversed(self._files)}
 
 
 class VideoClip(Clip):

@@ -82,7 +82,8 @@ def video_stream(container: InputContainer, name: str, say: Callable[[str], None
         found = ", ".join(stream.type for stream in container.streams) or "none"
         cover = "; the video is a cover picture that does not move" if container.streams.video else ""
         raise VideoError(f"{name} has no video stream. Streams found: {found}{cover}.")
-    stream = next((stream for stream in videos if stream.disposition & Disposition.default), videos[0])
+    best = container.streams.best("video")  # the default one, with frames enough
+    stream = next((stream for stream in videos if stream is best), videos[0])
     if stream.codec_context is None:
         raise VideoError(
             f"{name} uses a codec that this FFmpeg build cannot decode. Convert it: ffmpeg -i IN -c:v libx264 OUT.mp4"
