@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ttt_adapt.data import StreetClip, open_clips
-from ttt_adapt.data.coco import draw_mask
+from ttt_adapt.data.coco_masks import draw_mask
 from ttt_adapt.data.layouts import CITYSCAPES, FORMATS
 from ttt_adapt.data.street.scene import CLASSES as STREET_CLASSES
 from ttt_adapt.data.street.scene import street_stream
