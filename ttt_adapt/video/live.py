@@ -33,7 +33,7 @@ class LiveStream:
         timeout = None if format or url.startswith("file:") else NETWORK_TIMEOUT
         self._to_rgb = ToRGB(self.name)
         try:
-            self._container = av.open(url, format=format, options=options, timeout=timeout)
+            self._container = av.open(url, format=format, options=options, timeout=timeout, metadata_errors="replace")
         except (av.FFmpegError, OSError, ValueError) as error:
             raise VideoError(f"{self.name} cannot be opened: {reason(error)}") from error
         try:

@@ -99,12 +99,14 @@ def header(file: Path) -> Header:
     """
     with picture(file) as image:
         turn, mode, pages = orientation(image), image.mode, getattr(image, "n_frames", 1)
-        shown = image.info.get("duration")
         if turn > 4 and image.format == "TIFF":  # some versions of Pillow swap the sides of TIFF by themselves
             image.load()
             sides = (image.width, image.height) if orientation(image) > 4 else (image.height, image.width)
         else:
             sides = (image.width, image.height) if turn > 4 else (image.height, image.width)
+        if pages > 1 and image.format in ("WEBP", "AVIF"):  # these say how long a picture is shown once it is decoded
+            image.load()
+        shown = image.info.get("duration")
         return Header(mode, sides, turn, pages, shown / 1000 if shown else None)
 
 

@@ -65,7 +65,7 @@ class VideoFile:
         if self._path.is_file() and self._path.stat().st_size == 0:
             raise VideoError(f"{self._path} is empty (0 bytes).")
         try:
-            return av.open(local_url(self._path))
+            return av.open(local_url(self._path), metadata_errors="replace")
         except (av.FFmpegError, OSError) as error:
             raise VideoError(
                 f"{self._path} cannot be opened as a video: {reason(error)}. Is it a complete video file?"
