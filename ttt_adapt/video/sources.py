@@ -89,7 +89,7 @@ def video_stream(container: InputContainer, name: str, say: Callable[[str], None
             f"{name} uses a codec that this FFmpeg build cannot decode. Convert it: ffmpeg -i IN -c:v libx264 OUT.mp4"
         )
     if len(videos) > 1:
-        say(f"has {len(videos)} videos: number {videos.index(stream) + 1} is read, as players do")
+        say(f"has {len(videos)} videos: number {videos.index(stream) + 1} is read, which players show")
     return stream
 
 
