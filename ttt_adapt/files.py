@@ -46,8 +46,10 @@ def natural_key(name: str) -> NaturalKey:
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """The folders directly inside `folder` in natural order, without hidden ones."""
-    visible = (path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    """The folders directly inside `folder` in natural order, without hidden ones and without links to folders above."""
+    above = {folder.resolve(), *folder.resolve().parents}
+    inside = (path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    visible = (path for path in inside if not (path.is_symlink() and path.resolve() in above))
     return sorted(visible, key=lambda path: natural_key(path.stem))
 
 
