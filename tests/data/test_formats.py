@@ -321,7 +321,7 @@ def panoptic_file(root: Path, **changes) -> Path:
         ({"images": [{"id": 1}]}, r"images\[0\] has the file_name 'None'"),
         ({"images": [{"id": True, "file_name": "a.png"}]}, r"images\[0\] has the id 'True'"),
         ({"images": [{"id": 1, "file_name": "a.png"}] * 2}, "images has the id 1 2 times"),
-        ({"images": [{"id": 1, "file_name": "a" * 3000}]}, "names the file 'aaa.*it is missing"),
+        ({"images": [{"id": 1, "file_name": "a" * 3000}]}, "names the file aaa.*it is missing"),
         ({"images": []}, "lists no images"),
         ({"categories": [{"id": 1, "name": 5}]}, r"categories\[0\] has the name '5'"),
         ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "categories has the id 1 2 times"),

@@ -25,9 +25,9 @@ def refused(frame) -> str:
 
 def follow(frame, message: str):
     """What the expressions of the message make of the frame, one after the other."""
-    text = message.rpartition("RGB: ")[2] if "RGB: " in message else message.rpartition("takes them: ")[2]
-    for step in re.findall(r"(?:\(255|255 \*|\(frame|frame|np\.)[^:]*?(?=, then |$| \(of BGRA)", text):
-        frame = eval(step, {"frame": frame, "np": np, "torch": torch})
+    for step in message.partition("RGB: ")[2].split(", then "):
+        expression = re.search(r"(np\.|frame).*?(?= \(of BGRA|$)", step)[0]
+        frame = eval(expression, {"frame": frame, "np": np, "torch": torch})
     return frame
 
 

@@ -142,7 +142,7 @@ def _locate(root: Path, kinds: Sequence[str], file: Path, name: str) -> Path:
         except (OSError, ValueError):  # a name that no file can have
             continue
     raise DataError(
-        f"{file} names the file {name[:200]!r}, and it is missing; expected "
+        f"{file} names the file {name[:200]}, and it is missing; expected "
         f"{' or '.join(str(place)[:300] for place in places)}"
     )
 
@@ -151,8 +151,6 @@ def _panoptic(
     root: Path, file: Path, data: dict[str, Any], images: list[dict[str, Any]], ids: dict[int, int]
 ) -> tuple[list[Path], Callable[[Path], np.ndarray]]:
     """The label images in the order of `images`, and how to read one."""
-    fields = {"file_name": str, "segments_info": list}
-    _check_entries(file, "annotations", data["annotations"], fields)
     by_image = {entry["image_id"]: entry for entry in data["annotations"]}
     labels: list[Path] = []
     segments: dict[Path, dict[int, int]] = {}
@@ -160,6 +158,7 @@ def _panoptic(
         entry = by_image.get(image["id"])
         if entry is None:
             raise DataError(f"frame {image['file_name']} has no annotation in {file}; expected one for every frame")
+        _check_entries(file, f"annotation of image {image['id']}", [entry], {"file_name": str, "segments_info": list})
         part = f"segments_info of image {image['id']}"
         _check_entries(file, part, entry["segments_info"], {"id": int, "category_id": int})
         label = _locate(root, (*_LABELS, file.stem), file, entry["file_name"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,10 +30,11 @@ class ToRGB:
 
     def __init__(self, name: str) -> None:
         self._name, self._said = name, set[str]()
+        self._display: tuple[int, bytes | None] | None = None  # the angle of the frame before, and its matrix
 
     def __call__(self, frame: VideoFrame) -> np.ndarray:
         """The frame as it is meant to be seen, uint8 RGB [H, W, 3]."""
-        return self._turned(self._pixels(frame), frame.side_data.get("DISPLAYMATRIX"))
+        return self._turned(self._pixels(frame), self._matrix(frame))
 
     def say(self, what: str) -> None:
         """Warn that something is done to the frames, the first time."""
@@ -57,7 +58,18 @@ class ToRGB:
         mixed = rgba[..., :3] * alpha.astype(np.uint16) + 255 * (255 - alpha.astype(np.uint16))  # at most 255 * 255
         return ((mixed + 127) // 255).astype(np.uint8)
 
-    def _turned(self, image: np.ndarray, matrix: Any) -> np.ndarray:
+    def _matrix(self, frame: VideoFrame) -> bytes | None:
+        """The frame's display matrix; it is read again where the angle changes.
+
+        PyAV's frame and its side data refer to each other, so that they live until the next garbage collection. A tiny
+        copy is asked instead: a frame would keep the decoder's memory, which a forked process must not free.
+        """
+        if self._display is None or self._display[0] != frame.rotation:
+            matrix = frame.reformat(width=16, height=16, format="rgb24").side_data.get("DISPLAYMATRIX")
+            self._display = frame.rotation, None if matrix is None else bytes(matrix)
+        return self._display[1]
+
+    def _turned(self, image: np.ndarray, matrix: bytes | None) -> np.ndarray:
         """The image, turned and mirrored as the nine numbers say (16.16 fixed point, y down, row vectors)."""
         if matrix is None:
             return image
