@@ -156,7 +156,7 @@ class TestFiles:
     def test_length_and_spacing_read_the_file_once_in_all(self, mp4, monkeypatch):
         passes, real = [], av.open
         with open_video(mp4) as video:
-            monkeypatch.setattr(av, "open", lambda file, *arguments: passes.append(file) or real(file, *arguments))
+            monkeypatch.setattr(av, "open", lambda file, **options: passes.append(file) or real(file, **options))
             assert (video.length, video.uneven, video.length) == (60, False, 60)
         assert passes == [f"file:{mp4}"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -65,7 +65,7 @@ class ToRGB:
         copy is asked instead: a frame would keep the decoder's memory, which a forked process must not free.
         """
         if self._display is None or self._display[0] != frame.rotation:
-            matrix = frame.reformat(width=16, height=16, format="rgb24").side_data.get("DISPLAYMATRIX")
+            matrix: Any = frame.reformat(width=16, height=16, format="rgb24").side_data.get("DISPLAYMATRIX")
             self._display = frame.rotation, None if matrix is None else bytes(matrix)
         return self._display[1]
 
