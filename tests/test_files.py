@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ttt_adapt.errors import ConfigError
-from ttt_adapt.files import FRAME_SUFFIXES, atomic_write, files_in, folders_in, natural_key, output_folder
+from ttt_adapt.files import PICTURE_SUFFIXES, atomic_write, files_in, folders_in, natural_key, output_folder
 
 
 def test_natural_order_compares_every_number_in_a_name():
@@ -26,7 +26,7 @@ def test_files_and_folders_come_in_natural_order_without_hidden_ones(tmp_path):
         (tmp_path / name).touch()
     for name in ("clip10", "clip9", ".cache", "7.png"):
         (tmp_path / name).mkdir()
-    assert [file.name for file in files_in(tmp_path, FRAME_SUFFIXES)] == ["9.PNG", "10.png", "b.jpg"]
+    assert [file.name for file in files_in(tmp_path, PICTURE_SUFFIXES)] == ["9.PNG", "10.png", "b.jpg"]
     assert [folder.name for folder in folders_in(tmp_path)] == ["7.png", "clip9", "clip10"]
 
 

@@ -13,17 +13,24 @@ from pathlib import Path
 from ttt_adapt.errors import CheckpointError, ConfigError
 from ttt_adapt.schema import shown, whole
 
-PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg"})
+PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
 """Photographs. A PNG file with the same stem in the same folder is its label, not a picture."""
-FRAME_SUFFIXES = PHOTO_SUFFIXES | {".png", ".bmp", ".webp"}
-"""Frames of a labelled clip."""
-PICTURE_SUFFIXES = FRAME_SUFFIXES | {".tif", ".tiff", ".ppm", ".pgm"}
-"""Pictures that need no label."""
-VIDEO_SUFFIXES = frozenset({".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ogv"})
+PICTURE_SUFFIXES = PHOTO_SUFFIXES | {
+    ".png", ".bmp", ".webp", ".avif", ".jp2", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".gif",
+}  # fmt: skip
+"""Pictures: frames of clips, stills, and labels."""
+VIDEO_SUFFIXES = frozenset({
+    ".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ogv", ".mts", ".m2ts", ".wmv", ".flv", ".3gp",
+    ".qt",
+})  # fmt: skip
 """Videos."""
-LABEL_FOLDERS = frozenset(
-    {"labels", "annotations", "masks", "panoptic", "panoptic_maps", "panoptic_images", "semantic_images", "gtfine"}
-)
+FRAME_FOLDERS = ("images", "frames")
+"""Names of the folder of a clip that holds its frames, beside folders of labels."""
+LABEL_FOLDERS = frozenset({
+    "labels", "label", "labelids", "annotations", "annotation", "masks", "mask", "gt", "ground_truth", "groundtruth",
+    "segmentation", "segmentations", "segmentationclass", "segmentationobject", "panoptic", "panoptic_maps",
+    "panoptic_images", "semantic_images", "gtfine", "gtcoarse",
+})  # fmt: skip
 """Names, in lower case, of folders that hold labels and no pictures."""
 
 NaturalKey = tuple[tuple[int, int, str], ...]
@@ -40,8 +47,10 @@ def natural_key(name: str) -> NaturalKey:
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """The folders directly inside `folder` in natural order, without hidden ones."""
-    visible = (path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    """The folders directly inside `folder` in natural order, without hidden ones and without links to folders above."""
+    above = {folder.resolve(), *folder.resolve().parents}
+    inside = (path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    visible = (path for path in inside if not (path.is_symlink() and path.resolve() in above))
     return sorted(visible, key=lambda path: natural_key(path.stem))
 
 

@@ -195,7 +195,7 @@ def test_all_labels_can_be_checked_without_decoding_a_frame(tmp_path, damage, me
     folder = write_clip(tmp_path / "street")
     clip = LabelledClip(folder, classes=CLASSES)
     damage(folder)
-    monkeypatch.setattr("ttt_adapt.data.labelled.open_image", lambda file: pytest.fail(f"decoded {file}"))
+    monkeypatch.setattr("ttt_adapt.data.labelled.read_picture", lambda file: pytest.fail(f"decoded {file}"))
     with pytest.raises(DataError, match=message):
         clip.check_labels()
     assert LabelledClip(write_clip(tmp_path / "whole"), classes=CLASSES).check_labels() is None

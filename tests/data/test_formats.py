@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ttt_adapt.data import StreetClip, open_clips
-from ttt_adapt.data.coco import draw_mask
+from ttt_adapt.data.coco_masks import draw_mask
 from ttt_adapt.data.layouts import CITYSCAPES, FORMATS
 from ttt_adapt.data.street.scene import CLASSES as STREET_CLASSES
 from ttt_adapt.data.street.scene import street_stream
@@ -299,6 +299,91 @@ def test_run_lengths_go_down_the_columns_in_both_codings():
         draw_mask({"size": [2, 3], "counts": [1, 2, 3]}, 3, 3)
 
 
+def panoptic_file(root: Path, **changes) -> Path:
+    """COCO's panoptic.json of one image, with other parts in the place of its own."""
+    save(root / "images" / "a.png", frame(0))
+    save(root / "panoptic" / "a.png", np.zeros((*SIZE, 3), np.uint8))
+    data = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 6, "width": 8}],
+        "categories": CATEGORIES,
+        "annotations": [{"image_id": 1, "file_name": "a.png", "segments_info": [{"id": 0, "category_id": 1}]}],
+    }
+    (root / "panoptic.json").write_text(json.dumps({**data, **changes}))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"images": None}, "images is missing"),
+        ({"images": {}}, "images is no list"),
+        ({"images": [7]}, r"images\[0\] is no object"),
+        ({"images": [{"id": 1}]}, r"images\[0\] has the file_name 'None'"),
+        ({"images": [{"id": True, "file_name": "a.png"}]}, r"images\[0\] has the id 'True'"),
+        ({"images": [{"id": 1, "file_name": "a.png"}] * 2}, "images has the id 1 2 times"),
+        ({"images": [{"id": 1, "file_name": "a" * 3000}]}, "names the file aaa.*it is missing"),
+        ({"images": []}, "lists no images"),
+        ({"categories": [{"id": 1, "name": 5}]}, r"categories\[0\] has the name '5'"),
+        ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, "categories has the id 1 2 times"),
+        ({"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]}, "the class name 'a' comes twice"),
+        ({"categories": [{"id": n, "name": f"c{n}"} for n in range(300)]}, "299 class names; labels hold"),
+        ({"annotations": [{"image_id": 1, "file_name": "a.png", "segments_info": {}}]}, "has the segments_info"),
+        (
+            {"annotations": [{"image_id": 1, "file_name": "a.png", "segments_info": [{"id": "x"}]}]},
+            r"segments_info of image 1\[0\] has the id 'x'",
+        ),
+    ],
+)
+def test_a_wrong_part_of_a_coco_file_is_named_with_the_file(tmp_path, changes, match):
+    with pytest.raises(DataError, match=rf"panoptic\.json.*{match}"):
+        open_clips(panoptic_file(tmp_path, **changes))
+
+
+def instances_file(root: Path, segmentation, **image) -> Path:
+    save(root / "images" / "a.png", frame(0))
+    data = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 6, "width": 8, **image}],
+        "categories": CATEGORIES,
+        "annotations": [{"id": 3, "image_id": 1, "category_id": 1, "segmentation": segmentation}],
+    }
+    (root / "instances.json").write_text(json.dumps(data))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "match"),
+    [
+        ([[0, 0, 4, 4]], "a polygon is .*three corners"),
+        ([[0, 0, 4, 4, 5]], "a polygon is"),
+        ([[0, 0, 1e9, 4, 5, 5]], "a polygon is"),
+        ([["a"] * 6], "a polygon is"),
+        ([None], "a polygon is"),
+        ({"size": [6, 8]}, "expected polygons, or size and counts"),
+        ({"size": [6, 8], "counts": [-1, 49]}, "expected run lengths"),
+        ({"size": [6, 8], "counts": [40]}, r"covers 40 pixels; expected \[6, 8\]"),
+        ({"size": None, "counts": [48]}, r"a mask of None covers 48 pixels; expected \[6, 8\]"),
+        ({"size": [6, 8], "counts": "\u007f"}, "expected COCO's text coding"),
+        ({"size": [6, 8], "counts": "Z"}, "the counts of a mask break off"),
+        ({"size": [6, 8], "counts": "o" * 99}, "expected COCO's text coding"),
+    ],
+)
+def test_a_wrong_mask_is_named_with_its_file_its_number_and_its_frame(tmp_path, segmentation, match):
+    (clip,) = open_clips(instances_file(tmp_path, segmentation))
+    with pytest.raises(DataError, match=rf"instances\.json: annotation 3 of a\.png: .*{match}"):
+        clip[0]
+
+
+def test_an_instance_without_a_polygon_is_nothing(tmp_path):
+    (clip,) = open_clips(instances_file(tmp_path, []))
+    assert (clip[0][1] == 255).all()
+
+
+def test_a_frame_of_another_size_than_its_masks_is_named_before_they_are_drawn(tmp_path):
+    (clip,) = open_clips(instances_file(tmp_path, [], height=2**40))
+    with pytest.raises(DataError, match=r"a\.png is 6 x 8 pixels high and wide, and .*instances\.json says 10995"):
+        clip[0]
+
+
 @pytest.mark.skipif(not (DATA / "coco100").is_dir(), reason=f"no COCO images in {DATA}")
 def test_coco_images_give_the_same_people_from_segments_and_from_instances(tmp_path):
     for name in ("panoptic", "instances"):
@@ -373,3 +458,10 @@ def test_every_format_resizes_frames_and_labels_together(tmp_path, write):
     for clip in open_clips(write(tmp_path), size=(3, 4)):
         image, labels = clip[0]
         assert (image.shape, labels.shape, labels.dtype) == ((3, 4, 3), (3, 4), np.uint8)
+
+
+def test_folders_that_hold_themselves_are_walked_once(tmp_path):
+    save(tmp_path / "leftImg8bit" / "val" / "ulm" / "ulm_1_leftImg8bit.png", frame(0))
+    save(tmp_path / "gtFine" / "val" / "ulm" / "ulm_1_gtFine_labelTrainIds.png", ids(0, [0, 1]))
+    (tmp_path / "leftImg8bit" / "val" / "again").symlink_to(tmp_path / "leftImg8bit", target_is_directory=True)
+    assert [clip.name for clip in open_clips(tmp_path)] == ["ulm"]

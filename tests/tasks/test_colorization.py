@@ -314,10 +314,10 @@ def test_a_folder_of_pictures_is_a_film_of_25_or_any_other_number_of_frames_a_se
 
 
 def test_run_says_where_in_a_clip_folder_the_pictures_are(trained, tmp_path, capsys, monkeypatch):
-    (tmp_path / "frames").mkdir()
-    Image.fromarray(colour_frames(1)[0]).save(tmp_path / "frames" / "0.png")
+    (tmp_path / "scene").mkdir()
+    Image.fromarray(colour_frames(1)[0]).save(tmp_path / "scene" / "0.png")
     line = fail(capsys, monkeypatch, "run", tmp_path, f"--checkpoint={trained}", f"--out={tmp_path / 'o.mp4'}")
-    assert f"{tmp_path} holds no images. There are some in {tmp_path / 'frames'}." in line
+    assert f"{tmp_path} holds no images. There are some in {tmp_path / 'scene'}: pass that folder." in line
 
 
 def test_run_does_not_claim_to_have_kept_what_could_not_be_written(trained, tmp_path, capsys, monkeypatch):

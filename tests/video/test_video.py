@@ -18,6 +18,7 @@ from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError, MissingPac
 from ttt_adapt.video import VideoWriter, open_video
 from ttt_adapt.video.read_ahead import ReadAhead
 from ttt_adapt.video.reader import VideoReader
+from ttt_adapt.video.rgb import ToRGB
 
 av = pytest.importorskip("av", reason='needs PyAV: pip install "ttt-adapt[video]"')
 Image = pytest.importorskip("PIL.Image", reason='needs Pillow: pip install "ttt-adapt[video]"')
@@ -155,9 +156,9 @@ class TestFiles:
     def test_length_and_spacing_read_the_file_once_in_all(self, mp4, monkeypatch):
         passes, real = [], av.open
         with open_video(mp4) as video:
-            monkeypatch.setattr(av, "open", lambda file, *arguments: passes.append(file) or real(file, *arguments))
+            monkeypatch.setattr(av, "open", lambda file, **options: passes.append(file) or real(file, **options))
             assert (video.length, video.uneven, video.length) == (60, False, 60)
-        assert passes == [str(mp4)]
+        assert passes == [f"file:{mp4}"]
 
     def test_phone_videos_are_turned_upright(self, mp4, tmp_path):
         data = bytearray(mp4.read_bytes())
@@ -184,11 +185,9 @@ class TestFiles:
             assert_same(list(video), reference(source)[7:])
 
     def test_memory_stays_bounded_beside_a_slow_consumer(self, monkeypatch, mp4):
-        from ttt_adapt.video import sources
-
         decoded = []
-        convert = sources.to_rgb
-        monkeypatch.setattr(sources, "to_rgb", lambda frame: decoded.append(1) or convert(frame))
+        convert = ToRGB.__call__
+        monkeypatch.setattr(ToRGB, "__call__", lambda rgb, frame: decoded.append(1) or convert(rgb, frame))
         with open_video(mp4, read_ahead=3) as video:
             decoded.clear()
             for taken, _ in enumerate(video, start=1):

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from ttt_adapt.data.classes import class_names, ignore_id
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.files import file_digest
 
@@ -32,6 +33,7 @@ class Clip(ABC):
 
     Raises:
         ConfigError: `size` is no pair of (height, width).
+        DataError: the class names or the ignore id cannot be, see `ttt_adapt.data.classes`.
     """
 
     def __init__(
@@ -39,14 +41,16 @@ class Clip(ABC):
         name: str,
         *,
         classes: Sequence[str] = (),
-        ignore: int = 255,
+        ignore: int | None = None,
         size: tuple[int, int] | None = None,
         fps: float | None = None,
         times: tuple[float, ...] | None = None,
     ) -> None:
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise ConfigError(f"size is {size}; expected (height, width), both at least 1")
-        self.name, self.classes, self.ignore, self.size = name, tuple(classes), ignore, size
+        where = f"clip {name}"
+        self.name, self.classes, self.ignore = name, class_names(classes, where), ignore_id(ignore, where)
+        self.size = size
         self.fps, self.times = fps, times
 
     @abstractmethod
@@ -64,6 +68,10 @@ class Clip(ABC):
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[index] for index in range(len(self)))
+
+    def place(self, index: int) -> str:
+        """What messages call the sample at `index`, such as the name of its file."""
+        return f"frame {index} of clip {self.name}"
 
     @property
     def files(self) -> Sequence[Path]:

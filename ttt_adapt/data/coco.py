@@ -13,21 +13,31 @@ categories are void.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ttt_adapt.data.classes import class_names
 from ttt_adapt.data.clip import Clip
+from ttt_adapt.data.coco_masks import draw_mask
 from ttt_adapt.data.images import read_rgb
 from ttt_adapt.data.labelled import ImageClip
-from ttt_adapt.errors import DataError, missing
+from ttt_adapt.errors import DataError
 from ttt_adapt.files import natural_key
+from ttt_adapt.video.pictures import header
 
 VOID = 255
 _FRAMES = ("raw_images", "images")
 _LABELS = ("panoptic_images", "panoptic")
+_PARTS: Mapping[str, Mapping[str, Any]] = {
+    "images": {"id": (int, str), "file_name": str},
+    "categories": {"id": int, "name": str},
+    "annotations": {"image_id": (int, str)},
+}
+"""The lists of a file, and what every entry must have."""
 
 
 def is_coco(root: Path) -> bool:
@@ -65,39 +75,75 @@ def _annotations(root: Path) -> list[Path]:
 
 
 def _open(name: str, root: Path, file: Path, size: tuple[int, int] | None, classes: Sequence[str] | None) -> Clip:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        images = sorted(data["images"], key=lambda image: natural_key(Path(image["file_name"]).stem))
-        categories = [category for category in data["categories"] if category["id"] != VOID]
-        ids = {category["id"]: place for place, category in enumerate(categories)}
-        names = [category["name"] for category in categories]
-        panoptic = bool(data["annotations"]) and "segments_info" in data["annotations"][0]
-        frames = [_locate(root, _FRAMES, file.stem, image["file_name"]) for image in images]
-        if panoptic:
-            labels, read = _panoptic(root, file, data, images, ids)
-        else:
-            labels, read = frames, _instances(data, images, frames, ids)
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(
-            f"{file} is no COCO annotation ({type(error).__name__}: {error}); expected images, categories, and "
-            "annotations with segments_info or segmentation"
-        ) from error
+    data = _read(file)
+    images = sorted(data["images"], key=lambda image: natural_key(Path(image["file_name"]).stem))
     if not images:
         raise DataError(f"{file} lists no images; expected the frames of a clip")
+    categories = [category for category in data["categories"] if category["id"] != VOID]
+    names = class_names([category["name"] for category in categories], str(file))
+    ids = {category["id"]: place for place, category in enumerate(categories)}
+    frames = [_locate(root, _FRAMES, file, image["file_name"]) for image in images]
+    if any("segments_info" in entry for entry in data["annotations"]):
+        labels, read = _panoptic(root, file, data, images, ids)
+    else:
+        labels, read = frames, _instances(file, data, images, frames, ids)
     pairs = list(zip(frames, labels, strict=True))
     return ImageClip(name, pairs, read, classes=classes or names, size=size, sources=[file])
 
 
-def _locate(root: Path, kinds: Sequence[str], video: str, name: str) -> Path:
+def _read(file: Path) -> dict[str, list[dict[str, Any]]]:
+    """The images, categories and annotations of a file, each checked for what every entry must have.
+
+    Raises:
+        DataError: the file is no JSON, a part is missing or of another kind, or an id or a file comes twice.
+    """
+    try:
+        data = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _no_coco(file, f"{type(error).__name__}: {error}") from error
+    if not isinstance(data, dict):
+        raise _no_coco(file, f"it holds a {type(data).__name__}")
+    for part, fields in _PARTS.items():
+        _check_entries(file, part, data.get(part), fields)
+    for part, key in (("images", "id"), ("images", "file_name"), ("categories", "id")):
+        value, times = next(iter(Counter(entry[key] for entry in data[part]).most_common(1)), (None, 0))
+        if times > 1:
+            raise _no_coco(file, f"{part} has the {key} {value!r} {times} times")
+    return data
+
+
+def _check_entries(file: Path, part: str, entries: Any, fields: Mapping[str, Any]) -> None:
+    """Raises DataError where `entries` is no list of objects with these fields."""
+    if not isinstance(entries, list):
+        raise _no_coco(file, f"{part} is {'missing' if entries is None else 'no list'}")
+    for place, entry in enumerate(entries):
+        if not isinstance(entry, dict):
+            raise _no_coco(file, f"{part}[{place}] is no object")
+        for field, kind in fields.items():
+            value = entry.get(field)
+            if not isinstance(value, kind) or isinstance(value, bool) or value == "":
+                raise _no_coco(file, f"{part}[{place}] has the {field} {str(value)[:60]!r}")
+
+
+def _no_coco(file: Path, why: str) -> DataError:
+    return DataError(
+        f"{file} is no COCO annotation ({why}); expected images, categories, and annotations with segments_info or "
+        "segmentation"
+    )
+
+
+def _locate(root: Path, kinds: Sequence[str], file: Path, name: str) -> Path:
     """Where a file that the JSON names lies: in one of the folders, directly or in the folder of its video."""
-    places = [root / kind / inner for kind in kinds for inner in (name, f"{video}/{Path(name).name}")]
+    places = [root / kind / inner for kind in kinds for inner in (name, f"{file.stem}/{Path(name).name}")]
     for place in places:
-        if place.is_file():
-            return place
+        try:
+            if place.is_file():
+                return place
+        except (OSError, ValueError):  # a name that no file can have
+            continue
     raise DataError(
-        f"{video}.json names the file {name}, and it is missing; expected {' or '.join(str(place) for place in places)}"
+        f"{file} names the file {name[:200]}, and it is missing; expected "
+        f"{' or '.join(str(place)[:300] for place in places)}"
     )
 
 
@@ -106,12 +152,18 @@ def _panoptic(
 ) -> tuple[list[Path], Callable[[Path], np.ndarray]]:
     """The label images in the order of `images`, and how to read one."""
     by_image = {entry["image_id"]: entry for entry in data["annotations"]}
-    labels, segments = [], {}
+    labels: list[Path] = []
+    segments: dict[Path, dict[int, int]] = {}
     for image in images:
         entry = by_image.get(image["id"])
         if entry is None:
             raise DataError(f"frame {image['file_name']} has no annotation in {file}; expected one for every frame")
-        label = _locate(root, (*_LABELS, file.stem), file.stem, entry["file_name"])
+        _check_entries(file, f"annotation of image {image['id']}", [entry], {"file_name": str, "segments_info": list})
+        part = f"segments_info of image {image['id']}"
+        _check_entries(file, part, entry["segments_info"], {"id": int, "category_id": int})
+        label = _locate(root, (*_LABELS, file.stem), file, entry["file_name"])
+        if label in segments:
+            raise _no_coco(file, f"two images have the label {entry['file_name']}")
         labels.append(label)
         segments[label] = {s["id"]: ids.get(s["category_id"], VOID) for s in entry["segments_info"]}
 
@@ -125,46 +177,43 @@ def _panoptic(
 
 
 def _instances(
-    data: dict[str, Any], images: list[dict[str, Any]], frames: list[Path], ids: dict[int, int]
+    file: Path, data: dict[str, Any], images: list[dict[str, Any]], frames: list[Path], ids: dict[int, int]
 ) -> Callable[[Path], np.ndarray]:
     """How to draw the labels of a frame from its instances."""
-    by_image: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in images}
-    for entry in data["annotations"]:
+    _check_entries(file, "images", images, {"height": int, "width": int})
+    _check_entries(file, "annotations", data["annotations"], {"category_id": int, "segmentation": (list, dict)})
+    by_image: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in images}
+    for place, entry in enumerate(data["annotations"]):
+        if entry["image_id"] not in by_image:
+            raise _no_coco(file, f"annotations[{place}] is of image {entry['image_id']!r}, which is not listed")
         by_image[entry["image_id"]].append(entry)
     known = dict(zip(frames, images, strict=True))
 
     def read(frame: Path) -> np.ndarray:
         image = known[frame]
-        canvas = np.full((image["height"], image["width"]), VOID, dtype=np.uint8)
-        for entry in sorted(by_image[image["id"]], key=lambda entry: -entry.get("area", 0)):
-            canvas[draw_mask(entry["segmentation"], *canvas.shape)] = ids.get(entry["category_id"], VOID)
+        size = (image["height"], image["width"])
+        if size != header(frame).size:
+            raise DataError(
+                f"{frame} is {' x '.join(map(str, header(frame).size))} pixels high and wide, and {file} says "
+                f"{' x '.join(map(str, size))}; labels must have their frame's size"
+            )
+        canvas = np.full(size, VOID, dtype=np.uint8)
+        for entry in _largest_first(by_image[image["id"]]):
+            try:
+                mask = draw_mask(entry["segmentation"], *size)
+            except DataError as error:
+                raise DataError(f"{file}: annotation {entry.get('id')} of {frame.name}: {error}") from error
+            canvas[mask] = ids.get(entry["category_id"], VOID)
         return canvas
 
     return read
 
 
-def draw_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """A COCO segmentation as `bool [height, width]`, drawn by pycocotools.
+def _largest_first(entries: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Instances in the order in which they are drawn; those without an area come last."""
 
-    Args:
-        segmentation: polygons [[x, y, x, y, ...], ...], or {"size": [height, width], "counts": run lengths}. Runs go
-            down the columns and begin with zeros; they are numbers, or in COCO's text coding.
-        height: of the frame, in pixels.
-        width: of the frame, in pixels.
+    def area(entry: dict[str, Any]) -> float:
+        given = entry.get("area", 0)
+        return float(given) if isinstance(given, (int, float)) and given == given else 0.0
 
-    Raises:
-        DataError: the run lengths are of another size than the frame.
-        MissingPackageError: pycocotools is not installed.
-    """
-    try:
-        from pycocotools import mask
-    except ImportError as error:
-        raise missing("pycocotools", "eval") from error
-    if isinstance(segmentation, list):
-        return mask.decode(mask.merge(mask.frPyObjects(segmentation, height, width))).astype(bool)
-    counts = segmentation["counts"]
-    covered = height * width if isinstance(counts, str) else sum(counts)
-    if list(segmentation["size"]) != [height, width] or covered != height * width:
-        raise DataError(f"a mask of {segmentation['size']} covers {covered} pixels; expected {[height, width]}")
-    runs = segmentation if isinstance(counts, str) else mask.frPyObjects(segmentation, height, width)
-    return mask.decode(runs).astype(bool)
+    return iter(sorted(entries, key=area, reverse=True))

@@ -1,4 +1,4 @@
-"""Image files: how they are read, and how frames find their labels."""
+"""Label images: how they are read, and how frames find them. Frames are read by `ttt_adapt.video.pictures`."""
 
 from __future__ import annotations
 
@@ -8,61 +8,37 @@ from typing import Any
 
 import numpy as np
 
-from ttt_adapt.errors import DataError, missing
-
-
-def pillow() -> Any:
-    """The module `PIL.Image`.
-
-    Raises:
-        MissingPackageError: pillow is not installed.
-    """
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise missing("pillow", "eval") from error
-    return Image
-
-
-def open_image(file: Path) -> Any:
-    """A PIL image, decoded.
-
-    Raises:
-        DataError: the file is missing or no image.
-    """
-    library = pillow()
-    try:
-        image = library.open(file)
-        image.load()
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{file} cannot be read as an image: {error}") from error
-    return image
-
-
-def image_size(file: Path) -> tuple[int, int]:
-    """(height, width) of an image file, read from its header alone.
-
-    Raises:
-        DataError: the file is missing or no image.
-    """
-    library = pillow()
-    try:
-        with library.open(file) as image:
-            return image.height, image.width
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{file} cannot be read as an image: {error}") from error
+from ttt_adapt.errors import DataError
+from ttt_adapt.video.pictures import header, picture, upright
 
 
 def read_ids(file: Path) -> np.ndarray:
-    """The class ids of a palette or grayscale image, `uint8 [H, W]`.
+    """The class ids of a palette or grey image, `uint8 [H, W]`, turned upright where it has an EXIF orientation.
+
+    Grey images of 1, 2, 4 and 16 bits hold ids as they are stored: they are not stretched to 0..255.
 
     Raises:
-        DataError: it is another kind of image.
+        DataError: it is another kind of image, or holds an id above 255.
     """
-    image = open_image(file)
-    if image.mode not in ("L", "P"):
-        raise DataError(f"{file} has mode {image.mode}; expected a palette or 8-bit grayscale image of class ids")
-    return np.asarray(image)
+    with picture(file) as image:
+        stored = _stored_bits(image)
+        image = upright(image)
+        if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
+            raise DataError(
+                f"{file} has mode {image.mode}; expected a palette or 8-bit grayscale image of class "
+                "ids: write the id of every pixel's class in the place of its colour"
+            )
+        ids = np.asarray(image)
+    if ids.size and not 0 <= ids.min() <= ids.max() <= 255:
+        raise DataError(f"{file} holds ids from {ids.min()} to {ids.max()}; expected class ids from 0 to 255")
+    ids = ids.astype(np.uint8)
+    return ids // (255 // (2**stored - 1)) if stored in (2, 4) else ids
+
+
+def _stored_bits(image: Any) -> int | None:
+    """Bits of a pixel of a grey PNG with fewer than 8, which Pillow stretches to 0..255; else None."""
+    kind = image.tile[0][3] if image.mode == "L" and image.tile else None
+    return {"L;2": 2, "L;4": 4}.get(kind) if isinstance(kind, str) else None
 
 
 def read_rgb(file: Path) -> np.ndarray:
@@ -71,19 +47,22 @@ def read_rgb(file: Path) -> np.ndarray:
     Raises:
         DataError: it is another kind of image.
     """
-    image = open_image(file)
-    if image.mode not in ("RGB", "RGBA"):
-        raise DataError(f"{file} has mode {image.mode}; expected an RGB image whose channels hold ids")
-    return np.asarray(image)[..., :3]
+    with picture(file) as image:
+        image = upright(image)
+        if image.mode not in ("RGB", "RGBA"):
+            raise DataError(f"{file} has mode {image.mode}; expected an RGB image whose channels hold ids")
+        return np.asarray(image)[..., :3]
 
 
 def read_mask(file: Path) -> np.ndarray:
-    """An object mask of 0 and 255 as class ids 0 and 1, `uint8 [H, W]`.
+    """An object mask of 0 and 255, or of one bit, as class ids 0 and 1, `uint8 [H, W]`.
 
     Raises:
         DataError: it holds other values than 0 and 255.
     """
     ids = read_ids(file)
+    if header(file).mode == "1":
+        return ids
     check_ids(ids, {0, 255}, "0 and 255 (binary=True)", file)
     return (ids == 255).astype(np.uint8)
 

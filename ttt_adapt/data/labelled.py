@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from ttt_adapt.data.classes import class_names
 from ttt_adapt.data.clip import Clip, Sample
 from ttt_adapt.data.images import (
     UNLABELLED,
     check_ids,
-    image_size,
     match,
     no_folder,
-    open_image,
-    pillow,
     read_ids,
     read_mask,
 )
+from ttt_adapt.data.index import Index, read_index
 from ttt_adapt.errors import DataError
-from ttt_adapt.files import FRAME_SUFFIXES, files_in
+from ttt_adapt.files import FRAME_FOLDERS, PICTURE_SUFFIXES, files_in
+from ttt_adapt.video.labels_beside import frames_and_labels
+from ttt_adapt.video.pictures import header, pillow, read_picture
 
 BINARY_CLASSES = ("background", "foreground")
-FRAME_FOLDERS = ("images", "frames")
 
 
 class ImageClip(Clip):
@@ -36,7 +34,7 @@ class ImageClip(Clip):
         files: the (frame, label) files.
         read: label file -> class ids, `uint8 [H, W]`.
         classes: class names.
-        ignore: the id of void pixels.
+        ignore: the id of void pixels; None: 255.
         size: (height, width) to resize to: frames bilinear with antialiasing, labels to the nearest pixel.
         fps: labelled frames per second.
         times: seconds of every frame.
@@ -54,7 +52,7 @@ class ImageClip(Clip):
         read: Callable[[Path], np.ndarray],
         *,
         classes: Sequence[str],
-        ignore: int = 255,
+        ignore: int | None = None,
         size: tuple[int, int] | None = None,
         fps: float | None = None,
         times: tuple[float, ...] | None = None,
@@ -68,14 +66,18 @@ class ImageClip(Clip):
 
     def __getitem__(self, index: int) -> Sample:
         frame_file, label_file = self._files[index]
-        frame = open_image(frame_file)
-        ids = self._labels(frame_file, label_file, (frame.height, frame.width))
-        frame = frame.convert("RGB")
+        frame = read_picture(frame_file)
+        ids = self._labels(frame_file, label_file, frame.shape[:2])
         if self.size is not None:
-            resampling = pillow().Resampling
-            frame = frame.resize(self.size[::-1], resampling.BILINEAR)
-            ids = np.asarray(pillow().fromarray(ids).resize(self.size[::-1], resampling.NEAREST))
-        return np.array(frame), np.array(ids)
+            library = pillow()
+            sides, resampling = self.size[::-1], library.Resampling
+            frame = np.array(library.fromarray(frame).resize(sides, resampling.BILINEAR))
+            ids = np.array(library.fromarray(ids).resize(sides, resampling.NEAREST))
+        return frame, ids
+
+    def place(self, index: int) -> str:
+        """The frame's file."""
+        return str(self._files[index][0])
 
     @property
     def files(self) -> list[Path]:
@@ -90,15 +92,17 @@ class ImageClip(Clip):
                 message names the file.
         """
         for frame_file, label_file in self._files:
-            self._labels(frame_file, label_file, image_size(frame_file))
+            self._labels(frame_file, label_file, header(frame_file).size)
 
     def _labels(self, frame_file: Path, label_file: Path, size: tuple[int, int]) -> np.ndarray:
         """The class ids of a frame of that size on disk, checked."""
         ids = self._read(label_file)
         if ids.shape != size:
+            turned = header(frame_file).orientation
+            stored = f" once it is turned upright (its EXIF orientation is {turned})" if turned > 1 else ""
             raise DataError(
                 f"{label_file} is {ids.shape[0]} x {ids.shape[1]}, its frame {frame_file.name} is "
-                f"{size[0]} x {size[1]} (height x width); labels must have their frame's size"
+                f"{size[0]} x {size[1]} (height x width){stored}; labels must have their frame's size"
             )
         allowed = {*range(len(self.classes)), self.ignore}
         check_ids(ids, allowed, f"0..{len(self.classes) - 1} or {self.ignore}", label_file)
@@ -143,19 +147,15 @@ class LabelledClip(ImageClip):
         folder = Path(folder)
         index = read_index(folder.parent)
         files = pair_files(folder)
-        entry: dict[str, Any] = next((clip for clip in index.get("clips", []) if clip.get("clip") == folder.name), {})
-        gap = entry.get("label_gap_s")
-        seconds = {frame.get("frame"): frame.get("t") for frame in entry.get("frames", [])}
-        known = all(seconds.get(frame.name) is not None for frame, _ in files)
         super().__init__(
             name or folder.name,
             files,
             read_mask if binary else read_ids,
             classes=_class_names(folder, classes, binary, index),
-            ignore=int(index.get("ignore", 255)) if ignore is None else ignore,
+            ignore=index.ignore() if index is not None and ignore is None else ignore,
             size=size,
-            fps=1.0 / gap if gap else None,
-            times=tuple(seconds[frame.name] for frame, _ in files) if known else None,
+            fps=None if index is None else index.fps(folder.name),
+            times=None if index is None else index.times(folder.name, [frame.name for frame, _ in files]),
         )
         self.binary = binary
 
@@ -172,42 +172,29 @@ def pair_files(folder: Path) -> list[tuple[Path, Path]]:
     label_folder = folder if frame_folder == folder else folder / "labels"
     if not label_folder.is_dir():
         raise DataError(f"{frame_folder} has no labels beside it; expected {label_folder} {UNLABELLED}")
-    suffixes = FRAME_SUFFIXES - {".png"} if label_folder == frame_folder else FRAME_SUFFIXES
-    frames = files_in(frame_folder, suffixes)
+    suffixes = PICTURE_SUFFIXES - {".png"} if label_folder == frame_folder else PICTURE_SUFFIXES
+    frames, _ = frames_and_labels(files_in(frame_folder, suffixes))
     if not frames:
         raise DataError(
             f"no frames in {frame_folder}; expected images/ (or frames/) beside labels/, or NAME.jpg beside NAME.png "
             f"{UNLABELLED}"
         )
-    labels = files_in(label_folder, {".png"})
-    return match(frames, labels, lambda frame: label_folder / f"{frame.stem}.png")
+    labels = {file.stem: file for file in files_in(label_folder, {".png"})}
+    return match(frames, labels.values(), lambda frame: labels.get(frame.stem, label_folder / f"{frame.stem}.png"))
 
 
-def read_index(root: Path) -> dict[str, Any]:
-    """The `index.json` of a folder of clips, or {} where there is none with class names.
-
-    Raises:
-        DataError: the file is not JSON.
-    """
-    file = root / "index.json"
-    if not file.is_file():
-        return {}
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file} is not JSON ({error}): mend it, or remove it") from error
-    return index if isinstance(index, dict) and "classes" in index else {}
-
-
-def _class_names(folder: Path, given: Sequence[str] | None, binary: bool, index: dict[str, Any]) -> tuple[str, ...]:
-    names = given or (BINARY_CLASSES if binary else index.get("classes"))
+def _class_names(folder: Path, given: Sequence[str] | None, binary: bool, index: Index | None) -> tuple[str, ...]:
+    names = class_names(given, f"clip {folder}") or (BINARY_CLASSES if binary else ())
+    names = names or (index.classes() if index is not None else ())
     if not names:
+        file = folder.parent / "index.json"
+        bare = f"; {file} is there, and has no classes" if file.is_file() else ""
         raise DataError(
-            f"the classes of {folder} are unknown: give their names in the order of the ids (classes=, --classes), or "
-            f'put {folder.parent / "index.json"} there with {{"classes": [...]}}. Masks of 0 and 255 are binary=True'
+            f"the classes of {folder} are unknown: give their names in the order of the ids (`classes`), or "
+            f'put {file} there with {{"classes": [...]}}{bare}. Masks of 0 and 255 are binary=True'
         )
     if binary and len(names) != 2:
         raise DataError(
             f"binary=True got {len(names)} class names ({', '.join(names)}); expected 2, background and foreground"
         )
-    return tuple(names)
+    return names

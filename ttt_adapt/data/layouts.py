@@ -19,9 +19,10 @@ import numpy as np
 from ttt_adapt.data.clip import Clip
 from ttt_adapt.data.coco import find_coco, is_coco
 from ttt_adapt.data.images import check_ids, match, no_folder, read_ids, read_objects, read_rgb
-from ttt_adapt.data.labelled import BINARY_CLASSES, FRAME_FOLDERS, ImageClip, LabelledClip, pair_files, read_index
+from ttt_adapt.data.index import read_index
+from ttt_adapt.data.labelled import BINARY_CLASSES, ImageClip, LabelledClip, pair_files
 from ttt_adapt.errors import ConfigError, DataError, nearest
-from ttt_adapt.files import files_in, folders_in
+from ttt_adapt.files import FRAME_FOLDERS, files_in, folders_in
 
 CITYSCAPES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",

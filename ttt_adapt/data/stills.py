@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,6 +57,8 @@ class StillsDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         self.augment, self.seed, self.epoch, self.ignore = augment, seed, 0, ignore
         self._shape: tuple[int, ...] | None = None
         self._cache = [self._read(index) for index in range(len(self._samples))] if cache else None
+        if self._cache is not None and isinstance(clips[0], Clip) and clips[0].classes:
+            _say_unused(clips[0].classes, ignore, [labels for _, labels in self._cache])
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -79,13 +82,34 @@ class StillsDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         frame, labels = self._samples[index]
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3 or labels.shape != frame.shape[:2]:
             raise DataError(
-                f"sample {index} is a {frame.dtype} frame {frame.shape} with labels {labels.shape}; "
-                "expected a uint8 frame (H, W, 3) with labels (H, W)"
+                f"sample {index}{self._place(index)} is a {frame.dtype} frame {frame.shape} with labels "
+                f"{labels.shape}; expected a uint8 frame (H, W, 3) with labels (H, W)"
             )
         self._shape = self._shape or frame.shape
         if frame.shape != self._shape:
-            raise DataError(f"sample {index} has shape {frame.shape}, others {self._shape}; open the clips with size=")
+            raise DataError(
+                f"sample {index}{self._place(index)} has shape {frame.shape}, others {self._shape}, such as "
+                f"sample 0{self._place(0)}; open the clips with size="
+            )
         return frame, labels
+
+    def _place(self, index: int) -> str:
+        """Where a sample is from, in brackets; "" where pairs were given."""
+        return f" ({self._samples.place(index)})" if isinstance(self._samples, _Chain) else ""
+
+
+def _say_unused(classes: Sequence[str], ignore: int, labels: Sequence[np.ndarray]) -> None:
+    """Warn of class names behind the last one that a label has."""
+    used = np.sum([np.bincount(ids.ravel(), minlength=256) for ids in labels], axis=0)
+    used[ignore] = 0
+    count = int(used.nonzero()[0].max(initial=-1)) + 1
+    if count < len(classes):
+        some = ", ".join(map(repr, classes[count : count + 5])) + (", ..." if len(classes) > count + 5 else "")
+        last = f"up to {count - 1}" if count else "of no class"
+        warnings.warn(
+            f"the labels hold class ids {last}, and there are {len(classes)} class names: nothing teaches {some}",
+            stacklevel=3,
+        )
 
 
 class _Chain(Sequence[Sample]):
@@ -101,6 +125,11 @@ class _Chain(Sequence[Sample]):
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def place(self, index: int) -> str:
+        """What messages call a sample."""
+        clip, place = self._places[index]
+        return clip.place(place)
 
     def __getitem__(self, index: Any) -> Any:
         clip, place = self._places[index]

@@ -3,7 +3,8 @@
 All folders below the given one are searched. Every folder of pictures is a clip and has the folder's name, or the name
 of the folder above where it is called `images` or `frames`. Every video file is a clip and has the file's name. Where a
 name is taken already, the path is the name, with a number where that is taken too. Folders of labels (`labels`,
-`Annotations`, `panoptic`, ...) are left out, and so is a `NAME.png` beside a `NAME.jpg`: it is a label.
+`Annotations`, `panoptic`, ...) are left out, and so are labels that lie beside their frames, such as a `NAME.png`
+beside a `NAME.jpg`: see `ttt_adapt.video.labels_beside`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Container, Iterator, Sequence
-from contextlib import suppress
 from functools import cached_property
 from itertools import chain, count
 from pathlib import Path
@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 
 from ttt_adapt.data.clip import Clip, Sample
-from ttt_adapt.data.images import open_image, pillow
-from ttt_adapt.data.labelled import FRAME_FOLDERS
 from ttt_adapt.errors import DataError, nearest
-from ttt_adapt.files import LABEL_FOLDERS, PHOTO_SUFFIXES, PICTURE_SUFFIXES, VIDEO_SUFFIXES, files_in, folders_in
-from ttt_adapt.video.pictures import GREY_MODES, rgb8
+from ttt_adapt.files import FRAME_FOLDERS, LABEL_FOLDERS, PICTURE_SUFFIXES, VIDEO_SUFFIXES, files_in, folders_in
+from ttt_adapt.video.labels_beside import frames_and_labels
+from ttt_adapt.video.pictures import GREY_MODES, header, pillow, read_picture
 from ttt_adapt.video.reader import open_video
 
 
@@ -42,8 +41,11 @@ class PictureClip(Clip):
         return len(self._files)
 
     def __getitem__(self, index: int) -> Sample:
-        file = self._files[index]
-        return _sample(_fit(pillow().fromarray(rgb8(open_image(file), file)), self.size))
+        return _sample(_fit(pillow().fromarray(read_picture(self._files[index])), self.size))
+
+    def place(self, index: int) -> str:
+        """The picture's file."""
+        return str(self._files[index])
 
     @property
     def files(self) -> list[Path]:
@@ -52,11 +54,13 @@ class PictureClip(Clip):
 
     def but_grey(self) -> PictureClip:
         """The clip without the pictures that are stored in grey, as their headers say."""
-        return PictureClip(self.name, [file for file in self.files if _header(file)[0] not in GREY_MODES], self.size)
+        return PictureClip(self.name, [file for file in self.files if header(file).mode not in GREY_MODES], self.size)
 
-    def sizes(self) -> set[tuple[int, int]]:
-        """(H, W) of the samples, as the headers say."""
-        return {self.size} if self.size is not None else {_header(file)[1] for file in self.files}
+    def sizes(self) -> dict[tuple[int, int], Path]:
+        """(H, W) of the samples, as the headers say, each with the first picture that has it."""
+        if self.size is not None:
+            return dict.fromkeys([self.size], self._files[0])
+        return {header(file).size: file for file in reversed(self._files)}
 
 
 class VideoClip(Clip):
@@ -199,9 +203,7 @@ def open_frames(
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
     """All clips below a folder, in natural order: (folder, its pictures), or (video file, []). Labels are left out."""
-    files = files_in(folder, PICTURE_SUFFIXES)
-    photographs = {file.stem for file in files if file.suffix.lower() in PHOTO_SUFFIXES}
-    files = [file for file in files if file.suffix.lower() != ".png" or file.stem not in photographs]
+    files, _ = frames_and_labels(files_in(folder, PICTURE_SUFFIXES))
     if files:
         yield folder, files
     for video in files_in(folder, VIDEO_SUFFIXES):
@@ -241,13 +243,3 @@ def _fit(image: Any, size: tuple[int, int] | None) -> np.ndarray:
 
 def _sample(frame: np.ndarray) -> Sample:
     return np.array(frame), np.zeros(frame.shape[:2], dtype=np.uint8)
-
-
-def _header(file: Path) -> tuple[str, tuple[int, int]]:
-    """(mode, (H, W)) of a picture, without decoding it."""
-    library = pillow()
-    with suppress(OSError, ValueError, SyntaxError), library.open(file) as image:
-        turned = image.getexif().get(0x0112, 1) >= 5  # the orientations that swap height and width
-        return image.mode, (image.width, image.height) if turned else (image.height, image.width)
-    open_image(file)  # its error says what is wrong with the file
-    raise DataError(f"{file} cannot be read as an image")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError
+from ttt_adapt.model.frame_hints import from_float_layout, from_layout, from_object, to_bytes
 from ttt_adapt.model.probe import data_config
 
 Preprocess = Callable[[Any], Any]
@@ -21,8 +22,8 @@ The context is handed to `predict(x, context)` when this frame is predicted: wha
 """
 
 ACCEPTED = (
-    "a uint8 RGB frame [H, W, 3] (NumPy array or tensor), or a float tensor [3, H, W] or [1, 3, H, W] already "
-    "normalised as the model takes it"
+    "a uint8 RGB frame [H, W, 3] (NumPy array or tensor; of OpenCV's BGR, pass frame[..., ::-1]), or a float tensor "
+    "[3, H, W] or [1, 3, H, W] already normalised as the model takes it"
 )
 
 
@@ -207,7 +208,7 @@ def _model_input(
     """`to_model_input`, and the context that came with it."""
     if not isinstance(frame, np.ndarray | Tensor):
         got = "None (did the video end?)" if frame is None else f"of type {type(frame).__name__}"
-        raise FrameTypeError(f"the frame is {got}; expected {ACCEPTED}")
+        raise FrameTypeError(f"the frame is {got}; expected {ACCEPTED}{from_object(frame)}")
     take = _from_uint8 if frame.dtype in (np.uint8, torch.uint8) else _from_float
     context: tuple[Any, ...] = ()
     x = take(frame, preprocess)
@@ -225,7 +226,7 @@ def _model_input(
 def _from_uint8(frame: Any, preprocess: Preprocess | None) -> Any:
     shape = tuple(frame.shape)
     if len(shape) != 3 or shape[2] != 3:
-        raise FrameError(f"the uint8 frame is {shape}; expected [H, W, 3] RGB{_hint(shape)}")
+        raise FrameError(f"the uint8 frame is {shape}; expected [H, W, 3] RGB{from_layout(frame)}")
     if 0 in shape:
         raise FrameError(f"the frame is empty: {shape}")
     if preprocess is None:
@@ -236,25 +237,15 @@ def _from_uint8(frame: Any, preprocess: Preprocess | None) -> Any:
     return preprocess(np.require(frame, requirements=["C", "W"]) if isinstance(frame, np.ndarray) else frame)
 
 
-def _hint(shape: tuple[int, ...]) -> str:
-    """What to do with a uint8 frame of another shape."""
-    if len(shape) == 3 and shape[0] == 3:
-        return ": transpose it to channels last"
-    if len(shape) == 2 or shape[2:] == (1,):
-        return ": it is grey, repeat it in three channels"
-    return ": leave its alpha channel out, frame[..., :3]" if shape[2:] == (4,) else ""
-
-
 def _from_float(frame: Any, preprocess: Preprocess | None) -> Tensor:
     if not (frame.dtype.kind == "f" if isinstance(frame, np.ndarray) else frame.is_floating_point()):
-        raise FrameTypeError(f"the frame has dtype {frame.dtype}; expected {ACCEPTED}")
+        raise FrameTypeError(f"the frame has dtype {frame.dtype}; expected {ACCEPTED}{to_bytes(frame)}")
     x = to_device(frame, None).detach()
     shape = tuple(x.shape)
     if x.ndim == 3:
         x = x[None]
     if x.ndim != 4 or x.shape[0] != 1 or x.shape[1] != 3:
-        hint = ": channels come first, and HWC frames are uint8" if shape[-1:] == (3,) else ""
-        raise FrameError(f"the float frame is {shape}; expected [3, H, W] or [1, 3, H, W]{hint}")
+        raise FrameError(f"the float frame is {shape}; expected [3, H, W] or [1, 3, H, W]{from_float_layout(frame)}")
     if 0 in shape:
         raise FrameError(f"the frame is empty: {shape}")
     low, high = torch.stack(torch.aminmax(x)).tolist()

@@ -1,24 +1,24 @@
-"""Frames from a folder of images."""
+"""Frames from pictures: those of a folder, or the pages of one file."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
 
-from ttt_adapt.errors import VideoError, missing
-from ttt_adapt.files import PICTURE_SUFFIXES, files_in, natural_key
-from ttt_adapt.video.pictures import rgb8
-
-SUFFIXES = PICTURE_SUFFIXES | {".gif"}
+from ttt_adapt.errors import DataError, VideoError
+from ttt_adapt.files import PICTURE_SUFFIXES, VIDEO_SUFFIXES, files_in, natural_key
+from ttt_adapt.video.labels_beside import frame_folder, frames_and_labels
+from ttt_adapt.video.pictures import header, read_pages, read_picture
 
 
 class ImageFolder:
-    """The images of a folder in natural order, without other files and hidden ones. A `FrameSource`.
+    """The pictures of a folder in natural order, without other files and hidden ones. A `FrameSource`.
 
-    Images are turned upright as their EXIF data say, and converted to RGB by `ttt_adapt.video.pictures.rgb8`. Of an
-    animated image the first frame is used.
+    Every picture is read by `ttt_adapt.video.pictures.read_picture`. Labels that lie beside the frames are left out,
+    and this is said. Of a clip with `images/` (or `frames/`) beside `labels/`, the frames are read.
     """
 
     live = False
@@ -28,11 +28,16 @@ class ImageFolder:
 
     def __init__(self, folder: Path) -> None:
         self.name = folder.name or str(folder)
-        files = files_in(folder, SUFFIXES)
+        folder = frame_folder(folder)
+        files, labels = frames_and_labels(files_in(folder, PICTURE_SUFFIXES))
         if not files:
-            inner = sorted({f.parent for f in folder.glob("*/*") if f.suffix.lower() in SUFFIXES and f.is_file()})
-            hint = f" There are some in {' and '.join(map(str, inner[:3]))}." if inner else ""
-            raise VideoError(f"{folder} holds no images.{hint} Known suffixes: {' '.join(sorted(SUFFIXES))}.")
+            raise VideoError(f"{folder} holds no images.{_what_is_there(folder)}")
+        if labels:
+            warnings.warn(
+                f"{folder}: {len(labels)} pictures such as {labels[0].name} lie beside frames as their labels and are "
+                "left out; put them into a folder of their own if they are frames",
+                stacklevel=4,
+            )
         # Unlike the order of files_in, this one ignores upper case and compares suffixes: a.jpg, a.png, B.jpg.
         self._files = sorted(files, key=lambda file: (natural_key(file.name.lower()), file.name))
         stems = [file.stem for file in self._files]
@@ -59,11 +64,55 @@ class ImageFolder:
 
 def _read(file: Path, index: int) -> np.ndarray:
     try:
-        from PIL import Image
-    except ImportError as error:
-        raise missing("pillow", "video") from error
-    try:
-        with Image.open(file) as image:
-            return rgb8(image, file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{file} (frame {index}) cannot be read as an image: {error}") from error
+        return read_picture(file)
+    except DataError as error:
+        raise VideoError(str(error).replace(str(file), f"{file} (frame {index})", 1)) from error
+
+
+def _what_is_there(folder: Path) -> str:
+    """What a message says of a folder without pictures."""
+    known = f" Known suffixes: {' '.join(sorted(PICTURE_SUFFIXES))}."
+    inner = sorted({f.parent for f in folder.glob("*/*") if f.suffix.lower() in PICTURE_SUFFIXES and f.is_file()})
+    if inner:
+        return f" There are some in {' and '.join(map(str, inner[:3]))}: pass that folder.{known}"
+    if videos := files_in(folder, VIDEO_SUFFIXES):
+        return f" There are videos, such as {videos[0]}: pass one of them.{known}"
+    if phone := files_in(folder, {".heic", ".heif"}):
+        return f" {phone[0].name} is a HEIF picture, which Pillow does not read: convert it to JPEG.{known}"
+    return known
+
+
+class PictureFile:
+    """All pages of one picture, such as a TIFF stack or an animated WebP. A `FrameSource`."""
+
+    live = False
+    sounds = 0
+    uneven = False
+
+    def __init__(self, file: Path) -> None:
+        self.name, self._file = file.name, file
+        try:
+            known = header(file)
+            self.size: tuple[int, int] = next(read_pages(file)).shape[:2]
+        except DataError as error:
+            raise VideoError(str(error)) from error
+        self.length: int | None = known.pages
+        self.fps = 1 / known.seconds if known.seconds else None
+
+    def frames(self) -> Generator[np.ndarray, None, None]:
+        """Yield uint8 RGB [H, W, 3], page by page."""
+        index = 0
+        try:
+            for frame in read_pages(self._file):
+                if frame.shape[:2] != self.size:
+                    raise VideoError(
+                        f"{self._file} changes its size at page {index}: {frame.shape[0]} x {frame.shape[1]} pixels "
+                        f"high and wide after {self.size[0]} x {self.size[1]}. Save the pages as single pictures."
+                    )
+                yield frame
+                index += 1
+        except DataError as error:
+            raise VideoError(f"{error} (page {index}; the {index} pages before it were delivered)") from error
+
+    def close(self) -> None:
+        """Do nothing: the file is open only while it is read."""

@@ -7,13 +7,18 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 
 from ttt_adapt.errors import ConfigError, StateError, VideoError
-from ttt_adapt.video.folder import ImageFolder
+from ttt_adapt.files import PICTURE_SUFFIXES
+from ttt_adapt.video.folder import ImageFolder, PictureFile
+from ttt_adapt.video.live import LiveStream, camera
 from ttt_adapt.video.read_ahead import ReadAhead
-from ttt_adapt.video.sources import FrameSource, LiveStream, VideoFile, camera
+from ttt_adapt.video.sources import FrameSource, local_url
+from ttt_adapt.video.video_file import VideoFile
 
 
 def open_video(source: str | int | os.PathLike[str], *, read_ahead: int = 4) -> VideoReader:
@@ -22,16 +27,19 @@ def open_video(source: str | int | os.PathLike[str], *, read_ahead: int = 4) -> 
     | source | frames | `fps` | `length` |
     |---|---|---|---|
     | path of a video file | every frame once, in display order, upright | average rate | frames in the file |
-    | folder of images | in natural order: `frame_2` before `frame_10` | None | number of images |
+    | folder of images | in natural order: `frame_2` before `frame_10`, without labels | None | number of images |
+    | path of a picture | all its pages | of an animation | number of pages |
     | camera index, such as `0` or `"0"` | as the camera delivers them | if announced | None |
     | URL, such as `rtsp://...` or `https://...` | as the stream delivers them | if announced | None |
 
     The first frame is decoded here, so a source that cannot be read raises here. Frames of files with a variable rate
-    are neither repeated nor dropped. Frames are rotated as the file says (phones store videos so). Pixels that are not
-    square stay as they are.
+    are neither repeated nor dropped. Frames are rotated and mirrored as the file says (phones store videos so). Pixels
+    that are not square stay as they are. Interlaced frames are made whole, transparent pixels are shown on white, and
+    HDR is mapped to ordinary brightness: a warning says each of these once.
 
     Args:
-        source: what to read. A digit string is a camera; pass `pathlib.Path("0")` for a file of that name.
+        source: what to read. A name that exists on disk is a file or a folder, whatever its characters. A whole number
+            such as "0" is a camera; pass `pathlib.Path("0")` for a file of that name.
         read_ahead: how many frames are decoded in advance while the consumer works, at least 1. Small values keep the
             delay behind a camera small.
 
@@ -46,16 +54,30 @@ def open_video(source: str | int | os.PathLike[str], *, read_ahead: int = 4) -> 
 
 
 def _open_source(source: str | int | os.PathLike[str]) -> FrameSource:
-    if isinstance(source, bool) or not isinstance(source, (str, int, os.PathLike)):
+    if isinstance(source, bool) or not isinstance(source, (str, int, os.PathLike)) or source == "":
         raise VideoError(f"source is {source!r}, expected a path, a camera index or a URL.")
-    if isinstance(source, int) or (isinstance(source, str) and re.fullmatch(r"[0-9]+", source)):
+    if isinstance(source, int) or (isinstance(source, str) and re.fullmatch(r"0|[1-9][0-9]*", source)):
         return camera(int(source))
-    if isinstance(source, str) and re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", source):
-        return LiveStream(source)
     path = Path(source)
-    if not path.exists():
+    if isinstance(source, str) and not _exists(path):
+        if source.lower().startswith("file:"):
+            path = Path(url2pathname(urlsplit(source).path) if source[5:].startswith("//") else source[5:])
+        elif re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", source):
+            return LiveStream(source)
+    if not _exists(path):
         raise VideoError(f"{path} does not exist (looked from {Path.cwd()}); expected a video file or a folder.")
-    return ImageFolder(path) if path.is_dir() else VideoFile(path)
+    if path.is_dir():
+        return ImageFolder(path)
+    if path.is_fifo():
+        return LiveStream(local_url(path), name=path.name)
+    return PictureFile(path) if path.suffix.lower() in PICTURE_SUFFIXES - {".gif"} else VideoFile(path)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long for the file system, or with a null character
+        return False
 
 
 class VideoReader:

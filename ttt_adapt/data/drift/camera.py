@@ -11,7 +11,7 @@ import torch
 
 from ttt_adapt.data.drift.moment import Moment, level, to_bytes
 from ttt_adapt.data.drift.points import splat
-from ttt_adapt.data.images import pillow
+from ttt_adapt.video.pictures import pillow
 
 
 def noise(frame: np.ndarray, severity: float, moment: Moment) -> np.ndarray:
@@ -40,7 +40,7 @@ def jpeg(frame: np.ndarray, severity: float, _moment: Moment) -> np.ndarray:
     Raises:
         MissingPackageError: pillow is not installed.
     """
-    library, file = pillow(), io.BytesIO()
+    library, file = pillow("eval"), io.BytesIO()
     quality = round(level(severity, 95, 28, 16, 9, 6, 4))
     library.fromarray(frame).save(file, format="JPEG", quality=quality)
     return np.array(library.open(file))

@@ -97,11 +97,11 @@ def common_size(clips: Sequence[Clip]) -> tuple[int, int]:
     Raises:
         ConfigError: the samples have several sizes.
     """
-    sizes: set[tuple[int, int]] = set()
+    sizes: dict[Any, object] = {}  # each with one that has it
     for clip in clips:
-        sizes |= clip.sizes() if isinstance(clip, PictureClip) else {clip[0][1].shape}
+        sizes |= clip.sizes() if isinstance(clip, PictureClip) else {clip[0][1].shape: f"clip {clip.name}"}
     if len(sizes) > 1:
-        some = ", ".join(f"{h}x{w}" for h, w in sorted(sizes)[:3])
-        raise ConfigError(f"the pictures have {len(sizes)} sizes ({some}, ...): give one size for all, height x width")
-    height, width = sizes.pop()
+        some = ", ".join(f"{h}x{w} of {where}" for (h, w), where in sorted(sizes.items())[:3])
+        raise ConfigError(f"the pictures have {len(sizes)} sizes ({some}): give one size for all, height x width")
+    height, width = next(iter(sizes))
     return height, width
