@@ -1,0 +1,175 @@
+"""Which models of timm, transformers, torchvision and OpenMMLab the library takes as they are: one sweep each.
+
+    OMP_NUM_THREADS=1 python benchmarks/breadth.py --timm           # also --transformers, --torchvision, --openmmlab
+    OMP_NUM_THREADS=1 python benchmarks/breadth.py --timm --only levit_128s xcit_nano_12_p8_224   # shows what happens
+    OMP_NUM_THREADS=1 python benchmarks/breadth.py --table          # docs/models.md, of the results as they are
+
+Every model is built with random weights at a small size, without a download, and checked in a process of its own with
+a limit of time (`sweeps/checks.py` has the checks; `sweeps/SWEEP_models.py` the list of models and its rule). Results
+go into `results/breadth/SWEEP.json` after every model. A sweep that was stopped goes on where it was: models that have
+a result of the same code and the same versions are not run again; `--failed` runs those that did not work as
+suggested. `--only` runs the models that it names and saves nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections import Counter
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a forked process has one thread
+
+import torch
+
+import ttt_adapt
+from sweeps import report
+from sweeps.checks import FAILS, check_model, told
+from ttt_adapt.evaluation.environment import environment
+
+HERE = Path(__file__).parent
+SWEEPS = {
+    "timm": ("timm",),
+    "transformers": ("transformers",),
+    "torchvision": ("torchvision",),
+    "openmmlab": ("mmsegmentation", "mmdet", "mmengine"),
+}
+"""Sweep -> packages whose versions its results depend on."""
+LIMIT = 120.0
+"""Seconds that a model may take."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    for name in (name for name in SWEEPS if getattr(options, name)):
+        sweep = import_module(f"sweeps.{name}_models")
+        sweep.prepare()
+        if options.only:
+            _show(sweep, options)
+        else:
+            run_sweep(name, sweep, options)
+    if options.table or not options.only:
+        options.page.write_text(report.page(options.out))
+
+
+def run_sweep(name: str, sweep: Any, options: argparse.Namespace) -> None:
+    """Run what the results lack, and save after every model."""
+    file = options.out / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(file.read_text())["models"] if file.exists() else {}
+    state = code_state(name)
+    listed = sweep.names()
+    results = {model: results[model] for model in listed if model in results}
+    wanted = [model for model in listed if _is_due(results.get(model), state, options.failed)][: options.limit]
+    for number, model in enumerate(wanted, 1):
+        results[model] = {**in_child(sweep, model, options.seconds), "group": sweep.group(model), "state": state}
+        ordered = {model: results[model] for model in listed if model in results}
+        content = {"environment": environment(), "listed": len(listed), "models": ordered}
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(content, indent=1) + "\n")
+        part.replace(file)
+        print(f"{number}/{len(wanted)} {_line(model, results[model])}", flush=True)
+    counts = Counter(result["status"] for result in results.values())
+    print(f"{name}: {', '.join(f'{count} {status}' for status, count in counts.most_common())}", flush=True)
+
+
+def _is_due(result: dict[str, Any] | None, state: str, only_failed: bool) -> bool:
+    """Whether a model has to run: it has no result, or one of another code, or one that is asked for again."""
+    if result is None:
+        return True
+    return result["status"] != report.AS_SUGGESTED if only_failed else result["state"] != state
+
+
+def _show(sweep: Any, options: argparse.Namespace) -> None:
+    """Run the models that are named, and print all that is found."""
+    for model in options.only:
+        result = in_child(sweep, model, options.seconds)
+        print(_line(model, result))
+        print(json.dumps(result, indent=2), flush=True)
+
+
+def _line(model: str, result: dict[str, Any]) -> str:
+    reason = f": {result['reason'][:200]}" if "reason" in result else ""
+    return f"{model}: {result['status']}, {result.get('encoder', '')} {result['seconds']:.1f} s{reason}"
+
+
+def in_child(sweep: Any, model: str, limit: float) -> dict[str, Any]:
+    """The result of one model, of a forked process that has what this one imported.
+
+    Args:
+        sweep: its module.
+        model: name in the sweep.
+        limit: seconds, after which the process is killed.
+    """
+    started = time.perf_counter()
+    fork = multiprocessing.get_context("fork")
+    receive, send = fork.Pipe(duplex=False)
+    child = fork.Process(target=_child, args=(sweep, model, send), daemon=True)
+    child.start()
+    send.close()
+    try:
+        found = receive.recv() if receive.poll(limit) else {"status": FAILS, "reason": f"no result after {limit:.0f} s"}
+    except EOFError:
+        child.join()
+        found = {"status": FAILS, "reason": f"the process ended with status {child.exitcode}"}
+    child.kill()
+    child.join()
+    return {**found, "seconds": round(time.perf_counter() - started, 1)}
+
+
+def _child(sweep: Any, model: str, send: Any) -> None:
+    """Look at one model and send the result; what it prints is lost."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    check = getattr(sweep, "check", None)
+    try:
+        found = check(model) if check is not None else check_model(sweep.build(model))
+    except BaseException as error:  # also SystemExit: whatever happens is the result of this model
+        found = {"status": FAILS, "reason": f"it does not build: {told(error)}"}
+    send.send(found)
+    send.close()
+
+
+def code_state(name: str) -> str:
+    """A digest of the library's code, of the sweep's, and of the versions that the results depend on."""
+    folders = [Path(ttt_adapt.__file__).parent, HERE / "sweeps"]
+    if name == "openmmlab":
+        folders.append(Path(import_module("ttt_adapt_openmmlab").__file__ or "").parent)
+    digest = hashlib.sha256(" ".join(f"{p} {version(p)}" for p in ("torch", *SWEEPS[name])).encode())
+    for folder in folders:
+        for file in sorted(folder.rglob("*.py")):
+            if folder.name != "sweeps" or file.stem in ("checks", "subject", f"{name}_models"):
+                digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in SWEEPS:
+        parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--only", nargs="+", metavar="MODEL", help="run these, print all that is found, save nothing")
+    parser.add_argument("--limit", type=int, metavar="N", help="stop after N models")
+    parser.add_argument("--failed", action="store_true", help="run again what did not work as suggested")
+    parser.add_argument("--seconds", type=float, default=LIMIT, help="that a model may take; default: %(default)s")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "breadth", help="folder of the results")
+    parser.add_argument("--page", type=Path, default=HERE.parent / "docs" / "models.md", help="the table's document")
+    parser.add_argument("--table", action="store_true", help="write the page only")
+    options = parser.parse_args(arguments)
+    if not options.table and not any(getattr(options, name) for name in SWEEPS):
+        parser.error(f"name a sweep: {', '.join(f'--{name}' for name in SWEEPS)}; or --table")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
