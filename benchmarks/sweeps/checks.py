@@ -40,6 +40,7 @@ def check_model(subject: Subject) -> dict[str, Any]:
         status, encoder (the path), masking, size (H, W), maps (channels and stride of each), checks (name -> "ok" or
         what went wrong), and reason, where the suggestion does not work.
     """
+    settle(subject)
     before = Snapshot.of(subject.model)
     found: dict[str, Any] = {"status": FAILS, "checks": {}}
     try:
@@ -52,6 +53,23 @@ def check_model(subject: Subject) -> dict[str, Any]:
     except Exception as error:
         return found | {"reason": told(error)}
     return found | _checked(subject, branch, before, AS_SUGGESTED)
+
+
+def settle(subject: Subject) -> None:
+    """Give the layers with running statistics those of random images.
+
+    With those of a new model, the values inside of a deep one with random weights vanish or overflow, which no trained
+    model does.
+    """
+    norms = [m for m in subject.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momentum = [m.momentum for m in norms]
+    for m in norms:
+        m.train()
+        m.momentum = None  # the mean of all passes
+    subject.run(batch=2)
+    for m, own in zip(norms, momentum, strict=True):
+        m.eval()
+        m.momentum = own
 
 
 def suggested_branch(subject: Subject) -> MAEBranch:
@@ -69,7 +87,7 @@ def _with_named_path(subject: Subject, before: Snapshot) -> dict[str, Any]:
         except Exception:
             continue
         found = _checked(subject, branch, before, NAMED)
-        return {"status": found["status"], **{key: found[key] for key in found if key != "reason"}}
+        return {("with path" if key == "reason" else key): value for key, value in found.items()}
     return {}
 
 
@@ -79,7 +97,7 @@ def candidate_paths(subject: Subject) -> list[str]:
 
     def see(name: str) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            if any(t.ndim == 4 and t.shape[-1] > 1 or t.ndim == 3 and t.shape[1] > 1 for t in leaves(output)):
+            if any((t.ndim == 4 and t.shape[-1] > 1) or (t.ndim == 3 and t.shape[1] > 1) for t in leaves(output)):
                 left.append(name)
 
         return hook
@@ -87,14 +105,7 @@ def candidate_paths(subject: Subject) -> list[str]:
     named = [(name, m) for name, m in subject.model.named_modules() if name and name.count(".") < 2]
     handles = [m.register_forward_hook(see(name)) for name, m in named]
     try:
-        for size in ((128, 160), (224, 224), (256, 256)):
-            try:
-                left.clear()
-                with torch.no_grad():
-                    subject.model(torch.randn(1, 3, *size))
-                break
-            except Exception:
-                continue
+        subject.run(left.clear)
     finally:
         for handle in handles:
             handle.remove()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+SIZES = ((128, 160), (224, 224), (256, 256), (64, 64), (384, 384), (448, 448))
+"""(H, W) of images; most models take one of these."""
 
 
 @dataclass
@@ -24,6 +28,15 @@ class Subject:
     model: nn.Module
     bytes: bool = False
     attach: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def run(self, before: Callable[[], Any] = lambda: None, batch: int = 1) -> None:
+        """Run the model on random images of the first of some sizes that it takes; `before` each try, call that."""
+        size = self.attach.get("image_size")
+        for height, width in [size] if size else SIZES:
+            before()
+            with suppress(Exception), torch.no_grad():
+                self.model(torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(4)))
+                return
 
     def frame(self, size: tuple[int, int], seed: int) -> Tensor:
         """A frame of `size` (H, W): uint8 [H, W, 3], or float [3, H, W]. Smooth, so that resizing keeps it."""
