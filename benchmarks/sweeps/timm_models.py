@@ -18,6 +18,17 @@ from sweeps.subject import Subject
 LIST = Path(__file__).with_suffix(".txt")
 LARGEST = 20e6
 VARIANTS = 4
+FEWER: dict[str, dict[str, tuple[int, ...]]] = {
+    "davit_tiny": {"depths": (1, 1, 1, 1)},
+    "res2next50": {"layers": (1, 1, 1, 1)},
+    "sequencer2d_s": {"layers": (1, 1, 1, 1)},
+    "swin_tiny_patch4_window7_224": {"depths": (1, 2, 1, 1)},
+    "swinv2_tiny_window16_256": {"depths": (1, 2, 1, 1)},
+    "swinv2_cr_tiny_224": {"depths": (1, 2, 1, 1)},
+    "tresnet_m": {"layers": (1, 1, 1, 1)},
+    "twins_svt_small": {"depths": (1, 1, 1, 1)},
+}
+"""How some of the largest get fewer blocks; others get a `depth` of 3 where they have one."""
 
 
 def prepare() -> None:
@@ -38,10 +49,15 @@ def group(name: str) -> str:
 
 
 def build(name: str) -> Subject:
-    """A model with random weights."""
+    """A model with random weights, with fewer blocks than its own where `timm.create_model` can make that."""
     import timm
 
-    return Subject(timm.create_model(name, pretrained=False).eval(), bytes=True)
+    smaller = FEWER.get(name, {"depth": 3})
+    try:
+        model = timm.create_model(name, pretrained=False, **smaller)
+    except Exception:  # it has no such setting, or takes its own depth only
+        model = timm.create_model(name, pretrained=False)
+    return Subject(model.eval(), bytes=True)
 
 
 def choose() -> str:
