@@ -34,7 +34,7 @@ import torch
 
 import ttt_adapt
 from sweeps import report
-from sweeps.checks import FAILS, check_model, told
+from sweeps.checks import FAILS, NOT_BUILT, check_model, told
 from ttt_adapt.evaluation.environment import environment
 
 HERE = Path(__file__).parent
@@ -137,13 +137,23 @@ def _child(sweep: Any, model: str, limit: float, send: Any) -> None:
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    check = getattr(sweep, "check", None)
     try:
-        found = check(model) if check is not None else check_model(sweep.build(model))
+        found = _looked_at(sweep, model)
     except BaseException as error:  # also SystemExit: whatever happens is the result of this model
-        found = {"status": FAILS, "reason": f"it does not build: {told(error)}"}
+        found = {"status": FAILS, "reason": told(error)}
     send.send({**found, "seconds": round(time.process_time(), 1)})
     send.close()
+
+
+def _looked_at(sweep: Any, model: str) -> dict[str, Any]:
+    """The result of one model: of the sweep's own checks, or of those that all models have in common."""
+    if hasattr(sweep, "check"):
+        return sweep.check(model)
+    try:
+        subject = sweep.build(model)
+    except Exception as error:
+        return {"status": NOT_BUILT, "reason": told(error)}
+    return check_model(subject)
 
 
 def code_state(name: str) -> str:

@@ -2,7 +2,8 @@
 
 A model *works as suggested* if the library attaches a branch without being told where the encoder ends, and all
 checks pass. It *works with a named path* if it needs a path, which `candidate_paths` guesses. It is *refused* if the
-library raises its own error for every path. All else *fails*.
+library raises its own error for every path. It *does not build* if its own library cannot make it here. All else
+*fails*.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import inspect
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ STILLS = 8
 PATHS = 6
 """How many paths are tried where the suggestion is refused."""
 
-AS_SUGGESTED, NAMED, REFUSED, FAILS = "as suggested", "named path", "refused", "fails"
+AS_SUGGESTED, NAMED, REFUSED, FAILS, NOT_BUILT = "as suggested", "named path", "refused", "fails", "does not build"
 
 
 class Broken(Exception):
@@ -40,7 +42,8 @@ def check_model(subject: Subject) -> dict[str, Any]:
         status, encoder (the path), masking, size (H, W), maps (channels and stride of each), checks (name -> "ok" or
         what went wrong), and reason, where the suggestion does not work.
     """
-    settle(subject)
+    with statistics_of_images(subject.model):
+        subject.run(batch=2)
     before = Snapshot.of(subject.model)
     found: dict[str, Any] = {"status": FAILS, "checks": {}}
     try:
@@ -55,21 +58,24 @@ def check_model(subject: Subject) -> dict[str, Any]:
     return found | _checked(subject, branch, before, AS_SUGGESTED)
 
 
-def settle(subject: Subject) -> None:
-    """Give the layers with running statistics those of random images.
+@contextmanager
+def statistics_of_images(model: nn.Module) -> Iterator[None]:
+    """Inside the block, the layers with running statistics take those of the images that they see.
 
     With those of a new model, the values inside of a deep one with random weights vanish or overflow, which no trained
     model does.
     """
-    norms = [m for m in subject.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momentum = [m.momentum for m in norms]
     for m in norms:
         m.train()
         m.momentum = None  # the mean of all passes
-    subject.run(batch=2)
-    for m, own in zip(norms, momentum, strict=True):
-        m.eval()
-        m.momentum = own
+    try:
+        yield
+    finally:
+        for m, own in zip(norms, momentum, strict=True):
+            m.eval()
+            m.momentum = own
 
 
 def suggested_branch(subject: Subject) -> MAEBranch:
@@ -183,7 +189,7 @@ def check_stream(subject: Subject, branch: MAEBranch, before: Snapshot) -> None:
     frames = subject.frames(branch.info.probe_size, 2)
     with StreamAdapter(subject.model, branch, config=CONFIG) as adapter:
         for frame in frames:
-            _finite(adapter.step(frame))
+            finite(adapter.step(frame))
             if not adapter.last.adapted:
                 raise Broken(f"frame {adapter.last.frame_index} was not adapted to: {adapter.last.reason}")
         encoder = branch.encoder_parameters()
@@ -222,7 +228,7 @@ def check_calibration(subject: Subject, branch: MAEBranch, before: Snapshot) -> 
     except TTTAdaptError as error:
         raise RefusedCalibration(str(error)) from error
     with StreamAdapter(subject.model, branch, calibration=found, config=CALIBRATED) as adapter:
-        _finite(adapter.step(stills[0]))
+        finite(adapter.step(stills[0]))
         if adapter.drift is None:
             raise Broken("a calibrated stream has no drift")
     if left := before.differences(subject.model):
@@ -256,10 +262,7 @@ def told(error: BaseException) -> str:
     return text + "".join(f" (at {'/'.join(p.filename.split('/')[-3:])}:{p.lineno})" for p in place)
 
 
-def _finite(output: Any) -> None:
-    if not all(bool(t.isfinite().all()) for t in _floats(output)):
+def finite(output: Any) -> None:
+    """Raise `Broken` where an output holds NaN or infinite values."""
+    if not all(bool(t.isfinite().all()) for t in leaves(output) if t.is_floating_point()):
         raise Broken("the prediction is not finite")
-
-
-def _floats(output: Any) -> Iterator[Tensor]:
-    return (t for t in leaves(output) if t.is_floating_point())
