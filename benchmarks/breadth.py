@@ -22,6 +22,7 @@ import resource
 import signal
 import sys
 import time
+import warnings
 from collections import Counter
 from importlib import import_module
 from importlib.metadata import version
@@ -134,6 +135,7 @@ def _child(sweep: Any, model: str, limit: float, send: Any) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + limit) + 1, resource.RLIM_INFINITY))
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    warnings.simplefilter("ignore")
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)

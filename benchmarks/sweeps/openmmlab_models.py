@@ -11,8 +11,8 @@ the config's test pipeline, masks hide, gradients are there, and afterwards the 
 from __future__ import annotations
 
 import functools
+import importlib
 import re
-import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,6 +40,7 @@ from ttt_adapt import StreamConfig, TTTAdaptError
 SIZE = (128, 160)
 CONFIG = StreamConfig(window=2, batch_size=1)
 PACKAGES = ("mmseg", "mmdet")
+PARTS = ("models", "apis", "datasets.transforms")
 WITHOUT_MODELS = re.compile(
     "_base_|common|albu_example|cityscapes|deepfashion|dsdl|instaboost|legacy_1.x|lvis|misc|objects365|openimages|"
     "pascal_voc|resnet_strikes_back|scratch|seesaw_loss|selfsup_pretrain|simple_copy_paste|strong_baselines|v3det|"
@@ -51,12 +52,8 @@ SMALL = re.compile("r18|r50|tiny|swin-t|mit-b0|[-_][st]_|atto|m-v2|w18")
 
 def prepare() -> None:
     """Import what every model needs."""
-    warnings.simplefilter("ignore")
-    import mmseg.apis
-    import mmseg.datasets.transforms
-    import mmseg.models  # noqa: F401
-
-    import ttt_adapt_openmmlab  # noqa: F401  # first: it stands in for what mmcv-lite lacks
+    for module in ("ttt_adapt_openmmlab", *(f"{package}.{part}" for package in PACKAGES for part in PARTS)):
+        importlib.import_module(module)  # ours first: it stands in for what mmcv-lite lacks
 
 
 @functools.cache
