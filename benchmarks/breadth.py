@@ -47,7 +47,7 @@ SWEEPS = {
 }
 """Sweep -> packages whose versions its results depend on."""
 LIMIT = 90.0
-"""Seconds of the processor that a model may take; of the clock, five times as many, since others may use it too."""
+"""Seconds of the processor that a model may take; of the clock, ten times as many, since others may use it too."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -68,14 +68,14 @@ def run_sweep(name: str, sweep: Any, options: argparse.Namespace) -> None:
     file = options.out / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(file.read_text())["models"] if file.exists() else {}
-    state = code_state(name)
+    state, made = code_state(name), environment()
     listed = sweep.names()
     results = {model: results[model] for model in listed if model in results}
     wanted = [model for model in listed if _is_due(results.get(model), state, options.failed)][: options.limit]
     for number, model in enumerate(wanted, 1):
         results[model] = {**in_child(sweep, model, options.seconds), "group": sweep.group(model), "state": state}
         ordered = {model: results[model] for model in listed if model in results}
-        content = {"environment": environment(), "listed": len(listed), "models": ordered}
+        content = {"environment": made, "listed": len(listed), "models": ordered}
         part = file.with_suffix(".part")
         part.write_text(json.dumps(content, indent=1) + "\n")
         part.replace(file)
@@ -119,7 +119,7 @@ def in_child(sweep: Any, model: str, limit: float) -> dict[str, Any]:
     child.start()
     send.close()
     try:
-        found = receive.recv() if receive.poll(5 * limit) else {"status": FAILS, "reason": "no result for a long time"}
+        found = receive.recv() if receive.poll(10 * limit) else {"status": FAILS, "reason": "no result for a long time"}
     except EOFError:
         child.join()
         late = child.exitcode == -signal.SIGXCPU
@@ -140,14 +140,14 @@ def _child(sweep: Any, model: str, limit: float, send: Any) -> None:
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     try:
-        found = _looked_at(sweep, model)
+        found = looked_at(sweep, model)
     except BaseException as error:  # also SystemExit: whatever happens is the result of this model
         found = {"status": FAILS, "reason": told(error)}
     send.send({**found, "seconds": round(time.process_time(), 1)})
     send.close()
 
 
-def _looked_at(sweep: Any, model: str) -> dict[str, Any]:
+def looked_at(sweep: Any, model: str) -> dict[str, Any]:
     """The result of one model: of the sweep's own checks, or of those that all models have in common."""
     if hasattr(sweep, "check"):
         return sweep.check(model)

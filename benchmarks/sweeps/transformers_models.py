@@ -47,6 +47,15 @@ OWN_LAYERS = ("lw_detr_vit", "rf_detr_dinov2", "rf_detr_windowed_dinov2")
 LISTS = {
     "BeitForSemanticSegmentation": {"out_indices": [1, 2, 3, 4]},
     "Data2VecVisionForSemanticSegmentation": {"out_indices": [1, 2, 3, 4]},
+    "Sapiens2ForSemanticSegmentation": {
+        "head_config": {
+            "upsample_out_channels": [32, 32],
+            "upsample_kernel_sizes": [4, 4],
+            "conv_out_channels": [32],
+            "conv_kernel_sizes": [1],
+        }
+    },
+    "DepthProForDepthEstimation": {"patch_size": 32, "intermediate_hook_ids": [3, 1]},
 }
 
 
