@@ -169,18 +169,18 @@ def check_masks(subject: Subject, branch: MAEBranch, before: Snapshot) -> None:
 
 def check_gradients(subject: Subject, branch: MAEBranch, before: Snapshot) -> None:
     """The loss is finite and has a gradient by parameters of the encoder and by all of the branch."""
-    parameters = branch.encoder_parameters()
+    encoder = {name: p for name, p in branch.encoder_parameters().items() if p.requires_grad}
+    parameters = {**encoder, **dict(branch.named_parameters())}
     loss = branch.loss(branch.info.probe_images(), generator=torch.Generator().manual_seed(3))
     if not bool(loss.isfinite()):
         raise Broken(f"the loss is {float(loss)}")
-    own = dict(branch.named_parameters())
-    grads = torch.autograd.grad(loss, [*parameters.values(), *own.values()], allow_unused=True)
-    named = dict(zip([*parameters, *own], grads, strict=True))
+    grads = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    named = dict(zip(parameters, grads, strict=True))
     if lacking := [name for name, grad in named.items() if grad is None]:
         raise Broken(f"{len(lacking)} of {len(named)} parameters have no gradient, such as {lacking[0]}")
     if infinite := [name for name, grad in named.items() if not bool(grad.isfinite().all())]:
         raise Broken(f"{len(infinite)} gradients are not finite, such as that of {infinite[0]}")
-    if not any(bool(named[name].any()) for name in parameters):
+    if not any(bool(named[name].any()) for name in encoder):
         raise Broken("all gradients of the encoder are 0")
 
 

@@ -1,7 +1,7 @@
 """transformers: all classes of the automatic mappings of vision tasks that take one batch of images.
 
 The rule of the list: every class that `transformers.models.auto` names for one of `TASKS` and whose main input is
-`pixel_values`. Each is built from the default values of its config class, made small by `shrink`: few layers, small
+`pixel_values`, except for those in `INCOMPLETE`. Each is built from the default values of its config class, made small by `shrink`: few layers, small
 images, the widths as they are.
 """
 
@@ -23,13 +23,19 @@ TASKS = (
     "BACKBONE",
     "IMAGE_TO_IMAGE",
 )
+INCOMPLETE = (
+    "PPDocLayoutV2ForObjectDetection",
+    "PPOCRV5ServerDetForObjectDetection",
+    "PPOCRV6MediumDetForObjectDetection",
+    "PPOCRV6SmallDetForObjectDetection",
+)
+"""Classes whose config's default values make no model that runs."""
 LAYERS = 4
 SIDE = 64
 AT_MOST = {
     "num_hidden_layers": LAYERS,
     "encoder_layers": 2,
     "decoder_layers": 2,
-    "num_layers": 2,
     "num_queries": 10,
     "num_detection_tokens": 10,
 }
@@ -39,6 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "donut-swin": {"window_size": 2},
     "maskformer-swin": {"window_size": 2},
     "efficientnet": {"width_coefficient": 1.0, "depth_coefficient": 0.4, "hidden_dim": 1280},
+    "lw_detr": {"projector_scale_factors": [1.0]},
     "timm_backbone": {"backbone": "resnet18", "use_pretrained_backbone": False},
 }
 """`model_type` of a config -> what its class needs at this size."""
@@ -83,7 +90,7 @@ def _tasks() -> dict[str, str]:
     for task in TASKS:
         for listed in getattr(auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values():
             for name in (listed,) if isinstance(listed, str) else listed:
-                if getattr(transformers, name).main_input_name == "pixel_values":
+                if name not in INCOMPLETE and getattr(transformers, name).main_input_name == "pixel_values":
                     found.setdefault(name, task.lower().replace("_", " "))
     return found
 
