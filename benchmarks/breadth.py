@@ -46,6 +46,8 @@ SWEEPS = {
     "openmmlab": ("mmsegmentation", "mmdet", "mmengine"),
 }
 """Sweep -> packages whose versions its results depend on."""
+PARTS = ("model", "objectives", "stream", "engine", "calibration")
+"""Folders of the library that a result depends on, beside the modules at its top."""
 LIMIT = 90.0
 """Seconds of the processor that a model may take; of the clock, ten times as many, since others may use it too."""
 
@@ -159,15 +161,15 @@ def looked_at(sweep: Any, model: str) -> dict[str, Any]:
 
 
 def code_state(name: str) -> str:
-    """A digest of the library's code, of the sweep's, and of the versions that the results depend on."""
-    folders = [Path(ttt_adapt.__file__).parent, HERE / "sweeps"]
+    """A digest of the code and the versions that the results of a sweep depend on."""
+    library = Path(ttt_adapt.__file__).parent
+    files = [*library.glob("*.py"), *(file for part in PARTS for file in (library / part).rglob("*.py"))]
+    files += [HERE / "sweeps" / f"{stem}.py" for stem in ("checks", "subject", f"{name}_models")]
     if name == "openmmlab":
-        folders.append(Path(import_module("ttt_adapt_openmmlab").__file__ or "").parent)
+        files += Path(import_module("ttt_adapt_openmmlab").__file__ or "").parent.rglob("*.py")
     digest = hashlib.sha256(" ".join(f"{p} {version(p)}" for p in ("torch", *SWEEPS[name])).encode())
-    for folder in folders:
-        for file in sorted(folder.rglob("*.py")):
-            if folder.name != "sweeps" or file.stem in ("checks", "subject", f"{name}_models"):
-                digest.update(file.read_bytes())
+    for content in sorted(file.read_bytes() for file in files):
+        digest.update(content)
     return digest.hexdigest()[:12]
 
 

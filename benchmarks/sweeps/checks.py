@@ -8,7 +8,6 @@ library raises its own error for every path. It *does not build* if its own libr
 
 from __future__ import annotations
 
-import inspect
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 
 from sweeps.subject import Snapshot, Subject, identical, leaves, same
 from ttt_adapt import MAEBranch, StreamAdapter, StreamConfig, TTTAdaptError, calibrate
-from ttt_adapt.evaluation import model_info
 
 CONFIG = StreamConfig(window=2, batch_size=1, lr=1e-3)
 CALIBRATED = CONFIG.replace(norm_stats="calibrated")
@@ -47,7 +45,7 @@ def check_model(subject: Subject) -> dict[str, Any]:
     before = Snapshot.of(subject.model)
     found: dict[str, Any] = {"status": FAILS, "checks": {}}
     try:
-        branch = suggested_branch(subject)
+        branch = MAEBranch.attach(subject.model, **subject.attach)
     except TTTAdaptError as error:
         found |= {"status": REFUSED, "reason": f"{type(error).__name__}: {error}"}
         if left := before.differences(subject.model):
@@ -76,13 +74,6 @@ def statistics_of_images(model: nn.Module) -> Iterator[None]:
         for m, own in zip(norms, momentum, strict=True):
             m.eval()
             m.momentum = own
-
-
-def suggested_branch(subject: Subject) -> MAEBranch:
-    """A branch where the library says that the encoder ends."""
-    given = inspect.signature(MAEBranch.attach).parameters["encoder"].default is inspect.Parameter.empty
-    path = {"encoder": model_info._default_encoder(subject.model)} if given else {}
-    return MAEBranch.attach(subject.model, **path, **subject.attach)
 
 
 def _with_named_path(subject: Subject, before: Snapshot) -> dict[str, Any]:

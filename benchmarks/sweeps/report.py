@@ -57,15 +57,17 @@ def page(folder: Path) -> str:
     files = {name: folder / f"{name}.json" for name in TITLES}
     sweeps = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     lines = [HEAD, "| library | models | " + " | ".join(STATUSES) + " |", "|---" + "|---:" * (1 + len(STATUSES)) + "|"]
-    lines += [_row(TITLES[name], content) for name, content in sweeps.items()]
+    lines += [_row(title, sweeps.get(name)) for name, title in TITLES.items()]
     lines += [MEANING]
     for name, content in sweeps.items():
         lines += [f"## {TITLES[name]}", "", *_details(name, content), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _row(title: str, content: dict[str, Any]) -> str:
+def _row(title: str, content: dict[str, Any] | None) -> str:
     """Counts of one sweep; how many are missing, where some are."""
+    if content is None:
+        return f"| {title} | not run |" + " |" * len(STATUSES)
     models, listed = content["models"], content["listed"]
     counts = Counter(result["status"] for result in models.values())
     count = str(listed) if len(models) == listed else f"{len(models)} of {listed}"

@@ -1,8 +1,8 @@
 """transformers: all classes of the automatic mappings of vision tasks that take one batch of images.
 
 The rule of the list: every class that `transformers.models.auto` names for one of `TASKS` and whose main input is
-`pixel_values`, except for those in `INCOMPLETE`. Each is built from the default values of its config class, made small by
-`shrink`: few layers, small images, the widths as they are.
+`pixel_values`, except for those in `INCOMPLETE`. Each is built from the default values of its config class, made small
+by `shrink`: few layers, small images, the widths as they are.
 """
 
 from __future__ import annotations
