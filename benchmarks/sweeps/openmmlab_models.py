@@ -14,6 +14,7 @@ import functools
 import importlib
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,7 @@ def _settle(plain: nn.Module) -> None:
     """Running statistics of random images in the backbone, as a trained model has those of its data."""
     backbone = getattr(plain, "backbone", None)
     if isinstance(backbone, nn.Module):
-        with statistics_of_images(backbone), torch.no_grad():
+        with statistics_of_images(backbone), torch.no_grad(), suppress(Exception):
             backbone(torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(4)))
 
 

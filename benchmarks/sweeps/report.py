@@ -45,7 +45,7 @@ The checks:
 4. Frames are adapted to and predicted. After `reset()` the model predicts as at first. After `detach()` every tensor,
    flag and hook is as before, bit for bit.
 5. With a learning rate of 0, the prediction is that of the plain model, bit for bit.
-6. The model can be calibrated on 8 frames, and a calibrated stream predicts.
+6. The model can be calibrated on 8 frames, and a calibrated stream predicts; or calibration is refused with the reason.
 
 A model of OpenMMLab trains jointly for one iteration and streams three frames through its test pipeline; 5 and 6 are
 left out.
@@ -81,6 +81,10 @@ def _details(name: str, content: dict[str, Any]) -> Iterator[str]:
     states = Counter(result["state"] for result in models.values())
     made = f"Made by `python benchmarks/breadth.py --{name}` in {seconds / 60:.0f} minutes of one core"
     yield f"{made}, at commit {_commit(content)}{_mixed(states)}."
+    if refused := [
+        model for model, result in models.items() if _is_refused(result.get("checks", {}).get("calibration", ""))
+    ]:
+        yield f"Calibration is refused for {', '.join(refused)}."
     others = {model: result for model, result in models.items() if result["status"] != AS_SUGGESTED}
     if not others:
         return
@@ -88,6 +92,11 @@ def _details(name: str, content: dict[str, Any]) -> Iterator[str]:
     for model, result in sorted(others.items(), key=lambda item: STATUSES.index(item[1]["status"])):
         encoder = f"`{result['encoder']}`" if "encoder" in result else ""
         yield f"| {model} | {result['status']} | {encoder} | {_short(_reason(result))} |"
+
+
+def _is_refused(text: str) -> bool:
+    """Whether the outcome of a check is a refusal with a reason."""
+    return text.startswith("refused: ")
 
 
 def _commit(content: dict[str, Any]) -> str:
