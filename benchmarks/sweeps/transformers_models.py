@@ -45,6 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "donut-swin": {"window_size": 2},
     "maskformer-swin": {"window_size": 2},
     "efficientnet": {"width_coefficient": 1.0, "depth_coefficient": 0.4, "hidden_dim": 1280},
+    "lw_detr_vit": {"image_size": 128},
     "lw_detr": {"projector_scale_factors": [1.0]},
     "timm_backbone": {"backbone": "resnet18", "use_pretrained_backbone": False},
 }
@@ -120,7 +121,7 @@ def shrink(config: dict[str, Any]) -> dict[str, Any]:
     kind = config.get("model_type")
     found = {key: _smaller(key, value, config) for key, value in config.items()}
     if kind in OWN_LAYERS:
-        return found | {key: config[key] for key in ("num_hidden_layers",) if key in config}
+        return found | {"num_hidden_layers": config["num_hidden_layers"]} | SETTINGS.get(str(kind), {})
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > LAYERS and "depths" not in config:
         for key in ("stage_names", "out_features"):
