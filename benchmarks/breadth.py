@@ -50,7 +50,8 @@ SWEEPS = {
 PARTS = ("model", "objectives", "stream", "engine", "calibration")
 """Folders of the library that a result depends on, beside the modules at its top."""
 LIMIT = 90.0
-"""Seconds of the processor that a model may take; of the clock, ten times as many, since others may use it too."""
+"""Seconds of the processor that a model may take. Of the clock it may take 20 times as many and a minute: others may
+use the processor too, and a process that waits for ever uses none."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -122,7 +123,11 @@ def in_child(sweep: Any, model: str, limit: float) -> dict[str, Any]:
     child.start()
     send.close()
     try:
-        found = receive.recv() if receive.poll(10 * limit) else {"status": FAILS, "reason": "no result for a long time"}
+        found = (
+            receive.recv()
+            if receive.poll(60 + 20 * limit)
+            else {"status": FAILS, "reason": "no result for a long time"}
+        )
     except EOFError:
         child.join()
         late = child.exitcode == -signal.SIGXCPU
@@ -135,7 +140,7 @@ def in_child(sweep: Any, model: str, limit: float) -> dict[str, Any]:
 
 def _child(sweep: Any, model: str, limit: float, send: Any) -> None:
     """Look at one model and send the result; what it prints is lost."""
-    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + limit) + 1, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_CPU, (max(round(limit), 1), resource.RLIM_INFINITY))
     torch.set_num_threads(1)
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
