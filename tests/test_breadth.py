@@ -25,13 +25,13 @@ with pytest.MonkeyPatch.context() as patch:
     SWEEPS = {name: importlib.import_module(f"sweeps.{name}_models") for name in breadth.SWEEPS}
 
 QUICK = {
-    "timm": "test_vit test_resnet test_convnext test_nfnet levit_128s xcit_nano_12_p8_224",
+    "timm": "test_vit test_resnet test_convnext test_nfnet levit_128s",
     "torchvision": "mobilenet_v3_small shufflenet_v2_x0_5",
     "transformers": "SegformerForSemanticSegmentation ResNetBackbone",
     "openmmlab": "",
 }
 SLOW = {
-    "timm": "test_efficientnet test_mambaout test_maxvit test_vit_relpos swin_tiny_patch4_window7_224 tresnet_m",
+    "timm": "xcit_nano_12_p8_224 test_efficientnet test_mambaout test_maxvit test_vit_relpos swin_tiny_patch4_window7_224 tresnet_m",
     "torchvision": (
         "resnet18 regnet_x_400mf squeezenet1_1 googlenet vit_b_32 lraspp_mobilenet_v3_large swin_t alexnet "
         "fasterrcnn_mobilenet_v3_large_fpn ssdlite320_mobilenet_v3_large"
