@@ -31,7 +31,10 @@ QUICK = {
     "openmmlab": "",
 }
 SLOW = {
-    "timm": "xcit_nano_12_p8_224 test_efficientnet test_mambaout test_maxvit test_vit_relpos swin_tiny_patch4_window7_224 tresnet_m",
+    "timm": (
+        "xcit_nano_12_p8_224 test_efficientnet test_mambaout test_maxvit test_vit_relpos swin_tiny_patch4_window7_224 "
+        "tresnet_m"
+    ),
     "torchvision": (
         "resnet18 regnet_x_400mf squeezenet1_1 googlenet vit_b_32 lraspp_mobilenet_v3_large swin_t alexnet "
         "fasterrcnn_mobilenet_v3_large_fpn ssdlite320_mobilenet_v3_large"
