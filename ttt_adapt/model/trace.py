@@ -40,7 +40,7 @@ class Trace:
 
     def __enter__(self) -> Trace:
         convolutions = [(name, m) for name, m in self.model.named_modules() if isinstance(m, nn.Conv2d)]
-        children = {child for group in self.lists for child in group}
+        children = {child for group in self.lists for child in group if child is not None}
         handles: list[Any] = [m.register_forward_pre_hook(self._see_convolution(name)) for name, m in convolutions]
         handles += [m.register_forward_hook(self._see_child, with_kwargs=True) for m in children]
         handles += [m.register_forward_pre_hook(lambda m, _a: self.norms.add(m)) for m in norm_layers(self.model)]

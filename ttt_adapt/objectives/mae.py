@@ -24,9 +24,11 @@ from ttt_adapt.model.measure import TakenStills, measure, take_stills, with_drif
 from ttt_adapt.model.norms import frozen_norms
 from ttt_adapt.model.parameters import check_state
 from ttt_adapt.model.probe import evaluating
+from ttt_adapt.model.stem import hidden_on_map
 from ttt_adapt.objectives.base import Attached
 from ttt_adapt.objectives.decoders import Decoder, build_decoder, padding_multiple
 from ttt_adapt.objectives.mae_settings import check_settings, masks_tokens
+from ttt_adapt.objectives.map_mask_channel import MapMaskChannel
 from ttt_adapt.objectives.mask_channel import MaskChannel
 from ttt_adapt.objectives.masking import (
     count_visible,
@@ -89,8 +91,7 @@ class MAEBranch(Attached):
             assert info.tokens is not None
             self.mask_token = nn.Parameter(torch.empty(info.tokens.width).normal_(std=0.02))
         else:
-            assert info.stem is not None
-            self.mask_channel = MaskChannel(info.stem)
+            self.mask_channel = _mask_channel(info)
         self.to(next(iter(info.parameters.values())))
 
     def loss(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -181,6 +182,9 @@ class MAEBranch(Attached):
                 return run_encoder(info.model, info.module, padded)
         assert info.stem is not None
         shown = visible_pixels(mask, self.patch_size, padded.shape[-2:]).to(padded.dtype)  # [B, 1, H', W']
+        if info.stem_map is not None:
+            with hidden_on_map(info.stem, info.stem_map, self.mask_channel, 1 - shown):
+                return run_encoder(info.model, info.module, padded * shown)
         with hidden_channel(info.stem, self.mask_channel, 1 - shown):
             return run_encoder(info.model, info.module, padded * shown)
 
@@ -274,7 +278,7 @@ class MAEBranch(Attached):
     def attach(
         cls,
         model: nn.Module,
-        encoder: str | nn.Module,
+        encoder: str | nn.Module = "auto",
         decoder: Decoder = "auto",
         masking: str = "auto",
         patch_size: int = 16,
@@ -289,7 +293,8 @@ class MAEBranch(Attached):
         Args:
             model: any module that takes images [B, 3, H, W].
             encoder: dotted path of the module where the encoder ends, or the module. All that the model runs up to
-                and including it is the encoder.
+                and including it is the encoder. "auto" takes the deepest module on which all outputs depend and whose
+                output still has a grid; `branch.info.path` names it, and `branch.info.alternatives` the others.
             decoder: "conv", "transformer", "copy_head", a module or a factory; "auto" takes "transformer" with token
                 masking and "conv" with pixel masking.
             masking: "pixels" (hidden patches are filled with 0, and a mask channel tells the first convolution where),
@@ -347,3 +352,11 @@ class MAEBranch(Attached):
                 f"the decoder returned {tuple(prediction.shape)} for images {tuple(images.shape)}; "
                 "expected [B, 3, H, W]: it must predict 3 x s x s channels at its stride s"
             )
+
+
+def _mask_channel(info: EncoderInfo) -> MaskChannel | MapMaskChannel:
+    """The mask channel that fits the encoder's first layer."""
+    if info.stem_map is not None:
+        return MapMaskChannel(info.stem_map)
+    assert isinstance(info.stem, nn.Conv2d)
+    return MaskChannel(info.stem)
