@@ -163,6 +163,57 @@ def test_a_model_that_takes_no_image_says_what_was_tried():
     assert MAEBranch.attach(Fussy(), "backbone", image_size=(32, 48)).info.probe_size == (32, 48)
 
 
+class WithDepth(zoo.PlainSeg):
+    def forward(self, x, depth, *, scale=1.0):
+        return super().forward(x + scale * depth)
+
+
+class Clips(nn.Module):
+    """Takes clips [B, 3, T, H, W]."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv3d(3, 4, 3, padding=1), nn.Linear(4, 2)
+
+    def forward(self, x):
+        b, _, t, _, _ = x.shape
+        return self.head(self.stem(x).mean((2, 3, 4))).expand(b, 2) / t
+
+
+def channels(count):
+    return nn.Sequential(nn.Sequential(nn.Conv2d(count, 8, 4, 4), nn.GELU()), nn.Conv2d(8, 4, 1))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (WithDepth(), r"its forward also needs depth: wrap the model in a module whose forward takes the images alone"),
+        (Clips(), r"Conv3d: it takes clips of video \[B, C, T, H, W\]"),
+        (channels(1), r"takes 1 channel\(s\), and frames have three \(RGB\): wrap.*x.mean\(1, keepdim=True\)"),
+        (channels(4), r"takes 4 channel\(s\), and frames have three \(RGB\)"),
+    ],
+    ids=["two inputs", "video", "grey", "four channels"],
+)
+@pytest.mark.parametrize("encoder", ["auto", "0"])
+def test_a_model_that_takes_other_inputs_is_refused_with_the_reason_and_the_way_out(model, reason, encoder):
+    encoder = "auto" if encoder == "auto" or not isinstance(model, nn.Sequential) else encoder
+    with left_as_it_was(model), pytest.raises(EncoderError, match=reason):
+        MAEBranch.attach(model, encoder)
+
+
+def test_a_grey_model_in_the_wrapper_that_the_refusal_advises_is_taken():
+    class Grey(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = channels(1)
+
+        def forward(self, x):
+            return self.inner(x.mean(1, keepdim=True))
+
+    branch = MAEBranch.attach(Grey())
+    assert branch.loss(torch.randn(2, 3, 32, 48)).isfinite()
+
+
 def test_a_frozen_encoder_is_found_as_well_and_stays_frozen():
     model = zoo.UNet().requires_grad_(False)
     with left_as_it_was(model):

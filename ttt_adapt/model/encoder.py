@@ -25,6 +25,7 @@ from ttt_adapt.model.hooks import (
 )
 from ttt_adapt.model.norms import norm_layers
 from ttt_adapt.model.probe import along, evaluating, other_sizes, probe_images, probe_sizes
+from ttt_adapt.model.refusal import why_not
 from ttt_adapt.model.stem import find_stem
 from ttt_adapt.model.token_path import find_token_path
 from ttt_adapt.model.trace import Trace
@@ -118,10 +119,11 @@ def inspect_encoder(
                 failures.append(f"{size[0]} x {size[1]}: {type(error).__name__}: {error}")
     if without_map is not None:
         raise without_map
+    with evaluating(model), torch.inference_mode(False):
+        advice = why_not(model, probe_sizes(model, image_size)[0])
     raise EncoderError(
-        "the model could not be run on random images to find its encoder's features; tried "
-        + "; ".join(failures)
-        + ". Pass image_size=(H, W) with a size that it takes"
+        f"the model could not be run on random images to find its encoder's features; tried {'; '.join(failures)}. "
+        f"{advice}"
     )
 
 
