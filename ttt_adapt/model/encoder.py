@@ -163,7 +163,9 @@ def _inspect(model: nn.Module, named: tuple[str, nn.Module] | None, size: tuple[
     for path in paths[:TRIED]:
         try:
             info = _examine(model, path, modules[path], size)
-            return replace(info, alternatives=tuple(other for other in outermost(paths) if other != path))
+            inside = [other for other in paths if other.startswith(f"{path}." if path else "") and other != path]
+            others = outermost([other for other in paths if other not in inside and other != path])
+            return replace(info, alternatives=(*others, *outermost(inside)))
         except FeatureMapError as error:
             failure = failure if path != paths[0] else error
     raise failure
