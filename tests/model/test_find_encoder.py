@@ -116,6 +116,21 @@ def test_a_frozen_model_in_training_mode_is_looked_at_and_left_as_it_was():
         assert inspect_encoder(model).path == "layer4"
 
 
+def test_of_a_model_that_resizes_all_images_to_one_size_the_encoder_has_whole_cells():
+    class Resizing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.img_size, self.fine, self.rough = 48, nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 8, 2, 1)
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.interpolate(x, (48, 48))
+            return self.head(self.rough(self.fine(x)).mean((2, 3)))
+
+    branch = MAEBranch.attach(Resizing())
+    assert (branch.info.path, branch.info.probe_size) == ("fine", (48, 48))
+
+
 def test_attach_needs_no_encoder_and_adapts_all_that_all_heads_share():
     model = TwoHeads()
     branch = MAEBranch.attach(model)

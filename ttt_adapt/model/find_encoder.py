@@ -71,7 +71,8 @@ def encoder_paths(model: nn.Module, images: Tensor, others: list[Size]) -> list[
     root = _traced(model, images, gradients=True)
     size = (images.shape[-2], images.shape[-1])
     _find_grids(root, [size, *others], model, images)
-    if not any(call.maps for call in _walk(root)):  # a model that brings images of any size to one size
+    fixed = not any(call.maps for call in _walk(root))  # a model that brings images of any size to one size
+    if fixed:
         _find_grids(root, [size], model, images)
     shared = _shared_by_all_outputs(root)
     top, head = _head(root, shared)
@@ -79,7 +80,12 @@ def encoder_paths(model: nn.Module, images: Tensor, others: list[Size]) -> list[
     outside = inside | _above(root, top)
     candidates = _one_for_each_map([call for call in shared if call not in outside])
     coarsest = max((call.coarsest for call in candidates), default=0)
-    ends = sorted(candidates, key=lambda call: (call.coarsest == coarsest, call.end), reverse=True)
+
+    def rank(call: Call) -> tuple[bool, bool, int]:
+        cell = min(spec.stride for spec in call.maps)  # images of a fixed size cannot be padded to whole cells
+        return not fixed or not any(side % cell for side in size), call.coarsest == coarsest, call.end
+
+    ends = sorted(candidates, key=rank, reverse=True)
     named = [call for call in top.children if call in shared and _name(call) in _names(top.module)]
     whole = [root] if root.maps and head is None and root.coarsest > coarsest else []
     return list(dict.fromkeys(_public(call, root) for call in (*named, *whole, *ends)))
