@@ -19,7 +19,7 @@ parser.add_argument(
     "video", nargs="?", help="file, folder of frames, camera index or URL; a rendered street without it"
 )
 parser.add_argument("--model", default="resnet18")
-parser.add_argument("--encoder", default="layer4", help="module where the encoder ends: layer4, stages, norm, ...")
+parser.add_argument("--encoder", default="auto", help="module where the encoder ends: layer4, stages, norm, ...")
 parser.add_argument("--pretrained", action="store_true")
 parser.add_argument("--frames", type=int, default=8)
 arguments = parser.parse_args()

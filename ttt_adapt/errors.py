@@ -30,6 +30,10 @@ class EncoderError(TTTAdaptError, ValueError):
     """The encoder cannot be used: not found, never reached, nothing to adapt, or features of an unknown layout."""
 
 
+class FeatureMapError(EncoderError):
+    """What the encoder returns is no feature map over the image."""
+
+
 class StateError(TTTAdaptError, RuntimeError):
     """A call came in the wrong state, such as a step after `detach()`."""
 

@@ -120,6 +120,15 @@ def test_info_shows_what_would_be_adapted_and_what_a_step_costs(trained):
         assert word in text
 
 
+def test_info_finds_the_encoder_and_shows_where_else_it_may_end(trained):
+    found = invoke("info", "resnet18", "--size=64x64")
+    assert all(word in found for word in ("layer4", "or, with --encoder", "layer3, layer2"))
+    named = invoke("info", "resnet18", "--size=64x64", "--encoder=layer3")
+    assert "layer3" in named
+    assert "or, with" not in named
+    assert "backbone" in invoke("info", trained, "--encoder=auto")
+
+
 def costs(**changes) -> dict[str, float]:
     """GFLOPs of the prediction, the masked pass and the step, as `info` counts them for a ResNet-18."""
     rows = dict(inspect_model("resnet18", size=(256, 256), config=StreamConfig(**changes)).rows)

@@ -11,7 +11,9 @@ from conftest import left_as_it_was, settle_norms
 from ttt_adapt import MAEBranch
 from ttt_adapt.errors import EncoderError
 from ttt_adapt.model.encoder import inspect_encoder
+from ttt_adapt.model.hooks import hooks
 from ttt_adapt.model.norms import norm_layers
+from ttt_adapt.model.stem import hidden_on_map
 
 
 def test_an_unknown_path_comes_with_the_nearest_names():
@@ -67,17 +69,86 @@ def test_a_model_made_under_inference_mode_is_refused():
         MAEBranch.attach(model, "backbone")
 
 
-def test_a_model_without_a_stem_is_refused_for_pixels():
-    class Linear(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = nn.Linear(3, 8)
+class Scaled(nn.Module):
+    """Its only weight is a factor for the whole image."""
 
-        def forward(self, x):
-            return self.body(x.permute(0, 2, 3, 1))
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(1))
 
-    with pytest.raises(EncoderError, match="stem"):
-        MAEBranch.attach(Linear(), "body")
+    def forward(self, x):
+        return x * self.factor
+
+
+def test_a_model_without_a_first_layer_is_refused_for_pixels():
+    model = nn.Sequential(nn.Sequential(Scaled(), nn.AvgPool2d(4)), nn.Flatten())
+    with left_as_it_was(model), pytest.raises(EncoderError, match="stem"):
+        MAEBranch.attach(model, "0")
+
+
+class SpaceToDepth(nn.Module):
+    """A convolution behind a rearrangement of pixels, as in TResNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Conv2d(48, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        return self.head(self.body(nn.functional.pixel_unshuffle(x, 4)))
+
+
+class LinearPatches(nn.Module):
+    """Patches by a linear layer, with a token in front, as in NaFlex."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.first = nn.Linear(192, 8), nn.Parameter(torch.randn(1, 1, 8))
+        self.mix, self.head = nn.Conv1d(8, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        patches = nn.functional.unfold(x, 8, stride=8).transpose(1, 2)  # [B, N, 192]
+        tokens = torch.cat([self.first.expand(len(x), -1, -1), self.embed(patches)], 1)
+        return self.head(self.mix(tokens.transpose(1, 2)).transpose(1, 2))
+
+
+class LinearPixels(nn.Module):
+    """A linear layer over the colours of each pixel, channels last."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.pool = nn.Linear(3, 8), nn.AvgPool2d(4)
+
+    def forward(self, x):
+        return self.pool(self.body(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("make", "encoder", "stem", "stride"),
+    [(SpaceToDepth, "body", "body", 4), (LinearPatches, "mix", "embed", 8), (LinearPixels, "pool", "body", 1)],
+)
+def test_a_first_layer_that_is_no_convolution_over_the_image_is_told_of_hidden_pixels(make, encoder, stem, stride):
+    model = make().eval()
+    with left_as_it_was(model):
+        branch = MAEBranch.attach(model, encoder, patch_size=8, image_size=(32, 48))
+    assert (branch.masking, branch.info.stem_path, branch.info.stem_map.stride) == ("pixels", stem, stride)
+    layer, hidden = model.get_submodule(stem), (torch.rand(2, 1, 32, 48) < 0.5).float()
+    given = inputs_at(model, layer, torch.randn(2, 3, 32, 48))
+    nn.init.ones_(branch.mask_channel.weight)
+    with torch.no_grad(), hidden_on_map(layer, branch.info.stem_map, branch.mask_channel, hidden):
+        added = layer(*given) - layer.forward(*given)
+    counts = nn.functional.avg_pool2d(hidden, stride) * stride**2  # how many pixels of each cell are hidden
+    cells = added.mean(1) if make is SpaceToDepth else added.mean(-1)
+    torch.testing.assert_close(cells.flatten(1), counts.flatten(1), rtol=1e-4, atol=1e-3)
+    branch.loss(torch.randn(2, 3, 32, 48)).backward()
+    assert branch.mask_channel.weight.grad.abs().sum() > 0
+
+
+def inputs_at(model: nn.Module, layer: nn.Module, images: torch.Tensor) -> tuple:
+    """What the model calls a layer with."""
+    seen = {}
+    with hooks([layer.register_forward_pre_hook(lambda _m, args: seen.update(args=args))]), torch.no_grad():
+        model(images)
+    return seen["args"]
 
 
 def test_a_model_that_takes_no_image_says_what_was_tried():
@@ -90,6 +161,57 @@ def test_a_model_that_takes_no_image_says_what_was_tried():
     with pytest.raises(EncoderError, match=r"tried 128 x 160: RuntimeError: only 48 wide.*image_size=\(H, W\)"):
         MAEBranch.attach(Fussy(), "backbone")
     assert MAEBranch.attach(Fussy(), "backbone", image_size=(32, 48)).info.probe_size == (32, 48)
+
+
+class WithDepth(zoo.PlainSeg):
+    def forward(self, x, depth, *, scale=1.0):
+        return super().forward(x + scale * depth)
+
+
+class Clips(nn.Module):
+    """Takes clips [B, 3, T, H, W]."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv3d(3, 4, 3, padding=1), nn.Linear(4, 2)
+
+    def forward(self, x):
+        b, _, t, _, _ = x.shape
+        return self.head(self.stem(x).mean((2, 3, 4))).expand(b, 2) / t
+
+
+def channels(count):
+    return nn.Sequential(nn.Sequential(nn.Conv2d(count, 8, 4, 4), nn.GELU()), nn.Conv2d(8, 4, 1))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (WithDepth(), r"its forward also needs depth: wrap the model in a module whose forward takes the images alone"),
+        (Clips(), r"Conv3d: it takes clips of video \[B, C, T, H, W\]"),
+        (channels(1), r"takes 1 channel\(s\), and frames have three \(RGB\): wrap.*x.mean\(1, keepdim=True\)"),
+        (channels(4), r"takes 4 channel\(s\), and frames have three \(RGB\)"),
+    ],
+    ids=["two inputs", "video", "grey", "four channels"],
+)
+@pytest.mark.parametrize("encoder", ["auto", "0"])
+def test_a_model_that_takes_other_inputs_is_refused_with_the_reason_and_the_way_out(model, reason, encoder):
+    encoder = "auto" if encoder == "auto" or not isinstance(model, nn.Sequential) else encoder
+    with left_as_it_was(model), pytest.raises(EncoderError, match=reason):
+        MAEBranch.attach(model, encoder)
+
+
+def test_a_grey_model_in_the_wrapper_that_the_refusal_advises_is_taken():
+    class Grey(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = channels(1)
+
+        def forward(self, x):
+            return self.inner(x.mean(1, keepdim=True))
+
+    branch = MAEBranch.attach(Grey())
+    assert branch.loss(torch.randn(2, 3, 32, 48)).isfinite()
 
 
 def test_a_frozen_encoder_is_found_as_well_and_stays_frozen():

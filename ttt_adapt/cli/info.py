@@ -24,7 +24,9 @@ from ttt_adapt.cli.output import console
 
 def info(
     model: Annotated[str, typer.Argument(help="timm model name, or a checkpoint.")],
-    encoder: Annotated[str | None, typer.Option(help="Dotted path of the module where the encoder ends.")] = None,
+    encoder: Annotated[
+        str, typer.Option(help="Dotted path of the module where the encoder ends; auto finds it.")
+    ] = "auto",
     branch: BranchSettings = None,
     size: Size = None,
     settings: Settings = None,

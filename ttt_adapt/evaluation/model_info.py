@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ class ModelInfo:
 def inspect_model(
     name: str,
     *,
-    encoder: str | None = None,
+    encoder: str = "auto",
     size: tuple[int, int] | None = None,
     attach: dict[str, Any] | None = None,
     config: StreamConfig | None = None,
@@ -48,8 +48,7 @@ def inspect_model(
 
     Args:
         name: timm model name, or a .safetensors file.
-        encoder: dotted path where the encoder ends, for models without a trained branch; by default a checkpoint's
-            backbone, and for timm models the last stage or norm.
+        encoder: dotted path where the encoder ends, for models without a trained branch; "auto" finds it.
         size: (H, W) of the frames to count FLOPs for; by default a checkpoint's training size, and for timm models
             the size at which `MAEBranch.attach` ran them.
         attach: keywords of `MAEBranch.attach`; of a trained branch, those of `MAEBranch.using`.
@@ -68,13 +67,13 @@ def inspect_model(
             model: nn.Module = checkpoint.model
             calibration = _calibration_rows(checkpoint, name)
             if checkpoint.branch is None:
-                branch = MAEBranch.attach(model, encoder or "backbone", **settings)
+                branch = MAEBranch.attach(model, encoder, **settings)
             else:
                 _refuse_encoder(name, encoder, checkpoint.branch.info.path)
                 branch = stack.enter_context(checkpoint.mae_branch.using(**settings))
         else:
             model = _timm_model(name).to(device)
-            branch = MAEBranch.attach(model, encoder or _default_encoder(model), **settings)
+            branch = MAEBranch.attach(model, encoder, **settings)
         return ModelInfo([*_describe(model, branch, size or branch.info.probe_size, config), *calibration])
 
 
@@ -85,8 +84,8 @@ def _calibration_rows(checkpoint: Checkpoint, name: str) -> list[tuple[str, str]
     return describe_calibration(checkpoint.calibration, checkpoint.model)
 
 
-def _refuse_encoder(name: str, encoder: str | None, own: str) -> None:
-    if encoder not in (None, own):
+def _refuse_encoder(name: str, encoder: str, own: str) -> None:
+    if encoder not in ("auto", own):
         raise ConfigError(
             f"encoder is {encoder!r}, and the branch of {name} was trained on {own!r}: leave it out, or train "
             "another checkpoint"
@@ -109,6 +108,7 @@ def _describe(
     return [
         ("model", f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"),
         ("encoder", f"{info.path or '(the whole model)'}, {adapted / 1e6:.2f} M parameters adapted"),
+        *_alternatives(info.alternatives),
         ("features", ", ".join(f"{m.channels} channels at stride {m.stride} ({m.layout})" for m in info.maps)),
         ("prefix tokens", str(info.tokens.prefix) if info.tokens is not None else "none"),
         ("masking", f"{branch.masking}, patches of {branch.patch_size} px, ratio {branch.mask_ratio}"),
@@ -120,6 +120,20 @@ def _describe(
         *_step_rows(predict, masked, config, bool(norm_layers(model))),
         ("engine", "; ".join(f"{name}: {why}" for name, why in describe_engines(config, branch).items())),
     ]
+
+
+SHOWN = 6
+"""How many other modules are named at which the encoder might end."""
+
+
+def _alternatives(paths: Sequence[str]) -> list[tuple[str, str]]:
+    """A row with other modules at which the encoder might end; none where the caller named it."""
+    more = ", ..." if len(paths) > SHOWN else ""
+    return (
+        [("or, with --encoder", ", ".join(path or "(the whole model)" for path in paths[:SHOWN]) + more)]
+        if paths
+        else []
+    )
 
 
 def _drawn(images: Tensor, crop: Any) -> Tensor:
@@ -178,12 +192,3 @@ def _timm_model(name: str) -> nn.Module:
         hint = f"{Path(name)} is no .safetensors file and " if "/" in name or "." in name else ""
         raise ConfigError(f"{hint}timm has no model {name!r}; {nearest(name, timm.list_models())}")
     return timm.create_model(name, pretrained=False).eval()
-
-
-def _default_encoder(model: nn.Module) -> str:
-    """Where timm classifiers end their features: the last of these names that the model has."""
-    names = [name for name, _ in model.named_children()]
-    for name in ("norm", "stages", "layers", "blocks", "layer4", "features"):
-        if name in names and not isinstance(getattr(model, name), nn.Identity):
-            return name
-    raise ConfigError(f"encoder is not given: which of {', '.join(names)} ends the encoder?")

@@ -5,19 +5,35 @@ Nothing here changes the model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from ttt_adapt.errors import EncoderError, nearest
-from ttt_adapt.model.features import MapSpec, describe, tensors
-from ttt_adapt.model.hooks import CHECKPOINT_FLAGS, TokenPath, hooks, run_encoder, uncompiled, without_checkpointing
+from ttt_adapt.errors import EncoderError, FeatureMapError, nearest
+from ttt_adapt.model.features import TOKEN_AXES, MapSpec, tensors
+from ttt_adapt.model.find_encoder import encoder_paths, outermost
+from ttt_adapt.model.grid import find_maps
+from ttt_adapt.model.hooks import (
+    CHECKPOINT_FLAGS,
+    TokenPath,
+    hooks,
+    run_encoder,
+    uncompiled,
+    without_checkpointing,
+)
 from ttt_adapt.model.norms import norm_layers
-from ttt_adapt.model.probe import along, evaluating, probe_images, probe_sizes
+from ttt_adapt.model.probe import along, evaluating, other_sizes, probe_images, probe_sizes
+from ttt_adapt.model.refusal import why_not
+from ttt_adapt.model.stem import find_stem
 from ttt_adapt.model.token_dropout import token_droppers
 from ttt_adapt.model.token_path import find_token_path
 from ttt_adapt.model.trace import Trace
+
+TRIED = 6
+"""How many modules are tried at most where nobody named the encoder."""
+MAX_PADDING = 64
+"""A model whose first convolution sees an image so many pixels larger, or more, resizes it rather than padding it."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +44,11 @@ class EncoderInfo:
         model: the user's model.
         path: dotted path of the module where the encoder ends ("" is the model itself).
         module: that module.
-        stem: the first convolution that sees the images; None where there is none.
+        alternatives: other paths at which the encoder might end; empty where the caller named it.
+        stem: the first convolution that sees the images, or else the first layer that returns a map over them; None
+            where there is none.
         stem_path: its dotted path.
+        stem_map: the map that the stem returns; None where it is a convolution over the images themselves.
         maps: the encoder's feature maps, finest first.
         parameters: name -> parameter, all that the features depend on.
         checkpointing: modules that can recompute their activations in the backward pass.
@@ -43,8 +62,10 @@ class EncoderInfo:
     model: nn.Module = field(repr=False)
     path: str
     module: nn.Module = field(repr=False)
-    stem: nn.Conv2d | None = field(repr=False)
+    alternatives: tuple[str, ...] = field(repr=False)
+    stem: nn.Module | None = field(repr=False)
     stem_path: str
+    stem_map: MapSpec | None = field(repr=False)
     maps: list[MapSpec]
     parameters: dict[str, nn.Parameter] = field(repr=False)
     checkpointing: list[nn.Module] = field(repr=False)
@@ -72,13 +93,13 @@ class EncoderInfo:
 
 
 def inspect_encoder(
-    model: nn.Module, encoder: str | nn.Module, image_size: int | tuple[int, int] | None = None
+    model: nn.Module, encoder: str | nn.Module = "auto", image_size: int | tuple[int, int] | None = None
 ) -> EncoderInfo:
     """Find what adaptation needs in `model`, by running it on random images.
 
     Args:
         model: any module that takes images [B, 3, H, W].
-        encoder: dotted path of the module where the encoder ends, or the module.
+        encoder: dotted path of the module where the encoder ends, or the module; "auto" finds it.
         image_size: (H, W) or side of the random images; by default several sizes are tried.
 
     Raises:
@@ -86,24 +107,29 @@ def inspect_encoder(
     """
     if not isinstance(model, nn.Module):
         raise EncoderError(f"the model is a {type(model).__name__}; expected a torch.nn.Module")
-    path, module = _find_encoder(model, encoder)
+    named = None if isinstance(encoder, str) and encoder == "auto" else _find_encoder(model, encoder)
     if not any(True for _ in model.parameters()):
         raise EncoderError(f"{type(model).__name__} has no parameters: there is nothing to adapt")
     if any(p.is_inference() for p in model.parameters()):
         raise EncoderError("the model was made under torch.inference_mode() and cannot learn: make it outside of it")
-    failures = []
+    failures, without_map = [], None
     for size in probe_sizes(model, image_size):
         with evaluating(model), torch.inference_mode(False), uncompiled(), without_checkpointing(_checkpointing(model)):
             try:
-                return _inspect(model, path, module, size)
+                return _inspect(model, named, size)
+            except FeatureMapError as error:  # a size that the model names may show a map where this one does not
+                without_map = without_map or error
             except EncoderError:
                 raise
             except Exception as error:  # the model does not take this size: try the next one
                 failures.append(f"{size[0]} x {size[1]}: {type(error).__name__}: {error}")
+    if without_map is not None:
+        raise without_map
+    with evaluating(model), torch.inference_mode(False):
+        advice = why_not(model, probe_sizes(model, image_size)[0])
     raise EncoderError(
-        "the model could not be run on random images to find its encoder's features; tried "
-        + "; ".join(failures)
-        + ". Pass image_size=(H, W) with a size that it takes"
+        f"the model could not be run on random images to find its encoder's features; tried {'; '.join(failures)}. "
+        f"{advice}"
     )
 
 
@@ -129,25 +155,74 @@ def _find_encoder(model: nn.Module, encoder: str | nn.Module) -> tuple[str, nn.M
     return encoder, modules[encoder]
 
 
-def _inspect(model: nn.Module, path: str, module: nn.Module, size: tuple[int, int]) -> EncoderInfo:
-    """Examine the model with images of one size (H, W)."""
+def _inspect(model: nn.Module, named: tuple[str, nn.Module] | None, size: tuple[int, int]) -> EncoderInfo:
+    """Examine the model with images of one size (H, W); without an encoder that was `named`, find it."""
+    size = _own_size(model, named, size)
+    if named is not None:
+        return _examine(model, *named, size)
+    modules = dict(model.named_modules())
+    paths = encoder_paths(model, probe_images(model, size), other_sizes(size))
+    failure = FeatureMapError(
+        f"no module of {type(model).__name__} was found on which all outputs depend and whose output is a map over the "
+        f'image, for images of {size[0]} x {size[1]}: name the encoder, encoder="..."'
+    )
+    for path in paths[:TRIED]:
+        try:
+            info = _examine(model, path, modules[path], size)
+            inside = [other for other in paths if other.startswith(f"{path}." if path else "") and other != path]
+            others = outermost([other for other in paths if other not in inside and other != path])
+            return replace(info, alternatives=(*others, *outermost(inside)))
+        except FeatureMapError as error:
+            failure = failure if path != paths[0] else error
+    raise failure
+
+
+def _own_size(model: nn.Module, named: tuple[str, nn.Module] | None, size: tuple[int, int]) -> tuple[int, int]:
+    """A size (H, W) near `size` which the model neither resizes nor pads inside, where there is one.
+
+    Padding hides the layout of tokens, and a model that resizes cannot be told which pixels are hidden.
+    """
+    trace = _trace(model, named, size)
+    if trace.stem is None:
+        return size
+    seen = (trace.stem_inputs[0][-2], trace.stem_inputs[0][-1])
+    if not all(0 <= inner - side < MAX_PADDING for inner, side in zip(seen, size, strict=True)):
+        again = _trace(model, named, seen)
+        return seen if again.stem is trace.stem and again.stem_inputs[0][-2:] == seen else size
+    stride = along(trace.stem.stride)
+    return (size[0] - size[0] % stride, size[1] - size[1] % stride) if stride > 2 and min(size) >= stride else size
+
+
+def _trace(model: nn.Module, named: tuple[str, nn.Module] | None, size: tuple[int, int]) -> Trace:
+    """What runs in a pass over images of one size (H, W): up to the encoder's end, or all of it."""
+    images = probe_images(model, size)  # [1, 3, H, W]
+    module = None if named is None else _called(model, *named, images)
+    with torch.no_grad(), Trace(model, images) as trace:
+        model(images) if module is None else run_encoder(model, module, images)
+    return trace
+
+
+def _examine(model: nn.Module, path: str, module: nn.Module, size: tuple[int, int]) -> EncoderInfo:
+    """Examine the model with images of one size (H, W), with the encoder that ends at `module`."""
     images = probe_images(model, size)  # [1, 3, H, W]
     module = _called(model, path, module, images)
-    with torch.no_grad(), Trace(model, images) as trace:
-        output = run_encoder(model, module, images)
-    stride = along(trace.stem.stride) if trace.stem is not None else None
-    if stride and stride > 2 and any(side % stride for side in size):
-        # a model may pad such images inside, which hides the layout of its tokens: take whole patches
-        return _inspect(model, path, module, (size[0] - size[0] % stride, size[1] - size[1] % stride))
-    maps = describe(output, size, stride)
-    tokens, no_tokens = find_token_path(model, module, trace, size, stride)
+    trace = _trace(model, (path, module), size)
+    with torch.no_grad():
+        maps = find_maps(lambda x: run_encoder(model, module, x), images, other_sizes(size))
+    stem: tuple[str, nn.Module, MapSpec | None] | None = None
+    stem = find_stem(model, module, images) if trace.stem is None else (trace.stem_path, trace.stem, None)
     norms = {name: m for name, m in model.named_modules(remove_duplicate=False) if m in trace.norms}
+    side = next((spec.stride for spec in maps if spec.layout in TOKEN_AXES), None)
+    stride = side if side is not None or trace.stem is None else along(trace.stem.stride)
+    tokens, no_tokens = find_token_path(model, module, trace, size, stride)
     return EncoderInfo(
         model=model,
         path=path,
         module=module,
-        stem=trace.stem,
-        stem_path=trace.stem_path,
+        alternatives=(),
+        stem=None if stem is None else stem[1],
+        stem_path="" if stem is None else stem[0],
+        stem_map=None if stem is None else stem[2],
         maps=maps,
         parameters=_used_parameters(model, module, images, maps),
         checkpointing=_checkpointing(model),

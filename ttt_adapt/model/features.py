@@ -1,8 +1,8 @@
-"""Turn what an encoder returns into feature maps.
+"""Feature maps of an encoder in one form.
 
 Encoders return a tensor, or lists, tuples and dicts of tensors: maps [B, C, h, w], channels-last maps [B, h, w, C], or
-tokens [B, N, C] with or without prefix tokens. `describe` finds the layout once, on a random image; `to_maps` applies
-it to every later pass.
+tokens [B, N, C] with or without tokens that are no patches. `model/grid.py` finds out once which of them an encoder
+returns; `to_maps` applies what was found to every later pass.
 """
 
 from __future__ import annotations
@@ -11,12 +11,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ttt_adapt.errors import EncoderError
 
 MAX_PREFIX = 16
-"""More leading tokens than this are not taken for prefix tokens; known models have fewer."""
+"""More tokens than this are not taken for those beside the patches (class, registers); known models have fewer."""
+
+Layout = Literal["nchw", "nhwc", "tokens", "tokens_first", "channels_first"]
+
+TOKEN_AXES: dict[str, tuple[int, int, int]] = {
+    "tokens": (0, 1, 2),
+    "tokens_first": (1, 0, 2),
+    "channels_first": (0, 2, 1),
+}
+"""Layout of tokens -> the order of its axes that makes it [B, N, C]."""
 
 
 @dataclass(frozen=True)
@@ -25,17 +36,24 @@ class MapSpec:
 
     Attributes:
         index: which of the encoder's output tensors, in flattened order.
-        layout: "nchw", "nhwc" or "tokens" ([B, prefix + h * w, C]).
+        layout: "nchw" or "nhwc" for maps; for tokens "tokens" ([B, N, C]), "tokens_first" ([N, B, C]) or
+            "channels_first" ([B, C, N]).
         channels: C.
         stride: image pixels per feature cell, the same in both directions.
         prefix: leading tokens that are no patches (class, registers); 0 for maps.
+        middle: the same for tokens that stand between the first half of the patches and the second.
+        suffix: the same for tokens behind the patches.
+        by_columns: the patches come column by column, not row by row.
     """
 
     index: int
-    layout: Literal["nchw", "nhwc", "tokens"]
+    layout: Layout
     channels: int
     stride: int
     prefix: int = 0
+    middle: int = 0
+    suffix: int = 0
+    by_columns: bool = False
 
 
 class Features(NamedTuple):
@@ -64,37 +82,10 @@ def tensors(output: Any) -> Iterator[Tensor]:
             yield from tensors(value)
 
 
-def describe(output: Any, image_size: tuple[int, int], token_stride: int | None) -> list[MapSpec]:
-    """Find the feature maps in an encoder's output: finest first, one per stride.
-
-    Args:
-        output: what the encoder returned for images of `image_size`.
-        image_size: (H, W) of the images.
-        token_stride: stride of the first convolution, which says how many tokens are patches; None without one.
-
-    Raises:
-        EncoderError: nothing in the output has the layout of a feature map.
-    """
-    found: dict[int, MapSpec] = {}
-    shapes = []
-    for index, tensor in enumerate(tensors(output)):
-        shapes.append(tuple(tensor.shape))
-        spec = describe_map(tuple(tensor.shape), image_size, token_stride, index)
-        if spec is not None:
-            found[spec.stride] = spec
-    if not found:
-        raise EncoderError(
-            f"the encoder returned {shapes or type(output).__name__} for images of {image_size[0]} x {image_size[1]}; "
-            "expected feature maps [B, C, h, w] or [B, h, w, C], or tokens [B, N, C]: "
-            "name an earlier module, before the features are pooled"
-        )
-    return [found[stride] for stride in sorted(found)]
-
-
 def describe_map(
     shape: tuple[int, ...], image_size: tuple[int, int], stride: int | None, index: int = 0
 ) -> MapSpec | None:
-    """The layout of a tensor of this shape; None if it is not a feature map.
+    """The layout of a tensor, as far as its shape tells; None if it is not a feature map.
 
     Args:
         shape: of the tensor.
@@ -127,15 +118,69 @@ def _stride(image: tuple[int, int], grid: tuple[int, ...]) -> int | None:
 
 
 def to_maps(output: Any, specs: list[MapSpec], image_size: tuple[int, int]) -> list[Tensor]:
-    """The encoder's output as maps [B, C, h, w] in the order of `specs`, for images of `image_size` (H, W)."""
+    """The encoder's output as maps [B, C, h, w] in the order of `specs`, for images of `image_size` (H, W).
+
+    A map that lacks a border of the image, as convolutions without padding leave it, is stretched to the whole image.
+
+    Raises:
+        EncoderError: another number of tokens than images of this size have.
+    """
     leaves = list(tensors(output))
     maps = []
     for spec in specs:
         tensor = leaves[spec.index]
         if spec.layout == "nhwc":
             tensor = tensor.permute(0, 3, 1, 2)  # [B, h, w, C] -> [B, C, h, w]
-        elif spec.layout == "tokens":
-            grid = (image_size[0] // spec.stride, image_size[1] // spec.stride)
-            tensor = tensor[:, spec.prefix :].transpose(1, 2).unflatten(2, grid)  # [B, prefix + h * w, C] -> as above
+        elif spec.layout != "nchw":
+            tensor = _token_map(tensor, spec, image_size)
+        whole, started = grid_of(image_size, spec.stride)
+        if any(side not in sides for side, *sides in zip(tensor.shape[-2:], whole, started, strict=True)):
+            tensor = F.interpolate(tensor, started, mode="bilinear", align_corners=False)
         maps.append(tensor)
     return maps
+
+
+def grid_of(image_size: tuple[int, int], stride: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows and columns of cells in an image of (H, W): whole cells only, and with those that it fills in part."""
+    h, w = image_size
+    return (h // stride, w // stride), (-(-h // stride), -(-w // stride))
+
+
+def patch_tokens(tokens: Tensor, spec: MapSpec) -> Tensor:
+    """Tokens in the layout of `spec` -> those of the patches alone, [B, N, C]."""
+    tokens = tokens.permute(TOKEN_AXES[spec.layout])
+    tokens = tokens[:, spec.prefix : tokens.shape[1] - spec.suffix]
+    if not spec.middle:
+        return tokens
+    half = (tokens.shape[1] - spec.middle) // 2
+    return torch.cat([tokens[:, :half], tokens[:, half + spec.middle :]], 1)
+
+
+def _token_map(tokens: Tensor, spec: MapSpec, image_size: tuple[int, int]) -> Tensor:
+    """Tokens in the layout of `spec` -> [B, C, h, w]."""
+    patches = patch_tokens(tokens, spec).transpose(1, 2)  # [B, C, h * w]
+    grids = grid_of(image_size, spec.stride)
+    grid = next((g for g in grids if g[0] * g[1] == patches.shape[2]), None)
+    if grid is None:
+        expected = " or ".join(str(n) for n in sorted({h * w for h, w in grids}))
+        raise EncoderError(
+            f"the encoder returned {patches.shape[2]} patch tokens for images of {image_size[0]} x {image_size[1]} "
+            f"(H x W); expected {expected}, one for {spec.stride} x {spec.stride} pixels"
+        )
+    if spec.by_columns:
+        return patches.unflatten(2, grid[::-1]).transpose(2, 3)
+    return patches.unflatten(2, grid)
+
+
+def from_map(cells: Tensor, spec: MapSpec, like: Tensor) -> Tensor:
+    """A map [B, C, h, w] in the layout of `spec` and the shape of `like`; 0 in tokens that are no patches."""
+    if spec.layout == "nchw":
+        return cells
+    if spec.layout == "nhwc":
+        return cells.permute(0, 2, 3, 1)
+    patches = (cells.transpose(2, 3) if spec.by_columns else cells).flatten(2).transpose(1, 2)  # [B, h * w, C]
+    half = patches.shape[1] // 2 if spec.middle else 0
+    first, second = F.pad(patches[:, :half], (0, 0, 0, spec.middle)), patches[:, half:]
+    tokens = F.pad(torch.cat([first, second], 1), (0, 0, spec.prefix, spec.suffix))
+    axes = TOKEN_AXES[spec.layout]  # each of these orders is its own inverse
+    return tokens.permute(axes).reshape(like.shape)

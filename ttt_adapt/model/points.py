@@ -20,7 +20,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ttt_adapt.model.blocks import repeated_blocks
-from ttt_adapt.model.features import MapSpec, describe_map, tensors
+from ttt_adapt.model.features import Layout, MapSpec, describe_map, tensors
 from ttt_adapt.model.hooks import hooks
 from ttt_adapt.model.norms import channel_moments, is_norm, norm_layers
 from ttt_adapt.model.tone import levels_of
@@ -49,7 +49,7 @@ class Point:
     name: str
     module: nn.Module
     side: Literal["statistics", "input", "output"]
-    layout: Literal["nchw", "nhwc", "tokens"]
+    layout: Layout
     channels: int
     prefix: int = 0
 

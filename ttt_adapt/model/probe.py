@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+FIRST_SIZE = (128, 160)
+"""The size (H, W) of images that is tried first: small, not square, and whole cells of most strides."""
 
-def probe_images(model: nn.Module, size: tuple[int, int]) -> Tensor:
-    """Fixed random images [1, 3, H, W] of `size` (H, W), with the dtype and on the device of the model."""
+
+def probe_images(model: nn.Module, size: tuple[int, int], channels: int = 3) -> Tensor:
+    """Fixed random images [1, C, H, W] of `size` (H, W), with the dtype and on the device of the model."""
     like = next(p for p in model.parameters() if p.is_floating_point())
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, 3, *size, generator=generator).to(like)
+    return torch.randn(1, channels, *size, generator=generator).to(like)
 
 
 def probe_sizes(model: nn.Module, image_size: int | tuple[int, int] | None) -> list[tuple[int, int]]:
@@ -25,7 +28,7 @@ def probe_sizes(model: nn.Module, image_size: int | tuple[int, int] | None) -> l
     """
     if image_size is not None:
         return [(image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])]
-    sizes = [(128, 160)]
+    sizes = [FIRST_SIZE]
     if "input_size" in (config := data_config(model)):
         sizes.append(tuple(config["input_size"][-2:]))
     for module in model.modules():
@@ -33,6 +36,12 @@ def probe_sizes(model: nn.Module, image_size: int | tuple[int, int] | None) -> l
         if side:
             sizes.append((along(side), along(side, 1)))
     return list(dict.fromkeys([*sizes, (224, 224), (256, 256)]))
+
+
+def other_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Sizes (H, W) beside `size` to try, in this order: another shape, larger, and whole multiples."""
+    h, w = size
+    return [*([(192, 128)] if size == FIRST_SIZE else []), (2 * h, w), (h + 64, w + 64), (2 * h, 2 * w)]
 
 
 def along(value: Any, axis: int = 0) -> int:

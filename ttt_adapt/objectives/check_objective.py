@@ -23,8 +23,8 @@ def check_objective(model: nn.Module, branch: Objective | None, attach: Mapping[
         needed: whether the stream cannot do without an objective.
 
     Raises:
-        ConfigError: no model, neither (where one is needed) or both of `branch` and `encoder`, a branch of another
-            model, or an unknown keyword.
+        ConfigError: no model, neither (where one is needed) or both of `branch` and keywords for a new one, a branch
+            of another model, or an unknown keyword.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
@@ -33,9 +33,9 @@ def check_objective(model: nn.Module, branch: Objective | None, attach: Mapping[
             f"branch is a {type(branch).__name__}; expected an MAEBranch or another Objective. To name the encoder, "
             "write StreamAdapter(model, encoder=...)"
         )
-    if branch is None and "encoder" not in attach and (needed or attach):
+    if branch is None and not attach and needed:
         raise ConfigError(
-            "pass a branch from MAEBranch.attach(model, ...), or encoder=... to attach one here, or "
+            'pass a branch from MAEBranch.attach(model), or encoder="auto" to attach one here, or '
             "calibration=calibrate(model, stills) to go without one"
         )
     unknown = set(attach) - set(inspect.signature(MAEBranch.attach).parameters)

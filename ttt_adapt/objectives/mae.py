@@ -28,8 +28,15 @@ from ttt_adapt.model.token_dropout import keeping_tokens
 from ttt_adapt.objectives.base import Attached
 from ttt_adapt.objectives.decoders import Decoder, build_decoder, padding_multiple
 from ttt_adapt.objectives.mae_settings import check_settings, masks_tokens
+from ttt_adapt.objectives.map_mask_channel import MapMaskChannel
 from ttt_adapt.objectives.mask_channel import MaskChannel
-from ttt_adapt.objectives.masked_pass import Encoded, encode_visible_pixels, encode_visible_tokens, look_once
+from ttt_adapt.objectives.masked_pass import (
+    Encoded,
+    encode_on_stem_map,
+    encode_visible_pixels,
+    encode_visible_tokens,
+    look_once,
+)
 from ttt_adapt.objectives.masking import (
     count_visible,
     denormalise_patches,
@@ -76,9 +83,9 @@ class MAEBranch(Attached):
             assert info.tokens is not None
             self.mask_token = nn.Parameter(torch.empty(info.tokens.width).normal_(std=0.02))
         else:
-            assert info.stem is not None
-            self.mask_channel = MaskChannel(info.stem)
-            self._views = StemViews(info.model, info.module, info.stem, info.checkpointing, info.probe_size)
+            self.mask_channel = _mask_channel(info)
+            if isinstance(info.stem, nn.Conv2d) and info.stem_map is None:
+                self._views = StemViews(info.model, info.module, info.stem, info.checkpointing, info.probe_size)
         self.to(next(iter(info.parameters.values())))
 
     def loss(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -167,6 +174,8 @@ class MAEBranch(Attached):
         """What the encoder returns for images [B, 3, H', W'] without their hidden patches."""
         if self.masking == "tokens":
             return encode_visible_tokens(self.info, padded, mask, visible, self.patch_size, self.mask_token)
+        if isinstance(self.mask_channel, MapMaskChannel):
+            return encode_on_stem_map(self.info, padded, mask, self.patch_size, self.mask_channel)
         assert self._views is not None
         return encode_visible_pixels(self.info, padded, mask, self.patch_size, self.mask_channel, self._views)
 
@@ -204,7 +213,7 @@ class MAEBranch(Attached):
         What the pass has to find out by trial about images of a new size, it finds out here.
         """
         mask = self.draw_mask(images, generator)
-        if self._views is not None:
+        if self._views is not None and isinstance(self.mask_channel, MaskChannel):
             h, w = images.shape[-2:]
             look_once((h + -h % self.multiple, w + -w % self.multiple), self.mask_channel, self._views)
         return mask
@@ -260,7 +269,7 @@ class MAEBranch(Attached):
     def attach(
         cls,
         model: nn.Module,
-        encoder: str | nn.Module,
+        encoder: str | nn.Module = "auto",
         decoder: Decoder = "auto",
         masking: str = "auto",
         patch_size: int = 16,
@@ -275,7 +284,8 @@ class MAEBranch(Attached):
         Args:
             model: any module that takes images [B, 3, H, W].
             encoder: dotted path of the module where the encoder ends, or the module. All that the model runs up to
-                and including it is the encoder.
+                and including it is the encoder. "auto" takes the deepest module on which all outputs depend and whose
+                output still has a grid; `branch.info.path` names it, and `branch.info.alternatives` the others.
             decoder: "conv", "transformer", "copy_head", a module or a factory; "auto" takes "transformer" with token
                 masking and "conv" with pixel masking.
             masking: "pixels" (hidden patches are filled with 0, and a mask channel tells the first convolution where),
@@ -335,3 +345,11 @@ class MAEBranch(Attached):
                 f"the decoder returned {tuple(prediction.shape)} for images {tuple(images.shape)}; "
                 "expected [B, 3, H, W]: it must predict 3 x s x s channels at its stride s"
             )
+
+
+def _mask_channel(info: EncoderInfo) -> MaskChannel | MapMaskChannel:
+    """The mask channel that fits the encoder's first layer."""
+    if info.stem_map is not None:
+        return MapMaskChannel(info.stem_map)
+    assert isinstance(info.stem, nn.Conv2d)
+    return MaskChannel(info.stem)

@@ -9,6 +9,8 @@ from torch import Tensor
 from ttt_adapt.model.encoder import EncoderInfo
 from ttt_adapt.model.hooks import hidden_channel, run_encoder, visible_tokens
 from ttt_adapt.model.places import StemViews, moved_to
+from ttt_adapt.model.stem import hidden_on_map
+from ttt_adapt.objectives.map_mask_channel import MapMaskChannel
 from ttt_adapt.objectives.mask_channel import MaskChannel
 from ttt_adapt.objectives.masking import visible_pixels, visible_tokens_first
 
@@ -68,6 +70,26 @@ def encode_visible_pixels(
     told = [1 - shown if places is None else moved_to(places, 1 - shown) for places in view.places]
     with hidden_channel(info.stem, channel, *told):
         return Encoded(run_encoder(info.model, info.module, images * shown), view.size, view.corner)
+
+
+def encode_on_stem_map(
+    info: EncoderInfo, images: Tensor, mask: Tensor, patch_size: int, channel: MapMaskChannel
+) -> Encoded:
+    """As `encode_visible_pixels`, for a first layer that is no convolution over the images: its output map is told.
+
+    Args:
+        info: an encoder with a stem map.
+        images: [B, C, H, W].
+        mask: bool [B, grid_h, grid_w], True = visible.
+        patch_size: side of a patch in pixels.
+        channel: the mask channel of the map.
+    """
+    assert info.stem is not None
+    assert info.stem_map is not None
+    size = (images.shape[-2], images.shape[-1])
+    shown = visible_pixels(mask, patch_size, size).to(images.dtype)  # [B, 1, H, W]
+    with hidden_on_map(info.stem, info.stem_map, channel, 1 - shown):
+        return Encoded(run_encoder(info.model, info.module, images * shown), size)
 
 
 def look_once(size: tuple[int, int], channel: MaskChannel, views: StemViews) -> None:

@@ -33,7 +33,7 @@ class Rotation(Attached):
     @classmethod
     @torch.inference_mode(False)
     def attach(
-        cls, model: nn.Module, encoder: str | nn.Module, image_size: int | tuple[int, int] | None = None
+        cls, model: nn.Module, encoder: str | nn.Module = "auto", image_size: int | tuple[int, int] | None = None
     ) -> Rotation:
         """Attach a rotation head to `model`. Arguments and errors are those of `MAEBranch.attach`."""
         return cls(inspect_encoder(model, encoder, image_size))

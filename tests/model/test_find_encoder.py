@@ -1,0 +1,150 @@
+"""`encoder="auto"` ends the encoder where people would name it."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import models as zoo
+from conftest import left_as_it_was
+from ttt_adapt import MAEBranch
+from ttt_adapt.errors import EncoderError
+from ttt_adapt.model.encoder import inspect_encoder
+
+
+class FlatUNet(nn.Module):
+    """A U-Net without a module that holds its encoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inc, self.down1, self.down2 = zoo.Pair(3, 4), zoo.Pair(4, 8), zoo.Pair(8, 16)
+        self.up1, self.up2, self.out = zoo.Pair(24, 8), zoo.Pair(12, 4), nn.Conv2d(4, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.inc(x)
+        middle = self.down1(F.max_pool2d(fine, 2))
+        coarse = self.down2(F.max_pool2d(middle, 2))
+        x = self.up1(torch.cat([middle, F.interpolate(coarse, scale_factor=2)], 1))
+        return self.out(self.up2(torch.cat([fine, F.interpolate(x, scale_factor=2)], 1)))
+
+
+class TwoHeads(nn.Module):
+    """Two heads on one trunk; the second one has a deep map of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.GELU(), nn.Conv2d(8, 16, 2, 2), nn.GELU())
+        self.boxes, self.masks = (
+            nn.Linear(16, 4),
+            nn.Sequential(nn.Conv2d(16, 16, 2, 2), nn.GELU(), nn.Conv2d(16, 5, 1)),
+        )
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = self.trunk(x)
+        return {"boxes": self.boxes(features.mean((2, 3))), "masks": self.masks(features)}
+
+
+class Wrapped(nn.Module):
+    """A model inside of another, as wrappers and pipelines hold it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(2 * x)
+
+
+class TokenNet(nn.Module):
+    """Patch tokens with a class token, read by a linear head; the blocks are a list that the model loops over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.first = nn.Conv2d(3, 16, 16, 16), nn.Parameter(torch.randn(1, 1, 16))
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True) for _ in range(2))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.first.expand(len(x), -1, -1), tokens], 1)
+        for layer in self.layers:
+            tokens = layer(tokens)
+        return self.head(tokens[:, 0])
+
+
+def sequential() -> nn.Module:
+    body = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.GELU(), nn.Conv2d(8, 12, 3, 1, 1), nn.GELU())
+    return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5))
+
+
+@pytest.mark.parametrize(
+    ("make", "path"),
+    [
+        (zoo.resnet, "layer4"),
+        (zoo.convnext, "stages"),
+        (zoo.vit, "norm"),
+        (zoo.swin, "norm"),
+        (lambda: timm.create_model("test_efficientnet"), "bn2"),
+        (zoo.resnet_features, ""),
+        (zoo.UNet, "encoder"),
+        (lambda: zoo.UNet(as_dict=True), "encoder"),
+        (zoo.PlainSeg, "backbone"),
+        (zoo.MaskQueryNet, "backbone"),
+        (zoo.TupleNet, "backbone"),
+        (zoo.PooledSeg, "backbone"),
+        (FlatUNet, "down2"),
+        (TwoHeads, "trunk"),
+        (TokenNet, "layers"),
+        (lambda: Wrapped(TokenNet()), "inner.layers"),
+        (lambda: Wrapped(zoo.PlainSeg()), "inner.backbone"),
+        (sequential, "0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_encoder_ends_where_people_would_name_it(make, path):
+    model = make().eval()
+    with left_as_it_was(model):
+        assert inspect_encoder(model).path == path
+
+
+def test_a_frozen_model_in_training_mode_is_looked_at_and_left_as_it_was():
+    model = zoo.resnet().requires_grad_(False).train()
+    with left_as_it_was(model):
+        assert inspect_encoder(model).path == "layer4"
+
+
+def test_of_a_model_that_resizes_all_images_to_one_size_the_encoder_has_whole_cells():
+    class Resizing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.img_size, self.fine, self.rough = 48, nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 8, 2, 1)
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.interpolate(x, (48, 48))
+            return self.head(self.rough(self.fine(x)).mean((2, 3)))
+
+    branch = MAEBranch.attach(Resizing())
+    assert (branch.info.path, branch.info.probe_size) == ("fine", (48, 48))
+
+
+def test_attach_needs_no_encoder_and_adapts_all_that_all_heads_share():
+    model = TwoHeads()
+    branch = MAEBranch.attach(model)
+    assert set(branch.encoder_parameters()) == {f"trunk.{name}" for name, _ in model.trunk.named_parameters()}
+    assert branch.loss(torch.randn(2, 3, 32, 48)).isfinite()
+
+
+def test_the_alternatives_are_the_other_ends_and_none_where_the_caller_chose():
+    model = zoo.resnet().eval()
+    assert inspect_encoder(model).alternatives[:2] == ("layer3", "layer2")
+    assert inspect_encoder(model, "layer3").alternatives == ()
+
+
+def test_a_model_without_any_map_is_refused_and_told_to_name_its_encoder():
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+    with left_as_it_was(model), pytest.raises(EncoderError, match='no module of Sequential.*encoder="..."'):
+        inspect_encoder(model)

@@ -1,0 +1,253 @@
+"""`encoder="auto"`: find the module where a model's encoder ends.
+
+The rule: the deepest module on which all outputs depend and whose output still has a grid. "Deepest" stops where the
+head begins, which is the last part of the model that has layers of its own, and where a decoder makes the grid finer
+again, as in a U-Net. A part that the model itself calls its backbone or encoder goes first.
+
+One traced pass tells what ran in which order and what depends on what; another one, at a second image size, tells which
+outputs are a grid over the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttt_adapt.model.features import MapSpec, tensors
+from ttt_adapt.model.grid import Size, layouts
+from ttt_adapt.model.hooks import hooks
+
+NAMES = ("backbone", "encoder", "image_encoder", "vision_encoder", "vision_tower", "vision_model", "visual", "trunk")
+"""What models call the part whose features all heads share."""
+
+LEAST_SHARE = 0.1
+"""Share of the weights that runs before a head at least. What follows on less is a part of the encoder."""
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module in a traced pass.
+
+    Attributes:
+        path: dotted path of the module; "" is the model itself.
+        module: the module.
+        start: number of calls that had begun before.
+        end: number of calls that had ended before.
+        shapes: of the tensors that it returned.
+        nodes: their nodes in the graph of gradients; None for tensors without one.
+        addresses: where they lie in memory.
+        children: the calls inside of this one.
+        maps: the outputs that have a grid over the image.
+    """
+
+    path: str
+    module: nn.Module
+    start: int
+    end: int = -1
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    nodes: list[Any] = field(default_factory=list)
+    addresses: list[int] = field(default_factory=list)
+    children: list[Call] = field(default_factory=list)
+    maps: list[MapSpec] = field(default_factory=list)
+
+    @property
+    def coarsest(self) -> int:
+        """The largest stride of its maps, in pixels."""
+        return max(spec.stride for spec in self.maps)
+
+
+def encoder_paths(model: nn.Module, images: Tensor, others: list[Size]) -> list[str]:
+    """Where the encoder of `model` may end: dotted paths, the best first.
+
+    Args:
+        model: in evaluation mode.
+        images: random images [1, C, H, W] that it takes.
+        others: further sizes (H, W), to be tried in this order until the model takes one.
+    """
+    root = _traced(model, images, gradients=True)
+    size = (images.shape[-2], images.shape[-1])
+    _find_grids(root, [size, *others], model, images)
+    fixed = not any(call.maps for call in _walk(root))  # a model that brings images of any size to one size
+    if fixed:
+        _find_grids(root, [size], model, images)
+    shared = _shared_by_all_outputs(root)
+    top, head = _head(root, shared)
+    inside = set() if head is None else set(_walk(head))
+    outside = inside | _above(root, top)
+    candidates = _one_for_each_map([call for call in shared if call not in outside])
+    coarsest = max((call.coarsest for call in candidates), default=0)
+
+    def rank(call: Call) -> tuple[bool, bool, int]:
+        cell = min(spec.stride for spec in call.maps)  # images of a fixed size cannot be padded to whole cells
+        return not fixed or not any(side % cell for side in size), call.coarsest == coarsest, call.end
+
+    ends = sorted(candidates, key=rank, reverse=True)
+    named = [call for call in top.children if call in shared and _name(call) in _names(top.module)]
+    whole = [root] if root.maps and head is None and root.coarsest > coarsest else []
+    return list(dict.fromkeys(_public(call, root) for call in (*named, *whole, *ends)))
+
+
+def _names(module: nn.Module) -> tuple[str, ...]:
+    """What `module` may call its encoder; models of Hugging Face keep this name."""
+    own = getattr(module, "base_model_prefix", None)
+    return (*NAMES, own) if isinstance(own, str) and own else NAMES
+
+
+def _name(call: Call) -> str:
+    return call.path.rpartition(".")[2]
+
+
+def _traced(model: nn.Module, images: Tensor, gradients: bool) -> Call:
+    """Run the model once, and return the call of the model itself with all calls inside of it."""
+    names = {module: name for name, module in model.named_modules()}
+    open_calls, root, kept = list[Call](), list[Call](), list[Any]()
+    begun, ended = 0, 0
+
+    def enter(module: nn.Module, _args: Any) -> None:
+        nonlocal begun
+        call = Call(names[module], module, begun)
+        begun += 1
+        (open_calls[-1].children if open_calls else root).append(call)
+        open_calls.append(call)
+
+    def leave(module: nn.Module, _args: Any, output: Any) -> None:
+        nonlocal ended
+        call = open_calls.pop()
+        while call.module is not module:  # left by an exception that the model caught
+            call = open_calls.pop()
+        leaves = list(tensors(output))
+        call.end, ended = ended, ended + 1
+        call.shapes, call.nodes = [tuple(x.shape) for x in leaves], [x.grad_fn for x in leaves]
+        call.addresses = [x.data_ptr() for x in leaves]
+        kept.extend(leaves)  # so that no other tensor gets their addresses
+
+    frozen = [p for p in model.parameters() if gradients and not p.requires_grad and p.is_floating_point()]
+    handles = [m.register_forward_pre_hook(enter) for m in names] + [m.register_forward_hook(leave) for m in names]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        with torch.set_grad_enabled(gradients), hooks(handles):
+            model(images.clone().requires_grad_(gradients))
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+    return root[0]
+
+
+def _find_grids(root: Call, sizes: list[Size], model: nn.Module, images: Tensor) -> None:
+    """Fill in the maps of all calls, from their shapes at the first size and at the next one that the model takes."""
+    calls = list(_walk(root))
+    second: list[Call] = []
+    size = sizes[0]
+    for size in sizes[1:]:
+        repeats = (1, 1, -(-size[0] // images.shape[2]), -(-size[1] // images.shape[3]))
+        try:
+            second = list(_walk(_traced(model, images.repeat(repeats)[..., : size[0], : size[1]], gradients=False)))
+        except Exception:  # the model does not take this size
+            continue
+        break
+    same = len(second) == len(calls) and all(a.path == b.path for a, b in zip(calls, second, strict=True))
+    for i, call in enumerate(calls):
+        for index, shape in enumerate(call.shapes):
+            pairs = [(sizes[0], shape)]
+            if same and len(second[i].shapes) == len(call.shapes):
+                pairs.append((size, second[i].shapes[index]))
+            call.maps += layouts(pairs, index)[:1]
+
+
+def _walk(call: Call) -> Iterator[Call]:
+    """A call and all calls inside of it."""
+    yield call
+    for child in call.children:
+        yield from _walk(child)
+
+
+def _shared_by_all_outputs(root: Call) -> list[Call]:
+    """The calls with a map on which every output of the model depends."""
+    count: dict[nn.Module, int] = {}
+    for call in _walk(root):
+        count[call.module] = count.get(call.module, 0) + 1
+    behind = [_ancestors(node) for node in root.nodes if node is not None]
+
+    def shared(call: Call) -> bool:
+        nodes = [call.nodes[spec.index] for spec in call.maps]
+        return bool(nodes) and all(any(node in seen for node in nodes) for seen in behind)
+
+    return [call for call in _walk(root) if count[call.module] == 1 and shared(call)]
+
+
+def _ancestors(node: Any) -> set[Any]:
+    """All nodes of the graph of gradients that a node was made from, itself included."""
+    seen, todo = {node}, [node]
+    while todo:
+        for parent, _ in todo.pop().next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                todo.append(parent)
+    return seen
+
+
+def _head(root: Call, shared: list[Call]) -> tuple[Call, Call | None]:
+    """The module that holds encoder and head side by side, and the head, or None without one.
+
+    The head is the last part with layers of its own. A part that already gets the images holds both, so the search goes
+    on inside of it.
+    """
+    top, known = root, set(shared)
+    while True:
+        parts = [call for call in top.children if any(p.ndim > 1 for p in call.module.parameters())]
+        if not parts:
+            return top, None
+        last = parts[-1]
+        before = [call for call in top.children if call.end < last.end and known & set(_walk(call))]
+        if before:
+            weights, whole = _weights(before), _weights(top.children)
+            coarser = _coarsest(_walk(last)) > max(_coarsest(_walk(call)) for call in before)
+            return top, None if coarser or weights < LEAST_SHARE * whole else last
+        top = last
+
+
+def _coarsest(calls: Iterable[Call]) -> int:
+    return max((call.coarsest for call in calls if call.maps), default=0)
+
+
+def _weights(calls: Iterable[Call]) -> int:
+    """How many weights some modules have together."""
+    return sum(p.numel() for p in dict.fromkeys(p for call in calls for p in call.module.parameters()))
+
+
+def _above(root: Call, top: Call) -> set[Call]:
+    """`top` and the calls that it runs in: they hold the head."""
+    return {call for call in _walk(root) if call is top or (call.start < top.start and call.end > top.end)}
+
+
+def _one_for_each_map(calls: list[Call]) -> list[Call]:
+    """Of the calls that return the same map, the outermost with weights."""
+    found: dict[int, Call] = {}
+    for call in calls:  # in the order in which they began: the outermost comes first
+        if not any(True for _ in call.module.parameters()):
+            continue
+        for spec in call.maps[-1:]:
+            found.setdefault(call.addresses[spec.index], call)
+    weightless = [call for call in calls if call.addresses[call.maps[-1].index] not in found]
+    return [*dict.fromkeys(found.values()), *weightless]
+
+
+def outermost(paths: list[str]) -> list[str]:
+    """Those of some dotted paths that lie inside of no other one, in their order."""
+    return [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
+
+
+def _public(call: Call, root: Call) -> str:
+    """The path of a call, or that of the list whose last member it is."""
+    parent, _, _ = call.path.rpartition(".")
+    group = root.module.get_submodule(parent) if parent else None
+    if isinstance(group, nn.ModuleList):
+        ran = [each for each in _walk(root) if each.path.rpartition(".")[0] == parent]
+        if max(ran, key=lambda each: each.end) is call:
+            return parent
+    return call.path
