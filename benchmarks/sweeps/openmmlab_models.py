@@ -230,7 +230,9 @@ def _stream(joint: Any, config: Any) -> None:
 def _batch(config: Any, package: str) -> dict[str, Any]:
     """Two images with made-up labels, as a data loader gives them."""
     classes = max(2, min(next(_classes(config.model), 3), 8))
-    make = _segmentation_sample if package == "mmseg" else _detection_sample
+    with_masks = any(node.get("with_mask") for node in _dicts(config._cfg_dict))  # what the config's pipeline loads
+    detection = functools.partial(_detection_sample, with_masks=with_masks)
+    make = _segmentation_sample if package == "mmseg" else detection
     generator = torch.Generator().manual_seed(5)
     images = [torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8, generator=generator) for _ in range(2)]
     return {"inputs": images, "data_samples": [make(classes, seed) for seed in range(2)]}
@@ -259,8 +261,8 @@ def _segmentation_sample(classes: int, seed: int) -> Any:
     return sample
 
 
-def _detection_sample(classes: int, seed: int) -> Any:
-    """Two or three boxes with masks, and a label map."""
+def _detection_sample(classes: int, seed: int, with_masks: bool) -> Any:
+    """Two or three boxes, their masks if the config asks for them, and a label map."""
     from mmdet.structures import DetDataSample
     from mmdet.structures.bbox import HorizontalBoxes
     from mmdet.structures.mask import BitmapMasks
@@ -271,9 +273,9 @@ def _detection_sample(classes: int, seed: int) -> Any:
     for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
         mask[top:bottom, left:right] = 1
     sample = DetDataSample(metainfo=_metainfo())
-    sample.gt_instances = InstanceData(
-        bboxes=HorizontalBoxes(boxes), labels=torch.arange(len(boxes)) % classes, masks=BitmapMasks(masks, *SIZE)
-    )
+    sample.gt_instances = InstanceData(bboxes=HorizontalBoxes(boxes), labels=torch.arange(len(boxes)) % classes)
+    if with_masks:
+        sample.gt_instances.masks = BitmapMasks(masks, *SIZE)
     sample.ignored_instances = InstanceData(bboxes=HorizontalBoxes(torch.zeros(0, 4)))
     sample.gt_sem_seg = PixelData(sem_seg=_label_map(classes, seed))
     return sample
