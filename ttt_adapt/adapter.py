@@ -26,6 +26,7 @@ from ttt_adapt.model.correction import correction_of
 from ttt_adapt.model.frames import FrameIntake, Preprocess, TakenFrame, default_preprocess
 from ttt_adapt.model.norms import frame_statistics, norm_layers, updating_norms
 from ttt_adapt.model.ownership import Ownership, check_unowned, check_unshared
+from ttt_adapt.model.start_state import StartState
 from ttt_adapt.objectives.base import Objective
 from ttt_adapt.objectives.check_objective import check_objective
 from ttt_adapt.objectives.forward_only import ForwardOnly
@@ -102,17 +103,19 @@ class StreamAdapter:
         preprocess = default_preprocess(model, step.device) if preprocess is None else preprocess
         self._intake = FrameIntake(preprocess, step.device, step.dtype, config.crop_size)  # type: ignore[arg-type]
         moving = self._norms if config.norm_stats == "ema" else []
-        adapted = adapted_tensors(self._branch, step.encoder, step.own, moving)
+        adapted = adapted_tensors(self._branch, step.encoder, step.own, moving, step.half.copies)
         tensors = adapted.everything
         check_unshared(tensors)
         modules = [m for m in (model, self._branch) if isinstance(m, nn.Module)]
-        make = partial(_fresh, optimizer or adamw, parameter_groups(step.encoder, step.own, modules, config))
+        groups = parameter_groups(step.encoder, step.own, modules, config, step.half.trained)
+        make = partial(_fresh, optimizer or adamw, groups)
         source = SourceWeights(tensors, whole=[*adapted.statistics, *adapted.memory])
         self._begin = partial(StreamState.begin, config, adapted, source, make, self._intake)
         self._state = self._begin()
         self._engine = choose_engine(step, self._state.optimizer.optimizer)
         self._branch_training = bool(getattr(self._branch, "training", False))
-        self._ownership = Ownership(self, model, tensors, step.parameters, source.restore)
+        self._start = StartState(model, step.pass_state, tensors.values())
+        self._ownership = Ownership(self, model, tensors, step.parameters, source.restore, self._start)
         self._branch.train(False)
 
     @property
@@ -206,6 +209,7 @@ class StreamAdapter:
         self._check_attached()
         self._engine.forget()
         self._forget_passes()
+        self._start.put_back()
         self._state.reset()
 
     def detach(self, keep_adapted: bool = False) -> nn.Module:
@@ -288,14 +292,15 @@ class StreamAdapter:
     def _is_usual(self, taken: TakenFrame) -> bool:
         """Whether a frame looks usual to the source weights, which predict it then."""
         weights = self._state.weights
-        with weights.as_source():
+        with weights.as_source(), self._gradient.pass_state.kept(learn=False):
             output, drift = self._predict_frame(taken), self.drift
         if drift is None or not drift <= self._limit:
             return False
         if weights.moved:
             weights.pull(1.0)
             self._engine.restart(self._state.optimizer)
-        self._answer = taken, output  # of the source weights, which are in the model now
+        if not self._gradient.pass_state.changing:
+            self._answer = taken, output  # of the source weights, which are in the model now
         return True
 
     def _update(self, taken: TakenFrame) -> tuple[Tensor, Tensor | None]:
@@ -316,7 +321,7 @@ class StreamAdapter:
     def _move_statistics(self, taken: TakenFrame) -> None:
         """Let the clean frame into the running statistics of BatchNorm, if the configuration says so."""
         if self.config.norm_stats == "ema" and self._norms:
-            with updating_norms(self._norms, self.config.frame_share):
+            with self._gradient.pass_state.kept(learn=False), updating_norms(self._norms, self.config.frame_share):
                 self._predict(taken.x, *taken.context)
 
     def _gradient_step(self, iteration: int) -> tuple[Tensor, Tensor | None]:

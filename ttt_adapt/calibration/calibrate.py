@@ -25,6 +25,7 @@ from ttt_adapt.model.calibration import Calibration
 from ttt_adapt.model.correction import correction
 from ttt_adapt.model.frames import Preprocess
 from ttt_adapt.model.measure import LEAST_STILLS, TakenStills, measure, take_stills, with_drifts
+from ttt_adapt.model.pass_state import PassState
 from ttt_adapt.model.probe import evaluating
 from ttt_adapt.model.rule import Rule
 from ttt_adapt.objectives.mae import MAEBranch
@@ -157,6 +158,7 @@ class _Trial:
         self, model: nn.Module, taken: TakenStills, labels: Sequence[Any] | None, drifts: Sequence[Drift], way: Way
     ) -> None:
         self._model, self._way, self._drifts = model, way, drifts
+        self._passes = PassState(model)
         count = min(HELD_OUT, len(taken) // 2)
         held = [int((i + 0.5) * len(taken) / count) for i in range(count)]
         self._pictures = [_picture(taken.frames[i]) for i in held]
@@ -198,7 +200,7 @@ class _Trial:
         corrected = None if rule is None else correction(self._model, found)
         for still in self._sets[name]:
             around = nullcontext() if corrected is None else corrected.active()
-            with evaluating(self._model), torch.inference_mode(False), torch.no_grad(), around:
+            with self._passes.kept(), evaluating(self._model), torch.inference_mode(False), torch.no_grad(), around:
                 output = predict(still.x, *still.context)
             yield output
 

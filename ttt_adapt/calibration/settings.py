@@ -78,6 +78,7 @@ def choose_settings(
         way: how the model is run and scored.
     """
     model = branch.model
+    passes = branch.pass_state
     moving = [pan(still, None if labels is None else labels[i], FRAMES) for i, still in enumerate(stills)]
     frames, truth = zip(*(each for one in moving for each in one), strict=True)
     streams = {"none": list(frames)}
@@ -86,7 +87,7 @@ def choose_settings(
     def fixed(pictures: Sequence[np.ndarray]) -> Iterator[Any]:
         call = model if way.predict is None else way.predict
         for still in take_stills(model, pictures, way.preprocess, least=1):
-            with evaluating(model), torch.inference_mode(False), torch.no_grad():
+            with passes.kept(), evaluating(model), torch.inference_mode(False), torch.no_grad():
                 output = call(still.x, *still.context)
             yield output
 

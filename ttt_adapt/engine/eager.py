@@ -87,7 +87,7 @@ class EagerEngine:
         """The loss of `batch` [B, 3, H, W] alone, without a gradient."""
         step = self.gradient_step
         precision = step.config.precision
-        with torch.no_grad(), both_passes(precision), forward_pass(precision, step.device):
+        with torch.no_grad(), both_passes(precision), forward_pass(precision, step.device), step.in_pass():
             if (step.config.micro_batch or len(batch)) >= len(batch):
                 return _loss(step, batch, generator, None)
             parts = _parts(step, batch, generator)
@@ -118,7 +118,7 @@ class EagerEngine:
         """
         step = self.gradient_step
         again = recomputing(step.blocks, recorded=self.recorded) if step.blocks else nullcontext()
-        with torch.enable_grad(), again:
+        with torch.enable_grad(), step.in_pass(), again:
             with forward_pass(step.config.precision, step.device):
                 value = _loss(step, images, generator, drawn)
             found = torch.autograd.grad(value, step.parameters, allow_unused=True)
@@ -153,6 +153,7 @@ class EagerEngine:
 def _loss(step: GradientStep, images: Tensor, generator: torch.Generator, drawn: Tensor | None) -> Tensor:
     """The objective's loss of images for which it drew `drawn`; None: it draws now."""
     objective: Any = step.objective
+    images = step.half.of_pass(images)
     if drawn is None:
         return objective.loss(images, generator=generator)
     return objective.loss_of(images, drawn)

@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from torch import nn
 
 from ttt_adapt.config import StreamConfig
+from ttt_adapt.engine.precision import HalfWeights
 from ttt_adapt.engine.recompute import blocks_to_repeat
 from ttt_adapt.errors import ConfigError, EncoderError
 from ttt_adapt.model.dropout import drop_layers, dropping
+from ttt_adapt.model.pass_state import PassState
 from ttt_adapt.model.replaced import ReplacementCounter
-from ttt_adapt.objectives.base import Objective, StatefulObjective
+from ttt_adapt.objectives.base import Attached, Objective, StatefulObjective
 from ttt_adapt.objectives.forward_only import ForwardOnly
+from ttt_adapt.stream.adapted_weights import named_weights
 
 PATIENCE = 8
 """After this many steps in a row that find a tensor replaced, compiled and recording engines refuse the model."""
@@ -30,11 +33,14 @@ class GradientStep:
         objective: whose loss.
         encoder: name -> parameter inside of the user's model that the loss adapts.
         own: name -> parameter of the objective's own that learns. A weight that both share is the encoder's.
-        parameters: all of them, those of the encoder first. A parameter that the loss does not reach gets no gradient.
+        parameters: what gets gradients, the encoder's first: these parameters, or float32 copies of those in half
+            precision. A parameter that the loss does not reach gets no gradient.
+        half: the copies.
         config: the stream's settings.
         device: where it runs.
         dtype: of the images that the model takes.
         blocks: modules that run again in the backward pass -> the modules in each; none without `grad_checkpointing`.
+        pass_state: what the model's passes change in it beside its parameters; gradient passes leave it alone.
         remembers: whether the objective changes something of its own after a step that was taken.
         version: changes when tensors of the model or of the objective were replaced by others.
 
@@ -48,24 +54,30 @@ class GradientStep:
 
     def __init__(self, objective: Objective, config: StreamConfig) -> None:
         self.objective, self.config = objective, config
+        if isinstance(objective, Attached):
+            objective.follow_model()
         self.encoder = encoder = dict(objective.encoder_parameters())
         if not encoder and not isinstance(objective, ForwardOnly):
             raise ConfigError("the branch names no encoder parameters: there is nothing to adapt")
         inside = {id(p) for p in encoder.values()}
         own = {n: p for n, p in objective.named_parameters() if p.requires_grad and id(p) not in inside}
-        self.own, self.parameters = own, [*encoder.values(), *own.values()]
-        known = (*self.parameters, *objective.model.parameters())
+        self.own, self._adapted = own, [*encoder.values(), *own.values()]
+        known = (*self._adapted, *objective.model.parameters())
         like = next((p for p in known if p.is_floating_point()), None)
         if like is None:
             raise ConfigError(f"{type(objective.model).__name__} has no parameters: there is nothing to adapt")
         self.device, self.dtype = like.device, like.dtype
+        self.pass_state: PassState = getattr(objective, "pass_state", None) or PassState(objective.model)
         self._frozen = [p for p in encoder.values() if not p.requires_grad]
         self._drops = drop_layers(objective.model) if config.drop_path else []
-        self.blocks = blocks_to_repeat(objective.model, self.parameters) if config.grad_checkpointing else {}
+        roots = [m for m in (objective.model, objective) if isinstance(m, nn.Module)]
+        self.half = HalfWeights(roots, named_weights(encoder, own))
+        self.parameters = [self.half.trained(p) for p in self._adapted]
+        self.blocks = blocks_to_repeat(objective.model, self._adapted) if config.grad_checkpointing else {}
         stateful = isinstance(objective, StatefulObjective)
         self.remembers = stateful and bool(objective.memory())  # type: ignore[attr-defined]
-        self.after_step: Callable[[], None] = objective.after_step if stateful else _nothing  # type: ignore[attr-defined]
-        self._replaced = ReplacementCounter(objective.model, *([objective] if isinstance(objective, nn.Module) else []))
+        self._objective_after: Callable[[], None] = objective.after_step if stateful else _nothing  # type: ignore[attr-defined]
+        self._replaced = ReplacementCounter(*roots)
         self.version, self._changes = -1, 0
 
     def check_parameters(self) -> None:
@@ -82,9 +94,9 @@ class GradientStep:
             return
         self._changes += 1
         now, count = self.objective.encoder_parameters().values(), len(self.encoder)
-        if len(now) != count or any(p is not q for p, q in zip(now, self.parameters, strict=False)):
+        if len(now) != count or any(p is not q for p, q in zip(now, self._adapted, strict=False)):
             raise EncoderError(f"the encoder's parameters are not those that are adapted: {REPLACED}")
-        own = self.parameters[count:]
+        own = self._adapted[count:]
         if own and not {id(p) for p in own} <= {id(p) for _, p in self.objective.named_parameters()}:
             raise EncoderError(f"the branch's parameters are not those that are adapted: {REPLACED}")
         self.version = version
@@ -121,6 +133,17 @@ class GradientStep:
         finally:
             for parameter in self._frozen:
                 parameter.requires_grad_(False)
+
+    @contextmanager
+    def in_pass(self) -> Iterator[None]:
+        """Around a gradient pass: its precision, and what the model's passes change in it stays as it is."""
+        with self.pass_state.kept(), self.half.in_pass():
+            yield
+
+    def after_step(self) -> None:
+        """What follows a step that was taken: weights in half precision, and what the objective remembers."""
+        self.half.round()
+        self._objective_after()
 
     def forget_gradients(self) -> None:
         """Free the memory of the gradients."""

@@ -39,6 +39,7 @@ class Calibration:
         loss: mean and standard deviation over the stills of the reconstruction loss; None without a branch.
         settings: fields of `StreamConfig` that were chosen for this model; the presets take them over.
         record: how rule and settings were chosen, in plain values, for people.
+        rounded: the fingerprint of the weights in bfloat16, by which a copy in bfloat16 is known.
     """
 
     statistics: Mapping[str, Mapping[str, PointStatistics]]
@@ -50,6 +51,7 @@ class Calibration:
     loss: tuple[float, float] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
+    rounded: str = ""
 
     def __post_init__(self) -> None:
         if absent := [kind for kind in self.rule.kinds if not self.statistics.get(kind)]:
@@ -115,12 +117,15 @@ class Calibration:
         return config.replace(**self.settings_beside(kept))
 
     def check(self, model: nn.Module) -> None:
-        """Check that this is a calibration of the model's weights as they are.
+        """Check that this is a calibration of the model's weights as they are, or as they were before `half()`.
 
         Raises:
             ConfigError: it is of others.
         """
-        if fingerprint_of(model) != self.fingerprint:
+        rounded = self.rounded and any(tensor.dtype == torch.bfloat16 for tensor in model.state_dict().values())
+        if not (rounded and fingerprint_of(model, torch.bfloat16) == self.rounded) and (
+            fingerprint_of(model) != self.fingerprint
+        ):
             raise ConfigError(
                 f"the calibration is of other weights than those of this {type(model).__name__}: calibrate the model "
                 "again after it was trained, or load the weights that were calibrated"
@@ -280,14 +285,15 @@ def default_rule(kinds: Mapping[str, Any]) -> Rule:
     return Rule("none")
 
 
-def fingerprint_of(model: nn.Module) -> str:
-    """A hash of all parameters and buffers, as float16: a model and its copy in float16 have the same."""
+def fingerprint_of(model: nn.Module, dtype: torch.dtype = torch.float16) -> str:
+    """A hash of all parameters and buffers, in half precision: a model and its copy in this `dtype` have the same."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if isinstance(tensor, Tensor):
-            tensor = tensor.detach().half() if tensor.is_floating_point() else tensor.detach()
+            tensor = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().cpu().numpy().tobytes())
+            plain = tensor.contiguous().cpu()
+            digest.update((plain.view(torch.int16) if plain.dtype == torch.bfloat16 else plain).numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

@@ -10,6 +10,7 @@ Nothing has to be inherited, but a base class saves work:
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from functools import wraps
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from ttt_adapt.errors import ConfigError, FrameError, StateError
 from ttt_adapt.model.encoder import EncoderInfo
+from ttt_adapt.model.half import in_float32
+from ttt_adapt.model.pass_state import PassState
 
 
 @runtime_checkable
@@ -93,6 +96,25 @@ class SplitLoss(Protocol):
 
 
 Self = TypeVar("Self", bound="Attached")
+Attach = TypeVar("Attach", bound=Callable[..., Any])
+
+
+def examines(attach: Attach) -> Attach:
+    """For `attach(cls, model, ...)` of an `Attached`: it runs the model, and leaves it as it is.
+
+    What passes change in the model stays as it is. A model in half precision is examined in float32.
+    """
+
+    @wraps(attach)
+    def run(cls: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(model, nn.Module):
+            return attach(cls, model, *args, **kwargs)
+        with in_float32(model), PassState(model).kept():
+            objective = attach(cls, model, *args, **kwargs)
+        objective.follow_model()
+        return objective
+
+    return run  # type: ignore[return-value]
 
 
 class Attached(nn.Module):
@@ -107,6 +129,7 @@ class Attached(nn.Module):
     def __init__(self, info: EncoderInfo) -> None:
         super().__init__()
         self._info: EncoderInfo | None = info
+        self._state = PassState(info.model)
         self._keeps_norms = False
         self._norms: list[nn.Module] | None = None
 
@@ -126,6 +149,17 @@ class Attached(nn.Module):
     def model(self) -> nn.Module:
         """The user's model."""
         return self.info.model
+
+    @property
+    def pass_state(self) -> PassState:
+        """What the model's passes change in it beside its parameters; passes of the objective leave it alone."""
+        return self._state
+
+    def follow_model(self) -> None:
+        """Move the objective's own layers to the device and dtype of the encoder, where it was moved."""
+        like, own = next(iter(self.info.parameters.values())), next(self.parameters(), None)
+        if isinstance(own, nn.Parameter) and (own.device, own.dtype) != (like.device, like.dtype):
+            self.to(like)
 
     def encoder_parameters(self) -> dict[str, nn.Parameter]:
         """Name in the model -> parameter, for all parameters that the encoder's features depend on."""

@@ -24,7 +24,7 @@ from ttt_adapt.model.measure import TakenStills, measure, take_stills, with_drif
 from ttt_adapt.model.norms import frozen_norms
 from ttt_adapt.model.parameters import check_state
 from ttt_adapt.model.probe import evaluating
-from ttt_adapt.objectives.base import Attached
+from ttt_adapt.objectives.base import Attached, examines
 from ttt_adapt.objectives.decoders import Decoder, build_decoder, padding_multiple
 from ttt_adapt.objectives.mae_settings import check_settings, masks_tokens
 from ttt_adapt.objectives.mask_channel import MaskChannel
@@ -156,9 +156,10 @@ class MAEBranch(Attached):
 
     def _predict(self, images: Tensor, mask: Tensor, visible: int) -> Tensor:
         """Predict images [B, 3, H, W] from their `visible` patches: [B, 3, H', W'], zero-padded to `multiple`."""
+        self.follow_model()
         padded = pad_to_multiple(images, self.multiple)  # [B, 3, H', W']
         height, width = padded.shape[-2:]
-        with frozen_norms(self.norms), without_checkpointing(self.info.checkpointing):
+        with self.pass_state.kept(), frozen_norms(self.norms), without_checkpointing(self.info.checkpointing):
             try:
                 raw = self._encode(padded, mask, visible)
             except AssertionError as error:  # timm's way to refuse a size
@@ -270,6 +271,7 @@ class MAEBranch(Attached):
         return f"masking={self.masking!r}, patch_size={self.patch_size}, mask_ratio={self.mask_ratio}"
 
     @classmethod
+    @examines
     @torch.inference_mode(False)  # weights made under inference mode could never learn
     def attach(
         cls,
