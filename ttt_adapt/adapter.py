@@ -25,6 +25,7 @@ from ttt_adapt.model.calibration import Calibration, settled_config
 from ttt_adapt.model.correction import correction_of
 from ttt_adapt.model.frames import FrameIntake, Preprocess, TakenFrame, default_preprocess
 from ttt_adapt.model.norms import frame_statistics, norm_layers, updating_norms
+from ttt_adapt.model.outside_changes import OutsideChanges
 from ttt_adapt.model.ownership import Ownership, check_unowned, check_unshared
 from ttt_adapt.model.start_state import StartState
 from ttt_adapt.objectives.base import Objective
@@ -117,6 +118,8 @@ class StreamAdapter:
         self._start = StartState(model, step.pass_state, tensors.values())
         self._ownership = Ownership(self, model, tensors, step.parameters, source.restore, self._start)
         self._branch.train(False)
+        roots = [model, *([self._branch] if isinstance(self._branch, nn.Module) else [])]
+        self._outside = OutsideChanges(roots, step.adapted, adapted.statistics.values(), step.replacements)
 
     @property
     def branch(self) -> Objective:
@@ -169,6 +172,8 @@ class StreamAdapter:
         Raises:
             FrameTypeError, FrameError: a frame that cannot be used; nothing has changed.
             EncoderError: the model's weights were replaced by other tensors; nothing has changed.
+            StateError: somebody else changed mode, flags, precision, device or values of the model; once this is
+                undone, the stream goes on.
             MemoryLimitError: out of memory; in the gradient step, the frame was not taken into the stream. After any
                 error in the gradient step, window, random state and counters are as before, and the weights are those
                 of the last finished iteration (pulled toward the source, if `source_pull` asks for it).
@@ -190,6 +195,7 @@ class StreamAdapter:
     def forward(self, x: Tensor) -> Any:
         """What the model (or `predict`) returns for x [1, 3, H, W], as it takes it, of any size; x is not checked."""
         self._check_attached()
+        self._outside.check()
         return self._predict_frame(TakenFrame(x))
 
     def statistics(self) -> AbstractContextManager[None]:
@@ -209,8 +215,10 @@ class StreamAdapter:
         self._check_attached()
         self._engine.forget()
         self._forget_passes()
+        self._outside.check_kinds()
         self._start.put_back()
         self._state.reset()
+        self._outside.accept()
 
     def detach(self, keep_adapted: bool = False) -> nn.Module:
         """Give the model back as it was, with its source weights; may be called twice.
@@ -239,6 +247,7 @@ class StreamAdapter:
     def _take(self, frame: Any) -> TakenFrame:
         """A frame as the model takes it, checked against the stream so far."""
         self._check_attached()
+        self._outside.check()
         return self._intake.take(frame, self._state.window.frame_shape)
 
     def _adapt(self, taken: TakenFrame) -> StepReport:
@@ -343,7 +352,9 @@ class StreamAdapter:
             self._answer = None
             return answer[1]
         with torch.no_grad(), explained_memory_errors(config):
-            return self._engine.predict(self._predict, taken, self.statistics())
+            output = self._engine.predict(self._predict, taken, self.statistics())
+        self._outside.accept_modes()
+        return output
 
     @contextmanager
     def _undone_if_it_fails(self) -> Iterator[None]:
@@ -354,6 +365,7 @@ class StreamAdapter:
                     yield
             finally:
                 self._gradient.forget_gradients()
+                self._outside.accept()
                 torch.clear_autocast_cache()  # an outer autocast would predict with casts of the old weights
 
     def _forget_passes(self) -> None:
@@ -390,6 +402,7 @@ class StreamAdapter:
         self._engine.forget()
         with explained_memory_errors(self.config):
             self._state.load_state_dict(saved)
+        self._outside.accept()
         self._forget_passes()
 
     def new_state(self) -> StreamState:
@@ -414,6 +427,7 @@ class StreamAdapter:
         """
         self._check_attached()
         swap(self._state, state)
+        self._outside.accept()
         self._forget_passes()
         before, self._state = self._state, state
         return before

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.engine.gradient_step import REPLACED, GradientStep
+from ttt_adapt.engine.gradient_step import GradientStep
 from ttt_adapt.engine.precision import both_passes, forward_pass
 from ttt_adapt.engine.recompute import recomputing
 from ttt_adapt.errors import EncoderError, MemoryLimitError
 from ttt_adapt.model.frames import TakenFrame
+from ttt_adapt.model.outside_changes import REPLACED
 from ttt_adapt.objectives.base import SplitLoss
 from ttt_adapt.stream.optimizer import StreamOptimizer, decides_on_device, laid_out_alike, step_if
 from ttt_adapt.stream.state import StreamState

@@ -12,6 +12,7 @@ from ttt_adapt.engine.precision import HalfWeights
 from ttt_adapt.engine.recompute import blocks_to_repeat
 from ttt_adapt.errors import ConfigError, EncoderError
 from ttt_adapt.model.dropout import drop_layers, dropping
+from ttt_adapt.model.outside_changes import REPLACED
 from ttt_adapt.model.pass_state import PassState
 from ttt_adapt.model.replaced import ReplacementCounter
 from ttt_adapt.objectives.base import Attached, Objective, StatefulObjective
@@ -20,10 +21,6 @@ from ttt_adapt.stream.adapted_weights import named_weights
 
 PATIENCE = 8
 """After this many steps in a row that find a tensor replaced, compiled and recording engines refuse the model."""
-
-REPLACED = (
-    "they were replaced after the branch was attached (by load_state_dict(assign=True), for example); attach again"
-)
 
 
 class GradientStep:
@@ -36,6 +33,7 @@ class GradientStep:
         parameters: what gets gradients, the encoder's first: these parameters, or float32 copies of those in half
             precision. A parameter that the loss does not reach gets no gradient.
         half: the copies.
+        adapted: the parameters of model and objective that a step changes, the encoder's first.
         config: the stream's settings.
         device: where it runs.
         dtype: of the images that the model takes.
@@ -61,8 +59,8 @@ class GradientStep:
             raise ConfigError("the branch names no encoder parameters: there is nothing to adapt")
         inside = {id(p) for p in encoder.values()}
         own = {n: p for n, p in objective.named_parameters() if p.requires_grad and id(p) not in inside}
-        self.own, self._adapted = own, [*encoder.values(), *own.values()]
-        known = (*self._adapted, *objective.model.parameters())
+        self.own, self.adapted = own, [*encoder.values(), *own.values()]
+        known = (*self.adapted, *objective.model.parameters())
         like = next((p for p in known if p.is_floating_point()), None)
         if like is None:
             raise ConfigError(f"{type(objective.model).__name__} has no parameters: there is nothing to adapt")
@@ -72,8 +70,8 @@ class GradientStep:
         self._drops = drop_layers(objective.model) if config.drop_path else []
         roots = [m for m in (objective.model, objective) if isinstance(m, nn.Module)]
         self.half = HalfWeights(roots, named_weights(encoder, own))
-        self.parameters = [self.half.trained(p) for p in self._adapted]
-        self.blocks = blocks_to_repeat(objective.model, self._adapted) if config.grad_checkpointing else {}
+        self.parameters = [self.half.trained(p) for p in self.adapted]
+        self.blocks = blocks_to_repeat(objective.model, self.adapted) if config.grad_checkpointing else {}
         stateful = isinstance(objective, StatefulObjective)
         self.remembers = stateful and bool(objective.memory())  # type: ignore[attr-defined]
         self._objective_after: Callable[[], None] = objective.after_step if stateful else _nothing  # type: ignore[attr-defined]
@@ -94,9 +92,9 @@ class GradientStep:
             return
         self._changes += 1
         now, count = self.objective.encoder_parameters().values(), len(self.encoder)
-        if len(now) != count or any(p is not q for p, q in zip(now, self._adapted, strict=False)):
+        if len(now) != count or any(p is not q for p, q in zip(now, self.adapted, strict=False)):
             raise EncoderError(f"the encoder's parameters are not those that are adapted: {REPLACED}")
-        own = self._adapted[count:]
+        own = self.adapted[count:]
         if own and not {id(p) for p in own} <= {id(p) for _, p in self.objective.named_parameters()}:
             raise EncoderError(f"the branch's parameters are not those that are adapted: {REPLACED}")
         self.version = version
