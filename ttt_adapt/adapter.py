@@ -28,8 +28,9 @@ from ttt_adapt.model.norms import frame_statistics, norm_layers, updating_norms
 from ttt_adapt.model.outside_changes import OutsideChanges
 from ttt_adapt.model.ownership import Ownership, check_unowned, check_unshared
 from ttt_adapt.model.start_state import StartState
+from ttt_adapt.model.wrappers import unwrapped
 from ttt_adapt.objectives.base import Objective
-from ttt_adapt.objectives.check_objective import check_objective
+from ttt_adapt.objectives.check_objective import check_attached, check_objective, warn_if_untrained
 from ttt_adapt.objectives.forward_only import ForwardOnly
 from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.stream.adapted_weights import adapted_tensors
@@ -49,7 +50,7 @@ class StreamAdapter:
     `with` block) gives it back with its source weights and its own flags.
 
     Args:
-        model: the trained model.
+        model: the trained model, or a wrapper around the model that the branch is on: it is then what predicts.
         branch: an `MAEBranch` or any other `Objective` on this model. Without it, `encoder` and the other keywords of
             `MAEBranch.attach` make one.
         config: the choices of the algorithm; by default `StreamConfig()`, or for a calibrated model
@@ -82,10 +83,13 @@ class StreamAdapter:
         **attach: Any,
     ) -> None:
         check_objective(model, branch, attach, needed=calibration is None)
+        inside = unwrapped(model if branch is None else branch.model)
         calibration = getattr(branch, "calibration", None) if calibration is None else calibration
         self.config = config = settled_config(config, calibration)
+        self._handed, self._predict = model, model if predict is None else predict
+        model = model if branch is None else check_attached(model, branch)
         check_unowned(model)
-        self._correction = correction_of(model, config, calibration)
+        self._correction = correction_of(inside, config, calibration)
         if branch is None and not attach and self._correction is None:
             raise ConfigError(
                 f"norm_stats is {config.norm_stats!r}, so the calibration would not be used, and without a branch "
@@ -98,11 +102,12 @@ class StreamAdapter:
         if branch is None:
             branch = MAEBranch.attach(model, **attach) if attach else ForwardOnly(model)
         self._branch: Objective = branch
-        self._model, self._predict = model, model if predict is None else predict
         self._norms = norm_layers(model)
         self._gradient = step = GradientStep(self._branch, config)
-        preprocess = default_preprocess(model, step.device) if preprocess is None else preprocess
-        self._intake = FrameIntake(preprocess, step.device, step.dtype, config.crop_size)  # type: ignore[arg-type]
+        own = default_preprocess(model, step.device)
+        preprocess = own if preprocess is None else preprocess
+        crop: Any = config.crop_size
+        self._intake = FrameIntake(preprocess, step.device, step.dtype, crop, expects=own)
         moving = self._norms if config.norm_stats == "ema" else []
         adapted = adapted_tensors(self._branch, step.encoder, step.own, moving, step.half.copies)
         tensors = adapted.everything
@@ -119,6 +124,7 @@ class StreamAdapter:
         self._ownership = Ownership(self, model, tensors, step.parameters, source.restore, self._start)
         self._branch.train(False)
         roots = [model, *([self._branch] if isinstance(self._branch, nn.Module) else [])]
+        warn_if_untrained(self._branch, config)
         self._outside = OutsideChanges(roots, step.adapted, adapted.statistics.values(), step.replacements)
 
     @property
@@ -234,7 +240,7 @@ class StreamAdapter:
             self._state.weights.release()
             if self._owns_branch:
                 self._branch.detach()
-        return self._model
+        return self._handed
 
     def __enter__(self) -> StreamAdapter:
         return self

@@ -28,6 +28,8 @@ from ttt_adapt.model.measure import LEAST_STILLS, TakenStills, measure, take_sti
 from ttt_adapt.model.pass_state import PassState
 from ttt_adapt.model.probe import evaluating
 from ttt_adapt.model.rule import Rule
+from ttt_adapt.model.wrappers import unwrapped
+from ttt_adapt.objectives.check_objective import check_attached
 from ttt_adapt.objectives.mae import MAEBranch
 
 DRIFTS = ("night", "noise", "fog", "rain", "blur", "jpeg")
@@ -99,8 +101,10 @@ def calibrate(
         StateError: the model has a StreamAdapter, so its weights may be others than its own.
     """
     chosen_on = [parse_drift(text, seed) for text in (drifts.split(",") if isinstance(drifts, str) else drifts)]
-    if branch is not None and branch.model is not model:
-        raise ConfigError("the branch is attached to another model: attach one to this model")
+    if branch is not None:
+        check_attached(model, branch)
+        predict = model if predict is None and unwrapped(model) is not unwrapped(branch.model) else predict
+    model = unwrapped(model if branch is None else branch.model)
     taken = take_stills(model, stills, preprocess)
     truth = None if labels is None else list(labels)
     if truth is not None and len(truth) != len(taken):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
@@ -28,7 +28,7 @@ class GradientStep:
 
     Attributes:
         objective: whose loss.
-        encoder: name -> parameter inside of the user's model that the loss adapts.
+        encoder: name -> parameter inside of the user's model that the loss adapts, see `not_frozen`.
         own: name -> parameter of the objective's own that learns. A weight that both share is the encoder's.
         parameters: what gets gradients, the encoder's first: these parameters, or float32 copies of those in half
             precision. A parameter that the loss does not reach gets no gradient.
@@ -54,7 +54,7 @@ class GradientStep:
         self.objective, self.config = objective, config
         if isinstance(objective, Attached):
             objective.follow_model()
-        self.encoder = encoder = dict(objective.encoder_parameters())
+        self.encoder = encoder = not_frozen(objective.encoder_parameters(), objective.model)
         if not encoder and not isinstance(objective, ForwardOnly):
             raise ConfigError("the branch names no encoder parameters: there is nothing to adapt")
         inside = {id(p) for p in encoder.values()}
@@ -91,8 +91,8 @@ class GradientStep:
             self._changes = 0
             return
         self._changes += 1
-        now, count = self.objective.encoder_parameters().values(), len(self.encoder)
-        if len(now) != count or any(p is not q for p, q in zip(now, self.adapted, strict=False)):
+        now, count = self.objective.encoder_parameters(), len(self.encoder)
+        if any(now.get(name) is not p for name, p in self.encoder.items()):
             raise EncoderError(f"the encoder's parameters are not those that are adapted: {REPLACED}")
         own = self.adapted[count:]
         if own and not {id(p) for p in own} <= {id(p) for _, p in self.objective.named_parameters()}:
@@ -147,6 +147,30 @@ class GradientStep:
         """Free the memory of the gradients."""
         for parameter in self.parameters:
             parameter.grad = None
+
+
+def not_frozen(encoder: Mapping[str, nn.Parameter], model: nn.Module) -> dict[str, nn.Parameter]:
+    """The encoder's parameters that may be adapted: in a model that is partly frozen, those that are not.
+
+    A wholly frozen model is one that is ready for predictions, and is adapted.
+
+    Args:
+        encoder: name -> parameter.
+        model: with all of its parameters.
+
+    Raises:
+        ConfigError: in a partly frozen model, the whole encoder is frozen.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        return dict(encoder)
+    learning = {name: p for name, p in encoder.items() if p.requires_grad}
+    if encoder and not learning:
+        raise ConfigError(
+            f"all {len(encoder)} parameters of the encoder are frozen (requires_grad is False) and others of the model "
+            "are not, so nothing may be adapted: call requires_grad_(True) on what may be, or on nothing of the model, "
+            "model.requires_grad_(False): a model that is frozen as a whole is adapted"
+        )
+    return learning
 
 
 def _nothing() -> None:

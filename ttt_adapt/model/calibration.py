@@ -73,7 +73,7 @@ class Calibration:
         """The drift, in units of the usual one, up to which a frame counts as usual: 95 % of the stills stay below."""
         if not self.drifts:
             return float("inf")
-        highest = float(torch.tensor(self.drifts, dtype=torch.float64).quantile(0.95))
+        highest = float(torch.tensor(self.drifts, dtype=torch.float64, device="cpu").quantile(0.95))
         return highest / max(self.usual_drift, 1e-12)
 
     @property

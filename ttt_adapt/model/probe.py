@@ -13,8 +13,8 @@ from torch import Tensor, nn
 def probe_images(model: nn.Module, size: tuple[int, int]) -> Tensor:
     """Fixed random images [1, 3, H, W] of `size` (H, W), with the dtype and on the device of the model."""
     like = next(p for p in model.parameters() if p.is_floating_point())
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, 3, *size, generator=generator).to(like)
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(1, 3, *size, generator=generator, device="cpu").to(like)
 
 
 def probe_sizes(model: nn.Module, image_size: int | tuple[int, int] | None) -> list[tuple[int, int]]:

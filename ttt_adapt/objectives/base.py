@@ -109,9 +109,11 @@ def examines(attach: Attach) -> Attach:
     def run(cls: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(model, nn.Module):
             return attach(cls, model, *args, **kwargs)
-        with in_float32(model), PassState(model).kept():
+        like = next(model.parameters(), torch.empty(0, device="cpu"))
+        with torch.device(like.device), in_float32(model), PassState(model).kept():
             objective = attach(cls, model, *args, **kwargs)
         objective.follow_model()
+        objective.note_draws()
         return objective
 
     return run  # type: ignore[return-value]
@@ -130,6 +132,7 @@ class Attached(nn.Module):
         super().__init__()
         self._info: EncoderInfo | None = info
         self._state = PassState(info.model)
+        self._drawn: list[float] | None = None
         self._keeps_norms = False
         self._norms: list[nn.Module] | None = None
 
@@ -142,7 +145,10 @@ class Attached(nn.Module):
         """
         if self._info is None:
             name = type(self).__name__
-            raise StateError(f"this branch is detached: attach a new one with {name}.attach(model, ...)")
+            raise StateError(
+                f"this branch is detached: attach a new one with new = {name}.attach(model, ...), and give it this "
+                "one's weights with new.load_state_dict(branch.state_dict())"
+            )
         return self._info
 
     @property
@@ -154,6 +160,19 @@ class Attached(nn.Module):
     def pass_state(self) -> PassState:
         """What the model's passes change in it beside its parameters; passes of the objective leave it alone."""
         return self._state
+
+    @property
+    def untrained(self) -> bool:
+        """Whether all layers of the objective's own are still as they were drawn when it was attached."""
+        return self._drawn is not None and self._numbers() == self._drawn
+
+    def note_draws(self) -> None:
+        """Take the objective's own layers as drawn, and not trained or loaded."""
+        self._drawn = self._numbers()
+
+    def _numbers(self) -> list[float]:
+        """Sums of all parameters of the objective's own."""
+        return [float(p.detach().double().sum()) for p in self.parameters()]
 
     def follow_model(self) -> None:
         """Move the objective's own layers to the device and dtype of the encoder, where it was moved."""

@@ -24,6 +24,7 @@ from ttt_adapt.model.measure import TakenStills, measure, take_stills, with_drif
 from ttt_adapt.model.norms import frozen_norms
 from ttt_adapt.model.parameters import check_state
 from ttt_adapt.model.probe import evaluating
+from ttt_adapt.model.wrappers import unwrapped
 from ttt_adapt.objectives.base import Attached, examines
 from ttt_adapt.objectives.decoders import Decoder, build_decoder, padding_multiple
 from ttt_adapt.objectives.mae_settings import check_settings, masks_tokens
@@ -134,15 +135,16 @@ class MAEBranch(Attached):
             ConfigError: too few stills, or a model without any point to measure at.
             FrameError, FrameTypeError: a still cannot be used; nothing has changed.
         """
-        taken = take_stills(self.model, stills, preprocess)
-        self.calibration = with_drifts(self.model, self.measured(taken, predict, seed), taken, predict)
+        model = unwrapped(self.model)
+        taken = take_stills(model, stills, preprocess)
+        self.calibration = with_drifts(model, self.measured(taken, predict, seed), taken, predict)
         return self.calibration
 
     def measured(self, taken: TakenStills, predict: Callable[..., Any] | None = None, seed: int = 0) -> Calibration:
         """What model and reconstruction are like on stills, from `take_stills`; `calibration` stays as it is."""
         generator = torch.Generator(taken[0].x.device).manual_seed(seed)
         with evaluating(self):
-            return measure(self.model, taken, predict, lambda x: self.loss(x, generator=generator))
+            return measure(unwrapped(self.model), taken, predict, lambda x: self.loss(x, generator=generator))
 
     def draw_mask(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One random mask per image: bool [B, ceil(H / patch_size), ceil(W / patch_size)], True = visible."""
