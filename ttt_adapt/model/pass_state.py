@@ -16,6 +16,10 @@ import torch
 from torch import Tensor, nn
 
 
+class _Absent:
+    """Stands, as a class, for the value of a place that has none: a class stays itself in copies and pickles."""
+
+
 class _Slot(NamedTuple):
     """A place of a value: a buffer of a module, or an attribute of a module or of an object that it holds."""
 
@@ -34,7 +38,7 @@ class _Change(NamedTuple):
 
     Attributes:
         slot: which.
-        first: a copy of its value before the first pass; `_ABSENT` where there was none.
+        first: a copy of its value before the first pass; `_Absent` where there was none.
         steady: whether it keeps type and shape in a pass.
     """
 
@@ -83,7 +87,7 @@ class PassState:
             self._known[training] = found
             return
         memo: dict[int, Any] = {}
-        before = [(slot, slot.table.get(slot.name, _ABSENT)) for slot, _, _ in known]
+        before = [(slot, slot.table.get(slot.name, _Absent)) for slot, _, _ in known]
         for (slot, first, steady), (_, now) in zip(known, before, strict=True):
             _put(slot, _copy(now if steady else first, memo))
         try:
@@ -96,7 +100,7 @@ class PassState:
         """Copies of the attributes, not of buffers, that passes in evaluation mode are known to change, as they are."""
         memo: dict[int, Any] = {}
         slots = [change.slot for change in self._known.get(False, []) if not change.slot.buffer]
-        return [(slot, _copy(slot.table.get(slot.name, _ABSENT), memo)) for slot in slots]
+        return [(slot, _copy(slot.table.get(slot.name, _Absent), memo)) for slot in slots]
 
     def put_back(self, kept: Sequence[tuple[_Slot, Any]]) -> None:
         """Write attributes back: those of `kept`, and as they were before the first pass those that showed later."""
@@ -110,25 +114,24 @@ def _watched(model: nn.Module, found: list[_Change]) -> Iterator[None]:
     """Let passes change copies of everything that could change, and add what did to `found`."""
     memo: dict[int, Any] = {}
     built, own = _structure(model), list(_slots(model))
-    before = [(slot, slot.table[slot.name]) for slot in own]
-    for slot, value in before:
-        _put(slot, _copy(value, memo))
+    before = [(slot, slot.table[slot.name], _copy(slot.table[slot.name], memo)) for slot in own]
+    for slot, _, copy in before:
+        _put(slot, copy)
     try:
         yield
     finally:
         known = {(id(slot.owner), slot.buffer, slot.name) for slot in own}
         new = [slot for slot in _slots(model) if (id(slot.owner), slot.buffer, slot.name) not in known]
         grown = _structure(model) != built  # layers that a model makes in its first pass stay, and its notes of them
-        for slot, value in [*before, *((slot, _ABSENT) for slot in new)]:
-            now = slot.table.get(slot.name, _ABSENT)
-            same = _same(now, value)
+        for slot, value, copy in [*before, *((slot, _Absent, _Absent) for slot in new)]:
+            now = slot.table.get(slot.name, _Absent)
+            same = _same(now, value) and not _written(now, copy)
             if same or not grown or slot.buffer:
                 _put(slot, value)
             if not same and not grown:
                 found.append(_Change(slot, _copy(value, {}), _alike(now, value)))
 
 
-_ABSENT = object()
 _CONTAINERS = (list, tuple, dict, OrderedDict, set, deque)
 _OWN = frozenset(vars(nn.Module()))  # what every module has: parameters, buffers, children, hooks
 _DEPTH = 2  # objects inside of objects that are looked into
@@ -165,7 +168,7 @@ def _is_plain_object(value: Any) -> bool:
 
 def _put(slot: _Slot, value: Any) -> None:
     """Write a value into its place, past `__setattr__`."""
-    if value is _ABSENT:
+    if value is _Absent:
         slot.table.pop(slot.name, None)
     else:
         slot.table[slot.name] = value
@@ -206,6 +209,11 @@ def _same(now: Any, was: Any) -> bool:
     if type(now) in _CONTAINERS:
         return len(now) == len(was) and all(map(_same, now, was))
     return isinstance(now, bool | int | float | str | bytes) and now == was
+
+
+def _written(now: Any, copy: Any) -> bool:
+    """Whether a pass wrote to a tensor, maybe the value that it had: another pass may write another value."""
+    return isinstance(copy, Tensor) and not isinstance(copy, nn.Parameter) and (now is not copy or copy._version > 0)
 
 
 def _alike(now: Any, was: Any) -> bool:

@@ -20,6 +20,7 @@ from ttt_adapt.errors import ConfigError, FrameError, StateError
 from ttt_adapt.model.encoder import EncoderInfo
 from ttt_adapt.model.half import in_float32
 from ttt_adapt.model.pass_state import PassState
+from ttt_adapt.model.probe import evaluating
 
 
 @runtime_checkable
@@ -110,8 +111,10 @@ def examines(attach: Attach) -> Attach:
         if not isinstance(model, nn.Module):
             return attach(cls, model, *args, **kwargs)
         like = next(model.parameters(), torch.empty(0, device="cpu"))
-        with torch.device(like.device), in_float32(model), PassState(model).kept():
+        state = PassState(model)
+        with torch.device(like.device), in_float32(model), evaluating(model), state.kept():
             objective = attach(cls, model, *args, **kwargs)
+        objective.pass_state = state
         objective.follow_model()
         objective.note_draws()
         return objective
@@ -124,6 +127,9 @@ class Attached(nn.Module):
 
     These layers are modules of the objective; nothing is added to the model. A subclass implements `loss`.
 
+    Attributes:
+        pass_state: what the model's passes change in it beside its parameters; passes of the objective leave it alone.
+
     Args:
         info: the encoder, as `inspect_encoder` found it.
     """
@@ -131,7 +137,7 @@ class Attached(nn.Module):
     def __init__(self, info: EncoderInfo) -> None:
         super().__init__()
         self._info: EncoderInfo | None = info
-        self._state = PassState(info.model)
+        self.pass_state = PassState(info.model)
         self._drawn: list[float] | None = None
         self._keeps_norms = False
         self._norms: list[nn.Module] | None = None
@@ -155,11 +161,6 @@ class Attached(nn.Module):
     def model(self) -> nn.Module:
         """The user's model."""
         return self.info.model
-
-    @property
-    def pass_state(self) -> PassState:
-        """What the model's passes change in it beside its parameters; passes of the objective leave it alone."""
-        return self._state
 
     @property
     def untrained(self) -> bool:
