@@ -86,9 +86,11 @@ class StreamAdapter:
         inside = unwrapped(model if branch is None else branch.model)
         calibration = getattr(branch, "calibration", None) if calibration is None else calibration
         self.config = config = settled_config(config, calibration)
-        self._handed, self._predict = model, model if predict is None else predict
+        self._handed, plain = model, config.norm_stats == "frozen" or unwrapped(model) is not inside
+        self._predict = (model if plain else inside) if predict is None else predict  # no hook reaches what is compiled
         model = model if branch is None else check_attached(model, branch)
         check_unowned(model)
+        check_unowned(inside)
         self._correction = correction_of(inside, config, calibration)
         if branch is None and not attach and self._correction is None:
             raise ConfigError(
@@ -121,7 +123,7 @@ class StreamAdapter:
         self._engine = choose_engine(step, self._state.optimizer.optimizer)
         self._branch_training = bool(getattr(self._branch, "training", False))
         self._start = StartState(model, step.pass_state, tensors.values())
-        self._ownership = Ownership(self, model, tensors, step.parameters, source.restore, self._start)
+        self._ownership = Ownership(self, model, tensors, step.parameters, source.restore, self._start, inside)
         self._branch.train(False)
         roots = [model, *([self._branch] if isinstance(self._branch, nn.Module) else [])]
         warn_if_untrained(self._branch, config)

@@ -56,6 +56,7 @@ class Ownership:
         parameters: those that get gradients.
         restore: writes the source values back into `tensors`. It must not hold the owner.
         start: the rest of what a stream may change in the model; it is always put back.
+        inside: the model that `model` may be a wrapper around.
     """
 
     def __init__(
@@ -66,10 +67,13 @@ class Ownership:
         parameters: Sequence[nn.Parameter],
         restore: Callable[[], None],
         start: StartState,
+        inside: nn.Module | None = None,
     ) -> None:
         flags = {module: module.training for module in model.modules()}
-        self._parts, self._restore = (model, flags, parameters, start), restore
-        _changed[model] = [weakref.ref(tensor) for tensor in tensors.values()]
+        owned = [model] if inside is None else [model, inside]
+        self._parts, self._restore = (owned, flags, parameters, start), restore
+        for each in owned:
+            _changed[each] = [weakref.ref(tensor) for tensor in tensors.values()]
         self._finalizer = weakref.finalize(owner, _give_back, *self._parts, restore)
         self._finalizer.atexit = False
         model.eval()
@@ -87,7 +91,7 @@ class Ownership:
 
 
 def _give_back(
-    model: nn.Module,
+    owned: Sequence[nn.Module],
     flags: Mapping[nn.Module, bool],
     parameters: Sequence[nn.Parameter],
     start: StartState,
@@ -101,4 +105,5 @@ def _give_back(
     for module, training in flags.items():
         module.training = training
     torch.clear_autocast_cache()
-    _changed.pop(model, None)
+    for model in owned:
+        _changed.pop(model, None)
