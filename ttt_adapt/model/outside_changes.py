@@ -163,13 +163,14 @@ class OutsideChanges:
         pairs = zip(self._numbers, self._views, strict=True)
         return all(before.is_cuda or torch.equal(torch.cat(views), before) for before, views in pairs)
 
+    @torch.no_grad()
     def _see(self) -> None:
         """Find one number of every weight in memory, by device and precision."""
         found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for p in self._weights:
             if p.numel() and p.layout is torch.strided:
                 place = p.storage_offset() + sum(s * (n // 2) for n, s in zip(p.shape, p.stride(), strict=True))
-                found.setdefault((p.device, p.dtype), []).append(p.detach().as_strided((1,), (1,), place))
+                found.setdefault((p.device, p.dtype), []).append(torch.as_strided(p, (1,), (1,), place))
         self._views = list(found.values())
 
 
