@@ -26,11 +26,14 @@ from ttt_adapt.model.calibration import Calibration, settled_config
 from ttt_adapt.model.correction import correction_of
 from ttt_adapt.model.frames import FrameIntake, Preprocess, TakenFrame, default_preprocess
 from ttt_adapt.model.norms import frame_statistics, norm_layers, updating_norms
+from ttt_adapt.model.outside_changes import OutsideChanges
 from ttt_adapt.model.ownership import Ownership, check_unowned, check_unshared
+from ttt_adapt.model.start_state import StartState
 from ttt_adapt.model.threads import lock_of, one_at_a_time
 from ttt_adapt.model.uncopied import Uncopied
+from ttt_adapt.model.wrappers import unwrapped
 from ttt_adapt.objectives.base import Objective
-from ttt_adapt.objectives.check_objective import check_objective
+from ttt_adapt.objectives.check_objective import check_attached, check_objective, warn_if_untrained
 from ttt_adapt.objectives.forward_only import ForwardOnly
 from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.stream.adapted_weights import adapted_tensors
@@ -51,7 +54,7 @@ class StreamAdapter(Uncopied):
     one after the other. It is not copied and not pickled: `state_dict()` is.
 
     Args:
-        model: the trained model.
+        model: the trained model, or a wrapper around the model that the branch is on: it is then what predicts.
         branch: an `MAEBranch` or any other `Objective` on this model. Without it, `encoder` and the other keywords of
             `MAEBranch.attach` make one.
         config: the choices of the algorithm; by default `StreamConfig()`, or for a calibrated model
@@ -86,11 +89,16 @@ class StreamAdapter(Uncopied):
         **attach: Any,
     ) -> None:
         check_objective(model, branch, attach, needed=calibration is None)
+        inside = unwrapped(model if branch is None else branch.model)
         calibration = getattr(branch, "calibration", None) if calibration is None else calibration
         self.config = config = settled_config(config, calibration)
+        self._handed, plain = model, config.norm_stats == "frozen" or unwrapped(model) is not inside
+        self._predict = (model if plain else inside) if predict is None else predict  # no hook reaches what is compiled
+        model = model if branch is None else check_attached(model, branch)
         check_unowned(model)
-        self._lock = lock_of(model)
-        self._correction = correction_of(model, config, calibration)
+        check_unowned(inside)
+        self._lock = lock_of(inside)
+        self._correction = correction_of(inside, config, calibration)
         if branch is None and not attach and self._correction is None:
             raise ConfigError(
                 f"norm_stats is {config.norm_stats!r}, so the calibration would not be used, and without a branch "
@@ -103,25 +111,31 @@ class StreamAdapter(Uncopied):
         if branch is None:
             branch = MAEBranch.attach(model, **attach) if attach else ForwardOnly(model)
         self._branch: Objective = branch
-        self._model, self._predict = model, model if predict is None else predict
         self._norms = norm_layers(model)
         self._gradient = step = GradientStep(self._branch, config)
-        preprocess = default_preprocess(model, step.device) if preprocess is None else preprocess
-        self._intake = FrameIntake(preprocess, step.device, step.dtype, config.crop_size)  # type: ignore[arg-type]
+        own = default_preprocess(model, step.device)
+        preprocess = own if preprocess is None else preprocess
+        crop: Any = config.crop_size
+        self._intake = FrameIntake(preprocess, step.device, step.dtype, crop, expects=own)
         moving = self._norms if config.norm_stats == "ema" else []
-        adapted = adapted_tensors(self._branch, step.encoder, step.own, moving)
+        adapted = adapted_tensors(self._branch, step.encoder, step.own, moving, step.half.copies)
         tensors = adapted.everything
         check_unshared(tensors)
         modules = [m for m in (model, self._branch) if isinstance(m, nn.Module)]
-        make = partial(_fresh, optimizer or adamw, parameter_groups(step.encoder, step.own, modules, config))
+        groups = parameter_groups(step.encoder, step.own, modules, config, step.half.trained)
+        make = partial(_fresh, optimizer or adamw, groups)
         source = SourceWeights(tensors, whole=[*adapted.statistics, *adapted.memory])
         self._source = functools.cache(partial(source_of, self._branch, source))
         self._begin = partial(StreamState.begin, config, adapted, source, make, self._intake)
         self._state = self._begin()
         self._engine = choose_engine(step, self._state.optimizer.optimizer)
         self._branch_training = bool(getattr(self._branch, "training", False))
-        self._ownership = Ownership(self, model, tensors, step.parameters, source.restore)
+        self._start = StartState(model, step.pass_state, tensors.values())
+        self._ownership = Ownership(self, model, tensors, step.parameters, source.restore, self._start, inside)
         self._branch.train(False)
+        roots = [model, *([self._branch] if isinstance(self._branch, nn.Module) else [])]
+        warn_if_untrained(self._branch, config)
+        self._outside = OutsideChanges(roots, step.adapted, adapted.statistics.values(), step.replacements)
 
     @property
     def branch(self) -> Objective:
@@ -175,6 +189,8 @@ class StreamAdapter(Uncopied):
         Raises:
             FrameTypeError, FrameError: a frame that cannot be used; nothing has changed.
             EncoderError: the model's weights were replaced by other tensors; nothing has changed.
+            StateError: somebody else changed mode, flags, precision, device or values of the model; once this is
+                undone, the stream goes on.
             MemoryLimitError: out of memory. After any error, also in the prediction, the frame was not taken into the
                 stream: window, size of the frames, random state and counters are as before. The weights are those of
                 the last finished iteration (pulled toward the source, if `source_pull` asks for it), and at the
@@ -203,6 +219,7 @@ class StreamAdapter(Uncopied):
     def forward(self, x: Tensor) -> Any:
         """What the model (or `predict`) returns for x [1, 3, H, W], as it takes it, of any size; x is not checked."""
         self._check_attached()
+        self._outside.check()
         return self._predict_frame(TakenFrame(x))
 
     @contextmanager
@@ -231,7 +248,10 @@ class StreamAdapter(Uncopied):
         self._check_attached()
         self._engine.forget()
         self._forget_passes()
+        self._outside.check_kinds()
+        self._start.put_back()
         self._state.reset()
+        self._outside.accept()
 
     @one_at_a_time
     def detach(self, keep_adapted: bool = False) -> nn.Module:
@@ -248,7 +268,7 @@ class StreamAdapter(Uncopied):
             self._state.weights.release()
             if self._owns_branch:
                 self._branch.detach()
-        return self._model
+        return self._handed
 
     def __enter__(self) -> StreamAdapter:
         return self
@@ -261,6 +281,7 @@ class StreamAdapter(Uncopied):
     def _take(self, frame: Any) -> TakenFrame:
         """A frame as the model takes it, checked against the stream so far."""
         self._check_attached()
+        self._outside.check()
         return self._intake.take(frame, self._state.window.frame_shape)
 
     def _adapt(self, taken: TakenFrame) -> StepReport:
@@ -314,14 +335,15 @@ class StreamAdapter(Uncopied):
     def _is_usual(self, taken: TakenFrame) -> bool:
         """Whether a frame looks usual to the source weights, which predict it then."""
         weights = self._state.weights
-        with weights.as_source():
+        with weights.as_source(), self._gradient.pass_state.kept(learn=False):
             output, drift = self._predict_frame(taken), self.drift
         if drift is None or not drift <= self._limit:
             return False
         if weights.moved:
             weights.pull(1.0)
             self._engine.restart(self._state.optimizer)
-        self._answer = taken, output  # of the source weights, which are in the model now
+        if not self._gradient.pass_state.changing:
+            self._answer = taken, output  # of the source weights, which are in the model now
         return True
 
     def _update(self, taken: TakenFrame) -> tuple[Tensor, Tensor | None]:
@@ -342,7 +364,7 @@ class StreamAdapter(Uncopied):
     def _move_statistics(self, taken: TakenFrame) -> None:
         """Let the clean frame into the running statistics of BatchNorm, if the configuration says so."""
         if self.config.norm_stats == "ema" and self._norms:
-            with updating_norms(self._norms, self.config.frame_share):
+            with self._gradient.pass_state.kept(learn=False), updating_norms(self._norms, self.config.frame_share):
                 self._predict(taken.x, *taken.context)
 
     def _gradient_step(self, iteration: int) -> tuple[Tensor, Tensor | None]:
@@ -364,7 +386,9 @@ class StreamAdapter(Uncopied):
             self._answer = None
             return answer[1]
         with torch.no_grad(), explained_memory_errors(config):
-            return self._engine.predict(self._predict, taken, self._statistics())
+            output = self._engine.predict(self._predict, taken, self._statistics())
+        self._outside.accept_modes()
+        return output
 
     @contextmanager
     def _undone_if_it_fails(self) -> Iterator[None]:
@@ -386,6 +410,7 @@ class StreamAdapter(Uncopied):
                     yield
             finally:
                 self._gradient.forget_gradients()
+                self._outside.accept()
                 torch.clear_autocast_cache()  # an outer autocast would predict with casts of the old weights
 
     def _forget_passes(self) -> None:
@@ -427,6 +452,7 @@ class StreamAdapter(Uncopied):
             check_source(saved, self._source)
             self._engine.forget()
             take()
+        self._outside.accept()
         self._forget_passes()
 
     @one_at_a_time
@@ -453,6 +479,7 @@ class StreamAdapter(Uncopied):
         """
         self._check_attached()
         swap(self._state, state)
+        self._outside.accept()
         self._forget_passes()
         before, self._state = self._state, state
         return before

@@ -81,7 +81,7 @@ def test_weights_that_are_replaced_under_an_adapter_are_an_error_and_no_silent_s
     m = model()
     a = adapter(m)
     m.load_state_dict(state(m), assign=True)
-    with pytest.raises(EncoderError, match="attach again"):
+    with pytest.raises(EncoderError, match=r"StreamAdapter\(model, branch\)"):
         a.step(clip(1)[0])
 
 

@@ -53,7 +53,7 @@ class ByLabels:
     """
 
     def __init__(self, labels: Sequence[Any], ignore: int | None = 255) -> None:
-        self._labels = [torch.as_tensor(np.asarray(label)).long() for label in labels]
+        self._labels = [torch.from_numpy(np.array(label)).long() for label in labels]
         self._ignore = ignore
 
     def __call__(self, outputs: Iterable[Any]) -> float:
@@ -62,7 +62,7 @@ class ByLabels:
         Raises:
             ConfigError: an output is no class scores, or does not fit its label.
         """
-        hits = inside = seen = torch.zeros((), dtype=torch.float64)
+        hits = inside = seen = torch.zeros((), dtype=torch.float64, device="cpu")
         for output, label in zip(outputs, self._labels, strict=True):
             got, classes = self._predicted(output, label)
             all_count = label.ndim == 0 or self._ignore is None

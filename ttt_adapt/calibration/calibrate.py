@@ -25,8 +25,11 @@ from ttt_adapt.model.calibration import Calibration
 from ttt_adapt.model.correction import correction
 from ttt_adapt.model.frames import Preprocess
 from ttt_adapt.model.measure import LEAST_STILLS, TakenStills, measure, take_stills, with_drifts
+from ttt_adapt.model.pass_state import PassState
 from ttt_adapt.model.probe import evaluating
 from ttt_adapt.model.rule import Rule
+from ttt_adapt.model.wrappers import unwrapped
+from ttt_adapt.objectives.check_objective import check_attached
 from ttt_adapt.objectives.mae import MAEBranch
 
 DRIFTS = ("night", "noise", "fog", "rain", "blur", "jpeg")
@@ -97,8 +100,10 @@ def calibrate(
         StateError: the model has a StreamAdapter, so its weights may be others than its own.
     """
     chosen_on = [parse_drift(text, seed) for text in (drifts.split(",") if isinstance(drifts, str) else drifts)]
-    if branch is not None and branch.model is not model:
-        raise ConfigError("the branch is attached to another model: attach one to this model")
+    if branch is not None:
+        check_attached(model, branch)
+        predict = model if predict is None and unwrapped(model) is not unwrapped(branch.model) else predict
+    model = unwrapped(model if branch is None else branch.model)
     taken = take_stills(model, stills, preprocess)
     truth = None if labels is None else list(labels)
     if truth is not None and len(truth) != len(taken):
@@ -156,6 +161,7 @@ class _Trial:
         self, model: nn.Module, taken: TakenStills, labels: Sequence[Any] | None, drifts: Sequence[Drift], way: Way
     ) -> None:
         self._model, self._way, self._drifts = model, way, drifts
+        self._passes = PassState(model)
         count = min(HELD_OUT, len(taken) // 2)
         held = [int((i + 0.5) * len(taken) / count) for i in range(count)]
         self._pictures = [_picture(taken.frames[i]) for i in held]
@@ -197,7 +203,7 @@ class _Trial:
         corrected = None if rule is None else correction(self._model, found)
         for still in self._sets[name]:
             around = nullcontext() if corrected is None else corrected.active()
-            with evaluating(self._model), torch.inference_mode(False), torch.no_grad(), around:
+            with self._passes.kept(), evaluating(self._model), torch.inference_mode(False), torch.no_grad(), around:
                 output = predict(still.x, *still.context)
             yield output
 

@@ -33,6 +33,6 @@ def pan(still: np.ndarray, label: Any | None, frames: int) -> Iterator[tuple[np.
 
 def _resized(picture: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
     """[h, w, C] -> [H, W, C] of the same type."""
-    x = torch.as_tensor(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float()
+    x = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float()
     smooth = {"align_corners": False} if mode == "bilinear" else {}
     return F.interpolate(x, size, mode=mode, **smooth)[0].permute(1, 2, 0).round().numpy().astype(picture.dtype)

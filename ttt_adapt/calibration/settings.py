@@ -23,6 +23,7 @@ from ttt_adapt.model.calibration import Calibration
 from ttt_adapt.model.frames import Preprocess
 from ttt_adapt.model.measure import take_stills
 from ttt_adapt.model.probe import evaluating
+from ttt_adapt.model.wrappers import unwrapped
 from ttt_adapt.objectives.mae import MAEBranch
 
 FRAMES = 8
@@ -77,7 +78,8 @@ def choose_settings(
         tolerance: the largest relative loss without a drift.
         way: how the model is run and scored.
     """
-    model = branch.model
+    model = unwrapped(branch.model)
+    passes = branch.pass_state
     moving = [pan(still, None if labels is None else labels[i], FRAMES) for i, still in enumerate(stills)]
     frames, truth = zip(*(each for one in moving for each in one), strict=True)
     streams = {"none": list(frames)}
@@ -86,7 +88,7 @@ def choose_settings(
     def fixed(pictures: Sequence[np.ndarray]) -> Iterator[Any]:
         call = model if way.predict is None else way.predict
         for still in take_stills(model, pictures, way.preprocess, least=1):
-            with evaluating(model), torch.inference_mode(False), torch.no_grad():
+            with passes.kept(), evaluating(model), torch.inference_mode(False), torch.no_grad():
                 output = call(still.x, *still.context)
             yield output
 

@@ -82,9 +82,9 @@ class CompileEngine(EagerEngine):
         reached: list[int] = []
 
         def both(images: Tensor, drawn: Tensor) -> list[Tensor]:
-            with torch.enable_grad():
+            with torch.enable_grad(), step.half.in_pass():
                 with forward_pass(step.config.precision, step.device):
-                    value = objective.loss_of(images, drawn)
+                    value = objective.loss_of(step.half.of_pass(images), drawn)
                 found = torch.autograd.grad(value, step.parameters, allow_unused=True)
             reached[:] = [i for i, gradient in enumerate(found) if gradient is not None]
             return [value.detach(), *(gradient for gradient in found if gradient is not None)]

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.engine.gradient_step import REPLACED, GradientStep
+from ttt_adapt.engine.gradient_step import GradientStep
 from ttt_adapt.engine.precision import both_passes, forward_pass
 from ttt_adapt.engine.recompute import recomputing
 from ttt_adapt.errors import EncoderError, MemoryLimitError
 from ttt_adapt.model.frames import TakenFrame
+from ttt_adapt.model.outside_changes import REPLACED
 from ttt_adapt.objectives.base import SplitLoss
 from ttt_adapt.stream.optimizer import StreamOptimizer, decides_on_device, laid_out_alike, step_if
 from ttt_adapt.stream.state import StreamState
@@ -87,7 +88,7 @@ class EagerEngine:
         """The loss of `batch` [B, 3, H, W] alone, without a gradient."""
         step = self.gradient_step
         precision = step.config.precision
-        with torch.no_grad(), both_passes(precision), forward_pass(precision, step.device):
+        with torch.no_grad(), both_passes(precision), forward_pass(precision, step.device), step.in_pass():
             if (step.config.micro_batch or len(batch)) >= len(batch):
                 return _loss(step, batch, generator, None)
             parts = _parts(step, batch, generator)
@@ -118,7 +119,7 @@ class EagerEngine:
         """
         step = self.gradient_step
         again = recomputing(step.blocks, recorded=self.recorded) if step.blocks else nullcontext()
-        with torch.enable_grad(), again:
+        with torch.enable_grad(), step.in_pass(), again:
             with forward_pass(step.config.precision, step.device):
                 value = _loss(step, images, generator, drawn)
             found = torch.autograd.grad(value, step.parameters, allow_unused=True)
@@ -153,6 +154,7 @@ class EagerEngine:
 def _loss(step: GradientStep, images: Tensor, generator: torch.Generator, drawn: Tensor | None) -> Tensor:
     """The objective's loss of images for which it drew `drawn`; None: it draws now."""
     objective: Any = step.objective
+    images = step.half.of_pass(images)
     if drawn is None:
         return objective.loss(images, generator=generator)
     return objective.loss_of(images, drawn)

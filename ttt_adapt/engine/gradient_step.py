@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
 
 from ttt_adapt.config import StreamConfig
+from ttt_adapt.engine.precision import HalfWeights
 from ttt_adapt.engine.recompute import blocks_to_repeat
 from ttt_adapt.errors import ConfigError, EncoderError
 from ttt_adapt.model.dropout import drop_layers, dropping
+from ttt_adapt.model.outside_changes import REPLACED
+from ttt_adapt.model.pass_state import PassState
 from ttt_adapt.model.replaced import ReplacementCounter
-from ttt_adapt.objectives.base import Objective, StatefulObjective
+from ttt_adapt.objectives.base import Attached, Objective, StatefulObjective
 from ttt_adapt.objectives.forward_only import ForwardOnly
+from ttt_adapt.stream.adapted_weights import named_weights
 
 PATIENCE = 8
 """After this many steps in a row that find a tensor replaced, compiled and recording engines refuse the model."""
-
-REPLACED = (
-    "they were replaced after the branch was attached (by load_state_dict(assign=True), for example); attach again"
-)
 
 
 class GradientStep:
@@ -28,13 +28,17 @@ class GradientStep:
 
     Attributes:
         objective: whose loss.
-        encoder: name -> parameter inside of the user's model that the loss adapts.
+        encoder: name -> parameter inside of the user's model that the loss adapts, see `not_frozen`.
         own: name -> parameter of the objective's own that learns. A weight that both share is the encoder's.
-        parameters: all of them, those of the encoder first. A parameter that the loss does not reach gets no gradient.
+        parameters: what gets gradients, the encoder's first: these parameters, or float32 copies of those in half
+            precision. A parameter that the loss does not reach gets no gradient.
+        half: the copies.
+        adapted: the parameters of model and objective that a step changes, the encoder's first.
         config: the stream's settings.
         device: where it runs.
         dtype: of the images that the model takes.
         blocks: modules that run again in the backward pass -> the modules in each; none without `grad_checkpointing`.
+        pass_state: what the model's passes change in it beside its parameters; gradient passes leave it alone.
         remembers: whether the objective changes something of its own after a step that was taken.
         version: changes when tensors of the model or of the objective were replaced by others.
 
@@ -48,24 +52,30 @@ class GradientStep:
 
     def __init__(self, objective: Objective, config: StreamConfig) -> None:
         self.objective, self.config = objective, config
-        self.encoder = encoder = dict(objective.encoder_parameters())
+        if isinstance(objective, Attached):
+            objective.follow_model()
+        self.encoder = encoder = not_frozen(objective.encoder_parameters(), objective.model)
         if not encoder and not isinstance(objective, ForwardOnly):
             raise ConfigError("the branch names no encoder parameters: there is nothing to adapt")
         inside = {id(p) for p in encoder.values()}
         own = {n: p for n, p in objective.named_parameters() if p.requires_grad and id(p) not in inside}
-        self.own, self.parameters = own, [*encoder.values(), *own.values()]
-        known = (*self.parameters, *objective.model.parameters())
+        self.own, self.adapted = own, [*encoder.values(), *own.values()]
+        known = (*self.adapted, *objective.model.parameters())
         like = next((p for p in known if p.is_floating_point()), None)
         if like is None:
             raise ConfigError(f"{type(objective.model).__name__} has no parameters: there is nothing to adapt")
         self.device, self.dtype = like.device, like.dtype
+        self.pass_state: PassState = getattr(objective, "pass_state", None) or PassState(objective.model)
         self._frozen = [p for p in encoder.values() if not p.requires_grad]
         self._drops = drop_layers(objective.model) if config.drop_path else []
-        self.blocks = blocks_to_repeat(objective.model, self.parameters) if config.grad_checkpointing else {}
+        roots = [m for m in (objective.model, objective) if isinstance(m, nn.Module)]
+        self.half = HalfWeights(roots, named_weights(encoder, own))
+        self.parameters = [self.half.trained(p) for p in self.adapted]
+        self.blocks = blocks_to_repeat(objective.model, self.adapted) if config.grad_checkpointing else {}
         stateful = isinstance(objective, StatefulObjective)
         self.remembers = stateful and bool(objective.memory())  # type: ignore[attr-defined]
-        self.after_step: Callable[[], None] = objective.after_step if stateful else _nothing  # type: ignore[attr-defined]
-        self._replaced = ReplacementCounter(objective.model, *([objective] if isinstance(objective, nn.Module) else []))
+        self._objective_after: Callable[[], None] = objective.after_step if stateful else _nothing  # type: ignore[attr-defined]
+        self._replaced = ReplacementCounter(*roots)
         self.version, self._changes = -1, 0
 
     def check_parameters(self) -> None:
@@ -81,10 +91,10 @@ class GradientStep:
             self._changes = 0
             return
         self._changes += 1
-        now, count = self.objective.encoder_parameters().values(), len(self.encoder)
-        if len(now) != count or any(p is not q for p, q in zip(now, self.parameters, strict=False)):
+        now, count = self.objective.encoder_parameters(), len(self.encoder)
+        if any(now.get(name) is not p for name, p in self.encoder.items()):
             raise EncoderError(f"the encoder's parameters are not those that are adapted: {REPLACED}")
-        own = self.parameters[count:]
+        own = self.adapted[count:]
         if own and not {id(p) for p in own} <= {id(p) for _, p in self.objective.named_parameters()}:
             raise EncoderError(f"the branch's parameters are not those that are adapted: {REPLACED}")
         self.version = version
@@ -122,10 +132,45 @@ class GradientStep:
             for parameter in self._frozen:
                 parameter.requires_grad_(False)
 
+    @contextmanager
+    def in_pass(self) -> Iterator[None]:
+        """Around a gradient pass: its precision, and what the model's passes change in it stays as it is."""
+        with self.pass_state.kept(), self.half.in_pass():
+            yield
+
+    def after_step(self) -> None:
+        """What follows a step that was taken: weights in half precision, and what the objective remembers."""
+        self.half.round()
+        self._objective_after()
+
     def forget_gradients(self) -> None:
         """Free the memory of the gradients."""
         for parameter in self.parameters:
             parameter.grad = None
+
+
+def not_frozen(encoder: Mapping[str, nn.Parameter], model: nn.Module) -> dict[str, nn.Parameter]:
+    """The encoder's parameters that may be adapted: in a model that is partly frozen, those that are not.
+
+    A wholly frozen model is one that is ready for predictions, and is adapted.
+
+    Args:
+        encoder: name -> parameter.
+        model: with all of its parameters.
+
+    Raises:
+        ConfigError: in a partly frozen model, the whole encoder is frozen.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        return dict(encoder)
+    learning = {name: p for name, p in encoder.items() if p.requires_grad}
+    if encoder and not learning:
+        raise ConfigError(
+            f"all {len(encoder)} parameters of the encoder are frozen (requires_grad is False) and others of the model "
+            "are not, so nothing may be adapted: call requires_grad_(True) on what may be, or on nothing of the model, "
+            "model.requires_grad_(False): a model that is frozen as a whole is adapted"
+        )
+    return learning
 
 
 def _nothing() -> None:

@@ -38,6 +38,7 @@ class Calibration:
         loss: mean and standard deviation over the stills of the reconstruction loss; None without a branch.
         settings: fields of `StreamConfig` that were chosen for this model; the presets take them over.
         record: how rule and settings were chosen, in plain values, for people.
+        rounded: the fingerprint of the weights in bfloat16, by which a copy in bfloat16 is known.
     """
 
     statistics: Mapping[str, Mapping[str, PointStatistics]]
@@ -49,6 +50,7 @@ class Calibration:
     loss: tuple[float, float] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     record: Mapping[str, Any] = field(default_factory=dict)
+    rounded: str = ""
 
     def __post_init__(self) -> None:
         if absent := [kind for kind in self.rule.kinds if not self.statistics.get(kind)]:
@@ -70,7 +72,7 @@ class Calibration:
         """The drift, in units of the usual one, up to which a frame counts as usual: 95 % of the stills stay below."""
         if not self.drifts:
             return float("inf")
-        highest = float(torch.tensor(self.drifts, dtype=torch.float64).quantile(0.95))
+        highest = float(torch.tensor(self.drifts, dtype=torch.float64, device="cpu").quantile(0.95))
         return highest / max(self.usual_drift, 1e-12)
 
     @property
@@ -114,12 +116,15 @@ class Calibration:
         return config.replace(**self.settings_beside(kept))
 
     def check(self, model: nn.Module) -> None:
-        """Check that this is a calibration of the model's weights as they are.
+        """Check that this is a calibration of the model's weights as they are, or as they were before `half()`.
 
         Raises:
             ConfigError: it is of others.
         """
-        if fingerprint_of(model) != self.fingerprint:
+        rounded = self.rounded and any(tensor.dtype == torch.bfloat16 for tensor in model.state_dict().values())
+        if not (rounded and fingerprint_of(model, torch.bfloat16) == self.rounded) and (
+            fingerprint_of(model) != self.fingerprint
+        ):
             raise ConfigError(
                 f"the calibration is of other weights than those of this {type(model).__name__}: calibrate the model "
                 "again after it was trained, or load the weights that were calibrated"

@@ -85,6 +85,7 @@ _FIELDS = {
     "format": whole(1, FORMAT),
     "rule": _rule,
     "fingerprint": text,
+    "rounded": text,
     "stills": whole(1),
     "size": list_of(whole(1), 2, 2),
     "drifts": list_of(number(0.0)),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -43,8 +45,8 @@ class Normalize:
         size: tuple[int, int] | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ConfigError(f"mean {mean!r} and std {std!r} must be three numbers each, std above 0")
+        if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+            raise ConfigError(f"mean {mean!r} and std {std!r} must be three finite numbers each, std above 0")
         if max(map(abs, mean)) > 3 or max(std) > 3:
             raise ConfigError(
                 f"mean {tuple(mean)} and std {tuple(std)} are for images in 0..255; expected those for images in 0..1: "
@@ -52,10 +54,15 @@ class Normalize:
             )
         self.mean, self.std, self.size = tuple(mean), tuple(std), size
         self._device = None if device is None else torch.device(device)
-        self._shift = -torch.tensor(mean, device=device).view(1, 3, 1, 1) / torch.tensor(std, device=device).view(
-            1, 3, 1, 1
-        )
-        self._scale = 1.0 / (255.0 * torch.tensor(std, device=device).view(1, 3, 1, 1))
+        place = "cpu" if device is None else device  # and not PyTorch's default device
+        shift, scale = (torch.tensor(values, device=place).view(1, 3, 1, 1) for values in (mean, std))
+        self._shift, self._scale = -shift / scale, 1.0 / (255.0 * scale)
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The lowest and the highest value that a picture has after it."""
+        pairs = list(zip(self.mean, self.std, strict=True))
+        return min(-m / s for m, s in pairs), max((1 - m) / s for m, s in pairs)
 
     def __call__(self, frame: Any) -> Tensor:
         """[H, W, 3] uint8 -> [1, 3, H, W] float32, on the normaliser's device, or without one where the frame is."""
@@ -75,11 +82,11 @@ def to_device(frame: Any, device: torch.device | None) -> Tensor:
     """A frame (array or tensor) on `device`; to a CUDA device by pinned memory, without waiting for the copy."""
     if isinstance(frame, np.ndarray):
         frame = np.require(frame, requirements=["C", "W"])  # views that PyTorch cannot share, such as BGR reversed
-    x = torch.as_tensor(frame)
+    x = torch.from_numpy(frame) if isinstance(frame, np.ndarray) else frame
     if device is None or device.type != "cuda" or x.device.type != "cpu":
         return x.to(x.device if device is None else device)
     if x.is_pinned():  # the caller's own, who may fill it again before the copy is through
-        return copied_beside(torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x), device)
+        return copied_beside(torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True).copy_(x), device)
     return copied_beside(x.contiguous().pin_memory(), device)
 
 
@@ -150,6 +157,8 @@ class FrameIntake:
         device: of the model.
         dtype: of the model's images.
         crop_size: (H, W) of the crops that are drawn from a frame; None: whole frames.
+        expects: how the model's own frames are normalised, as far as it is known: frames that look as if they were not
+            get one warning.
     """
 
     def __init__(
@@ -158,8 +167,11 @@ class FrameIntake:
         device: torch.device,
         dtype: torch.dtype,
         crop_size: tuple[int, int] | None = None,
+        expects: Normalize | None = None,
     ) -> None:
         self.preprocess, self.device, self.dtype, self._crop = preprocess, device, dtype, crop_size
+        known = preprocess if isinstance(preprocess, Normalize) else expects
+        self._limits = None if known is None or known.limits == (0.0, 1.0) else known.limits
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -175,7 +187,10 @@ class FrameIntake:
                 smaller than a crop.
         """
         pixels = pixels_of(frame, self.preprocess, self.device)
-        x, context = _model_input(frame if pixels is None else pixels, self.preprocess, self.device, self.dtype)
+        came = frame if pixels is None else pixels
+        x, context, values = _model_input(came, self.preprocess, self.device, self.dtype)
+        if values is not None and self._limits is not None:
+            self._look_at(*values)
         x = x.clone() if x.is_inference() else x
         if stream_shape is not None and stream_shape != tuple(x.shape[1:]):
             raise FrameError(
@@ -188,6 +203,18 @@ class FrameIntake:
             )
         resized = pixels is not None and pixels.shape[:2] != x.shape[2:]
         return TakenFrame(x, None if resized else pixels, context)
+
+    def _look_at(self, low: float, high: float) -> None:
+        """Warn, once, of a frame between 0 and 1 for a model whose frames are normalised."""
+        if 0.0 <= low < high <= 1.0 and self._limits is not None:
+            floor, ceiling = self._limits
+            self._limits = None
+            warnings.warn(
+                f"all values of the frame lie in [{low:.3g}, {high:.3g}], and this model takes frames that are "
+                f"normalised, to [{floor:.3g}, {ceiling:.3g}]: subtract its mean and divide by its std, or pass uint8 "
+                "frames [H, W, 3]",
+                stacklevel=7,  # who called `step`
+            )
 
 
 def to_model_input(
@@ -204,23 +231,48 @@ def to_model_input(
 
 def _model_input(
     frame: Any, preprocess: Preprocess | None, device: torch.device, dtype: torch.dtype | None
-) -> tuple[Tensor, tuple[Any, ...]]:
-    """`to_model_input`, and the context that came with it."""
+) -> tuple[Tensor, tuple[Any, ...], tuple[float, float] | None]:
+    """`to_model_input`, the context that came with it, and lowest and highest value, as far as they were looked at.
+
+    Values that `preprocess` leaves on another device than the CPU are not looked at: the host would wait for them.
+    """
     if not isinstance(frame, np.ndarray | Tensor):
         got = "None (did the video end?)" if frame is None else f"of type {type(frame).__name__}"
         raise FrameTypeError(f"the frame is {got}; expected {ACCEPTED}{from_object(frame)}")
-    take = _from_uint8 if frame.dtype in (np.uint8, torch.uint8) else _from_float
+    is_float = frame.dtype not in (np.uint8, torch.uint8)
     context: tuple[Any, ...] = ()
-    x = take(frame, preprocess)
+    x = _from_float(frame) if is_float else _from_uint8(frame, preprocess)
     if isinstance(x, tuple) and len(x) == 2:
         x, context = x[0], (x[1],)
     if not isinstance(x, Tensor):
         raise FrameTypeError(f"preprocess returned a {type(x).__name__}; expected a float tensor [1, 3, H, W]")
-    x = to_device(x.detach(), device)
-    x = x.to(dtype) if dtype is not None and x.is_floating_point() else x
-    if x.ndim != 4 or x.shape[0] != 1 or x.shape[1] != 3 or not x.is_floating_point():
+    x = x.detach()
+    if x.ndim != 4 or x.shape[0] != 1 or x.shape[1] != 3 or 0 in x.shape or not x.is_floating_point():
         raise FrameError(f"preprocess returned {tuple(x.shape)} {x.dtype}; expected float [1, 3, H, W]")
-    return x, context
+    values = None
+    if is_float or (x.device.type == "cpu" and type(preprocess) is not Normalize):  # which makes finite values
+        values = _value_range(x, x.dtype if dtype is None else dtype, "" if is_float else " behind preprocess")
+    if is_float and values is not None and isinstance(preprocess, Normalize):
+        _check_range(*values, preprocess)
+    x = to_device(x, device)
+    return (x if dtype is None else x.to(dtype)), context, values
+
+
+def _value_range(x: Tensor, dtype: torch.dtype, where: str) -> tuple[float, float]:
+    """The lowest and the highest value, which the host waits for.
+
+    Raises:
+        FrameError: they are not finite, also in the precision `dtype` of the model.
+    """
+    low, high = torch.stack(torch.aminmax(x)).tolist()
+    if not np.isfinite([low, high]).all():
+        raise FrameError(f"the frame holds NaN or infinite values{where}: drop it, or repair it before the step")
+    if max(abs(low), abs(high)) > torch.finfo(dtype).max:
+        raise FrameError(
+            f"the frame lies in [{low:.4g}, {high:.4g}]{where}, which is infinite in the model's {dtype}: normalise it "
+            "as the model takes it"
+        )
+    return low, high
 
 
 def _from_uint8(frame: Any, preprocess: Preprocess | None) -> Any:
@@ -237,7 +289,7 @@ def _from_uint8(frame: Any, preprocess: Preprocess | None) -> Any:
     return preprocess(np.require(frame, requirements=["C", "W"]) if isinstance(frame, np.ndarray) else frame)
 
 
-def _from_float(frame: Any, preprocess: Preprocess | None) -> Tensor:
+def _from_float(frame: Any) -> Tensor:
     if not (frame.dtype.kind == "f" if isinstance(frame, np.ndarray) else frame.is_floating_point()):
         raise FrameTypeError(f"the frame has dtype {frame.dtype}; expected {ACCEPTED}{to_bytes(frame)}")
     x = to_device(frame, None).detach()
@@ -248,18 +300,12 @@ def _from_float(frame: Any, preprocess: Preprocess | None) -> Tensor:
         raise FrameError(f"the float frame is {shape}; expected [3, H, W] or [1, 3, H, W]{from_float_layout(frame)}")
     if 0 in shape:
         raise FrameError(f"the frame is empty: {shape}")
-    low, high = torch.stack(torch.aminmax(x)).tolist()
-    if not np.isfinite([low, high]).all():
-        raise FrameError("the frame holds NaN or infinite values: drop it, or repair it before the step")
-    if isinstance(preprocess, Normalize):
-        _check_range(low, high, preprocess)
     return x
 
 
 def _check_range(low: float, high: float, normalize: Normalize) -> None:
     """Refuse floats that cannot be images normalised with this mean and std, such as 0..255."""
-    floor = min(-m / s for m, s in zip(normalize.mean, normalize.std, strict=True))
-    ceiling = max((1 - m) / s for m, s in zip(normalize.mean, normalize.std, strict=True))
+    floor, ceiling = normalize.limits
     limit = 10.0 * max(abs(floor), abs(ceiling))  # resampling and noise overshoot a little, 0..255 lies far outside
     if max(abs(low), abs(high)) > limit:
         raise FrameError(

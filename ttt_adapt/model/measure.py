@@ -18,6 +18,7 @@ from ttt_adapt.model.fingerprint import fingerprint_of
 from ttt_adapt.model.frames import FrameIntake, Preprocess, TakenFrame, default_preprocess
 from ttt_adapt.model.hooks import hooks, uncompiled
 from ttt_adapt.model.ownership import check_unowned
+from ttt_adapt.model.pass_state import PassState
 from ttt_adapt.model.points import Point, first_tensor, points_of_pass
 from ttt_adapt.model.probe import evaluating
 from ttt_adapt.model.rule import PointStatistics
@@ -47,9 +48,10 @@ def measure(
     """
     call = model if predict is None else predict
     moments: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    losses = []
+    losses, passes = [], PassState(model)
     with evaluating(model), torch.inference_mode(False), torch.no_grad(), uncompiled():
-        kinds = points_of_pass(model, stills[0].x, lambda: call(stills[0].x, *stills[0].context))
+        with passes.kept():
+            kinds = points_of_pass(model, stills[0].x, lambda: call(stills[0].x, *stills[0].context))
         points = [point for kind in kinds.values() for point in kind]
         if not points:
             raise ConfigError(
@@ -57,7 +59,7 @@ def measure(
                 "and no convolution of the image: there is nothing to calibrate"
             )
         for still in stills:
-            with measuring(points) as found:
+            with passes.kept(), measuring(points) as found:
                 call(still.x, *still.context)
             for name, each in found.items():
                 moments.setdefault(name, []).extend(each)
@@ -82,6 +84,7 @@ def measure(
         statistics=statistics,
         rule=default_rule(statistics),
         fingerprint=fingerprint_of(model),
+        rounded=fingerprint_of(model, torch.bfloat16),
         stills=len(stills),
         size=(int(height), int(width)),
         loss=None if spread is None else (float(spread.mean()), float(spread.std())),
@@ -97,10 +100,10 @@ def with_drifts(
     """The calibration with the drift of every still, as a stream will see it: in a pass that its rule corrects."""
     call = model if predict is None else predict
     corrected = correction(model, calibration.replace(drifts=()))
-    drifts = []
+    drifts, passes = [], PassState(model)
     with evaluating(model), torch.inference_mode(False), torch.no_grad(), uncompiled():
         for still in stills:
-            with corrected.active():
+            with passes.kept(), corrected.active():
                 call(still.x, *still.context)
             drift = corrected.drift()
             drifts.append(0.0 if drift is None else float(drift))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt_adapt.errors import StateError
+from ttt_adapt.model.start_state import StartState
 
 _changed: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[Tensor]]] = weakref.WeakKeyDictionary()
 """Models that have an adapter -> the tensors that it changes."""
@@ -54,6 +55,8 @@ class Ownership:
         tensors: name -> what the adapter changes.
         parameters: those that get gradients.
         restore: writes the source values back into `tensors`. It must not hold the owner.
+        start: the rest of what a stream may change in the model; it is always put back.
+        inside: the model that `model` may be a wrapper around.
     """
 
     def __init__(
@@ -63,10 +66,14 @@ class Ownership:
         tensors: Mapping[str, Tensor],
         parameters: Sequence[nn.Parameter],
         restore: Callable[[], None],
+        start: StartState,
+        inside: nn.Module | None = None,
     ) -> None:
         flags = {module: module.training for module in model.modules()}
-        self._parts, self._restore = (model, flags, parameters), restore
-        _changed[model] = [weakref.ref(tensor) for tensor in tensors.values()]
+        owned = [model] if inside is None else [model, inside]
+        self._parts, self._restore = (owned, flags, parameters, start), restore
+        for each in owned:
+            _changed[each] = [weakref.ref(tensor) for tensor in tensors.values()]
         self._finalizer = weakref.finalize(owner, _give_back, *self._parts, restore)
         self._finalizer.atexit = False
         model.eval()
@@ -84,16 +91,19 @@ class Ownership:
 
 
 def _give_back(
-    model: nn.Module,
+    owned: Sequence[nn.Module],
     flags: Mapping[nn.Module, bool],
     parameters: Sequence[nn.Parameter],
+    start: StartState,
     restore: Callable[[], None] | None = None,
 ) -> None:
     if restore is not None:
         restore()
+    start.put_back()
     for parameter in parameters:
         parameter.grad = None
     for module, training in flags.items():
         module.training = training
     torch.clear_autocast_cache()
-    _changed.pop(model, None)
+    for model in owned:
+        _changed.pop(model, None)

@@ -16,8 +16,8 @@ FIRST_SIZE = (128, 160)
 def probe_images(model: nn.Module, size: tuple[int, int], channels: int = 3) -> Tensor:
     """Fixed random images [1, C, H, W] of `size` (H, W), with the dtype and on the device of the model."""
     like = next(p for p in model.parameters() if p.is_floating_point())
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(1, channels, *size, generator=generator).to(like)
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(1, channels, *size, generator=generator, device="cpu").to(like)
 
 
 def probe_sizes(model: nn.Module, image_size: int | tuple[int, int] | None) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ Nothing has to be inherited, but a base class saves work:
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from functools import wraps
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 
 from ttt_adapt.errors import ConfigError, FrameError, StateError
 from ttt_adapt.model.encoder import EncoderInfo
+from ttt_adapt.model.half import in_float32
+from ttt_adapt.model.pass_state import PassState
+from ttt_adapt.model.probe import evaluating
 
 
 @runtime_checkable
@@ -93,12 +97,38 @@ class SplitLoss(Protocol):
 
 
 Self = TypeVar("Self", bound="Attached")
+Attach = TypeVar("Attach", bound=Callable[..., Any])
+
+
+def examines(attach: Attach) -> Attach:
+    """For `attach(cls, model, ...)` of an `Attached`: it runs the model, and leaves it as it is.
+
+    What passes change in the model stays as it is. A model in half precision is examined in float32.
+    """
+
+    @wraps(attach)
+    def run(cls: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(model, nn.Module):
+            return attach(cls, model, *args, **kwargs)
+        like = next(model.parameters(), torch.empty(0, device="cpu"))
+        state = PassState(model)
+        with torch.device(like.device), in_float32(model), evaluating(model), state.kept():
+            objective = attach(cls, model, *args, **kwargs)
+        objective.pass_state = state
+        objective.follow_model()
+        objective.note_draws()
+        return objective
+
+    return run  # type: ignore[return-value]
 
 
 class Attached(nn.Module):
     """Base class for objectives with layers of their own on top of the encoder of the user's model.
 
     These layers are modules of the objective; nothing is added to the model. A subclass implements `loss`.
+
+    Attributes:
+        pass_state: what the model's passes change in it beside its parameters; passes of the objective leave it alone.
 
     Args:
         info: the encoder, as `inspect_encoder` found it.
@@ -107,6 +137,8 @@ class Attached(nn.Module):
     def __init__(self, info: EncoderInfo) -> None:
         super().__init__()
         self._info: EncoderInfo | None = info
+        self.pass_state = PassState(info.model)
+        self._drawn: list[float] | None = None
         self._keeps_norms = False
         self._norms: list[nn.Module] | None = None
 
@@ -119,13 +151,35 @@ class Attached(nn.Module):
         """
         if self._info is None:
             name = type(self).__name__
-            raise StateError(f"this branch is detached: attach a new one with {name}.attach(model, ...)")
+            raise StateError(
+                f"this branch is detached: attach a new one with new = {name}.attach(model, ...), and give it this "
+                "one's weights with new.load_state_dict(branch.state_dict())"
+            )
         return self._info
 
     @property
     def model(self) -> nn.Module:
         """The user's model."""
         return self.info.model
+
+    @property
+    def untrained(self) -> bool:
+        """Whether all layers of the objective's own are still as they were drawn when it was attached."""
+        return self._drawn is not None and self._numbers() == self._drawn
+
+    def note_draws(self) -> None:
+        """Take the objective's own layers as drawn, and not trained or loaded."""
+        self._drawn = self._numbers()
+
+    def _numbers(self) -> list[float]:
+        """Sums of all parameters of the objective's own."""
+        return [float(p.detach().double().sum()) for p in self.parameters()]
+
+    def follow_model(self) -> None:
+        """Move the objective's own layers to the device and dtype of the encoder, where it was moved."""
+        like, own = next(iter(self.info.parameters.values())), next(self.parameters(), None)
+        if isinstance(own, nn.Parameter) and (own.device, own.dtype) != (like.device, like.dtype):
+            self.to(like)
 
     def encoder_parameters(self) -> dict[str, nn.Parameter]:
         """Name in the model -> parameter, for all parameters that the encoder's features depend on."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import ConfigError
+from ttt_adapt.model.wrappers import outermost
 from ttt_adapt.objectives.base import Objective
 from ttt_adapt.objectives.mae import MAEBranch
 
@@ -45,5 +48,41 @@ def check_objective(model: nn.Module, branch: Objective | None, attach: Mapping[
         raise ConfigError(
             f"a branch was given, and {', '.join(attach)} for MAEBranch.attach, which makes a new branch: pass only one"
         )
-    if branch is not None and branch.model is not model:
-        raise ConfigError("the branch is attached to another model: attach one to this model")
+    if branch is not None:
+        check_attached(model, branch)
+
+
+def check_attached(model: nn.Module, branch: Objective) -> nn.Module:
+    """Check that an objective is on this model, on a part of it, or on a wrapper around it.
+
+    Returns:
+        The outermost of both: the model, or the wrapper around it that the objective is attached to.
+
+    Raises:
+        ConfigError: it is on another model; the message says how to keep what it learned.
+    """
+    if (outer := outermost(model, branch.model)) is not None:
+        return outer
+    raise ConfigError(of_another_model(model, branch))
+
+
+def of_another_model(model: nn.Module, branch: Objective) -> str:
+    """For an error: an objective is on another model, and how to keep what it learned."""
+    return (
+        f"the branch is attached to another model: to a {type(branch.model).__name__} that is neither this "
+        f"{type(model).__name__} nor inside of it. To keep what the branch learned, pass the model that it is attached "
+        "to, branch.model; or copy both at once, model, branch = copy.deepcopy((model, branch)); or attach a new "
+        f"branch to this model in the same way, new = {type(branch).__name__}.attach(model, ...), and then "
+        "new.load_state_dict(branch.state_dict())"
+    )
+
+
+def warn_if_untrained(branch: Objective, config: StreamConfig) -> None:
+    """Warn of gradient steps on an objective whose own layers are as they were drawn."""
+    if getattr(branch, "untrained", False) and config.lr and config.iterations:
+        warnings.warn(
+            f"this {type(branch).__name__} was never trained: its own layers are as they were drawn, and what they ask "
+            "of the encoder is noise. Train model and branch together first, with ttt_adapt.fit or `ttt-adapt train`, "
+            "or load a trained branch with branch.load_state_dict(...)",
+            stacklevel=3,
+        )

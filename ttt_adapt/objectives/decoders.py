@@ -141,9 +141,9 @@ class _Block(nn.Module):
 def sincos_positions(h: int, w: int, width: int) -> Tensor:
     """Fixed sine-cosine position embedding [h * w, width]: one half of the channels for the row, one for the column."""
     quarter = width // 4
-    omega = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
-    rows = torch.arange(h, dtype=torch.float64)[:, None] * omega
-    cols = torch.arange(w, dtype=torch.float64)[:, None] * omega
+    omega = 1.0 / 10000 ** (torch.arange(quarter, dtype=torch.float64, device="cpu") / quarter)
+    rows = torch.arange(h, dtype=torch.float64, device="cpu")[:, None] * omega
+    cols = torch.arange(w, dtype=torch.float64, device="cpu")[:, None] * omega
     row = torch.cat([rows.sin(), rows.cos()], 1)[:, None].expand(h, w, -1)
     col = torch.cat([cols.sin(), cols.cos()], 1)[None].expand(h, w, -1)
     return torch.cat([row, col], 2).reshape(h * w, -1).float()

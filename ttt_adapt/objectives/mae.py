@@ -25,7 +25,8 @@ from ttt_adapt.model.parameters import check_state
 from ttt_adapt.model.places import StemViews
 from ttt_adapt.model.probe import evaluating
 from ttt_adapt.model.token_dropout import keeping_tokens
-from ttt_adapt.objectives.base import Attached
+from ttt_adapt.model.wrappers import unwrapped
+from ttt_adapt.objectives.base import Attached, examines
 from ttt_adapt.objectives.decoders import Decoder, build_decoder, padding_multiple
 from ttt_adapt.objectives.mae_settings import check_settings, masks_tokens
 from ttt_adapt.objectives.map_mask_channel import MapMaskChannel
@@ -129,15 +130,16 @@ class MAEBranch(Attached):
             ConfigError: too few stills, or a model without any point to measure at.
             FrameError, FrameTypeError: a still cannot be used; nothing has changed.
         """
-        taken = take_stills(self.model, stills, preprocess)
-        self.calibration = with_drifts(self.model, self.measured(taken, predict, seed), taken, predict)
+        model = unwrapped(self.model)
+        taken = take_stills(model, stills, preprocess)
+        self.calibration = with_drifts(model, self.measured(taken, predict, seed), taken, predict)
         return self.calibration
 
     def measured(self, taken: TakenStills, predict: Callable[..., Any] | None = None, seed: int = 0) -> Calibration:
         """What model and reconstruction are like on stills, from `take_stills`; `calibration` stays as it is."""
         generator = torch.Generator(taken[0].x.device).manual_seed(seed)
         with evaluating(self):
-            return measure(self.model, taken, predict, lambda x: self.loss(x, generator=generator))
+            return measure(unwrapped(self.model), taken, predict, lambda x: self.loss(x, generator=generator))
 
     def draw_mask(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One random mask per image: bool [B, ceil(H / patch_size), ceil(W / patch_size)], True = visible."""
@@ -151,9 +153,11 @@ class MAEBranch(Attached):
 
     def _predict(self, images: Tensor, mask: Tensor, visible: int) -> Tensor:
         """Predict images [B, 3, H, W] from their `visible` patches: [B, 3, H', W'], zero-padded to `multiple`."""
+        self.follow_model()
         padded = pad_to_multiple(images, self.multiple)  # [B, 3, H', W']
         height, width = padded.shape[-2:]
         with (
+            self.pass_state.kept(),
             frozen_norms(self.norms),
             without_checkpointing(self.info.checkpointing),
             keeping_tokens(self.info.token_droppers),
@@ -215,7 +219,8 @@ class MAEBranch(Attached):
         mask = self.draw_mask(images, generator)
         if self._views is not None and isinstance(self.mask_channel, MaskChannel):
             h, w = images.shape[-2:]
-            look_once((h + -h % self.multiple, w + -w % self.multiple), self.mask_channel, self._views)
+            with self.pass_state.kept():
+                look_once((h + -h % self.multiple, w + -w % self.multiple), self.mask_channel, self._views)
         return mask
 
     def weight(self, images: Tensor, mask: Tensor) -> Tensor:
@@ -265,6 +270,7 @@ class MAEBranch(Attached):
         return f"masking={self.masking!r}, patch_size={self.patch_size}, mask_ratio={self.mask_ratio}"
 
     @classmethod
+    @examines
     @torch.inference_mode(False)  # weights made under inference mode could never learn
     def attach(
         cls,

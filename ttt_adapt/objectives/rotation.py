@@ -12,7 +12,7 @@ from ttt_adapt.model.features import to_maps
 from ttt_adapt.model.hooks import run_encoder, without_checkpointing
 from ttt_adapt.model.norms import frozen_norms
 from ttt_adapt.model.token_dropout import keeping_tokens
-from ttt_adapt.objectives.base import Attached
+from ttt_adapt.objectives.base import Attached, examines
 
 
 class Rotation(Attached):
@@ -31,6 +31,7 @@ class Rotation(Attached):
         self.to(next(iter(info.parameters.values())))
 
     @classmethod
+    @examines
     @torch.inference_mode(False)
     def attach(
         cls, model: nn.Module, encoder: str | nn.Module = "auto", image_size: int | tuple[int, int] | None = None
@@ -40,9 +41,15 @@ class Rotation(Attached):
 
     def loss(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Cross-entropy over the four turns, a scalar. One turn is drawn for each of the images [B, 3, H, W]."""
+        self.follow_model()
         turned, turns = self.turn(self.checked(images), generator)  # [B, 3, S, S], [B]
         info = self.info
-        with frozen_norms(self.norms), without_checkpointing(info.checkpointing), keeping_tokens(info.token_droppers):
+        with (
+            self.pass_state.kept(),
+            frozen_norms(self.norms),
+            without_checkpointing(info.checkpointing),
+            keeping_tokens(info.token_droppers),
+        ):
             raw = run_encoder(info.model, info.module, turned)
         coarsest = to_maps(raw, self.info.maps, (turned.shape[-2], turned.shape[-1]))[-1]  # [B, C, h, w]
         return F.cross_entropy(self.head(coarsest.mean((2, 3))), turns)

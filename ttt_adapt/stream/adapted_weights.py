@@ -36,7 +36,11 @@ class AdaptedTensors(NamedTuple):
 
 
 def adapted_tensors(
-    objective: Objective, encoder: Mapping[str, Tensor], own: Mapping[str, Tensor], norms: Sequence[nn.Module]
+    objective: Objective,
+    encoder: Mapping[str, nn.Parameter],
+    own: Mapping[str, nn.Parameter],
+    norms: Sequence[nn.Module],
+    copies: Mapping[str, Tensor] | None = None,
 ) -> AdaptedTensors:
     """Everything that adaptation changes.
 
@@ -45,11 +49,18 @@ def adapted_tensors(
         encoder: name -> parameter of the user's model.
         own: name -> parameter of the objective's own.
         norms: layers whose running statistics move.
+        copies: name -> float32 copy of a weight in half precision, by the names of `named_weights`.
     """
-    weights = {f"model.{name}": p for name, p in encoder.items()} | {f"branch.{name}": p for name, p in own.items()}
+    weights: dict[str, Tensor] = {**named_weights(encoder, own)}
+    weights |= {f"float32.{name}": copy for name, copy in (copies or {}).items()}
     buffers = [(f"norm.{i}.{name}", buffer) for i, norm in enumerate(norms) for name, buffer in norm.named_buffers()]
     memory = objective.memory() if isinstance(objective, StatefulObjective) else {}
     return AdaptedTensors(weights, dict(buffers), {f"memory.{name}": tensor for name, tensor in memory.items()})
+
+
+def named_weights(encoder: Mapping[str, nn.Parameter], own: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The weights of encoder and objective under the names that a saved stream has for them."""
+    return {f"model.{name}": p for name, p in encoder.items()} | {f"branch.{name}": p for name, p in own.items()}
 
 
 class AdaptedWeights(Part):

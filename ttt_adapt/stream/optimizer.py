@@ -24,6 +24,7 @@ def parameter_groups(
     own: Mapping[str, nn.Parameter],
     modules: Iterable[nn.Module],
     config: StreamConfig,
+    trained: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
 ) -> ParamGroups:
     """Encoder and decoder, each with and without weight decay.
 
@@ -32,6 +33,7 @@ def parameter_groups(
         own: name -> parameter of the branch, at `lr`.
         modules: where the parameters live, the user's model and the branch: embedding tables are not decayed.
         config: learning rates and weight decay.
+        trained: parameter -> what the optimizer changes in its place.
 
     Returns:
         Groups with `name`, `params`, `lr` and `weight_decay`; empty ones are left out. Where nothing is adapted there
@@ -45,7 +47,8 @@ def parameter_groups(
             (f"{part}_no_decay", without, 0.0),
         ):
             if members:
-                groups.append({"name": name, "params": members, "lr": lr, "weight_decay": decay})
+                chosen = [trained(member) for member in members]
+                groups.append({"name": name, "params": chosen, "lr": lr, "weight_decay": decay})
     return groups or [{"name": "nothing", "params": [], "lr": config.lr, "weight_decay": 0.0}]
 
 

@@ -95,7 +95,7 @@ class StepReport:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and other processes: with the numbers read, and nothing of the device."""
-        numbers = None if self._numbers is None else torch.tensor(self._values())
+        numbers = None if self._numbers is None else torch.tensor(self._values(), device="cpu")
         return vars(self) | {"_numbers": numbers, "_computed": None}
 
     def __repr__(self) -> str:

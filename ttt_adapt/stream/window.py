@@ -68,7 +68,7 @@ class FrameWindow(Part):
         return min(self._committed + 1, newest or self.capacity)
 
     def stage(self, frame: Tensor, pixels: Tensor | None = None) -> Tensor:
-        """Write the current frame into the spare row and return that row.
+        """Write the current frame into the spare row and return that row. Values that are not finite become 0.
 
         Args:
             frame: float [3, H, W], as the model takes it.
@@ -87,7 +87,10 @@ class FrameWindow(Part):
             self._position = torch.zeros((), dtype=torch.int64, device=row.device)
         self._position.fill_(self._committed)
         spare = self._buffer[self._committed % (self.capacity + 1)]
-        spare.copy_(row)
+        if row.is_floating_point():  # as quick as a copy, and a bad frame cannot spoil the batches that draw it
+            torch.nan_to_num(row.detach(), 0.0, 0.0, 0.0, out=spare)
+        else:
+            spare.copy_(row)
         return spare
 
     def commit(self) -> None:

@@ -35,7 +35,9 @@ from ttt_adapt.files import atomic_write
 from ttt_adapt.model.hooks import run_encoder
 from ttt_adapt.model.norms import frozen_norms
 from ttt_adapt.model.parameters import check_state, split_by_decay
+from ttt_adapt.model.wrappers import unwrapped
 from ttt_adapt.objectives.base import Attached
+from ttt_adapt.objectives.check_objective import of_another_model
 from ttt_adapt.training.distributed import process_group, rank, world_size
 from ttt_adapt.training.state import FORMAT, check_parts, read_state
 
@@ -162,8 +164,8 @@ def fit(
     """
     if branch is None and config.stage != "main":
         raise ConfigError(f'stage {config.stage!r} needs a branch; only "main" trains without one')
-    if branch is not None and branch.model is not model:
-        raise StateError("the branch is attached to another model: attach one to this model")
+    if branch is not None and unwrapped(branch.model) is not unwrapped(model):
+        raise StateError(of_another_model(model, branch))
     device = next(model.parameters()).device
     with process_group(device), _Run(model, branch, data, criterion, config) as run:
         first = run.resume(state_file, origin) if state_file is not None and Path(state_file).exists() else 0

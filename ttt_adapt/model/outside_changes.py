@@ -1,0 +1,192 @@
+"""Notice what somebody else changes in a model while a stream has it, before the next frame."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from operator import attrgetter
+
+import torch
+from torch import Tensor, nn
+
+from ttt_adapt.errors import EncoderError, StateError
+from ttt_adapt.model.half import HALF
+from ttt_adapt.model.norms import norm_layers
+
+REPLACED = (
+    "they were replaced by others (by load_state_dict(assign=True), for example): detach() the adapter and make a new "
+    "one with the same branch, StreamAdapter(model, branch)"
+)
+
+_modes = attrgetter("training")
+_learns = attrgetter("requires_grad")
+_version = attrgetter("_version")
+
+
+class OutsideChanges:
+    """Compares a model with what a stream left of it: modes, flags, precision, device, weights and running statistics.
+
+    A look costs one Python attribute per module and two per weight. Values are compared only where PyTorch counts a
+    write: one number of every weight, which a load of other weights changes.
+
+    Args:
+        roots: the model and the objective, as far as they are modules.
+        learning: the parameters that the stream trains.
+        moving: running statistics that follow the video; nobody else puts them back.
+        replacements: how often modules or tensors were found replaced; see `ReplacementCounter.count`.
+    """
+
+    def __init__(
+        self,
+        roots: Sequence[nn.Module],
+        learning: Sequence[nn.Parameter],
+        moving: Collection[Tensor],
+        replacements: Callable[[], int],
+    ) -> None:
+        modules = {id(m): m for root in roots for m in root.modules()}
+        self._modules = list(modules.values())
+        self._paths = {id(m): path for root in reversed(roots) for path, m in root.named_modules()}
+        weights = {id(p): (name, p) for root in roots for name, p in root.named_parameters() if not p.is_inference()}
+        self._names, self._weights = [name for name, _ in weights.values()], [p for _, p in weights.values()]
+        self._kinds = [(p.dtype, p.device) for p in self._weights]
+        self._of_model = {id(p) for p in roots[0].parameters()}
+        self._learning, self._flags = list(learning), [p.requires_grad for p in learning]
+        self._replacements, self._replaced = replacements, replacements()
+        followed = {id(tensor) for tensor in moving}
+        self._statistics = [
+            (norm, name, buffer)
+            for norm in norm_layers(roots[0])
+            for name, buffer in norm._buffers.items()
+            if buffer is not None and not buffer.is_inference()
+        ]
+        self._following = [buffer for _, _, buffer in self._statistics if id(buffer) in followed]
+        self._copies = [_clone(buffer) for _, _, buffer in self._statistics]
+        pairs = zip(self._statistics, self._copies, strict=True)
+        self._followers = [copy for (_, _, own), copy in pairs if id(own) in followed]
+        self._tensors: list[Tensor] = [*self._weights, *(buffer for _, _, buffer in self._statistics)]
+        self._see()
+        self.accept_modes()
+        self.accept()
+
+    def accept_modes(self) -> None:
+        """Take the modes of all modules as they are: a pass of the model itself may have changed them."""
+        self._training = list(map(_modes, self._modules))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def accept(self) -> None:
+        """Take weights and statistics as they are: the stream changed them."""
+        self._versions = list(map(_version, self._tensors))
+        self._numbers = [torch.cat(views) for views in self._views]
+        if self._following:
+            torch._foreach_copy_(self._followers, self._following)
+
+    def check(self) -> None:
+        """Refuse to go on with a model that somebody else changed. Running statistics are put back.
+
+        Raises:
+            StateError: the message says what changed, and how the stream can go on.
+        """
+        if list(map(_modes, self._modules)) != self._training:
+            self._refuse_modes()
+        if list(map(_learns, self._learning)) != self._flags:
+            raise StateError(
+                "requires_grad of weights that this stream adapts was changed after the last frame: set it back, with "
+                f"requires_grad_({self._flags[0]}), to go on, or detach() the adapter first"
+            )
+        replaced = self._replacements()
+        if replaced != self._replaced or list(map(_version, self._tensors)) != self._versions or not self._as_seen():
+            self._look_closer()
+            self._replaced = replaced
+
+    def _refuse_modes(self) -> None:
+        modes = zip(self._modules, self._training, strict=True)
+        module, before = next((m, before) for m, before in modes if m.training != before)
+        name, words = self._paths.get(id(module), ""), {True: "training", False: "evaluation"}
+        raise StateError(
+            f"{name or 'the model'} ({type(module).__name__}) is in {words[module.training]} mode, and was in "
+            f"{words[before]} mode at the last frame: call model.{'train' if before else 'eval'}() to go on, or "
+            "detach() the adapter before you train the model"
+        )
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _look_closer(self) -> None:
+        """After a write or a replacement: put statistics back, and refuse other weights.
+
+        Raises:
+            StateError: precision, device or values of weights are others.
+        """
+        self.check_kinds()
+        present = {id(p) for module in self._modules for p in module._parameters.values()}
+        if absent := [p for p in self._learning if id(p) not in present]:
+            whose = "encoder" if id(absent[0]) in self._of_model else "branch"
+            raise EncoderError(f"the {whose}'s parameters are not those that are adapted: {REPLACED}")
+        self._put_statistics_back()
+        self._see()
+        pairs = zip(self._numbers, self._views, strict=True)
+        changed = sum(int(_changed(torch.cat(views), before)) for before, views in pairs)
+        if changed:
+            raise StateError(
+                f"{changed} of {len(self._weights)} weights were changed by somebody else after the last frame: load "
+                "what they were to go on, or reset() to begin anew with the source weights, or detach() the adapter "
+                "before you load other weights"
+            )
+        self.accept()
+
+    def _put_statistics_back(self) -> None:
+        """Undo writes to running statistics. Those that do not follow the video may be replaced by other tensors."""
+        following = {id(buffer) for buffer in self._following}
+        for i, (norm, name, own) in enumerate(self._statistics):
+            now = norm._buffers.get(name)
+            if now is None or now is own or id(own) in following:
+                norm._buffers[name] = own.copy_(self._copies[i])
+            else:
+                self._statistics[i], self._copies[i] = (norm, name, now), _clone(now)
+        self._tensors = [*self._weights, *(buffer for _, _, buffer in self._statistics)]
+
+    def check_kinds(self) -> None:
+        """Refuse weights in another precision or on another device.
+
+        Raises:
+            StateError: they were converted or moved.
+        """
+        for name, p, (dtype, device) in zip(self._names, self._weights, self._kinds, strict=True):
+            if (p.dtype, p.device) != (dtype, device):
+                raise StateError(
+                    f"{name} is {_kind(p.dtype, p.device)} now, and was {_kind(dtype, device)} when the adapter was "
+                    f"made: convert the model back, with model.to({str(device)!r}, {dtype}), to go on, or detach() the "
+                    "adapter and make a new one"
+                )
+
+    @torch.no_grad()
+    def _as_seen(self) -> bool:
+        """Whether numbers on the CPU are those of the last `accept`: PyTorch does not count writes to `p.data`."""
+        pairs = zip(self._numbers, self._views, strict=True)
+        return all(before.is_cuda or torch.equal(torch.cat(views), before) for before, views in pairs)
+
+    @torch.no_grad()
+    def _see(self) -> None:
+        """Find one number of every weight in memory, by device and precision."""
+        found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for p in self._weights:
+            if p.numel() and p.layout is torch.strided:
+                place = p.storage_offset() + sum(s * (n // 2) for n, s in zip(p.shape, p.stride(), strict=True))
+                found.setdefault((p.device, p.dtype), []).append(torch.as_strided(p, (1,), (1,), place))
+        self._views = list(found.values())
+
+
+def _changed(now: Tensor, before: Tensor) -> Tensor:
+    """How many numbers are others than before, and than before in half precision, which is a way there and back."""
+    same = (now == before) | ((now != now) & (before != before))
+    for dtype in HALF:
+        same |= now == before.to(dtype).to(now)
+    return same.logical_not().sum()
+
+
+def _kind(dtype: torch.dtype, device: torch.device) -> str:
+    return f"{str(dtype).removeprefix('torch.')} on {device}"
+
+
+@torch.inference_mode(False)
+def _clone(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()

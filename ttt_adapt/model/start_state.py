@@ -1,0 +1,61 @@
+"""A model's buffers, and what its passes keep in attributes, as they were when a stream began."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+
+from ttt_adapt.model.pass_state import PassState
+
+
+class StartState:
+    """Copies of what a stream may change in a model beside the tensors that adaptation changes.
+
+    During a stream the model's own passes change its own memory, as they do without one. A new video begins with what
+    is kept here, and the model is given back with it.
+
+    Args:
+        model: the model.
+        passes: what its passes change.
+        adapted: tensors that somebody else puts back.
+    """
+
+    def __init__(self, model: nn.Module, passes: PassState, adapted: Collection[Tensor] = ()) -> None:
+        taken = {id(tensor) for tensor in adapted}
+        found = [(module, name, tensor) for module in model.modules() for name, tensor in module._buffers.items()]
+        self._buffers = [
+            (module, name, tensor, None if tensor is None else _clone(tensor))
+            for module, name, tensor in found
+            if id(tensor) not in taken
+        ]
+        self._passes, self._attributes = passes, passes.attributes()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Write the copies back into the model, into the same objects where they are still there."""
+        for module, name, tensor, kept in self._buffers:
+            now = module._buffers.get(name)
+            if tensor is None or kept is None:
+                module._buffers[name] = tensor
+            elif now is not None and (now.dtype, now.device) != (kept.dtype, kept.device):  # the model was moved
+                module._buffers[name] = kept.to(now.device, now.dtype if now.is_floating_point() else kept.dtype)
+            else:
+                module._buffers[name] = _written(tensor, kept)
+        self._passes.put_back(self._attributes)
+
+
+def _written(tensor: Tensor, kept: Tensor) -> Tensor:
+    """The tensor with the values of the copy; the copy of the copy where the tensor cannot be written."""
+    if tensor.shape == kept.shape and torch.equal(tensor, kept):
+        return tensor
+    if tensor.is_inference() or (tensor.shape != kept.shape and not tensor.is_contiguous()):
+        return _clone(kept)
+    return tensor.resize_(kept.shape).copy_(kept) if tensor.shape != kept.shape else tensor.copy_(kept)
+
+
+@torch.inference_mode(False)
+def _clone(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
