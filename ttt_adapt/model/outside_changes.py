@@ -171,7 +171,9 @@ class OutsideChanges:
         for p in self._weights:
             if p.numel() and p.layout is torch.strided:
                 place = p.storage_offset() + sum(s * (n // 2) for n, s in zip(p.shape, p.stride(), strict=True))
-                found.setdefault((p.device, p.dtype), []).append(torch.as_strided(p, (1,), (1,), place))
+                found.setdefault((p.device, p.dtype), []).append(
+                    torch.empty(0, dtype=p.dtype, device=p.device).set_(p.untyped_storage(), place, (1,), (1,))
+                )
         self._views = list(found.values())
 
 
