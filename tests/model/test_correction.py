@@ -106,7 +106,7 @@ def plain_correction(model: nn.Module, calibration: Calibration, frame: torch.Te
         levels = looked_at.sort(1).values[:, at]
         d = ((levels - source.mean) / source.std[:, None]).square().mean(1)
         share = share_at(d, source, "high").expand(len(d))
-        wanted = levels + share[:, None] * (source.mean - levels)
+        wanted = levels + share[:, None] * (source.mean - levels)  # noise has no two levels of one value
         rows = zip(image, levels, wanted, strict=True)
         curved = [np.interp(*(each.numpy() for each in (values.flatten(), a, b))) for values, a, b in rows]
         moved = torch.from_numpy(np.stack(curved)).view_as(image)

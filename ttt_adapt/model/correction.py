@@ -261,8 +261,8 @@ class _Image:
         self._unit = (1.0 / statistics.layer_usual.clamp_min(1e-12)).to(seen.device)
 
     def finite(self, own: Tensor) -> Tensor:
-        """Levels [C, LEVELS], with those of the source where they are not finite."""
-        return torch.where(own.isfinite(), own, self.mean.to(own))
+        """Levels [C, LEVELS], with those of the source in channels that have NaN or infinite ones: they stay as is."""
+        return torch.where(own.isfinite().all(1, keepdim=True), own, self.mean.to(own))
 
     def share(self, own: Tensor) -> Tensor:
         """Share of the way to the source's tones: [C, 1], or a scalar for all channels.

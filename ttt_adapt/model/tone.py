@@ -44,17 +44,25 @@ def tone_divergence(levels: Tensor, source: Tensor, source_std: Tensor) -> Tenso
 
 
 def along_curve(x: Tensor, levels: Tensor, wanted: Tensor) -> Tensor:
-    """Images whose `levels` have become the `wanted` ones; where both are the same, `x` bit for bit.
+    """Images whose `levels` have become the `wanted` ones; where both are the same, images equal to `x`.
+
+    Levels that are one value cannot become several: they become their mean. Where the curve would be steeper than
+    `STEEPEST`, levels come as near to the wanted ones as they can, too high and too low by as much.
 
     Args:
         x: [B, C, H, W].
         levels: [C, LEVELS], ascending.
         wanted: [C, LEVELS], ascending.
     """
+    same = (levels.unsqueeze(1) == levels.unsqueeze(2)).to(levels)  # [C, LEVELS, LEVELS]
+    moves = (same @ (wanted - levels).unsqueeze(2)).squeeze(2) / same.sum(2)  # [C, LEVELS], of one value alike
     steps = levels.diff(dim=1)
-    slopes = (wanted.diff(dim=1) / steps.clamp_min(torch.finfo(steps.dtype).tiny)).clamp_max(STEEPEST)
-    bends = torch.where(steps > 0, slopes - 1.0, 0.0)  # [C, LEVELS - 1], of the piece between two levels
-    start = wanted[:, 0] - levels[:, 0] - (bends * levels[:, :-1]).sum(1)
+    heights = steps + moves.diff(dim=1)  # of the curve between two levels
+    slopes = (heights / steps.clamp_min(torch.finfo(steps.dtype).tiny)).clamp_max(STEEPEST)
+    bends = torch.where(steps > 0, slopes - 1.0, 0.0)  # [C, LEVELS - 1]
+    missing = torch.where(steps > 0, heights - slopes * steps, 0.0)  # of the heights, where it is too steep
+    share_of_levels = torch.arange(LEVELS - 1, 0, -1, device=x.device, dtype=levels.dtype) / LEVELS  # that lie above
+    start = moves[:, 0] - (bends * levels[:, :-1]).sum(1) + (missing * share_of_levels).sum(1)
     curved = x + start.view(-1, 1, 1)
     for piece in range(LEVELS - 1):
         low, high, bend = (each.view(-1, 1, 1) for each in (levels[:, piece], levels[:, piece + 1], bends[:, piece]))
