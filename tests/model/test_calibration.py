@@ -246,3 +246,9 @@ def test_what_a_configuration_becomes(calibration):
         settled_config(None, {})
     with pytest.raises(ConfigError, match="config is a dict; expected a StreamConfig"):
         settled_config({}, None)
+
+
+def test_a_calibration_without_the_hash_of_rounded_weights_is_read(calibration):
+    plain = json.loads(calibration.to_json())
+    del plain["rounded"]
+    assert Calibration.of_tensors(calibration.tensors(), json.dumps(plain)).rounded == ""

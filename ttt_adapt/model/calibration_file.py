@@ -50,7 +50,7 @@ def read_saved(content: str, tensors: Mapping[str, Tensor], source: str) -> dict
         check_format_number(values["format"], FORMAT, source)
         if values["format"] < FORMAT:
             raise CheckpointError(f"{source} {OUTDATED}: calibrate the model again")
-    check_fields(values, _FIELDS, source)
+    check_fields(values, _FIELDS, source, required=_FIELDS.keys() - {"rounded"})
     check_tensors(values["places"], tensors, source)
     return {name: value for name, value in values.items() if name != "format"}
 
