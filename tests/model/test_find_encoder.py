@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import models as zoo
 from conftest import left_as_it_was
-from ttt_adapt import MAEBranch
+from ttt_adapt import MAEBranch, StreamAdapter
 from ttt_adapt.errors import EncoderError
 from ttt_adapt.model.encoder import inspect_encoder
 
@@ -148,3 +148,57 @@ def test_a_model_without_any_map_is_refused_and_told_to_name_its_encoder():
     model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
     with left_as_it_was(model), pytest.raises(EncoderError, match='no module of Sequential.*encoder="..."'):
         inspect_encoder(model)
+
+
+class InstallsHooks(nn.Module):
+    """As models of transformers: the first pass installs hooks that collect what layers return, and notes that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.GELU(), nn.Conv2d(8, 8, 3, 1, 1))
+        self.head = nn.Conv2d(16, 5, 1)
+        self.installed, self.collected = False, []
+
+    def forward(self, x):
+        if not self.installed:
+            for layer in (self.backbone[0], self.backbone[2]):
+                layer.register_forward_hook(lambda _m, _a, output: self.collected.append(output))
+            self.installed = True
+        self.collected.clear()
+        self.backbone(x)
+        return self.head(torch.cat(self.collected, 1))
+
+
+def test_hooks_that_a_model_installs_in_its_first_pass_are_installed_once():
+    model, x = InstallsHooks().eval(), torch.randn(1, 3, 32, 48)
+    twin = InstallsHooks().eval()
+    twin.load_state_dict(model.state_dict())
+    branch = MAEBranch.attach(model)
+    with torch.no_grad():
+        assert torch.equal(model(x), twin(x))
+    assert branch.loss(x).isfinite()
+    with StreamAdapter(model, branch) as adapter:
+        adapter.step(torch.randn(3, 32, 48))
+    with torch.no_grad():
+        assert torch.equal(model(x), twin(x))
+
+
+class FitsItselfToASize(nn.Module):
+    """As Swin of transformers: a pass over a small image makes a window smaller, and fails where it does not divide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.window = nn.Conv2d(3, 8, 8, 8), 7
+
+    def forward(self, x):
+        features = self.backbone(x)
+        self.window = min(self.window, features.shape[-1] // 4)
+        if features.shape[-1] % self.window or self.window != 7:
+            raise RuntimeError(f"windows of {self.window} do not fit")
+        return features
+
+
+def test_a_size_that_a_model_refuses_leaves_it_whole_for_the_next_one():
+    model = FitsItselfToASize().eval()
+    assert inspect_encoder(model).probe_size == (224, 224)
+    assert model.window == 7

@@ -122,7 +122,7 @@ def _watched(model: nn.Module, found: list[_Change]) -> Iterator[None]:
     finally:
         known = {(id(slot.owner), slot.buffer, slot.name) for slot in own}
         new = [slot for slot in _slots(model) if (id(slot.owner), slot.buffer, slot.name) not in known]
-        grown = _structure(model) != built  # layers that a model makes in its first pass stay, and its notes of them
+        grown = _structure(model) != built  # layers and hooks that a model makes in its first pass stay, and its notes
         for slot, value, copy in [*before, *((slot, _Absent, _Absent) for slot in new)]:
             now = slot.table.get(slot.name, _Absent)
             same = _same(now, value) and not _written(now, copy)
@@ -227,6 +227,9 @@ def _alike(now: Any, was: Any) -> bool:
     return type(now) is type(was)
 
 
-def _structure(model: nn.Module) -> list[tuple[int, tuple[str, ...], tuple[str, ...]]]:
-    """Which modules and parameters a model has, by name."""
-    return [(id(m), tuple(m._modules), tuple(m._parameters)) for m in model.modules()]
+def _structure(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Which modules, parameters and hooks a model has, by name."""
+    return [
+        (id(m), *m._modules, *m._parameters, *m._forward_hooks, *m._forward_pre_hooks, *m._backward_hooks)
+        for m in model.modules()
+    ]
