@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from ttt_adapt import Normalize
+import models as zoo
+from conftest import settle_norms
+from ttt_adapt import Normalize, StreamAdapter, calibrate
 from ttt_adapt.errors import FrameError, FrameTypeError
 from ttt_adapt.model.frames import to_model_input
 
@@ -89,3 +91,12 @@ def test_a_pil_image_is_refused_with_the_way_and_bgr_is_told_of():
 @pytest.mark.parametrize("frame", [np.array(["a"]), np.zeros((6, 9, 3), complex), torch.randn(6, 9), RGB[:0], {}])
 def test_where_there_is_no_way_none_is_told(frame):
     assert "make it" not in refused(frame)
+
+
+def test_the_advice_of_a_stream_is_about_what_came_an_array_or_a_tensor():
+    model = settle_norms(zoo.UNet())
+    stills = [torch.randn(3, 32, 48) for _ in range(8)]
+    with StreamAdapter(model, calibration=calibrate(model, stills, choose=False), preprocess=Normalize()) as adapter:
+        for frame, word in ((np.zeros((32, 48), np.uint8), "np.repeat"), (torch.zeros(32, 48).byte(), "expand")):
+            with pytest.raises(FrameError, match=word):
+                adapter.step(frame)

@@ -186,6 +186,8 @@ class FrameIntake:
             FrameTypeError, FrameError: the frame cannot be used, has another size than the stream so far, or is
                 smaller than a crop.
         """
+        if getattr(frame, "dtype", None) in (np.uint8, torch.uint8):
+            _check_layout(frame)  # as it came, so that the advice is about an array, or a tensor
         pixels = pixels_of(frame, self.preprocess, self.device)
         came = frame if pixels is None else pixels
         x, context, values = _model_input(came, self.preprocess, self.device, self.dtype)
@@ -275,12 +277,21 @@ def _value_range(x: Tensor, dtype: torch.dtype, where: str) -> tuple[float, floa
     return low, high
 
 
-def _from_uint8(frame: Any, preprocess: Preprocess | None) -> Any:
+def _check_layout(frame: Any) -> None:
+    """Refuse a uint8 frame that is not [H, W, 3].
+
+    Raises:
+        FrameError: it is not; the message has the way there.
+    """
     shape = tuple(frame.shape)
     if len(shape) != 3 or shape[2] != 3:
         raise FrameError(f"the uint8 frame is {shape}; expected [H, W, 3] RGB{from_layout(frame)}")
     if 0 in shape:
         raise FrameError(f"the frame is empty: {shape}")
+
+
+def _from_uint8(frame: Any, preprocess: Preprocess | None) -> Any:
+    _check_layout(frame)
     if preprocess is None:
         raise FrameError(
             "a uint8 frame came, and this model says nothing of its normalisation: pass preprocess=Normalize(mean, "
