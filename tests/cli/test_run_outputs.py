@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from PIL import Image
 
 import ttt_adapt.evaluation.adapt_video as module
 from arm_inputs import CLASSES, SIZE, checkpoint, write_clip
+from colours import write_video
 from command_line import fail, invoke, status, video
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.evaluation.adapt_video import adapt_video
@@ -82,6 +85,25 @@ def test_frames_of_a_video_have_numbers_and_a_film_is_written_where_it_is_asked_
     assert f"wrote 2 frames to {tmp_path / 'o.mp4'}\n" in text
     assert {path.name for path in (tmp_path / "l").iterdir()} == {"000000.png", "000001.png", "run.json"}
     assert video(tmp_path / "o.mp4") == (2, 25.0, SIZE)
+
+
+@pytest.mark.parametrize("name", ["cam:1.mp4", "[red]a.mp4", "a:car:b.mp4", "file:a.mp4", "pipe:0.mp4", "[b] c:d.mkv"])
+def test_a_film_has_the_name_that_it_was_given_and_it_is_told_as_it_is(name, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    made = write_video(tmp_path / f"a{Path(name).suffix}", [np.zeros((*SIZE, 3), np.uint8)] * 2, sound=True)
+    made.rename(f"in/{name}")
+    told = run(Path("in") / name, model, f"--out={name}")
+    assert {path.name for path in tmp_path.iterdir()} == {"in", name}
+    assert f"wrote 2 frames to {name}\n" in told
+    assert f"{name}: the sound (1 track) is left out" in told
+    command = shlex.split(told.partition("put it back with: ")[2].splitlines()[0].partition(" (it may")[0])
+    inputs = [command[place + 1] for place, part in enumerate(command) if part == "-i"]
+    for written, named in zip((name, f"in/{name}"), inputs, strict=True):
+        assert Path(written).samefile(named)
+        with av.open(named) as container:  # FFmpeg takes it for a file
+            assert container.streams.video
+    assert "wrote 2 frames to out.mp4\n" in run(Path(name), model)
 
 
 def test_pictures_of_one_name_and_two_suffixes_have_a_label_map_each(model, tmp_path):

@@ -141,6 +141,15 @@ def test_one_seed_needs_no_column_of_seeds():
     assert "bootstrap over frames, 2000" in text
 
 
+def test_clips_and_arms_are_named_as_they_are():
+    console = pytest.importorskip("rich.console", reason="rich is not installed").Console(width=200)
+    report = Report(runs=[make_run("Arm [b]", "[red]x:car:", 0, 0.5), make_run("Arm [/]", "[red]x:car:", 0, 0.6)])
+    with console.capture() as capture:
+        console.print(rich_table(report))
+    for name in ("[red]x:car:", "Arm [b]", "Arm [/]"):
+        assert name in capture.get()
+
+
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_a_narrow_terminal_gets_whole_columns_and_the_names_of_the_others(width):
     console = pytest.importorskip("rich.console", reason="rich is not installed").Console(width=width)

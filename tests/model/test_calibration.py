@@ -14,6 +14,7 @@ from conftest import settle_norms
 from ttt_adapt import StreamConfig
 from ttt_adapt.errors import CheckpointError, ConfigError
 from ttt_adapt.model.calibration import Calibration, default_rule, fingerprint_of, settled_config
+from ttt_adapt.model.calibration_file import is_outdated
 from ttt_adapt.model.measure import measure, take_stills
 from ttt_adapt.model.rule import Rule
 
@@ -93,6 +94,30 @@ def test_text_that_does_not_fit_its_tensors_is_refused(calibration, change):
     text = json.dumps({**json.loads(calibration.to_json()), **change})
     with pytest.raises((CheckpointError, ConfigError)):
         Calibration.of_tensors(calibration.tensors(), text, "here.safetensors")
+
+
+def test_a_file_without_the_fingerprint_in_bfloat16_is_read_as_before(model, calibration):
+    plain = {name: value for name, value in json.loads(calibration.to_json()).items() if name != "rounded"}
+    read = Calibration.of_tensors(calibration.tensors(), json.dumps(plain))
+    assert_same(read, calibration.replace(rounded=""))
+    read.check(model)
+
+
+@pytest.mark.parametrize("place", [1, 8])
+def test_levels_of_an_image_that_descend_are_refused(place, calibration):
+    tensors = calibration.tensors()
+    (name,) = [name for name in tensors if name.startswith("input/") and name.endswith("/mean")]
+    Calibration.of_tensors({**tensors, name: torch.zeros_like(tensors[name])}, calibration.to_json())
+    levels = tensors[name].clone()
+    levels[1, place] = levels[1, place - 1] - 1.0
+    with pytest.raises(CheckpointError, match="levels that descend"):
+        Calibration.of_tensors({**tensors, name: levels}, calibration.to_json())
+
+
+def test_a_calibration_of_an_earlier_version_is_known_by_its_whole_number():
+    assert is_outdated('{"format": 1}', "here")
+    for other in ("true", "0", "-1", "2", '"1"', "1.0", "null", "[]"):
+        assert not is_outdated(f'{{"format": {other}}}', "here"), other
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", "3", '{"format": 1}'])

@@ -164,7 +164,7 @@ def test_a_preprocess_that_returns_no_image_is_refused(made):
 
 @pytest.mark.parametrize("wrong", [{"std": (0.2, 0.2, 0.0)}, {"mean": (0.5, 0.5)}, {"std": (0.2,)}])
 def test_a_normalisation_that_is_none_is_refused(wrong):
-    with pytest.raises(ConfigError, match="three numbers each, std above 0"):
+    with pytest.raises(ConfigError, match="three finite numbers each, std above 0"):
         Normalize(**wrong)
 
 

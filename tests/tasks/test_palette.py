@@ -14,6 +14,7 @@ from ttt_adapt.data import open_clips
 from ttt_adapt.data.street.scene import PALETTE as STREET
 from ttt_adapt.errors import DataError
 from ttt_adapt.tasks.checkpoint import load_checkpoint
+from ttt_adapt.tasks.segmentation.palette import find_palette
 from ttt_adapt.tasks.segmentation.task import Segmentation
 from ttt_adapt.training.joint import TrainConfig
 from ttt_adapt.training.recipe import train
@@ -62,6 +63,30 @@ def test_a_palette_that_is_none_is_refused(palette, tmp_path):
     index(tmp_path, palette=palette)
     with pytest.raises(DataError, match=r"index\.json .*expected one colour \[red, green, blue\] from 0 to 255"):
         found(tmp_path)
+
+
+def test_an_index_is_read_as_that_of_the_classes_is_and_refused_in_words(tmp_path):
+    painted(tmp_path)
+    text = json.dumps({"classes": CLASSES, "palette": [[1, 2, 3], [4, 5, 6], [7, 8, 9]]})
+    (tmp_path / "index.json").write_text(text, encoding="utf-8-sig")  # with a mark in front, as some editors write it
+    assert found(tmp_path) == ((1, 2, 3), (4, 5, 6), (7, 8, 9))
+    classes = {str(number): name for number, name in enumerate(CLASSES)}
+    index(tmp_path, classes=classes, palette=dict(zip(CLASSES, COLOURS, strict=True)))
+    assert found(tmp_path) == COLOURS
+    (clip,) = open_clips(tmp_path)
+    (tmp_path / "index.json").write_text("{")
+    with pytest.raises(DataError, match=r"index\.json is not JSON"):
+        found(tmp_path)
+    assert find_palette(tmp_path, [clip]) == COLOURS  # it was opened with what was there
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"classes": ["a", "b", "c"], "palette": "red"}', "\x00"])
+def test_an_index_that_the_clips_did_not_come_from_is_not_read(text, tmp_path):
+    root = painted(tmp_path / "data")
+    index(root)
+    (tmp_path / "index.json").write_text(text)
+    (root / "a" / "index.json").write_text(text)
+    assert found(root) == found(root / "a") == COLOURS
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import warnings
 import numpy as np
 import pytest
 
+from film_files import SIZE, flat, write
 from ttt_adapt.errors import VideoError
 from ttt_adapt.video import open_video
 from ttt_adapt.video.hdr import HLG, PQ, tone_map
-from videos import SIZE, flat, write
 
 av = pytest.importorskip("av", reason='needs PyAV: pip install "ttt-adapt[video]"')
 

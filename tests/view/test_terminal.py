@@ -62,6 +62,13 @@ def test_what_an_earlier_run_did_counts_as_done_and_not_into_the_rate(lines):
     assert float(re.search(r"(\d+\.\d)/s", line)[1]) <= 3.0
 
 
+@pytest.mark.parametrize("name", ["[red]x.mp4", "[/].mp4", "cam:car:1.mp4"])
+def test_names_are_shown_as_they_are(name, lines, capfd):
+    notice(f"{name} is in colour")
+    assert capfd.readouterr().err == f"{name} is in colour\n"
+    assert name in lines(120, name, 10, None)
+
+
 def test_notices_inside_the_block_are_reworded(capfd):
     with rewording(str.upper):
         notice("inside [bold]")

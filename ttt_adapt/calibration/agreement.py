@@ -44,6 +44,12 @@ def compared(before: Mapping[str, float], after: Mapping[str, float]) -> tuple[f
     return float(np.mean([value for name, value in relative.items() if name != "none"])), -relative["none"]
 
 
+def class_ids(label: Any) -> Tensor:
+    """A label as int64 class ids on the CPU; it may be an array, a tensor on any device, or a single id."""
+    plain = label.detach().cpu() if isinstance(label, Tensor) else torch.from_numpy(np.array(label))
+    return plain.long()
+
+
 class ByLabels:
     """Mean IoU of the predicted classes over all stills; of one class per image, accuracy.
 
@@ -53,7 +59,7 @@ class ByLabels:
     """
 
     def __init__(self, labels: Sequence[Any], ignore: int | None = 255) -> None:
-        self._labels = [torch.from_numpy(np.array(label)).long() for label in labels]
+        self._labels = [class_ids(label) for label in labels]
         self._ignore = ignore
 
     def __call__(self, outputs: Iterable[Any]) -> float:

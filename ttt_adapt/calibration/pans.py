@@ -9,6 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ttt_adapt.calibration.agreement import class_ids
+
 SHARE = 0.8
 """Side of the crop, of the still's."""
 
@@ -27,7 +29,7 @@ def pan(still: np.ndarray, label: Any | None, frames: int) -> Iterator[tuple[np.
         y, x = round(step * (height - h)), round(step * (width - w))
         ids = label
         if label is not None and np.ndim(label) == 2:
-            ids = _resized(np.asarray(label)[y : y + h, x : x + w, None], (height, width), "nearest")[..., 0]
+            ids = _resized(class_ids(label).numpy()[y : y + h, x : x + w, None], (height, width), "nearest")[..., 0]
         yield _resized(still[y : y + h, x : x + w], (height, width), "bilinear"), ids
 
 

@@ -108,7 +108,7 @@ def main() -> None:
 
     Ctrl-C has the status 130, SIGTERM 143 and SIGHUP 129, as shells count them; what was kept is told before.
     """
-    errors = Console(stderr=True)
+    errors = Console(stderr=True, emoji=False)
     with _stop_as_ctrl_c() as came:
         try:
             app()

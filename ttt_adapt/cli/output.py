@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rich.console import Console
 
-console = Console()
+console = Console(emoji=False)
 
 
 def say(text: str) -> None:
-    """Print plain text: brackets in paths are no markup, and long lines are not folded."""
+    """Print plain text: `[red]` and `:car:` may be parts of a path, and long lines are not folded."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)

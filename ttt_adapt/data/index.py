@@ -1,4 +1,4 @@
-"""`index.json`, which lies beside clips: their class names, the ignore id, and the times of their frames."""
+"""`index.json`, which lies beside clips: class names and colours, the ignore id, and the times of their frames."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any
 
 from ttt_adapt.data.classes import class_names, ignore_id
 from ttt_adapt.errors import DataError
+
+Palette = tuple[tuple[int, int, int], ...]
+"""One RGB colour, 0 to 255, for each class."""
 
 
 class Index:
@@ -38,6 +41,24 @@ class Index:
             DataError: as `ignore_id` does.
         """
         return ignore_id(self._data.get("ignore"), str(self._file))
+
+    def palette(self) -> Palette:
+        """The colours of the classes; () where the file has none.
+
+        Raises:
+            DataError: they are no list of one colour for each class, and no colours by class name; or as `class_names`.
+        """
+        if "palette" not in self._data:
+            return ()
+        given, classes = self._data["palette"], self.classes()
+        expected = f"expected one colour [red, green, blue] from 0 to 255 for each of the {len(classes)} classes"
+        if isinstance(given, dict):
+            if missing := [name for name in classes if name not in given]:
+                raise DataError(f"the palette in {self._file} has no colour for {', '.join(missing)}; {expected}")
+            given = [given[name] for name in classes]
+        if not isinstance(given, list) or len(given) != len(classes) or not all(map(_is_colour, given)):
+            raise DataError(f"the palette in {self._file} is {_short(given)}; {expected}")
+        return tuple((colour[0], colour[1], colour[2]) for colour in given)
 
     def fps(self, clip: str) -> float | None:
         """Labelled frames of a clip per second; None where the file does not say."""
@@ -86,6 +107,12 @@ def read_index(root: Path) -> Index | None:
     except (ValueError, RecursionError, OSError) as error:
         raise DataError(f"{file} is not JSON ({error}): mend it, or remove it") from error
     return Index(file, index) if isinstance(index, dict) and "classes" in index else None
+
+
+def _is_colour(value: Any) -> bool:
+    return (
+        isinstance(value, list) and len(value) == 3 and all(type(level) is int and 0 <= level <= 255 for level in value)
+    )
 
 
 def _short(given: Any) -> str:

@@ -119,6 +119,7 @@ class LabelledClip(ImageClip):
 
     Attributes:
         binary: the labels are object masks of 0 and 255.
+        index: the `index.json` beside the clip; None where there is none with class names.
 
     Args:
         folder: where the clip lies.
@@ -157,7 +158,7 @@ class LabelledClip(ImageClip):
             fps=None if index is None else index.fps(folder.name),
             times=None if index is None else index.times(folder.name, [frame.name for frame, _ in files]),
         )
-        self.binary = binary
+        self.binary, self.index = binary, index
 
 
 def pair_files(folder: Path) -> list[tuple[Path, Path]]:

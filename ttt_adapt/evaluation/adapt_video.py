@@ -241,9 +241,15 @@ class _Remarks:
             return f"at {self._rate:g} frames a second it would not fit"
         assert self._out is not None  # there is a film
         files = [str(self._out), self._source, str(self._out.with_name(f"{self._out.stem}-sound.mkv"))]
-        out, source, target = (shlex.quote(f"./{file}" if file.startswith("-") else file) for file in files)
+        out, source, target = map(_as_argument, files)
         drift = " (it may drift: the frames are written evenly)" if self._video.uneven else ""
         return f"put it back with: ffmpeg -i {out} -i {source} -map 0:v -map 1:a -c copy -shortest {target}{drift}"
+
+
+def _as_argument(source: str) -> str:
+    """A file or address for ffmpeg in a shell; `-a.mp4` would be an option, and `cam:1.mp4` an address."""
+    local = "://" not in source or Path(source).exists()
+    return shlex.quote(f"./{source}" if local and (source.startswith("-") or ":" in source.split("/")[0]) else source)
 
 
 class _Pictures:

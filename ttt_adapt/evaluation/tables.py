@@ -114,7 +114,7 @@ def _rich(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(caption=caption, caption_justify="left")
+    table = Table(caption=Text(caption, "table.caption"), caption_justify="left")
     for title in ["clip", "arm", *titles]:
         table.add_column(title, justify="left" if title in ("clip", "arm") else "right", overflow="fold")
     for clip in report.clips:
@@ -127,7 +127,7 @@ def _rich(
             texts = [
                 Text(text, style="bold" if best else "") for text, best in (cells.get(t, ("", False)) for t in titles)
             ]
-            table.add_row(clip, row[0][0], *texts, end_section=row is rows[-1])
+            table.add_row(Text(clip), Text(row[0][0]), *texts, end_section=row is rows[-1])
     return table
 
 

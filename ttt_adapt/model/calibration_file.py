@@ -58,7 +58,7 @@ def read_saved(content: str, tensors: Mapping[str, Tensor], source: str) -> dict
 def is_outdated(content: str, source: str) -> bool:
     """Whether this is a calibration of an earlier version, which cannot be used and is best made again."""
     values = read_json(content, source)
-    return isinstance(values, Mapping) and isinstance(values.get("format"), int) and 1 <= values["format"] < FORMAT
+    return isinstance(values, Mapping) and not whole(1, FORMAT - 1)(values.get("format"))
 
 
 def _places(value: Any) -> str:
@@ -94,7 +94,7 @@ _FIELDS = {
     "record": dict_of(plain),
     "places": _places,
 }
-"""What `Calibration.to_json` writes."""
+"""What `Calibration.to_json` writes. The first files of this format are without `rounded`, and are as good."""
 
 
 def check_tensors(places: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor], source: str) -> None:
@@ -120,3 +120,7 @@ def check_tensors(places: Mapping[str, Mapping[str, Any]], tensors: Mapping[str,
                     f"{source} has {shown(tensor)} as {shown(f'{name}/{part}')}; expected finite numbers, {shape}, "
                     "that are not below 0 (but for means)"
                 )
+        if name.startswith("input/") and bool((parts["mean"].diff(dim=-1) < 0).any()):
+            raise CheckpointError(
+                f"{source} has levels that descend as {shown(f'{name}/mean')}; expected ascending ones"
+            )

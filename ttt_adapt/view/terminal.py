@@ -66,7 +66,8 @@ def notice(text: str) -> None:
     from rich.console import Console
 
     with suppress(OSError):
-        Console(stderr=True).print(_reword.get()(text), markup=False, highlight=False, soft_wrap=True)
+        console = Console(stderr=True, markup=False, emoji=False)  # `[red]` and `:car:` may be parts of a file's name
+        console.print(_reword.get()(text), highlight=False, soft_wrap=True)
 
 
 @contextmanager

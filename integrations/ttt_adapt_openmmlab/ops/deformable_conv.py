@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import Tensor
 from torchvision import ops
 
-from ttt_adapt_openmmlab.ops.formula import fill, gradients
+from ttt_adapt_openmmlab.ops.formula import fill, gradients, wide
 
 
 def deform_conv_forward(
@@ -61,7 +61,8 @@ def deform_conv_backward_parameters(
 ) -> None:
     """Add `scale` times its gradient to that of the weight: from `columns`, where the call before left it."""
     if not columns.numel():  # neither input nor offset needed a gradient
-        found = gradients(lambda weight: _plain(geometry)(input, weight, offset), [grad_weight], grad_output)
+        x, moved = wide(input), wide(offset)
+        found = gradients(lambda weight: _plain(geometry)(x, weight, moved), [grad_weight], grad_output)
         columns = found[0]
     grad_weight.add_(columns.to(grad_weight.dtype), alpha=scale)
     columns.resize_(0)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torchvision import ops
 
 from ttt_adapt_openmmlab.ops.formula import fill, gradients, wide
 
@@ -56,7 +56,7 @@ def softmax_focal_loss_backward(
     """Fill `grad_input` [N, C] with the derivative by the logits; the other arguments are those of the forward."""
     probabilities, label = wide(softmax), target.clamp(min=0)
     p = probabilities.gather(1, label[:, None])[:, 0]
-    rest = 1 - p
+    rest = (1 - p).clamp(min=torch.finfo(p.dtype).tiny)  # at p = 1 a power below 0 is infinite, and the logarithm 0
     slope = alpha * (gamma * rest ** (gamma - 1) * p * _log(p) - rest**gamma) * _row_weight(p, target, weight)
     grad_input.copy_(-slope[:, None] * probabilities)
     grad_input.scatter_add_(1, label[:, None], slope[:, None].to(grad_input.dtype))
@@ -64,7 +64,10 @@ def softmax_focal_loss_backward(
 
 def _sigmoid(x: Tensor, target: Tensor, weight: Tensor, gamma: float, alpha: float) -> Tensor:
     classes = torch.arange(x.shape[1], device=x.device)
-    loss = ops.sigmoid_focal_loss(x, (target[:, None] == classes).to(x), alpha, gamma)
+    hit = target[:, None] == classes
+    right = torch.where(hit, x, -x)  # the logit of the right answer; powers by logarithms have a gradient at p = 1
+    share = torch.full_like(x, 1 - alpha).masked_fill(hit, alpha)
+    loss = -share * (gamma * F.logsigmoid(-right)).exp() * F.logsigmoid(right)
     if not weight.numel():
         return loss
     foreground = (target >= 0) & (target < len(weight))  # background has no weight of its own

@@ -281,6 +281,30 @@ def test_focal_loss_of_a_softmax_is_that_of_the_formula_and_skips_rows_without_a
     agree(lambda x: softmax_focal_loss(x, target, 1.5, 0.3, given, "sum")[None], formula, 3 * normal(5, 3))
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_gradient_of_a_focal_loss_is_0_where_the_model_is_sure_and_right(gamma, dtype):
+    from mmcv.ops import sigmoid_focal_loss, softmax_focal_loss
+
+    logits = torch.tensor([[200.0, -200.0, -200.0]], dtype=dtype).requires_grad_()
+    for loss in (softmax_focal_loss, sigmoid_focal_loss):
+        (slope,) = torch.autograd.grad(loss(logits, torch.tensor([0]), gamma, 0.25, None, "sum"), logits)
+        assert torch.equal(slope, torch.zeros_like(slope))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_weights_alone_of_a_deformable_convolution_may_have_a_gradient_in_16_bits(dtype):
+    from mmcv.ops import deform_conv2d
+
+    given, settings = [tensor.to(dtype) for tensor in convolution_inputs(CONVOLUTIONS[0])[:3]], CONVOLUTIONS[0].values()
+    slopes = []
+    for x, offset, weight in (given, [tensor.double() for tensor in given]):
+        leaf = weight.clone().requires_grad_()
+        slopes += torch.autograd.grad(deform_conv2d(x, offset, leaf, *settings).sum(), leaf)
+    assert slopes[0].dtype == dtype
+    torch.testing.assert_close(slopes[0].double(), slopes[1], rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize(("kernel", "groups", "scale"), [(3, 1, 2), (5, 2, 2), (3, 2, 1)])
 def test_carafe_sums_a_weighted_window_around_each_pixel(kernel, groups, scale):
     from mmcv.ops import carafe
