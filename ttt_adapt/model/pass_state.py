@@ -96,6 +96,15 @@ class PassState:
             for slot, value in before:
                 _put(slot, value)
 
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """As `kept`, around a part of a pass: it does not show all that a whole one changes."""
+        if self._model.training in self._known:
+            with self.kept():
+                yield
+        else:
+            yield from _watched(self._model, [])
+
     def attributes(self) -> list[tuple[_Slot, Any]]:
         """Copies of the attributes, not of buffers, that passes in evaluation mode are known to change, as they are."""
         memo: dict[int, Any] = {}
@@ -199,7 +208,7 @@ def _same(now: Any, was: Any) -> bool:
     if now is was:
         return True
     if isinstance(now, Tensor) and isinstance(was, Tensor):
-        return now.shape == was.shape and now.dtype == was.dtype and bool(torch.equal(now, was))
+        return same_values(now, was)
     if type(now) is not type(was):
         return False
     if type(now) in (dict, OrderedDict):
@@ -209,6 +218,33 @@ def _same(now: Any, was: Any) -> bool:
     if type(now) in _CONTAINERS:
         return len(now) == len(was) and all(map(_same, now, was))
     return isinstance(now, bool | int | float | str | bytes) and now == was
+
+
+def same_values(now: Tensor, was: Tensor) -> bool:
+    """Whether two tensors have one shape, type and layout, and the same values; NaN is the same as NaN."""
+    if (now.shape, now.dtype, now.layout) != (was.shape, was.dtype, was.layout):
+        return False
+    return all(torch.equal(a, b) or _same_but_nan(a, b) for a, b in zip(_dense(now), _dense(was), strict=True))
+
+
+def _same_but_nan(now: Tensor, was: Tensor) -> bool:
+    if now.shape != was.shape or not now.is_floating_point():
+        return False
+    return bool(((now == was) | ((now != now) & (was != was))).all())
+
+
+def _dense(tensor: Tensor) -> list[Tensor]:
+    """A tensor as dense ones: indices and values of a sparse one, which may be too large to be written out."""
+    if tensor.layout is torch.strided:
+        return [tensor]
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor.coalesce()
+        return [tensor.indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor.to_dense()]
 
 
 def _written(now: Any, copy: Any) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from ttt_adapt.model.pass_state import PassState
+from ttt_adapt.model.pass_state import PassState, same_values
 
 
 class StartState:
@@ -49,7 +49,7 @@ class StartState:
 
 def _written(tensor: Tensor, kept: Tensor) -> Tensor:
     """The tensor with the values of the copy; the copy of the copy where the tensor cannot be written."""
-    if tensor.shape == kept.shape and torch.equal(tensor, kept):
+    if same_values(tensor, kept):
         return tensor
     if tensor.is_inference() or (tensor.shape != kept.shape and not tensor.is_contiguous()):
         return _clone(kept)

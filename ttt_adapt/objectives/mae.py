@@ -219,7 +219,7 @@ class MAEBranch(Attached):
         mask = self.draw_mask(images, generator)
         if self._views is not None and isinstance(self.mask_channel, MaskChannel):
             h, w = images.shape[-2:]
-            with self.pass_state.kept():
+            with self.pass_state.undone():
                 look_once((h + -h % self.multiple, w + -w % self.multiple), self.mask_channel, self._views)
         return mask
 
