@@ -184,13 +184,19 @@ def _put(slot: _Slot, value: Any) -> None:
 
 
 @torch.inference_mode(False)
+def cloned(tensor: Tensor) -> Tensor:
+    """A copy without a graph, which can be written outside of inference mode too."""
+    return tensor.detach().clone()
+
+
+@torch.inference_mode(False)
 @torch.no_grad()
 def _copy(value: Any, memo: dict[int, Any]) -> Any:
     """Tensors cloned, in containers too; parameters, modules and all other objects as they are."""
     if id(value) in memo:
         return memo[id(value)]
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-        copy: Any = value.detach().clone()
+        copy: Any = cloned(value)
     elif type(value) in (dict, OrderedDict):
         copy = type(value)((key, _copy(item, memo)) for key, item in value.items())
     elif type(value) is deque:
