@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -128,6 +129,7 @@ class StreamAdapter(Uncopied):
         source = SourceWeights(tensors, whole=[*adapted.statistics, *adapted.memory, *step.half.copies])
         self._begin = partial(StreamState.begin, config, adapted, source, make, self._intake)
         self._state = self._begin()
+        self._memories: WeakKeyDictionary[StreamState, list[Any]] = WeakKeyDictionary()  # of videos not in the model
         self._engine = choose_engine(step, self._state.optimizer.optimizer)
         self._branch_training = bool(getattr(self._branch, "training", False))
         self._start = start = StartState(model, step.pass_state, tensors.values())
@@ -439,6 +441,8 @@ class StreamAdapter(Uncopied):
     def state_dict(self) -> dict[str, Any]:
         """A copy of all of the stream's state: weights, optimizer, window, random state, counters.
 
+        What the model's own passes keep of the video (a recurrent state, a count) is not in it.
+
         Raises:
             StateError: somebody else changed the model, as for `step`.
         """
@@ -485,6 +489,8 @@ class StreamAdapter(Uncopied):
     def swap(self, state: StreamState) -> StreamState:
         """Go on with another video: its weights are copied into the model, in place.
 
+        What the model's own passes keep of a video (a recurrent state, a count) stays with that video.
+
         Args:
             state: from `new_state`, or returned by an earlier `swap` of this adapter.
 
@@ -496,7 +502,13 @@ class StreamAdapter(Uncopied):
         """
         self._check_attached()
         self._outside.check()
+        passes = self._gradient.pass_state
+        memory = passes.memory()
         swap(self._state, state)
+        if memory and state is not self._state:
+            self._start.put_back()
+            passes.remember(self._memories.pop(state, ()))
+            self._memories[self._state] = memory
         self._outside.accept()
         self._forget_passes()
         before, self._state = self._state, state
