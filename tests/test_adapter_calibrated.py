@@ -339,3 +339,31 @@ def test_every_engine_predicts_and_measures_as_the_eager_one(monkeypatch, kind, 
     for (mine, my_drift), (theirs, drift) in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
         assert my_drift == pytest.approx(drift, rel=1e-4)
+
+
+def test_the_drift_is_that_of_the_last_predicted_frame_also_around_blocks_without_a_pass():
+    torch.manual_seed(9)
+    model = settle_norms(zoo.TinySeg())
+    found: list[float | None] = []
+
+    def predict(x):
+        found.append(adapter.drift)
+        return model(x)
+
+    calibration = calibrate(model, clip(8))
+    with StreamAdapter(model, calibration=calibration, predict=predict) as adapter:
+        with adapter.statistics():
+            pass
+        assert adapter.drift is None
+        adapter.step(clip(1)[0])
+        drift = adapter.drift
+        assert drift > 0.0
+        with adapter.statistics():
+            pass
+        assert adapter.drift == drift
+        adapter.step(drifted(1)[0])
+        assert found == [None, drift]
+        adapter.reset()
+        with adapter.statistics():
+            pass
+        assert adapter.drift is None

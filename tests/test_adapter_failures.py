@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import numpy as np
@@ -240,3 +241,81 @@ def test_a_branch_is_copied_with_its_model_and_its_calibration(copied):
         StreamAdapter(model, branch, config=CONFIG) as own,
     ):
         assert torch.equal(adapter.step(x[0]), own.step(x[0]))
+
+
+# ---- a first frame that fails, and the frames after it
+
+
+@pytest.mark.parametrize("stats", ["frozen", "ema"])
+@pytest.mark.parametrize("pull", [0.0, 0.1])
+@pytest.mark.parametrize("before", [0, 2])
+def test_after_a_prediction_that_fails_the_stream_goes_on_as_if_the_frame_was_never_there(stats, pull, before):
+    def run(fails: bool) -> list[Any]:
+        broken: list[bool] = []
+
+        def predict(x: Tensor) -> Tensor:
+            if broken:
+                raise ValueError("no")
+            return adapter.branch.model(x)
+
+        config = CONFIG.replace(norm_stats=stats, source_pull=pull, restart_optimizer=True)
+        with attached(config, predict=predict) as adapter:
+            norms = [m for m in adapter.branch.model.modules() if isinstance(m, nn.BatchNorm2d)]
+            for seed in range(before):
+                adapter.step(image(32, 48, seed=seed))
+            was = [norm.running_mean.clone() for norm in norms]
+            if fails:
+                broken.append(True)
+                with pytest.raises(ValueError, match="no"):
+                    adapter.step(image(32, 48, seed=8))
+                broken.clear()
+                adapter.predict(image(32, 48, seed=9))
+                assert same_bits([norm.running_mean for norm in norms], was)
+            outputs = [adapter.step(image(32, 48, seed=seed)) for seed in (5, 6)]
+            return outputs if not before else [adapter.state_dict()["progress"]]
+
+    assert same_bits(run(True), run(False))
+
+
+def test_a_warning_that_is_an_error_leaves_the_model_free():
+    torch.manual_seed(9)
+    model = settle_norms(zoo.TinySeg()).train()
+    branch = MAEBranch.attach(model, "backbone")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="never trained"):
+            StreamAdapter(model, branch, config=CONFIG)
+    assert all(module.training for module in model.modules())
+    StreamAdapter(model, branch, config=CONFIG).detach()
+
+
+class Observed(nn.Module):
+    """A model that counts its predictions and remembers the range of its frames."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = settle_norms(zoo.TinySeg())
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("highest", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        self.highest = torch.maximum(self.highest, x.detach().max())
+        return self.inner(x)
+
+
+def test_a_state_of_a_model_that_counts_its_predictions_is_of_the_same_source():
+    def adapter() -> StreamAdapter:
+        torch.manual_seed(9)
+        model = Observed().eval()
+        return StreamAdapter(model, MAEBranch.attach(model, "inner.backbone"), config=CONFIG, preprocess=NORMALIZE)
+
+    with adapter() as first:
+        fresh = first.state_dict()["source"]
+    with adapter() as first, adapter() as second:
+        first.step(image(32, 48))
+        state = first.state_dict()
+        assert state["source"] == fresh
+        second.predict(image(32, 48))
+        second.load_state_dict(state)
+        assert same_bits(second.step(image(32, 48, seed=1)), first.step(image(32, 48, seed=1)))

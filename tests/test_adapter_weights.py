@@ -295,6 +295,77 @@ def test_after_other_weights_were_loaded_a_reset_begins_anew_with_the_source_wei
     assert same_bits([adapter.step(frame) for frame in clip()], wanted)
 
 
+@pytest.mark.parametrize("change", ["load", "data"])
+@pytest.mark.parametrize("call", ["state_dict", "swap"])
+def test_a_change_from_outside_is_not_taken_into_a_state_or_a_swap(call, change):
+    model = net()
+    adapter = StreamAdapter(model, branch_on(model), config=CONFIG)
+    other = adapter.new_state()
+    adapter.step(clip()[0])
+    kept = copy.deepcopy(model.state_dict())
+    before = adapter.state_dict()
+    CHANGES[change](model)
+    with pytest.raises(StateError, match="changed by somebody else"):
+        adapter.state_dict() if call == "state_dict" else adapter.swap(other)
+    model.load_state_dict(kept)
+    assert same_bits(adapter.state_dict(), before)
+
+
+def test_weights_that_are_not_adapted_are_not_put_back_by_a_reset_or_a_load_and_the_error_says_so():
+    model = net()
+    adapter = StreamAdapter(model, branch_on(model), config=CONFIG)
+    state = adapter.state_dict()
+    wanted = [adapter.step(frame) for frame in clip()]
+    kept = copy.deepcopy(model.head.state_dict())
+    with torch.no_grad():
+        for p in model.head.parameters():
+            p.add_(1.0)
+    for call in (adapter.reset, lambda: adapter.load_state_dict(state), lambda: adapter.step(clip()[0])):
+        with pytest.raises(StateError, match="does not adapt.*load what they were to go on"):
+            call()
+    model.head.load_state_dict(kept)
+    adapter.reset()
+    assert same_bits([adapter.step(frame) for frame in clip()], wanted)
+
+
+def test_a_load_puts_adapted_weights_right_that_somebody_changed():
+    model = net()
+    adapter = StreamAdapter(model, branch_on(model), config=CONFIG)
+    adapter.step(clip()[0])
+    state = adapter.state_dict()
+    wanted = adapter.step(clip()[1])
+    model.backbone.load_state_dict({name: value + 1 for name, value in model.backbone.state_dict().items()})
+    adapter.load_state_dict(state)
+    assert same_bits(adapter.step(clip()[1]), wanted)
+
+
+def test_running_statistics_that_are_replaced_in_inference_mode_are_put_back():
+    torch.manual_seed(9)
+    model = settle_norms(zoo.TinySeg())
+    adapter = StreamAdapter(model, branch_on(model), config=CONFIG)
+    adapter.step(clip()[0])
+    wanted = adapter.predict(clip()[1])
+    norm = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+    own = norm.running_mean
+    with torch.inference_mode():
+        norm.running_mean = norm.running_mean + 1
+    assert same_bits(adapter.predict(clip()[1]), wanted)
+    assert norm.running_mean is own
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_half_precision_are_their_copies_rounded_also_after_a_pull(dtype):
+    model = net().to(dtype)
+    config = CONFIG.replace(source_pull=0.3, lr=1e-5)
+    with StreamAdapter(model, branch_on(model), config=config) as adapter:
+        for frame in clip():
+            adapter.adapt(frame)
+            weights = adapter.state_dict()["weights"]
+            copies = {name.removeprefix("float32."): v for name, v in weights.items() if name.startswith("float32.")}
+            assert copies
+            assert all(torch.equal(weights[name], copy.to(dtype)) for name, copy in copies.items())
+
+
 # ---- values that are not finite
 
 

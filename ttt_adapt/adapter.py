@@ -7,12 +7,14 @@ step on the reconstruction of a batch drawn from the window, then predict the fr
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -124,18 +126,20 @@ class StreamAdapter(Uncopied):
         modules = [m for m in (model, self._branch) if isinstance(m, nn.Module)]
         groups = parameter_groups(step.encoder, step.own, modules, config, step.half.trained)
         make = partial(_fresh, optimizer or adamw, groups)
-        source = SourceWeights(tensors, whole=[*adapted.statistics, *adapted.memory])
-        self._source = functools.cache(partial(source_of, self._branch, source))
+        source = SourceWeights(tensors, whole=[*adapted.statistics, *adapted.memory, *step.half.copies])
         self._begin = partial(StreamState.begin, config, adapted, source, make, self._intake)
         self._state = self._begin()
+        self._memories: WeakKeyDictionary[StreamState, list[Any]] = WeakKeyDictionary()  # of videos not in the model
         self._engine = choose_engine(step, self._state.optimizer.optimizer)
         self._branch_training = bool(getattr(self._branch, "training", False))
-        self._start = StartState(model, step.pass_state, tensors.values())
+        self._start = start = StartState(model, step.pass_state, tensors.values())
+        self._source = functools.cache(partial(source_of, self._branch, source, start))
+        roots = [model, *([self._branch] if isinstance(self._branch, nn.Module) else [])]
+        self._outside = OutsideChanges(roots, step.adapted, adapted.statistics.values(), step.replacements)
+        warn_if_untrained(self._branch, config)  # before the model changes: a warning may be an error
         self._ownership = Ownership(self, model, tensors, step.parameters, source.restore, self._start, inside)
         self._branch.train(False)
-        roots = [model, *([self._branch] if isinstance(self._branch, nn.Module) else [])]
-        warn_if_untrained(self._branch, config)
-        self._outside = OutsideChanges(roots, step.adapted, adapted.statistics.values(), step.replacements)
+        self._outside.accept_modes()
 
     @property
     def branch(self) -> Objective:
@@ -162,7 +166,8 @@ class StreamAdapter(Uncopied):
         first prediction of a video. Reading it waits for the device.
         """
         found = None if self._correction is None else self._correction.drift()
-        return None if found is None else float(found)
+        value = math.nan if found is None else float(found)
+        return None if math.isnan(value) else value  # NaN: no frame was predicted yet
 
     @property
     def window(self) -> int:
@@ -244,11 +249,15 @@ class StreamAdapter(Uncopied):
 
     @one_at_a_time
     def reset(self) -> None:
-        """Begin a new video: source weights, empty window, fresh optimizer, the seed again, counters at 0."""
+        """Begin a new video: source weights, empty window, fresh optimizer, the seed again, counters at 0.
+
+        Raises:
+            StateError: somebody else changed precision, device, or weights that the stream does not adapt.
+        """
         self._check_attached()
+        self._outside.check_unadapted()
         self._engine.forget()
         self._forget_passes()
-        self._outside.check_kinds()
         self._start.put_back()
         self._state.reset()
         self._outside.accept()
@@ -354,6 +363,8 @@ class StreamAdapter(Uncopied):
             frame's first gradient.
         """
         self._state.weights.pull(self.config.pull_fraction)
+        if self.config.pull_fraction:
+            self._gradient.half.round()  # the pull moves the float32 copies, and these are the weights
         self._move_statistics(taken)
         if self.config.restart_optimizer or self.config.pull_fraction == 1.0:
             self._engine.restart(self._state.optimizer)
@@ -399,6 +410,7 @@ class StreamAdapter(Uncopied):
         except BaseException:
             self._answer = None
             self._engine.forget()
+            self._outside.accept()  # the undo wrote to the model
             raise
 
     @contextmanager
@@ -427,8 +439,15 @@ class StreamAdapter(Uncopied):
 
     @one_at_a_time
     def state_dict(self) -> dict[str, Any]:
-        """A copy of all of the stream's state: weights, optimizer, window, random state, counters."""
+        """A copy of all of the stream's state: weights, optimizer, window, random state, counters.
+
+        What the model's own passes keep of the video (a recurrent state, a count) is not in it.
+
+        Raises:
+            StateError: somebody else changed the model, as for `step`.
+        """
         self._check_attached()
+        self._outside.check()
         about = {"config": asdict(self.config), "setting": self._setting(), "source": self._source()}
         return {"format": FORMAT, **about, **self._state.state_dict()}
 
@@ -443,8 +462,10 @@ class StreamAdapter(Uncopied):
         Raises:
             CheckpointError: the state is damaged, or of other weights, another model, configuration, objective,
                 preprocessing or later version.
+            StateError: somebody else changed the model, as for `reset`.
         """
         self._check_attached()
+        self._outside.check_unadapted()
         saved = current_format(state)
         check_compatible(saved, self.config, self._setting())
         with explained_memory_errors(self.config):
@@ -468,6 +489,8 @@ class StreamAdapter(Uncopied):
     def swap(self, state: StreamState) -> StreamState:
         """Go on with another video: its weights are copied into the model, in place.
 
+        What the model's own passes keep of a video (a recurrent state, a count) stays with that video.
+
         Args:
             state: from `new_state`, or returned by an earlier `swap` of this adapter.
 
@@ -475,10 +498,17 @@ class StreamAdapter(Uncopied):
             The state of the video so far.
 
         Raises:
-            StateError: the state is of another adapter; nothing has changed.
+            StateError: the state is of another adapter, or somebody else changed the model; nothing has changed.
         """
         self._check_attached()
+        self._outside.check()
+        passes = self._gradient.pass_state
+        memory = passes.memory()
         swap(self._state, state)
+        if memory and state is not self._state:
+            self._start.put_back()
+            passes.remember(self._memories.pop(state, ()))
+            self._memories[self._state] = memory
         self._outside.accept()
         self._forget_passes()
         before, self._state = self._state, state

@@ -132,6 +132,26 @@ def test_a_stream_at_lr_zero_predicts_what_the_plain_model_does_and_gives_it_bac
 
 
 @LAYERS
+def test_what_a_model_keeps_of_a_video_stays_with_that_video_in_a_swap(make):
+    frames = [[torch.randn(3, 32, 48) for _ in range(3)] for _ in range(2)]
+    net = model(make())
+    before = memory_of(net)
+    with StreamAdapter(net, MAEBranch.attach(net, "0"), config=CONFIG) as adapter:
+        wanted = []
+        for video in frames:
+            adapter.reset()
+            wanted.append([adapter.step(frame) for frame in video])
+        adapter.reset()
+        found, other = [[], []], adapter.new_state()
+        for pair in zip(*frames, strict=True):
+            for video, frame in enumerate(pair):
+                found[video].append(adapter.step(frame))
+                other = adapter.swap(other)
+        assert same_bits(found, wanted)
+    assert memory_of(net) == before
+
+
+@LAYERS
 def test_calibrating_leaves_the_memory_of_a_model_alone(make):
     net = model(make())
     before = memory_of(net)

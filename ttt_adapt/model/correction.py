@@ -94,6 +94,7 @@ class Correction:
         # in fixed places, where also a recorded pass leaves its numbers
         self._numbers = torch.zeros(len(chosen) + 1, device=device)
         self._seen, self._calls = self._numbers[:-1], self._numbers[-1]
+        self._last = torch.zeros_like(self._numbers)  # the numbers of the last frame that was predicted to its end
         self._layers = [
             (_Image if point.side == "input" else _Layer)(point, statistics[point.name], rule, seen, device)
             for point, seen in zip(chosen, self._seen, strict=True)
@@ -101,26 +102,26 @@ class Correction:
         self._passed = False
 
     def drift(self) -> Tensor | None:
-        """How far the frame of the last pass is from the source: scalar, None before the first pass.
+        """How far the frame of the last pass is from the source: scalar, None before the first block of `active`.
 
         It is the mean over the points of a layer's divergence, each in units of what is usual at that layer, over
-        `unit`. Of a frame that is predicted in several passes, it is their mean.
+        `unit`. Of a frame that is predicted in several passes, it is their mean. It is NaN where no block had a pass.
         """
         if not (self._passed and self._layers):
             return None
-        return (self._seen / self._calls).mean() / self._unit
+        return (self._last[:-1] / self._last[-1]).mean() / self._unit
 
     def forget(self) -> None:
         """A new video begins: there was no pass yet."""
         self._passed = False
+        self._last.zero_()
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Inside the block, passes are corrected, each by its own statistics: nothing is carried from pass to pass.
 
-        A block that raises leaves the drift as it was.
+        Until its end the drift is that of the block before, and also after it where it raises or has no pass.
         """
-        last = self._numbers.clone()
         self._numbers.zero_()
         norms = [layer.point.module for layer in self._layers if layer.point.side == "statistics"]
         before = [(norm, norm.training, norm._buffers.copy()) for norm in norms]
@@ -130,14 +131,12 @@ class Correction:
                     if norm.training:
                         norm.training = False
                 yield
-            except BaseException:
-                self._numbers.copy_(last)
-                raise
             finally:
                 for norm, training, buffers in before:
                     norm._buffers.update(buffers)
                     if training:
                         norm.training = True
+        torch.where(self._calls > 0, self._numbers, self._last, out=self._last)
         self._passed = True
 
     def _hook(self, layer: _Layer | _Image, first: bool) -> Any:

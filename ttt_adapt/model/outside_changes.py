@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ttt_adapt.errors import EncoderError, StateError
 from ttt_adapt.model.half import HALF
 from ttt_adapt.model.norms import norm_layers
+from ttt_adapt.model.pass_state import cloned
 
 REPLACED = (
     "they were replaced by others (by load_state_dict(assign=True), for example): detach() the adapter and make a new "
@@ -59,7 +60,7 @@ class OutsideChanges:
             if buffer is not None and not buffer.is_inference()
         ]
         self._following = [buffer for _, _, buffer in self._statistics if id(buffer) in followed]
-        self._copies = [_clone(buffer) for _, _, buffer in self._statistics]
+        self._copies = [cloned(buffer) for _, _, buffer in self._statistics]
         pairs = zip(self._statistics, self._copies, strict=True)
         self._followers = [copy for (_, _, own), copy in pairs if id(own) in followed]
         self._tensors: list[Tensor] = [*self._weights, *(buffer for _, _, buffer in self._statistics)]
@@ -123,25 +124,54 @@ class OutsideChanges:
             raise EncoderError(f"the {whose}'s parameters are not those that are adapted: {REPLACED}")
         self._put_statistics_back()
         self._see()
-        pairs = zip(self._numbers, self._views, strict=True)
-        changed = sum(int(_changed(torch.cat(views), before)) for before, views in pairs)
-        if changed:
+        adapted, others = self._count_changed()
+        self._refuse_unadapted(others)
+        if adapted:
             raise StateError(
-                f"{changed} of {len(self._weights)} weights were changed by somebody else after the last frame: load "
+                f"{adapted} of {len(self._weights)} weights were changed by somebody else after the last frame: load "
                 "what they were to go on, or reset() to begin anew with the source weights, or detach() the adapter "
                 "before you load other weights"
             )
         self.accept()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def check_unadapted(self) -> None:
+        """Before the adapted weights are written anew: refuse changes of all others, which stay as they are.
+
+        Raises:
+            StateError: as for `check`; precision, device or values of weights are others.
+        """
+        self.check_kinds()
+        self._see()
+        self._refuse_unadapted(self._count_changed()[1])
+
+    def _count_changed(self) -> tuple[int, int]:
+        """How many weights have other values than at the last `accept`: of the adapted ones, and of the others."""
+        adapted, others = 0, 0
+        for before, views, learns in zip(self._numbers, self._views, self._adapted, strict=True):
+            changed = _changed(torch.cat(views), before).tolist()
+            adapted += sum(now and own for now, own in zip(changed, learns, strict=True))
+            others += sum(now and not own for now, own in zip(changed, learns, strict=True))
+        return adapted, others
+
+    def _refuse_unadapted(self, changed: int) -> None:
+        if changed:
+            raise StateError(
+                f"{changed} of the weights that this stream does not adapt were changed by somebody else: load what "
+                "they were to go on, also to reset(), which writes the adapted weights only; or detach() the adapter "
+                "and make a new one over the weights as they are"
+            )
 
     def _put_statistics_back(self) -> None:
         """Undo writes to running statistics. Those that do not follow the video may be replaced by other tensors."""
         following = {id(buffer) for buffer in self._following}
         for i, (norm, name, own) in enumerate(self._statistics):
             now = norm._buffers.get(name)
-            if now is None or now is own or id(own) in following:
+            if now is None or now is own or id(own) in following or now.is_inference():
                 norm._buffers[name] = own.copy_(self._copies[i])
             else:
-                self._statistics[i], self._copies[i] = (norm, name, now), _clone(now)
+                self._statistics[i], self._copies[i] = (norm, name, now), cloned(now)
         self._tensors = [*self._weights, *(buffer for _, _, buffer in self._statistics)]
 
     def check_kinds(self) -> None:
@@ -167,28 +197,24 @@ class OutsideChanges:
     @torch.no_grad()
     def _see(self) -> None:
         """Find one number of every weight in memory, by device and precision."""
-        found: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        found: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, bool]]] = {}
+        adapted = {id(p) for p in self._learning}
         for p in self._weights:
             if p.numel() and p.layout is torch.strided:
                 place = p.storage_offset() + sum(s * (n // 2) for n, s in zip(p.shape, p.stride(), strict=True))
-                found.setdefault((p.device, p.dtype), []).append(
-                    torch.empty(0, dtype=p.dtype, device=p.device).set_(p.untyped_storage(), place, (1,), (1,))
-                )
-        self._views = list(found.values())
+                view = torch.empty(0, dtype=p.dtype, device=p.device).set_(p.untyped_storage(), place, (1,), (1,))
+                found.setdefault((p.device, p.dtype), []).append((view, id(p) in adapted))
+        self._views = [[view for view, _ in group] for group in found.values()]
+        self._adapted = [[learns for _, learns in group] for group in found.values()]
 
 
 def _changed(now: Tensor, before: Tensor) -> Tensor:
-    """How many numbers are others than before, and than before in half precision, which is a way there and back."""
+    """Which numbers are others than before, and than before in half precision, which is a way there and back."""
     same = (now == before) | ((now != now) & (before != before))
     for dtype in HALF:
         same |= now == before.to(dtype).to(now)
-    return same.logical_not().sum()
+    return same.logical_not()
 
 
 def _kind(dtype: torch.dtype, device: torch.device) -> str:
     return f"{str(dtype).removeprefix('torch.')} on {device}"
-
-
-@torch.inference_mode(False)
-def _clone(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()

@@ -105,6 +105,24 @@ class PassState:
         else:
             yield from _watched(self._model, [])
 
+    def memory(self) -> list[tuple[_Slot, Any]]:
+        """Copies of all that passes in evaluation mode are known to change, as it is."""
+        memo: dict[int, Any] = {}
+        slots = [change.slot for change in self._known.get(False, [])]
+        return [(slot, _copy(slot.table.get(slot.name, _Absent), memo)) for slot in slots]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def remember(self, memory: Sequence[tuple[_Slot, Any]]) -> None:
+        """Write what `memory` returned back, into the same buffers where they have the same shape."""
+        memo: dict[int, Any] = {}
+        for slot, value in memory:
+            now = slot.table.get(slot.name)
+            if slot.buffer and isinstance(now, Tensor) and _alike(now, value) and not now.is_inference():
+                now.copy_(value)
+            else:
+                _put(slot, _copy(value, memo))
+
     def attributes(self) -> list[tuple[_Slot, Any]]:
         """Copies of the attributes, not of buffers, that passes in evaluation mode are known to change, as they are."""
         memo: dict[int, Any] = {}
@@ -184,13 +202,19 @@ def _put(slot: _Slot, value: Any) -> None:
 
 
 @torch.inference_mode(False)
+def cloned(tensor: Tensor) -> Tensor:
+    """A copy without a graph, which can be written outside of inference mode too."""
+    return tensor.detach().clone()
+
+
+@torch.inference_mode(False)
 @torch.no_grad()
 def _copy(value: Any, memo: dict[int, Any]) -> Any:
     """Tensors cloned, in containers too; parameters, modules and all other objects as they are."""
     if id(value) in memo:
         return memo[id(value)]
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-        copy: Any = value.detach().clone()
+        copy: Any = cloned(value)
     elif type(value) in (dict, OrderedDict):
         copy = type(value)((key, _copy(item, memo)) for key, item in value.items())
     elif type(value) is deque:

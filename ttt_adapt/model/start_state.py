@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from ttt_adapt.model.pass_state import PassState, same_values
+from ttt_adapt.model.pass_state import PassState, cloned, same_values
 
 
 class StartState:
@@ -26,11 +26,26 @@ class StartState:
         taken = {id(tensor) for tensor in adapted}
         found = [(module, name, tensor) for module in model.modules() for name, tensor in module._buffers.items()]
         self._buffers = [
-            (module, name, tensor, None if tensor is None else _clone(tensor))
+            (module, name, tensor, None if tensor is None else cloned(tensor))
             for module, name, tensor in found
             if id(tensor) not in taken
         ]
         self._passes, self._attributes = passes, passes.attributes()
+
+    def buffers(self, model: nn.Module, among: Collection[str]) -> dict[str, Tensor]:
+        """Name in a model -> copy, of the buffers with these names.
+
+        Args:
+            model: the one that this is of, or one around or inside of it.
+            among: names, as `model.state_dict()` has them.
+        """
+        kept = {(id(module), name): copy for module, name, _, copy in self._buffers if copy is not None}
+        named = {
+            f"{path}.{name}" if path else name: kept.get((id(module), name))
+            for path, module in model.named_modules(remove_duplicate=False)
+            for name in module._buffers
+        }
+        return {name: copy for name, copy in named.items() if copy is not None and name in among}
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -52,10 +67,5 @@ def _written(tensor: Tensor, kept: Tensor) -> Tensor:
     if same_values(tensor, kept):
         return tensor
     if tensor.is_inference() or (tensor.shape != kept.shape and not tensor.is_contiguous()):
-        return _clone(kept)
+        return cloned(kept)
     return tensor.resize_(kept.shape).copy_(kept) if tensor.shape != kept.shape else tensor.copy_(kept)
-
-
-@torch.inference_mode(False)
-def _clone(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()

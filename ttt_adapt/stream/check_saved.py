@@ -12,6 +12,7 @@ from ttt_adapt.errors import CheckpointError, ConfigError
 from ttt_adapt.files import check_format_number
 from ttt_adapt.model.fingerprint import fingerprint
 from ttt_adapt.model.frames import Normalize, Preprocess
+from ttt_adapt.model.start_state import StartState
 from ttt_adapt.objectives.base import Attached, Objective, SplitLoss, StatefulObjective
 from ttt_adapt.objectives.mae import SETTINGS, MAEBranch
 from ttt_adapt.schema import check_fields, dict_of, plain, text
@@ -85,12 +86,19 @@ def setting_of(objective: Objective, preprocess: Preprocess | None, calibration:
     return {**setting, "preprocess": "none" if preprocess is None else "a function"}
 
 
-def source_of(objective: Objective, source: SourceWeights) -> dict[str, str]:
-    """Hashes of the source weights of a stream: those of the whole model, and those of the objective."""
+def source_of(objective: Objective, source: SourceWeights, start: StartState) -> dict[str, str]:
+    """Hashes of the source weights of a stream: those of the whole model, and those of the objective.
+
+    Args:
+        objective: with the model.
+        source: the source values of what is adapted.
+        start: the model's other buffers as they were when the adapter was made: predictions may change them.
+    """
     branch = objective.state_dict(keep_vars=True) if isinstance(objective, Attached) else {}
     memory = objective.memory() if isinstance(objective, StatefulObjective) else {}
     own = {**dict(objective.named_parameters()), **branch, **memory}
-    parts = {"model": objective.model.state_dict(keep_vars=True), "objective": own}
+    model = objective.model.state_dict(keep_vars=True)
+    parts = {"model": model | start.buffers(objective.model, among=model), "objective": own}
     return {name: fingerprint(source.originals(tensors)) for name, tensors in parts.items()}
 
 
