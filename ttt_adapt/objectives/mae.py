@@ -23,7 +23,7 @@ from ttt_adapt.model.measure import TakenStills, measure, take_stills, with_drif
 from ttt_adapt.model.norms import frozen_norms
 from ttt_adapt.model.parameters import check_state
 from ttt_adapt.model.places import StemViews
-from ttt_adapt.model.probe import evaluating
+from ttt_adapt.model.probe import evaluating, returning_as_evaluated
 from ttt_adapt.model.token_dropout import keeping_tokens
 from ttt_adapt.model.wrappers import unwrapped
 from ttt_adapt.objectives.base import Attached, examines
@@ -161,6 +161,7 @@ class MAEBranch(Attached):
             frozen_norms(self.norms),
             without_checkpointing(self.info.checkpointing),
             keeping_tokens(self.info.token_droppers),
+            returning_as_evaluated(self.info.module),
         ):
             try:
                 encoded = self._encode(padded, mask, visible)
