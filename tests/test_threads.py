@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 import models as zoo
 from conftest import hooks_of, settle_norms
 from ttt_adapt import MAEBranch, StreamAdapter, StreamConfig
+from ttt_adapt.errors import StateError
 from ttt_adapt.model.features import MapSpec
 from ttt_adapt.model.hooks import inputs_of
 from ttt_adapt.model.stem import hidden_on_map
@@ -99,6 +102,36 @@ def test_two_calibrated_threads_see_their_own_frames_alone():
             while thread.is_alive():
                 for frame, right in zip(clip, wanted, strict=True):
                     assert torch.equal(adapter.predict(frame), right)
+
+
+@pytest.mark.parametrize("points", ["batchnorm", "input"])
+def test_a_calibrated_prediction_in_a_worker_thread_is_refused_and_leaves_the_drift(points):
+    torch.manual_seed(9)
+    model = settle_norms(zoo.TinySeg())
+    branch = MAEBranch.attach(model, "backbone")
+    found = branch.calibrate(frames(8))
+    found = found.replace(rule=dataclasses.replace(found.rule, points=points))
+    in_worker: list[bool] = []
+
+    def predict(x):
+        if not in_worker:
+            return model(x)
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(model, x).result()
+
+    config = STILL.replace(norm_stats="calibrated")
+    with StreamAdapter(model, branch, config=config, calibration=found, predict=predict) as adapter:
+        first, second = frames(2)
+        adapter.predict(first)
+        drift = adapter.drift
+        in_worker.append(True)
+        with pytest.raises(StateError, match="another thread.*call the model in the thread"):
+            adapter.predict(second)
+        assert adapter.drift == drift
+        in_worker.clear()
+        adapter.predict(second)
+        assert adapter.drift != drift
+    assert hooks_of(model) == 0
 
 
 def test_the_block_of_statistics_keeps_other_threads_waiting():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -231,3 +234,21 @@ def test_an_encoder_that_returns_other_maps_in_training_whatever_is_done_is_refu
     branch = MAEBranch.attach(_Behind(inside=True).train(), "backbone", patch_size=8)
     with pytest.raises(EncoderError, match=r"something else than when it was examined.*expected 8 channels"):
         branch.loss(torch.randn(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("decoder", ["conv", "copy_head"])
+@pytest.mark.parametrize("used", [False, True])
+def test_a_detached_branch_does_not_keep_the_model_alive(decoder, used):
+    model = zoo.TinySeg()
+    branch = MAEBranch.attach(model, "backbone", decoder)
+    if used:
+        branch.loss(torch.randn(1, 3, 32, 48)).backward()
+    before = {name: value.clone() for name, value in branch.state_dict().items()}
+    alive = weakref.ref(model)
+    branch.detach()
+    branch.detach()
+    del model
+    gc.collect()
+    assert alive() is None
+    assert branch.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in branch.state_dict().items())
