@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -11,6 +13,10 @@ import torch
 import models as zoo
 from conftest import hooks_of, settle_norms
 from ttt_adapt import MAEBranch, StreamAdapter, StreamConfig
+from ttt_adapt.errors import StateError
+from ttt_adapt.model.features import MapSpec
+from ttt_adapt.model.hooks import inputs_of
+from ttt_adapt.model.stem import hidden_on_map
 from ttt_adapt.model.threads import in_this_thread, lock_of
 
 SIZE = (32, 48)
@@ -98,6 +104,36 @@ def test_two_calibrated_threads_see_their_own_frames_alone():
                     assert torch.equal(adapter.predict(frame), right)
 
 
+@pytest.mark.parametrize("points", ["batchnorm", "input"])
+def test_a_calibrated_prediction_in_a_worker_thread_is_refused_and_leaves_the_drift(points):
+    torch.manual_seed(9)
+    model = settle_norms(zoo.TinySeg())
+    branch = MAEBranch.attach(model, "backbone")
+    found = branch.calibrate(frames(8))
+    found = found.replace(rule=dataclasses.replace(found.rule, points=points))
+    in_worker: list[bool] = []
+
+    def predict(x):
+        if not in_worker:
+            return model(x)
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(model, x).result()
+
+    config = STILL.replace(norm_stats="calibrated")
+    with StreamAdapter(model, branch, config=config, calibration=found, predict=predict) as adapter:
+        first, second = frames(2)
+        adapter.predict(first)
+        drift = adapter.drift
+        in_worker.append(True)
+        with pytest.raises(StateError, match="another thread.*call the model in the thread"):
+            adapter.predict(second)
+        assert adapter.drift == drift
+        in_worker.clear()
+        adapter.predict(second)
+        assert adapter.drift != drift
+    assert hooks_of(model) == 0
+
+
 def test_the_block_of_statistics_keeps_other_threads_waiting():
     adapter, begun, done = attached(STILL.replace(norm_stats="batch")), threading.Event(), threading.Event()
 
@@ -124,6 +160,40 @@ def test_a_hook_of_one_thread_is_not_called_by_another():
         pass
     layer(torch.zeros(1, 2))
     assert seen == [threading.get_ident()]
+
+
+def test_another_thread_that_calls_the_model_meets_no_hook_of_a_look_at_what_a_module_gets():
+    entered, looked = threading.Event(), threading.Event()
+    layer = torch.nn.Linear(2, 2)
+    wanted, images, seen = layer(torch.ones(1, 2)), torch.zeros(1, 2), []
+
+    def model(x):
+        entered.set()
+        assert looked.wait(10)
+        return layer(x)
+
+    def other() -> None:
+        assert entered.wait(10)
+        seen.append(layer(torch.ones(1, 2)))
+        looked.set()
+
+    with beside(other):
+        try:
+            assert inputs_of(model, layer, images) == [images]
+        finally:
+            looked.set()
+    assert torch.equal(seen[0], wanted)
+
+
+def test_another_thread_that_calls_the_first_layer_is_not_told_of_hidden_pixels():
+    stem, spec = torch.nn.Conv2d(3, 4, 4, 4), MapSpec(0, "nchw", 4, 4)
+    images, seen = torch.randn(1, 3, 8, 8), []
+    plain = stem(images)
+    with hidden_on_map(stem, spec, lambda hidden: hidden[..., ::4, ::4].expand(-1, 4, -1, -1), torch.ones(1, 1, 8, 8)):
+        with beside(lambda: seen.append(stem(images))):
+            pass
+        torch.testing.assert_close(stem(images), plain + 1)
+    assert torch.equal(seen[0], plain)
 
 
 def test_a_model_has_one_lock_which_its_thread_may_take_again():

@@ -10,6 +10,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
+from torch import nn
+
 from sweeps.subject import Subject
 
 TASKS = (
@@ -113,7 +116,22 @@ def build(name: str) -> Subject:
     model_class = getattr(transformers, name)
     config_class = model_class.config_class
     settings = shrink(config_class().to_dict()) | LISTS.get(name, {})
-    return Subject(model_class(config_class.from_dict(settings)).eval())
+    model = model_class(config_class.from_dict(settings)).eval()
+    draw_biases(model)
+    return Subject(model)
+
+
+def draw_biases(model: nn.Module) -> None:
+    """Give small random values to biases that are all 0, as trained models have.
+
+    Without them, a token of hidden pixels is 0 in every layer, and each LayerNorm on its way multiplies the gradient by
+    `1 / sqrt(eps)`: it overflows.
+    """
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") and not bool(parameter.any()):
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
 
 
 def shrink(config: dict[str, Any]) -> dict[str, Any]:

@@ -69,6 +69,20 @@ def test_the_input_point_is_that_of_the_convolution_that_sees_the_image(family):
     torch.testing.assert_close(variance, seen[0].var((0, 2, 3), correction=0))
 
 
+def test_a_model_that_goes_over_the_image_in_windows_has_points_in_its_layers_and_none_at_the_input():
+    class Windows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = zoo.UNet()
+
+        def forward(self, x):
+            return torch.cat([self.net(window) for window in x.chunk(2, 3)], 3)
+
+    found = find_points(Windows(), (32, 96))
+    assert list(found) == ["batchnorm"]
+    assert len(found["batchnorm"]) == 10
+
+
 def test_patches_and_moments_leave_prefix_tokens_out():
     point = find_points(zoo.vit_registers(), (32, 48))["blocks"][0]
     x = torch.randn(2, 4 + 6, 48)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -186,3 +189,66 @@ def test_hugging_face_blocks_see_the_visible_tokens_only(family):
     images = torch.randn(1, 3, 4 * patch, 4 * patch)
     branch.reconstruct(images)
     assert lengths == [prefix + 16 - hidden_patches(16, 0.8)] * 2
+
+
+class _MoreInTraining(nn.Module):
+    """An encoder that returns a further map in training, before the one that it always returns.
+
+    Args:
+        inside: whether a module inside of the encoder decides that, and not the encoder itself.
+    """
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 4, 4, 4), nn.Sequential(nn.Conv2d(4, 8, 3, 1, 1), nn.Dropout(0.5))
+        self.inside = inside
+
+    def forward(self, x):
+        first = self.stem(x)
+        return (first, self.body(first)) if (self.body if self.inside else self).training else self.body(first)
+
+
+class _Behind(nn.Module):
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.backbone, self.head = _MoreInTraining(inside), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        found = self.backbone(x)
+        return self.head(found[-1] if isinstance(found, tuple) else found)
+
+
+def test_an_encoder_with_further_outputs_in_training_is_trained_on_those_of_evaluation():
+    model = _Behind(inside=False).train()
+    branch = MAEBranch.attach(model, "backbone", patch_size=8)
+    branch.train()
+    dropped = []
+    model.backbone.body[1].register_forward_hook(lambda m, _args, _output: dropped.append(m.training))
+    branch.loss(torch.randn(2, 3, 32, 32)).backward()
+    assert dropped == [True]
+    assert model.backbone.body[0].weight.grad.abs().sum() > 0
+    assert model.backbone.training
+
+
+def test_an_encoder_that_returns_other_maps_in_training_whatever_is_done_is_refused_with_the_reason():
+    branch = MAEBranch.attach(_Behind(inside=True).train(), "backbone", patch_size=8)
+    with pytest.raises(EncoderError, match=r"something else than when it was examined.*expected 8 channels"):
+        branch.loss(torch.randn(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize("decoder", ["conv", "copy_head"])
+@pytest.mark.parametrize("used", [False, True])
+def test_a_detached_branch_does_not_keep_the_model_alive(decoder, used):
+    model = zoo.TinySeg()
+    branch = MAEBranch.attach(model, "backbone", decoder)
+    if used:
+        branch.loss(torch.randn(1, 3, 32, 48)).backward()
+    before = {name: value.clone() for name, value in branch.state_dict().items()}
+    alive = weakref.ref(model)
+    branch.detach()
+    branch.detach()
+    del model
+    gc.collect()
+    assert alive() is None
+    assert branch.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in branch.state_dict().items())

@@ -119,7 +119,6 @@ LEAKY = {
     "registers behind": Behind,
     "registers in the middle": Middle,
     "columns": Columns,
-    "mirrored": Mirrored,
     "snake": Snake,
     "two swapped": TwoSwapped,
     "a class token of the image": ClassTokenOfTheImage,
@@ -160,6 +159,12 @@ def test_tokens_through_which_hidden_pixels_would_leak_get_pixel_masking(kind):
         pytest.raises(EncoderError, match='masking="tokens".*(hidden pixels|as a set).*"pixels"'),
     ):
         attach(model, masking="tokens")
+
+
+def test_tokens_none_of_which_lies_where_its_pixels_are_are_refused_with_the_reason():
+    model = Mirrored().eval()
+    with left_as_it_was(model), pytest.raises(EncoderError, match="neither row by row nor column by column"):
+        attach(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

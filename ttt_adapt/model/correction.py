@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.errors import ConfigError
+from ttt_adapt.errors import ConfigError, StateError
 from ttt_adapt.model.calibration import Calibration
 from ttt_adapt.model.hooks import hooks
 from ttt_adapt.model.norms import channel_moments
@@ -121,16 +121,22 @@ class Correction:
         """Inside the block, passes are corrected, each by its own statistics: nothing is carried from pass to pass.
 
         Until its end the drift is that of the block before, and also after it where it raises or has no pass.
+
+        Raises:
+            StateError: at the end of the block, where the model ran in another thread alone and nothing was corrected.
         """
+        elsewhere: list[None] = []
         self._numbers.zero_()
         norms = [layer.point.module for layer in self._layers if layer.point.side == "statistics"]
         before = [(norm, norm.training, norm._buffers.copy()) for norm in norms]
-        with hooks(self._hook(layer, first=i == 0) for i, layer in enumerate(self._layers)):
+        with hooks(self._hook(layer, i == 0, elsewhere) for i, layer in enumerate(self._layers)):
             try:
                 for norm in norms:
                     if norm.training:
                         norm.training = False
                 yield
+                if elsewhere and not bool(self._calls):  # the host waits for this number only where there is a doubt
+                    raise StateError(_ANOTHER_THREAD)
             finally:
                 for norm, training, buffers in before:
                     norm._buffers.update(buffers)
@@ -139,14 +145,25 @@ class Correction:
         torch.where(self._calls > 0, self._numbers, self._last, out=self._last)
         self._passed = True
 
-    def _hook(self, layer: _Layer | _Image, first: bool) -> Any:
+    def _hook(self, layer: _Layer | _Image, first: bool, elsewhere: list[None]) -> Any:
+        """Set the hook of a layer; that of the first one counts the passes, in `elsewhere` those of other threads."""
         module, calls = layer.point.module, self._calls if first else None
+
+        def here(hook: Callable[..., Any]) -> Callable[..., Any]:
+            return in_this_thread(hook, (lambda: elsewhere.append(None)) if first else None)
+
         if isinstance(layer, _Image):
-            return module.register_forward_pre_hook(in_this_thread(_correct_image(layer, calls)))
+            return module.register_forward_pre_hook(here(_correct_image(layer, calls)))
         if layer.point.side == "statistics":
-            return module.register_forward_pre_hook(in_this_thread(_replace_statistics(layer, calls)), with_kwargs=True)
+            return module.register_forward_pre_hook(here(_replace_statistics(layer, calls)), with_kwargs=True)
         correct = _correct(layer, calls)
-        return module.register_forward_hook(in_this_thread(lambda _module, _args, output: correct(output)))
+        return module.register_forward_hook(here(lambda _module, _args, output: correct(output)))
+
+
+_ANOTHER_THREAD = (
+    "the model ran in another thread, so this frame was predicted without its correction: call the model in the thread "
+    "that calls the adapter (a predict= that hands the pass to a worker thread, or DataParallel, does not)"
+)
 
 
 def _replace_statistics(layer: _Layer, calls: Tensor | None) -> Any:

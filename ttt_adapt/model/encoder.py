@@ -5,6 +5,7 @@ Nothing here changes the model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -188,11 +189,36 @@ def _own_size(model: nn.Module, named: tuple[str, nn.Module] | None, size: tuple
     if trace.stem is None:
         return size
     seen = (trace.stem_inputs[0][-2], trace.stem_inputs[0][-1])
-    if not all(0 <= inner - side < MAX_PADDING for inner, side in zip(seen, size, strict=True)):
+    if not _padded(size, seen):
         again = _trace(model, named, seen)
         return seen if again.stem is trace.stem and again.stem_inputs[0][-2:] == seen else size
     stride = along(trace.stem.stride)
     return (size[0] - size[0] % stride, size[1] - size[1] % stride) if stride > 2 and min(size) >= stride else size
+
+
+def _padded(size: tuple[int, int], seen: tuple[int, int]) -> bool:
+    """Whether a first convolution that sees `seen` (H, W) of images of `size` sees them as they are, or padded."""
+    return all(0 <= inner - side < MAX_PADDING for inner, side in zip(seen, size, strict=True))
+
+
+def _not_resized(
+    model: nn.Module, named: tuple[str, nn.Module], trace: Trace, sizes: list[tuple[int, int]]
+) -> Iterator[tuple[int, int]]:
+    """Of these sizes (H, W), first those that the model does not resize inside, then the others.
+
+    A map of resized images does not tell how many pixels a cell covers.
+    """
+    resized = []
+    for size in sizes:
+        try:
+            inputs = _trace(model, named, size).stem_inputs if trace.stem is not None else []
+        except Exception:  # the model does not take this size
+            continue
+        if not inputs or _padded(size, (inputs[0][-2], inputs[0][-1])):
+            yield size
+        else:
+            resized.append(size)
+    yield from resized
 
 
 def _trace(model: nn.Module, named: tuple[str, nn.Module] | None, size: tuple[int, int]) -> Trace:
@@ -210,7 +236,8 @@ def _examine(model: nn.Module, path: str, module: nn.Module, size: tuple[int, in
     module = _called(model, path, module, images)
     trace = _trace(model, (path, module), size)
     with torch.no_grad():
-        maps = find_maps(lambda x: run_encoder(model, module, x), images, other_sizes(size))
+        others = _not_resized(model, (path, module), trace, other_sizes(size))
+        maps = find_maps(lambda x: run_encoder(model, module, x), images, others)
     stem: tuple[str, nn.Module, MapSpec | None] | None = None
     stem = find_stem(model, module, images) if trace.stem is None else (trace.stem_path, trace.stem, None)
     norms = {name: m for name, m in model.named_modules(remove_duplicate=False) if m in trace.norms}

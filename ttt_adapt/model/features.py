@@ -123,21 +123,29 @@ def to_maps(output: Any, specs: list[MapSpec], image_size: tuple[int, int]) -> l
     A map that lacks a border of the image, as convolutions without padding leave it, is stretched to the whole image.
 
     Raises:
-        EncoderError: another number of tokens than images of this size have.
+        EncoderError: another number of tokens than images of this size have, or another output than `specs` tell of.
     """
     leaves = list(tensors(output))
     maps = []
     for spec in specs:
+        if spec.index >= len(leaves):
+            raise EncoderError(f"{_OTHER_OUTPUT}: {len(leaves)} tensors; expected at least {spec.index + 1}{_WAY_OUT}")
         tensor = leaves[spec.index]
         if spec.layout == "nhwc":
             tensor = tensor.permute(0, 3, 1, 2)  # [B, h, w, C] -> [B, C, h, w]
         elif spec.layout != "nchw":
             tensor = _token_map(tensor, spec, image_size)
+        if tensor.ndim != 4 or tensor.shape[1] != spec.channels:
+            raise EncoderError(f"{_OTHER_OUTPUT}: {tuple(tensor.shape)}; expected {spec.channels} channels{_WAY_OUT}")
         whole, started = grid_of(image_size, spec.stride)
         if any(side not in sides for side, *sides in zip(tensor.shape[-2:], whole, started, strict=True)):
             tensor = F.interpolate(tensor, started, mode="bilinear", align_corners=False)
         maps.append(tensor)
     return maps
+
+
+_OTHER_OUTPUT = "the encoder returned something else than when it was examined, in evaluation mode"
+_WAY_OUT = ": name a module as the encoder that returns the same in training and in evaluation"
 
 
 def grid_of(image_size: tuple[int, int], stride: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,7 +42,7 @@ class Seen:
     shapes: list[Shape]
 
 
-def find_maps(run: Callable[[Tensor], Any], images: Tensor, others: list[Size]) -> list[MapSpec]:
+def find_maps(run: Callable[[Tensor], Any], images: Tensor, others: Iterable[Size]) -> list[MapSpec]:
     """Find the feature maps in an encoder's output: finest first, one per stride.
 
     Args:
@@ -75,7 +75,7 @@ def _size(images: Tensor) -> Size:
     return images.shape[-2], images.shape[-1]
 
 
-def _second(run: Callable[[Tensor], Any], images: Tensor, others: list[Size], count: int) -> Iterator[Seen]:
+def _second(run: Callable[[Tensor], Any], images: Tensor, others: Iterable[Size], count: int) -> Iterator[Seen]:
     """What the encoder returns for the first of the other sizes that the model takes; nothing where it takes none."""
     for size in others:
         repeats = (1, 1, -(-size[0] // images.shape[2]), -(-size[1] // images.shape[3]))
@@ -244,7 +244,7 @@ class Squares:
             rows = self.shape[2:] if spec.layout == "nchw" else self.shape[1:3]
             maps = answers[..., 0].unflatten(1, rows)  # [squares, h, w]
         else:
-            maps = to_maps(answers, [replace(spec, index=0, layout="tokens")], self.size)[0][:, 0]
+            maps = to_maps(answers, [replace(spec, index=0, layout="tokens", channels=1)], self.size)[0][:, 0]
         s = spec.stride
         return sum(
             cells[top // s : -(-(top + side) // s), left // s : -(-(left + side) // s)].mean().item()

@@ -71,7 +71,7 @@ def inputs_of(model: Callable[[Tensor], Any], module: nn.Module, images: Tensor,
         if len(found) == calls:
             raise _EncoderDone(found)
 
-    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    handle = module.register_forward_pre_hook(in_this_thread(note), with_kwargs=True)
     try:
         with uncompiled():
             model(images)

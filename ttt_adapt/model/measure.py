@@ -22,6 +22,7 @@ from ttt_adapt.model.pass_state import PassState
 from ttt_adapt.model.points import Point, first_tensor, points_of_pass
 from ttt_adapt.model.probe import evaluating
 from ttt_adapt.model.rule import PointStatistics
+from ttt_adapt.model.threads import in_this_thread
 
 ALIKE = 0.15
 """Two stills are alike where they differ by less than this share of a still's own deviation, on average."""
@@ -203,9 +204,9 @@ def measuring(points: Sequence[Point]) -> Iterator[dict[str, list[tuple[Tensor, 
         return lambda _module, _args, output: see(point, first_tensor(output))  # type: ignore[arg-type]
 
     with hooks(
-        point.module.register_forward_hook(after(point))
+        point.module.register_forward_hook(in_this_thread(after(point)))
         if point.side == "output"
-        else point.module.register_forward_pre_hook(before(point), with_kwargs=True)
+        else point.module.register_forward_pre_hook(in_this_thread(before(point)), with_kwargs=True)
         for point in points
     ):
         yield found

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ttt_adapt.errors import EncoderError
 from ttt_adapt.model.hooks import inputs_of, run_encoder, without_checkpointing
 from ttt_adapt.model.probe import along, evaluating, probe_images
+from ttt_adapt.model.threads import in_this_thread
 
 KEPT = 16
 """For how many sizes of the images the places are kept."""
@@ -108,7 +109,7 @@ class StemViews:
         self._model, self._stem, self._checkpointing = model, stem, checkpointing
         self._known: OrderedDict[tuple[object, ...], StemView] = OrderedDict()
         calls: list[nn.Module] = []
-        handle = stem.register_forward_pre_hook(lambda module, _args: calls.append(module))
+        handle = stem.register_forward_pre_hook(in_this_thread(lambda module, _args: calls.append(module)))
         try:
             with evaluating(model), without_checkpointing(checkpointing), torch.no_grad():
                 run_encoder(model, encoder, self._images(size))

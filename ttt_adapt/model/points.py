@@ -8,7 +8,7 @@ space; the image has levels (`ttt_adapt.model.tone`) in place of the mean.
 | "batchnorm" | the input of every layer with running statistics: the frame's own may replace a part of them |
 | "norms" | the output of every other normalisation layer (LayerNorm, RMSNorm, GroupNorm, ...) |
 | "blocks" | the output of the model's repeated blocks (of a ViT, Swin, ConvNeXt, ResNet) |
-| "input" | the input of the first convolution: the image, as the model takes it |
+| "input" | the input of the first convolution: the image, as the model takes it; not where it goes over windows |
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def points_of_pass(model: nn.Module, images: Tensor, run: Any) -> dict[str, list
     """The points of a model by kind, in the order of `KINDS`; a kind without points is left out.
 
     Points that are reached more often in a pass than the first convolution, or less often, are left out too: a shared
-    layer has no statistics of its own.
+    layer has no statistics of its own. Where the first convolution is called several times in a pass, as for windows
+    of one image, there is no "input" point: each window has its own tones, which are not those of the whole image.
 
     Args:
         model: the user's model.
@@ -104,7 +105,7 @@ def points_of_pass(model: nn.Module, images: Tensor, run: Any) -> dict[str, list
             continue
         if point.layout != "tokens" or point.prefix == prefix:
             found[kind].append(point)
-    if trace.stem is not None:
+    if trace.stem is not None and len(inputs) == 1:
         found["input"].append(Point(trace.stem_path, trace.stem, "input", "nchw", trace.stem.in_channels))
     return {kind: points for kind, points in found.items() if points}
 

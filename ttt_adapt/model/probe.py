@@ -39,9 +39,15 @@ def probe_sizes(model: nn.Module, image_size: int | tuple[int, int] | None) -> l
 
 
 def other_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
-    """Sizes (H, W) beside `size` to try, in this order: another shape, larger, and whole multiples."""
+    """Sizes (H, W) beside `size` to try, in this order: another shape, larger, whole multiples, and a square."""
     h, w = size
-    return [*([(192, 128)] if size == FIRST_SIZE else []), (2 * h, w), (h + 64, w + 64), (2 * h, 2 * w)]
+    return [
+        *([(192, 128)] if size == FIRST_SIZE else []),
+        (2 * h, w),
+        (h + 64, w + 64),
+        (2 * h, 2 * w),
+        *([(min(size),) * 2] if w != h else []),
+    ]
 
 
 def along(value: Any, axis: int = 0) -> int:
@@ -69,3 +75,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
+
+
+@contextmanager
+def returning_as_evaluated(module: nn.Module) -> Iterator[None]:
+    """Inside the block, a module in training mode returns what it returns in evaluation mode; its layers train on.
+
+    Some encoders return further maps in training, for losses of the model's own.
+    """
+    training = module.training and any(True for _ in module.children())
+    if training:
+        module.training = False
+    try:
+        yield
+    finally:
+        if training:
+            module.training = True

@@ -19,6 +19,7 @@ from ttt_adapt.model.features import MapSpec, from_map, tensors, to_maps
 from ttt_adapt.model.grid import find_maps
 from ttt_adapt.model.hooks import hooks, run_encoder
 from ttt_adapt.model.probe import other_sizes
+from ttt_adapt.model.threads import in_this_thread
 
 FIRST_LAYERS = 4
 """How many of the layers that run first may be the stem."""
@@ -37,7 +38,7 @@ def find_stem(model: nn.Module, encoder: nn.Module, images: Tensor) -> tuple[str
     ]
     names, called = {m: name for name, m in model.named_modules()}, list[nn.Module]()
     with torch.no_grad():
-        with hooks(m.register_forward_pre_hook(lambda m, _args: called.append(m)) for m in layers):
+        with hooks(m.register_forward_pre_hook(in_this_thread(lambda m, _args: called.append(m))) for m in layers):
             run_encoder(model, encoder, images)
         for layer in list(dict.fromkeys(called))[:FIRST_LAYERS]:
             if (spec := _map_of(model, layer, images)) is not None:
@@ -79,5 +80,5 @@ def hidden_on_map(stem: nn.Module, spec: MapSpec, conv: Callable[[Tensor], Tenso
         bottom, right = h * spec.stride - size[0], w * spec.stride - size[1]
         return output + from_map(conv(F.pad(hidden, (0, right, 0, bottom))), spec, output)
 
-    with hooks([stem.register_forward_hook(add)]):
+    with hooks([stem.register_forward_hook(in_this_thread(add))]):
         yield

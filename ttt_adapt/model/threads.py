@@ -23,16 +23,22 @@ def lock_of(model: nn.Module) -> Any:
     return _locks.setdefault(model, threading.RLock())
 
 
-def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+def in_this_thread(hook: Callable[..., Any], elsewhere: Callable[[], None] | None = None) -> Callable[..., Any]:
     """A forward hook, or one before the forward pass, that acts only where this thread calls the module.
 
     What is compiled belongs to the thread that compiles it.
+
+    Args:
+        hook: the hook.
+        elsewhere: called where another thread calls the module.
     """
     own = threading.get_ident()
 
     def act(*args: Any) -> Any:
         if torch.compiler.is_compiling() or threading.get_ident() == own:
             return hook(*args)
+        if elsewhere is not None:
+            elsewhere()
         return None  # PyTorch goes on as without a hook
 
     return act

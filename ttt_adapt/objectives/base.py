@@ -224,7 +224,8 @@ class Attached(nn.Module):
 
         Nothing has to be undone on the model. May be called twice.
         """
-        self._info = None
+        self._info = self._norms = None
+        self.pass_state = PassState(nn.Module())
 
     def __enter__(self: Self) -> Self:
         return self

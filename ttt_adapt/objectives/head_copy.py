@@ -63,6 +63,10 @@ class HeadCopy(nn.Module):
             if name in own and name.rpartition(".")[0] != self.last:
                 own[name].copy_(tensor)
 
+    def detach(self) -> None:
+        """Let go of the model's encoder, which the copy asks for settings; the copy does not run any more."""
+        vars(self.head.get_submodule(self.path)).pop("_encoder", None)
+
     def _freeze_unused(self, images: Tensor) -> None:
         """Let those parameters learn that the last layer's output depends on, and freeze the others."""
         with torch.enable_grad():

@@ -23,11 +23,12 @@ from ttt_adapt.model.measure import TakenStills, measure, take_stills, with_drif
 from ttt_adapt.model.norms import frozen_norms
 from ttt_adapt.model.parameters import check_state
 from ttt_adapt.model.places import StemViews
-from ttt_adapt.model.probe import evaluating
+from ttt_adapt.model.probe import evaluating, returning_as_evaluated
 from ttt_adapt.model.token_dropout import keeping_tokens
 from ttt_adapt.model.wrappers import unwrapped
 from ttt_adapt.objectives.base import Attached, examines
 from ttt_adapt.objectives.decoders import Decoder, build_decoder, padding_multiple
+from ttt_adapt.objectives.head_copy import HeadCopy
 from ttt_adapt.objectives.mae_settings import check_settings, masks_tokens
 from ttt_adapt.objectives.map_mask_channel import MapMaskChannel
 from ttt_adapt.objectives.mask_channel import MaskChannel
@@ -161,6 +162,7 @@ class MAEBranch(Attached):
             frozen_norms(self.norms),
             without_checkpointing(self.info.checkpointing),
             keeping_tokens(self.info.token_droppers),
+            returning_as_evaluated(self.info.module),
         ):
             try:
                 encoded = self._encode(padded, mask, visible)
@@ -255,6 +257,9 @@ class MAEBranch(Attached):
         """As `Attached.detach`."""
         super().detach()
         self._views = None
+        for part in (self.decoder, getattr(self, "mask_channel", None)):
+            if isinstance(part, HeadCopy | MaskChannel):
+                part.detach()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As `torch.nn.Module.load_state_dict`, but a state of another branch changes nothing.

@@ -33,7 +33,7 @@ class MaskChannel(nn.Module):
     def __init__(self, stem: nn.Conv2d) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(stem.out_channels, 1, *stem.kernel_size))
-        self._stem = (stem,)  # in a tuple: it is no module of the mask channel
+        self._stem: tuple[nn.Conv2d, ...] = (stem,)  # in a tuple: it is no module of the mask channel
         self._plain = type(stem).forward is nn.Conv2d.forward and stem.padding_mode == "zeros"
         self._known: OrderedDict[Any, tuple[Tensor | None, dict[str, Any]]] = OrderedDict()
 
@@ -45,6 +45,10 @@ class MaskChannel(nn.Module):
         """
         places, settings = self.look((hidden.shape[-2], hidden.shape[-1]))
         return F.conv2d(hidden if places is None else moved_to(places, hidden), self.weight, None, **settings)
+
+    def detach(self) -> None:
+        """Let go of the stem; masks are not taken any more."""
+        self._stem = ()
 
     @torch.inference_mode(False)
     @torch.no_grad()
