@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from ttt_adapt import StreamAdapter
 from ttt_adapt.data.drift import parse_drift
@@ -40,6 +41,12 @@ def test_its_own_stills_have_a_mean_drift_of_one_and_five_of_a_hundred_lie_above
     assert len(drifts) == calibration.stills == 40
     assert drifts.mean() == pytest.approx(1.0)
     assert (drifts > calibration.limit).mean() == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_copy_of_it_in_half_precision_is_known(dtype):
+    trained = load_checkpoint(WEIGHTS)
+    trained.calibration.check(trained.model.to(dtype))
 
 
 def test_fresh_stills_of_an_ordinary_day_are_usual(trained, stills):
