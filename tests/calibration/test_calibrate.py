@@ -27,8 +27,8 @@ def stills(count: int = 16, size=(32, 48), seed: int = 0) -> list[np.ndarray]:
     return list(generator.integers(0, 256, (count, *size, 3), dtype=np.uint8))
 
 
-def run(model: nn.Module, frames=None, **keywords):
-    frames = stills() if frames is None else frames
+def run(model: nn.Module, frames="sixteen", **keywords):
+    frames = stills() if isinstance(frames, str) and frames == "sixteen" else frames
     return calibrate(model, frames, **{"preprocess": Normalize(), "drifts": DRIFTS, **keywords})
 
 
@@ -38,6 +38,8 @@ def model() -> nn.Module:
 
 
 BAD = {
+    "no stills": ({"frames": None}, "stills is None; expected frames"),
+    "a path": ({"frames": "stills/"}, "stills is 'stills/'; expected frames"),
     "too few stills": ({"frames": stills(3)}, "got 3 stills; expected at least 8"),
     "stills of two sizes": ({"frames": [*stills(4), *stills(4, (32, 64))]}, "still 4"),
     "a drift misspelt": ({"drifts": ("nihgt",)}, "nihgt"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -156,6 +157,10 @@ def take_stills(
     if like is None:
         raise ConfigError(f"{type(model).__name__} has no parameters: there is nothing to calibrate")
     check_unowned(model)
+    if isinstance(stills, str | Path) or not isinstance(stills, Iterable):
+        raise ConfigError(
+            f"stills is {stills!r}; expected frames, in a list for example: `ttt-adapt calibrate` reads folders and videos"
+        )
     if isinstance(stills, np.ndarray | Tensor) and stills.ndim < 4:
         raise ConfigError(f"stills is one picture of {tuple(stills.shape)}; expected several, in a list for example")
     preprocess = default_preprocess(model, like.device) if preprocess is None else preprocess
