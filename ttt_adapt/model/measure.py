@@ -159,7 +159,8 @@ def take_stills(
     check_unowned(model)
     if isinstance(stills, str | Path) or not isinstance(stills, Iterable):
         raise ConfigError(
-            f"stills is {stills!r}; expected frames, in a list for example: `ttt-adapt calibrate` reads folders and videos"
+            f"stills is {stills!r}; expected frames, in a list for example: `ttt-adapt calibrate` reads folders and "
+            "videos"
         )
     if isinstance(stills, np.ndarray | Tensor) and stills.ndim < 4:
         raise ConfigError(f"stills is one picture of {tuple(stills.shape)}; expected several, in a list for example")
