@@ -125,12 +125,12 @@ def test_an_unknown_gate_is_refused():
 
 def test_without_carried_weights_the_gate_looks_at_the_source_model_on_every_frame():
     adapter = attached(CONFIG.replace(window=1, carry_weights=False))
-    source, seen = adapter.state_dict()["weights"], []
+    source, seen = adapter.state.state_dict()["weights"], []
     plain = adapter.branch.loss  # the gate takes it without a gradient, the step with one
 
     def watched(images, generator=None):
         if not torch.is_grad_enabled():
-            seen.append(same_bits(adapter.state_dict()["weights"], source))
+            seen.append(same_bits(adapter.state.state_dict()["weights"], source))
         return plain(images, generator=generator)
 
     adapter.branch.loss = watched

@@ -24,7 +24,7 @@ from ttt_adapt.model.hooks import (
     without_checkpointing,
 )
 from ttt_adapt.model.norms import norm_layers
-from ttt_adapt.model.pass_state import PassState
+from ttt_adapt.model.pass_state import undone_if_it_fails
 from ttt_adapt.model.probe import along, evaluating, other_sizes, probe_images, probe_sizes
 from ttt_adapt.model.refusal import why_not
 from ttt_adapt.model.stem import find_stem
@@ -118,7 +118,7 @@ def inspect_encoder(
     for size in probe_sizes(model, image_size):
         with evaluating(model), torch.inference_mode(False), uncompiled(), without_checkpointing(_checkpointing(model)):
             try:
-                with PassState(model).kept():  # models such as Swin fit themselves to a size, also where that fails
+                with undone_if_it_fails(model):  # models such as Swin fit themselves to a size, also where that fails
                     return _inspect(model, named, size)
             except FeatureMapError as error:  # a size that the model names may show a map where this one does not
                 without_map = without_map or error

@@ -137,6 +137,24 @@ class PassState:
                 _put(slot, _copy(value, {}))
 
 
+@contextmanager
+def undone_if_it_fails(model: nn.Module) -> Iterator[None]:
+    """If the block raises, undo what passes inside of it changed; otherwise that stays, for whoever watches outside."""
+    memo: dict[int, Any] = {}
+    before = [(slot, slot.table[slot.name], _copy(slot.table[slot.name], memo)) for slot in _slots(model)]
+    for slot, _, copy in before:
+        _put(slot, copy)
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        for slot, value, copy in before:
+            now = slot.table.get(slot.name, _Absent)
+            if failed or (_same(now, value) and not _written(now, copy)):
+                _put(slot, value)
+
+
 def _watched(model: nn.Module, found: list[_Change]) -> Iterator[None]:
     """Let passes change copies of everything that could change, and add what did to `found`."""
     memo: dict[int, Any] = {}
