@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -65,9 +65,9 @@ def data_config(model: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside the block, every module is in evaluation mode; afterwards each is as it was."""
-    training = [m for m in model.modules() if m.training]
+def in_evaluation(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside the block, these modules, not those inside of them, are in evaluation mode; afterwards as they were."""
+    training = [m for m in modules if m.training]
     for m in training:
         m.training = False
     try:
@@ -77,17 +77,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             m.training = True
 
 
-@contextmanager
-def returning_as_evaluated(module: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside the block, every module is in evaluation mode; afterwards each is as it was."""
+    return in_evaluation(model.modules())
+
+
+def returning_as_evaluated(module: nn.Module) -> AbstractContextManager[None]:
     """Inside the block, a module in training mode returns what it returns in evaluation mode; its layers train on.
 
     Some encoders return further maps in training, for losses of the model's own.
     """
-    training = module.training and any(True for _ in module.children())
-    if training:
-        module.training = False
-    try:
-        yield
-    finally:
-        if training:
-            module.training = True
+    return in_evaluation([module] if any(True for _ in module.children()) else [])

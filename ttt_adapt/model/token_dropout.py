@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,25 +13,13 @@ from ttt_adapt.errors import EncoderError
 from ttt_adapt.model.features import tensors
 from ttt_adapt.model.hooks import hooks, run_encoder
 from ttt_adapt.model.norms import frozen_norms, norm_layers
+from ttt_adapt.model.probe import in_evaluation
 
 ROUNDS = 4
 """How many such modules may come one behind the other."""
 
 Calls = dict[nn.Module, list[tuple[Any, Any]]]
 """Module -> shapes of the first tensors that it takes and returns, for every call."""
-
-
-@contextmanager
-def keeping_tokens(droppers: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside the block, these modules are in evaluation mode, and the modules inside of them stay as they are."""
-    training = [m for m in droppers if m.training]
-    for m in training:
-        m.training = False
-    try:
-        yield
-    finally:
-        for m in training:
-            m.training = True
 
 
 def token_droppers(model: nn.Module, encoder: nn.Module, images: Tensor) -> list[nn.Module]:
@@ -55,7 +43,7 @@ def token_droppers(model: nn.Module, encoder: nn.Module, images: Tensor) -> list
     with torch.random.fork_rng([images.device] if images.is_cuda else []), _training(model):
 
         def trained(kept: list[nn.Module]) -> _Shapes:
-            with keeping_tokens(kept), frozen_norms(norm_layers(model)):
+            with in_evaluation(kept), frozen_norms(norm_layers(model)):
                 return _Shapes(model, encoder, images)
 
         found: list[nn.Module] = []

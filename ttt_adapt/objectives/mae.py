@@ -23,8 +23,7 @@ from ttt_adapt.model.measure import TakenStills, measure, take_stills, with_drif
 from ttt_adapt.model.norms import frozen_norms
 from ttt_adapt.model.parameters import check_state
 from ttt_adapt.model.places import StemViews
-from ttt_adapt.model.probe import evaluating, returning_as_evaluated
-from ttt_adapt.model.token_dropout import keeping_tokens
+from ttt_adapt.model.probe import evaluating, in_evaluation, returning_as_evaluated
 from ttt_adapt.model.wrappers import unwrapped
 from ttt_adapt.objectives.base import Attached, examines
 from ttt_adapt.objectives.decoders import Decoder, build_decoder, padding_multiple
@@ -161,7 +160,7 @@ class MAEBranch(Attached):
             self.pass_state.kept(),
             frozen_norms(self.norms),
             without_checkpointing(self.info.checkpointing),
-            keeping_tokens(self.info.token_droppers),
+            in_evaluation(self.info.token_droppers),
             returning_as_evaluated(self.info.module),
         ):
             try:

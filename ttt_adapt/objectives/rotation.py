@@ -11,8 +11,7 @@ from ttt_adapt.model.encoder import EncoderInfo, inspect_encoder
 from ttt_adapt.model.features import to_maps
 from ttt_adapt.model.hooks import run_encoder, without_checkpointing
 from ttt_adapt.model.norms import frozen_norms
-from ttt_adapt.model.probe import returning_as_evaluated
-from ttt_adapt.model.token_dropout import keeping_tokens
+from ttt_adapt.model.probe import in_evaluation, returning_as_evaluated
 from ttt_adapt.objectives.base import Attached, examines
 
 
@@ -49,7 +48,7 @@ class Rotation(Attached):
             self.pass_state.kept(),
             frozen_norms(self.norms),
             without_checkpointing(info.checkpointing),
-            keeping_tokens(info.token_droppers),
+            in_evaluation(info.token_droppers),
             returning_as_evaluated(info.module),
         ):
             raw = run_encoder(info.model, info.module, turned)
