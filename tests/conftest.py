@@ -25,6 +25,12 @@ from torch import nn
 collect_ignore_glob = [] if importlib.util.find_spec("mmengine") else ["openmmlab/*"]
 
 
+def pytest_configure(config):
+    """Let one process write yapf's cache of its grammar: in a new environment the workers read it half written."""
+    if not hasattr(config, "workerinput") and importlib.util.find_spec("yapf"):
+        importlib.import_module("yapf")
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     """Every test starts from the same global random state and runs on one thread."""
