@@ -74,7 +74,8 @@ def plain_correction(model: nn.Module, calibration: Calibration, frame: torch.Te
     rule, drifts, handles = calibration.rule, [], []
 
     def share_of(mean, variance, source):
-        d = ((mean - source.mean) / source.std).square() + (variance.sqrt() / source.std - 1).square()
+        least = source.std.clamp_min(source.std.max() * 1e-4)  # for channels that are constant in the source
+        d = ((mean - source.mean) / least).square() + ((variance.sqrt() - source.std) / least).square()
         return share_at(d, source, rule.margin)
 
     def share_at(d, source, margin):
@@ -84,7 +85,7 @@ def plain_correction(model: nn.Module, calibration: Calibration, frame: torch.Te
         }[rule.per, margin]  # fmt: skip
         drifts.append(float(d.mean() / source.layer_usual))
         d = d if rule.per == "channel" else d.mean()
-        return (1 - rule.strength * usual / d).clamp(0, rule.largest)
+        return (1 - rule.strength * usual / d).clamp(0, rule.largest).nan_to_num(0.0)  # a dead channel has 0 / 0
 
     def normalise(source, norm, args, _output):
         x = args[0].double()
@@ -123,14 +124,14 @@ def plain_correction(model: nn.Module, calibration: Calibration, frame: torch.Te
         share = share_of(mean, variance, source)
         pairs = zip((source.mean, source.std), (mean, variance.sqrt()), strict=True)
         blended_mean, blended_std = ((1 - share) * a + share * b for a, b in pairs)
-        moved = (patches.movedim(axis, -1) - blended_mean) / blended_std.clamp_min(source.std.max() * 1e-4)
-        moved = moved * source.std + source.mean
+        least = source.std.max() * 1e-4
+        moved = (patches.movedim(axis, -1) - blended_mean) / blended_std.clamp_min(least)
+        moved = moved * source.std.clamp_min(least) + source.mean
         return torch.cat([y[:, : source.prefix], moved.movedim(-1, axis)], 1).float()
 
     for (kind, name), source in calibration.points.items():
         call = {"batchnorm": normalise, "input": before}.get(kind, shift)
         wide = {n: v.double() for n, v in vars(source).items() if isinstance(v, torch.Tensor)}
-        wide["std"] = wide["std"].clamp_min(wide["std"].max() * 1e-4)  # of channels that are constant in the source
         source = dataclasses.replace(source, **wide)
         module = model.get_submodule(name)
         hook = module.register_forward_pre_hook if kind == "input" else module.register_forward_hook

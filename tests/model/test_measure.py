@@ -101,7 +101,7 @@ def test_statistics_of_batchnorm_are_the_running_ones_and_the_spread_of_the_stil
     means, variances = by_hand(model, "encoder.down.1.1", stills(), after=False)
     norm = model.encoder.down[1][1]
     std = (norm.running_var.double() + norm.eps).sqrt()
-    d = ((means - norm.running_mean) / std).square() + (variances.sqrt() / std - 1).square()
+    d = ((means - norm.running_mean) / std).square() + ((variances.sqrt() - std) / std).square()
     found = calibration.statistics["batchnorm"]["encoder.down.1.1"]
     assert torch.equal(found.mean, norm.running_mean)
     expected = {

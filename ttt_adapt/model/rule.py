@@ -3,7 +3,7 @@
 A frame that looks like the source is predicted as the model was trained. The further its statistics are from those of
 the source, the more of its own they are replaced by:
 
-    d     = (mean_frame - mean)^2 / std^2 + (std_frame / std - 1)^2           per channel, or its mean over a layer
+    d     = ((mean_frame - mean)^2 + (std_frame - std)^2) / std^2             per channel, or its mean over a layer
     share = clip(1 - strength * usual / d, 0, largest)                        usual: the d of source stills
 
 At the image, d is the distance of its tones from those of the source (`ttt_adapt.model.tone`), and usual is always
@@ -142,13 +142,17 @@ def running_moments(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
 def divergence(mean: Tensor, variance: Tensor, source_mean: Tensor, source_std: Tensor) -> Tensor:
     """d of every channel, [..., C]; formula in this module's docstring."""
     std = above_zero(source_std)
-    return ((mean - source_mean) / std).square() + (variance.sqrt() / std - 1.0).square()
+    return ((mean - source_mean) / std).square() + ((variance.sqrt() - source_std) / std).square()
 
 
 def above_zero(source_std: Tensor) -> Tensor:
-    """Deviations [C] that one can divide by.
+    """Deviations [C] that one can divide by: each at least `least_std`."""
+    return source_std.clamp_min(least_std(source_std))
 
-    A channel that is constant in the source has no scale to compare with; its deviation counts as one ten-thousandth
-    of the largest of its layer.
+
+def least_std(source_std: Tensor) -> Tensor:
+    """The deviation, a scalar, of channels that are constant in the source and have no scale to compare with.
+
+    It is one ten-thousandth of the largest of the layer.
     """
-    return source_std.clamp_min(source_std.max() * 1e-4 + torch.finfo(source_std.dtype).tiny)
+    return source_std.max() * 1e-4 + torch.finfo(source_std.dtype).tiny
