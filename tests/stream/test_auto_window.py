@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_schedule import attached, clip
 
-import ttt_adapt.adapter as module
+import ttt_adapt.sharing.frame as module
 from conftest import same_bits
 from ttt_adapt import StreamConfig
 from ttt_adapt.errors import CheckpointError, ConfigError

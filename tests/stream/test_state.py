@@ -238,7 +238,7 @@ def test_a_frame_that_cannot_be_committed_is_in_no_part_of_the_state(monkeypatch
         adapter.step(frame)
     before, last = adapter.state_dict(), adapter.last
     with monkeypatch.context() as patch:
-        patch.setattr("ttt_adapt.adapter.StepReport", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("ttt_adapt.sharing.frame.StepReport", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             adapter.step(frames[4])
     after = adapter.state_dict()

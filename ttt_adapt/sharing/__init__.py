@@ -1,0 +1,1 @@
+"""One model, shared by the streams of an adapter."""

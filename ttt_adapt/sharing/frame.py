@@ -1,0 +1,195 @@
+"""What happens to one frame, in the order of the paper: stage it, pull, draw, step, commit, predict.
+
+"Test-Time Training on Video Streams" (Wang et al.), section 4: for each frame, push it into the window, take a gradient
+step on the reconstruction of a batch drawn from the window, then predict the frame with the updated encoder.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttt_adapt.engine.eager import EagerEngine, explained_memory_errors
+from ttt_adapt.model.correction import Correction
+from ttt_adapt.model.frames import TakenFrame
+from ttt_adapt.model.norms import frame_statistics, norm_layers, updating_norms
+from ttt_adapt.model.outside_changes import OutsideChanges
+from ttt_adapt.stream.auto_window import gradient_sketch
+from ttt_adapt.stream.optimizer import total_norm
+from ttt_adapt.stream.report import StepReport
+from ttt_adapt.stream.schedule import is_due
+from ttt_adapt.stream.state import StreamState
+
+
+class FrameSteps:
+    """Adapts a model to a frame, and predicts it. The video that the frame belongs to is in the model.
+
+    Args:
+        engine: runs passes and steps.
+        predict: how the model is called on one preprocessed frame, with its context.
+        correction: of the passes of predictions, in calibrated streams.
+        limit: the drift up to which a frame looks usual to the source weights.
+        outside: told what the steps themselves change.
+    """
+
+    def __init__(
+        self,
+        engine: EagerEngine,
+        predict: Callable[..., Any],
+        correction: Correction | None,
+        limit: float,
+        outside: OutsideChanges,
+    ) -> None:
+        self.engine, self._gradient, self.config = engine, engine.gradient_step, engine.gradient_step.config
+        self._predict, self._correction, self._limit, self._outside = predict, correction, limit, outside
+        self._norms = norm_layers(self._gradient.objective.model)
+        self._answer: tuple[TakenFrame, Any] | None = None
+
+    def adapt(self, state: StreamState, taken: TakenFrame) -> StepReport:
+        """Take a frame into the window, and the gradient steps on it."""
+        started = time.perf_counter()
+        if not self._gradient.parameters or not self.config.iterations:
+            return _only_count(state, started, "iterations" if self._gradient.parameters else "no branch")
+        numbers, sketch = None, None
+        self._answer = None
+        with self._stepping():
+            self.engine.check()
+            state.window.stage(taken.x[0], taken.pixels)
+            skipped, surprise = self._decide(state, taken)
+            if not skipped:
+                try:
+                    numbers, sketch = self.engine.update(lambda frame: self._update(state, frame), state, taken)
+                finally:  # not in `_update`: a replayed one runs no Python
+                    state.weights.moved = True
+            state.window.commit()
+            if surprise is not None:
+                state.gate.record(surprise)
+            if state.auto is not None and sketch is not None and numbers is not None and bool(numbers[0, 1].isfinite()):
+                state.auto.update(sketch.tolist())
+            ms = (time.perf_counter() - started) * 1e3
+            index, shut = state.progress.frame_index, surprise if skipped == "gate" else None
+            report = StepReport(index, skipped, ms, numbers, shut)
+            state.progress.count(report)
+        return report
+
+    def predict(self, taken: TakenFrame) -> Any:
+        """Predict a frame with the weights that are in the model."""
+        answer = self._answer
+        if answer is not None and answer[0] is taken:
+            self._answer = None
+            return answer[1]
+        with torch.no_grad(), explained_memory_errors(self.config):
+            output = self.engine.predict(self._predict, taken, self.statistics())
+        self._outside.accept_modes()
+        return output
+
+    def statistics(self) -> AbstractContextManager[None]:
+        """Inside the block, the model normalises a frame as a prediction does."""
+        if self._correction is not None:
+            return self._correction.active()
+        return frame_statistics(self.config.norm_stats, self._norms, self.config.frame_share)
+
+    def drift(self) -> Tensor | None:
+        """How far the frame that was predicted last is from the source; NaN, or None, where there is no number."""
+        return None if self._correction is None else self._correction.drift()
+
+    def forget_answer(self) -> None:
+        """Predict the next frame anew, even if it is the last one that was adapted to."""
+        self._answer = None
+
+    def forget_passes(self) -> None:
+        """Let go of the last frame's prediction and drift: another video begins."""
+        self._answer = None
+        if self._correction is not None:
+            self._correction.forget()
+
+    # ---- what adapting consists of
+
+    def _decide(self, state: StreamState, taken: TakenFrame) -> tuple[str, float | None]:
+        """Whether to adapt to this frame: why not, or "" for yes; and the loss that the surprise gate compared."""
+        due = is_due(state.progress.frame_index, self.config.every)
+        if due and self.config.gate == "none":
+            return "", None
+        if self.config.pull_fraction == 1.0:  # without memory, a frame that is skipped is predicted by the source too
+            state.weights.pull(1.0)
+        if not due:
+            return "every", None
+        if self.config.gate == "calibrated":
+            return "gate" if self._is_usual(state, taken) else "", None
+        batch = state.draw(self.config)
+        surprise = float(self.engine.loss(batch, state.random.generator))
+        return "" if state.gate.is_open(surprise) else "gate", surprise
+
+    def _is_usual(self, state: StreamState, taken: TakenFrame) -> bool:
+        """Whether a frame looks usual to the source weights, which predict it then."""
+        weights = state.weights
+        with weights.as_source(), self._gradient.pass_state.kept(learn=False):
+            output, drift = self.predict(taken), self.drift()
+        if drift is None or not float(drift) <= self._limit:
+            return False
+        if weights.moved:
+            weights.pull(1.0)
+            self.engine.restart(state.optimizer)
+        if not self._gradient.pass_state.changing:
+            self._answer = taken, output  # of the source weights, which are in the model now
+        return True
+
+    def _update(self, state: StreamState, taken: TakenFrame) -> tuple[Tensor, Tensor | None]:
+        """What a frame does to the weights; nothing here waits for the device.
+
+        Returns:
+            [iterations, 2], the loss and gradient norm of each step; and for the automatic window a sketch of the
+            frame's first gradient.
+        """
+        state.weights.pull(self.config.pull_fraction)
+        if self.config.pull_fraction:
+            self._gradient.half.round()  # the pull moves the float32 copies, and these are the weights
+        self._move_statistics(taken)
+        if self.config.restart_optimizer or self.config.pull_fraction == 1.0:
+            self.engine.restart(state.optimizer)
+        steps = [self._gradient_step(state, i) for i in range(self.config.iterations)]
+        return torch.stack([numbers for numbers, _ in steps]), steps[0][1]
+
+    @torch.no_grad()
+    def _move_statistics(self, taken: TakenFrame) -> None:
+        """Let the clean frame into the running statistics of BatchNorm, if the configuration says so."""
+        if self.config.norm_stats == "ema" and self._norms:
+            with self._gradient.pass_state.kept(learn=False), updating_norms(self._norms, self.config.frame_share):
+                self._predict(taken.x, *taken.context)
+
+    def _gradient_step(self, state: StreamState, iteration: int) -> tuple[Tensor, Tensor | None]:
+        """Draw a batch and step if the gradient is finite: the loss and gradient norm, and a sketch of the gradient."""
+        parameters = self._gradient.parameters
+        batch = state.draw(self.config)
+        with self._gradient.learning(state.progress.frame_index * self.config.iterations + iteration):
+            loss = self.engine.gradients(batch, state.random.generator)
+            norm = total_norm([p.grad for p in parameters if p.grad is not None])
+            sketch = gradient_sketch(parameters) if iteration == 0 and state.auto is not None else None
+            if self.config.grad_clip is not None:
+                nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
+            self.engine.take_step(state.optimizer, norm.isfinite())
+        return torch.stack([loss.float(), norm.float()]), sketch
+
+    @contextmanager
+    def _stepping(self) -> Iterator[None]:
+        """Inside the block the weights change: outside of inference mode, and nothing stays that depends on them."""
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                with explained_memory_errors(self.config):
+                    yield
+            finally:
+                self._gradient.forget_gradients()
+                self._outside.accept()
+                torch.clear_autocast_cache()  # an outer autocast would predict with casts of the old weights
+
+
+def _only_count(state: StreamState, started: float, reason: str) -> StepReport:
+    """A frame of a stream that takes no gradient steps."""
+    report = StepReport(state.progress.frame_index, reason, (time.perf_counter() - started) * 1e3)
+    state.progress.count(report)
+    return report

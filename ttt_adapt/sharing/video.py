@@ -1,0 +1,150 @@
+"""OneVideo: what a user does with one video: step, adapt, predict, reset, save, load."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from ttt_adapt.config import StreamConfig
+from ttt_adapt.model.frames import TakenFrame
+from ttt_adapt.model.threads import one_at_a_time
+from ttt_adapt.model.uncopied import Uncopied
+from ttt_adapt.sharing.model import SharedModel
+from ttt_adapt.stream.report import StepReport
+from ttt_adapt.stream.state import StreamState
+
+
+class OneVideo(Uncopied):
+    """One video over a model that others may share.
+
+    Args:
+        shared: the model.
+        state: the video.
+    """
+
+    instead = "Save the stream with state_dict(), and load it into an adapter on a copy of the model and the branch"
+
+    def __init__(self, shared: SharedModel, state: StreamState) -> None:
+        self._shared, self._state, self._lock = shared, state, shared.lock
+
+    @property
+    def config(self) -> StreamConfig:
+        """The choices of the algorithm."""
+        return self._shared.config
+
+    @property
+    def last(self) -> StepReport | None:
+        """The report of the last step; None at the beginning of a video."""
+        return self._state.progress.last
+
+    @property
+    def drift(self) -> float | None:
+        """How far the last predicted frame is from the source, in units of what is usual there.
+
+        1 is the mean of the stills that the model was calibrated on; 95 % of them stay below `calibration.limit`. With
+        BatchNorm, "far" is far from the training data, as its running statistics have them: where the stills are far
+        from these too (`calibration.distance`), it tells little. None without calibrated statistics, and before the
+        first prediction of a video. Reading it waits for the device.
+        """
+        found = self._shared.steps.drift()
+        value = math.nan if found is None else float(found)
+        return None if math.isnan(value) else value  # NaN: no frame was predicted yet
+
+    @property
+    def window(self) -> int:
+        """How many of the last frames the next step draws from at most, the next frame included."""
+        return self._state.window_length
+
+    @one_at_a_time
+    def step(self, frame: Any) -> Any:
+        """Adapt to a frame, then predict it.
+
+        Args:
+            frame: uint8 RGB [H, W, 3] (NumPy or tensor), or float [3, H, W] or [1, 3, H, W] as the model takes it.
+
+        Returns:
+            Exactly what the model (or `predict`) returns.
+
+        Raises:
+            FrameTypeError, FrameError: a frame that cannot be used; nothing has changed.
+            EncoderError: the model's weights were replaced by other tensors; nothing has changed.
+            StateError: somebody else changed mode, flags, precision, device or values of the model; once this is
+                undone, the stream goes on.
+            MemoryLimitError: out of memory. After any error, also in the prediction, the frame was not taken into the
+                stream: window, size of the frames, random state and counters are as before. The weights are those of
+                the last finished iteration (pulled toward the source, if `source_pull` asks for it), and at the
+                beginning of a video those of the source.
+        """
+        taken = self._shared.take(self._state, frame)
+        with self._shared.undone_if_it_fails():
+            self._shared.steps.adapt(self._state, taken)
+            return self._shared.steps.predict(taken)
+
+    @one_at_a_time
+    def adapt(self, frame: Any) -> StepReport:
+        """Take the frame into the window and the gradient steps on it; arguments and errors as in `step`."""
+        taken = self._shared.take(self._state, frame)
+        with self._shared.undone_if_it_fails():
+            report = self._shared.steps.adapt(self._state, taken)
+        self._shared.steps.forget_answer()  # `predict` is asked for it anew
+        return report
+
+    @one_at_a_time
+    def predict(self, frame: Any) -> Any:
+        """Predict a frame with the weights as they are; it does not enter the stream."""
+        return self._shared.steps.predict(self._shared.take(self._state, frame))
+
+    @one_at_a_time
+    def forward(self, x: Tensor) -> Any:
+        """What the model (or `predict`) returns for x [1, 3, H, W], as it takes it, of any size; x is not checked."""
+        self._shared.enter(self._state)
+        return self._shared.steps.predict(TakenFrame(x))
+
+    @contextmanager
+    def statistics(self) -> Iterator[None]:
+        """Inside the block, the model normalises a frame as `predict` does: for code that calls the model itself.
+
+        Other threads that call the adapter wait for the end of the block.
+        """
+        with self._lock, self._shared.steps.statistics():
+            yield
+
+    def stream(self, frames: Iterable[Any]) -> Iterator[Any]:
+        """Predictions for `frames`, one by one as they come: lazy, only the window is kept."""
+        for frame in frames:
+            yield self.step(frame)
+
+    @one_at_a_time
+    def reset(self) -> None:
+        """Begin a new video: source weights, empty window, fresh optimizer, the seed again, counters at 0.
+
+        Raises:
+            StateError: somebody else changed precision, device, or weights that the stream does not adapt.
+        """
+        self._shared.reset()
+
+    @one_at_a_time
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of all of the stream's state: weights, optimizer, window, random state, counters.
+
+        What the model's own passes keep of the video (a recurrent state, a count) is not in it.
+
+        Raises:
+            StateError: somebody else changed the model, as for `step`.
+        """
+        return self._shared.save()
+
+    @one_at_a_time
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly where `state_dict` was taken; a state that does not fit changes nothing.
+
+        Raises:
+            CheckpointError: the state is damaged, or of other weights, another model, configuration, objective,
+                preprocessing or later version.
+            StateError: somebody else changed the model, as for `reset`.
+        """
+        self._shared.load(state)
