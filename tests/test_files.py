@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from ttt_adapt.errors import ConfigError
-from ttt_adapt.files import PICTURE_SUFFIXES, atomic_write, files_in, folders_in, natural_key, output_folder
+from ttt_adapt.files import (
+    PICTURE_SUFFIXES,
+    atomic_write,
+    check_place,
+    files_in,
+    folders_in,
+    natural_key,
+    output_folder,
+)
 
 
 def test_natural_order_compares_every_number_in_a_name():
@@ -66,8 +74,46 @@ def test_a_relative_name_is_written_in_the_working_folder(tmp_path, monkeypatch)
 
 
 def test_a_folder_for_results_is_made_or_refused_before_anything_is_computed(tmp_path):
-    output_folder(tmp_path / "a" / "b")
-    assert (tmp_path / "a" / "b").is_dir()
+    output_folder(tmp_path / "a", folder=True)
+    output_folder(tmp_path / "b" / "model.safetensors")
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
     (tmp_path / "file").touch()
+    for name in ("file/c", "file/c/d"):
+        with pytest.raises(ConfigError, match="no folder"):
+            output_folder(tmp_path / name, folder=True)
     with pytest.raises(ConfigError, match="file is no folder that can be written to"):
-        output_folder(tmp_path / "file")
+        output_folder(tmp_path / "file" / "c.json")
+
+
+def test_a_slip_in_a_path_makes_no_tree_of_folders_and_the_missing_folder_is_named(tmp_path):
+    (tmp_path / "data set").mkdir()
+    for check in (check_place, output_folder):
+        for path, folder in (("data sett/run 1/labels", True), ("data sett/run 1/m.safetensors", False)):
+            target = tmp_path / path
+            with pytest.raises(ConfigError) as raised:
+                check(target, "labels_out", folder=folder)
+            above = target.parent if folder else target.parent.parent
+            absent = tmp_path / "data sett"
+            assert str(raised.value) == (
+                f"labels_out is {target}, and there is no folder {absent}: mend the path, or make it with mkdir -p "
+                f"'{above}'"
+            )
+    assert os.listdir(tmp_path) == ["data set"]
+
+
+def test_a_place_is_checked_without_changing_anything(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    check_place(tmp_path / "new" / "m.safetensors")
+    check_place(tmp_path / "new", folder=True)
+    check_place(tmp_path / "file")
+    check_place(Path("m.safetensors"))
+    with pytest.raises(ConfigError, match="out is .*file, a file; expected a folder"):
+        check_place(tmp_path / "file", folder=True)
+    with pytest.raises(ConfigError, match="out is .*folder, a folder; expected the name of a file"):
+        check_place(tmp_path / "folder")
+    with pytest.raises(ConfigError, match="a name that is too long for this disk: choose a shorter one"):
+        check_place(tmp_path / ("m" * 250 + ".mp4"))
+    with pytest.raises(ConfigError, match="/proc is no folder that can be written to"):
+        check_place(Path("/proc/m.safetensors"))
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]

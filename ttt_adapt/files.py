@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
@@ -114,20 +116,61 @@ def check_format_number(number: object, newest: int, file: str | Path) -> None:
         )
 
 
-def output_folder(folder: Path) -> None:
-    """Make the folder that results go into, and try to write there, before anything is computed.
+def check_place(path: Path, what: str = "out", *, folder: bool = False) -> None:
+    """Refuse a target that cannot be made. Nothing is changed, so this comes before anything is loaded or computed.
+
+    One folder is made for results where it is missing: the one that `path` is, or that the file `path` lies in. The
+    folder above it has to be there: a slip in a path never makes a tree of folders.
+
+    Args:
+        path: the file, or the folder, that results go to.
+        what: the name of the argument that names it.
+        folder: whether it is a folder.
 
     Raises:
-        ConfigError: the folder cannot be made or written to.
+        ConfigError: it is the other kind, the folder above is missing, or nothing can be written there.
     """
+    made = path if folder else path.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        for name in (path, part_file(path)):
+            with suppress(FileNotFoundError):
+                name.lstat()  # it fails where a name is too long, and where a file is taken for a folder
+        if os.path.lexists(path) and path.is_dir() != folder:
+            kinds = ("a file", "a folder") if folder else ("a folder", "the name of a file")
+            raise ConfigError(f"{what} is {path}, {kinds[0]}; expected {kinds[1]}")
+        place = made if os.path.lexists(made) else made.parent
+        if not place.exists():
+            absent = next(each for each in (*reversed(place.parents), place) if not each.exists())
+            raise ConfigError(
+                f"{what} is {path}, and there is no folder {absent}: mend the path, or make it with mkdir -p "
+                f"{shlex.quote(str(place))}"
+            )
+        with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        raise ConfigError(
-            f"{folder} is no folder that can be written to ({error.strerror}); choose another one"
-        ) from error
+        raise _unwritable(path, made, what, error) from error
+
+
+def output_folder(path: Path, what: str = "out", *, folder: bool = False) -> None:
+    """Make the folder for results at `path` as `check_place` allows it.
+
+    Raises:
+        ConfigError: as `check_place`.
+    """
+    check_place(path, what, folder=folder)
+    made = path if folder else path.parent
+    try:
+        made.mkdir(exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, made, what, error) from error
+
+
+def _unwritable(path: Path, made: Path, what: str, error: OSError) -> ConfigError:
+    if error.errno == errno.ENAMETOOLONG:
+        return ConfigError(f"{what} is {path}, a name that is too long for this disk: choose a shorter one")
+    return ConfigError(
+        f"{what} is {path}, and {made} is no folder that can be written to ({error.strerror}): choose another one"
+    )
 
 
 def refuse_existing(path: Path, overwrite: bool, what: str = "out") -> None:

@@ -148,7 +148,7 @@ def test_a_legend_names_the_classes_below_the_film(frames, tmp_path):
             "which holds what no run has written, and nothing of that is",
         ),
         (["--raw-out={folder}/film.mp4"], "--raw-out is {folder}/film.mp4, a file; expected a folder"),
-        (["--labels-out={new}", "--raw-out={new}"], "and so is --raw-out: choose a folder for each"),
+        (["--labels-out={new}", "--raw-out={new}"], "and so is --raw-out: choose a name for each"),
         (["--out={folder}/film.mp4"], "--out is {folder}/film.mp4, which exists: choose another name, or set --overwr"),
         (["--labels-out={new}", "--out={folder}/film.mp4"], "film.mp4, which exists"),
         (["--labels-out={new}", "--view=panels"], "--legend, --view and --fps are of a film, and none is written:"),

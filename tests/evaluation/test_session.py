@@ -69,7 +69,7 @@ def test_a_clip_of_one_frame_is_evaluated_to_the_end(tmp_path, clips, files):
 
 def test_a_file_where_the_results_should_go_is_refused_and_stays(tmp_path, clips, files):
     before = files[0].read_bytes()
-    with pytest.raises(ConfigError, match="a file; expected a new folder"):
+    with pytest.raises(ConfigError, match="a file; expected a folder"):
         evaluate(two_rows(files[:1]), clips, CONFIG, [0], files[0])
     assert files[0].read_bytes() == before
 

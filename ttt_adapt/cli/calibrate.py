@@ -70,7 +70,7 @@ def calibrate(
         parse_drift(drift)  # it raises before anything is loaded
     target = calibration_target(model, out, overwrite)
     checkpoint = load_checkpoint(model, pick_device(device))
-    output_folder(target.parent)
+    output_folder(target)
     found = open_stills(
         checkpoint.spec,
         stills,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from contextlib import ExitStack, closing
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +17,8 @@ from ttt_adapt.arms import find_arm
 from ttt_adapt.calibration.describe import describe_rule
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError, ConfigError
-from ttt_adapt.evaluation.run_outputs import Outputs, Targets
+from ttt_adapt.evaluation.run_outputs import Outputs
+from ttt_adapt.evaluation.run_targets import Targets
 from ttt_adapt.evaluation.runners.base import Runner, device_of
 from ttt_adapt.evaluation.runners.modifiers import Modified
 from ttt_adapt.evaluation.runners.start import start
@@ -28,7 +28,7 @@ from ttt_adapt.objectives.forward_only import ForwardOnly
 from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.tasks import find_task
 from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint
-from ttt_adapt.video import DEFAULT_FPS, VideoReader, VideoWriter, open_video
+from ttt_adapt.video import DEFAULT_FPS, VideoReader, open_video
 from ttt_adapt.view.legend import Legend
 from ttt_adapt.view.overlay import panels
 from ttt_adapt.view.reconstruction import reconstruction_image
@@ -62,14 +62,15 @@ def adapt_video(
 
     What was written can be used whatever ends the run. After Ctrl-C, or when the video breaks in the middle, the film
     is a whole file; when the process is killed, it is `NAME.partial.mp4`, which plays too. The file `run.json` in a
-    folder of label maps or raw outputs says whether they are complete.
+    folder of label maps or raw outputs says whether they are complete. After Ctrl-C all of them have the same frames.
 
     Args:
         source: video file, folder of frames, camera index, or URL.
         checkpoint: a file of `ttt-adapt train`.
         out: the mp4 to write; None: no film.
         labels_out: folder for label maps: a palette PNG of class ids for each frame, of the frame's size and name
-            (frames of a video have their numbers from 000000). None: none. For tasks with classes.
+            (frames of a video have their numbers from 000000); or an `.mkv` with the ids as grey levels without loss,
+            see `LabelVideoWriter`. None: none. For tasks with classes.
         raw_out: folder for what the model returns: an npz file for each frame, with `output`, float32 [C, H, W] of the
             model's size: class scores, whose softmax over C is the predicted distribution. None: none.
         overwrite: replace a film, label maps and raw outputs of an earlier run.
@@ -79,7 +80,7 @@ def adapt_video(
         size: (H, W) at which the model sees the frames; "native": their own; None: the training height, and the
             video's aspect.
         limit: stop after this many frames; None: at the end.
-        fps: frames per second of the written video; None: the source's own rate.
+        fps: frames per second of the written videos; None: the source's own rate.
         config: how to adapt. None: the default `StreamConfig`, or for a calibrated checkpoint `StreamConfig.online()`
             with the settings that were chosen for it.
         arm: name of a streaming arm that runs instead; its own configuration varies `config`. None: reconstruction as
@@ -98,13 +99,15 @@ def adapt_video(
     """
     if view not in ("overlay", "panels"):
         raise ConfigError(f'view is {view!r}; expected "overlay" or "panels"')
-    if out is None and (legend or view != "overlay" or fps is not None):
-        raise ConfigError("`legend`, `view` and `fps` are of a film, and none is written: name one with `out`")
     targets = Targets(out, labels_out, raw_out, overwrite)
+    if (out is None and (legend or view != "overlay")) or (fps is not None and not targets.films):
+        raise ConfigError("`legend`, `view` and `fps` are of a film, and none is written: name one with `out`")
     targets.check((Path(source), checkpoint), fps)
     model = _load(checkpoint, task, arm, device)
     targets.check_task(model)
-    with ExitStack() as stack:
+    about = {"source": source, "checkpoint": str(checkpoint), **_colours(model)}
+    # The outputs end last, so that a signal finds them in order while the rest is closed.
+    with Outputs(targets, model, about) as written, ExitStack() as stack:
         if branch or (arm is None and model.calibration is None):
             stack.enter_context(model.mae_branch.using(**(branch or {})))  # it raises where there is none
         video = stack.enter_context(open_video(source))
@@ -115,10 +118,8 @@ def adapt_video(
         pictures = _Pictures(model, fixed, normalize, legend)
         remarks = _Remarks(video, source, out, rate, _how_it_runs(model, runner))
         total = video.length if limit is None else min(video.length or limit, limit)
-        about = {"source": source, "checkpoint": str(checkpoint), **_colours(model)}
-        film = None if out is None else partial(VideoWriter, out, rate)
+        written.expect(rate, video.names, total)
         advance = stack.enter_context(progress_bar(video.name, total))
-        written = stack.enter_context(Outputs(targets, model, film, about, video.names, total))
         for frame in islice(video, limit):
             seen = model.task.see(frame)
             shown = seen if size == "native" else normalize(seen)  # a runner knows of no resizing
@@ -129,6 +130,7 @@ def adapt_video(
             remarks.look(frame, seen, picture)
             written.write(output, prediction, picture)
             advance(runner.loss)
+        written.finish()
     return written.count
 
 

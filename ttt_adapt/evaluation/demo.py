@@ -18,7 +18,7 @@ from ttt_adapt.evaluation.report import Report
 from ttt_adapt.evaluation.run_arm import run_arm
 from ttt_adapt.evaluation.stream_plot import plot_stream
 from ttt_adapt.evaluation.tables import markdown_table
-from ttt_adapt.files import output_folder, refuse_existing
+from ttt_adapt.files import check_place, output_folder, refuse_existing
 from ttt_adapt.tasks.checkpoint import load_checkpoint
 from ttt_adapt.view.terminal import progress_bar
 
@@ -54,12 +54,11 @@ def run_demo(
         raise ConfigError(f"arm is {arm!r}; the demo shows the fixed model beside another arm that streams")
     if config is not None and not chosen.adapts:
         raise ConfigError(f"arm {arm} adapts no weights, so a configuration would change nothing: choose arm online")
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out is {out}, a file; expected a folder")
+    check_place(out, folder=True)
     refuse_existing(out, overwrite)
     config = StreamConfig.online() if config is None else config
     checkpoint = load_checkpoint(WEIGHTS, device)
-    output_folder(out)
+    output_folder(out, folder=True)
     street = StreetClip(seed, frames, checkpoint.spec.size)
     with progress_bar("render the street", frames) as advance:
         for _ in street:

@@ -14,7 +14,7 @@ import torch
 from ttt_adapt.arms import find_arm
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.data import Clip
-from ttt_adapt.errors import ConfigError, DataError, StateError
+from ttt_adapt.errors import DataError, StateError
 from ttt_adapt.evaluation.environment import differing, environment
 from ttt_adapt.evaluation.plots import plot_bars
 from ttt_adapt.evaluation.realtime import measure_forwards
@@ -24,7 +24,7 @@ from ttt_adapt.evaluation.run_arm import run_arm
 from ttt_adapt.evaluation.stream_plot import plot_stream
 from ttt_adapt.evaluation.studies import Study, write_study
 from ttt_adapt.evaluation.tables import describe_failure, markdown_table
-from ttt_adapt.files import output_folder, refuse_existing
+from ttt_adapt.files import check_place, output_folder, refuse_existing
 from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint
 from ttt_adapt.view.terminal import counted, notice, progress_bar
@@ -70,14 +70,13 @@ def evaluate(
         StateError: every run failed.
     """
     costs = None if real_time is None else {find_arm(arm).name: cost for arm, cost in real_time.items()}
+    check_place(out, folder=True)
     check_seeds(seeds, config)
     check(rows, clips, config, device, costs, metric_weights)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out is {out}, a file; expected a new folder, or the folder of an evaluation to continue")
     file = out / "report.json"
     if not file.exists():
         refuse_existing(out, overwrite)
-    output_folder(out)
+    output_folder(out, folder=True)
     settings = {
         "config": asdict(config),
         "seeds": list(seeds),

@@ -14,7 +14,7 @@ from ttt_adapt.calibration.calibrate import DRIFTS, calibrate
 from ttt_adapt.data import Clip, VideoClip, is_unnamed, open_clips, open_frames
 from ttt_adapt.data.clip import Sample
 from ttt_adapt.errors import ConfigError, DataError
-from ttt_adapt.files import refuse_existing
+from ttt_adapt.files import check_place, refuse_existing
 from ttt_adapt.model.calibration import Calibration
 from ttt_adapt.model.frames import Preprocess
 from ttt_adapt.objectives.mae import MAEBranch
@@ -99,12 +99,13 @@ def calibration_target(model: Path, out: Path | None, overwrite: bool) -> Path:
         overwrite: whether another checkpoint, or the calibration that `model` has, may be replaced.
 
     Raises:
-        ConfigError: the name is no checkpoint's, or something would be replaced unasked.
+        ConfigError: the name is no checkpoint's, something would be replaced unasked, or nothing can be written there.
         CheckpointError: `model` cannot be read.
     """
     target = model if out is None else out
     if target.suffix != ".safetensors":
         raise ConfigError(f"the checkpoint to write is {target}; expected a file name ending in .safetensors")
+    check_place(target)
     if target.exists() and model.exists() and target.samefile(model):
         found = None if overwrite else read_calibration(model)
         if found is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ttt_adapt.data import Clip, StillsDataset
 from ttt_adapt.errors import ConfigError
-from ttt_adapt.files import output_folder, refuse_existing
+from ttt_adapt.files import check_place, output_folder, refuse_existing
 from ttt_adapt.tasks import Criterion, Stills, Task, find_task, task_of
 from ttt_adapt.tasks.checkpoint import OBJECTIVES, Checkpoint, check_can_be_saved, save_checkpoint
 from ttt_adapt.tasks.spec import ModelSpec
@@ -126,7 +126,7 @@ def train(
             f"mask patches of {side} x {side} pixels: chosen for the frames; patch_size of the `branch` sets another"
         ]
     criterion = checkpoint.task.criterion(samples)
-    output_folder(out.parent)
+    output_folder(out)
     depends_on = {
         "data": data,
         "clips": tuple(clips),
@@ -224,8 +224,7 @@ def _check_out(out: Path, resume: bool, overwrite: bool) -> None:
     """Raises ConfigError where the checkpoint cannot be written, or something would be lost by it."""
     if out.suffix != ".safetensors":
         raise ConfigError(f"out is {out}; expected a file name ending in .safetensors")
-    if out.is_dir():
-        raise ConfigError(f"out is {out}, a folder; expected the name of a file")
+    check_place(out)
     states = _states(out)
     if resume:
         if out.exists() and not states:

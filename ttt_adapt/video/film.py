@@ -1,4 +1,4 @@
-"""A film that plays while it is being written: the encoder behind `VideoWriter`.
+"""A film that plays while it is being written: the encoder behind `VideoWriter` and `LabelVideoWriter`.
 
 An ordinary mp4 has its index at the end, and a process that is killed never writes it. This film waits for no end:
 every frame is a fragment of its own (of Matroska: a cluster), which is on disk as soon as the encoder has made it. The
@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
+from typing import TYPE_CHECKING, cast
 
 from ttt_adapt.files import atomic_write
 from ttt_adapt.video.sources import import_av
 
 if TYPE_CHECKING:
     from av import VideoFrame
+    from av.video.stream import VideoStream
 
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 BT709 = 1  # the number of ITU-R BT.709 in every table of ITU-T H.273
@@ -33,20 +33,39 @@ STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") 
 """The signals that ask a process to stop; Windows has no SIGHUP."""
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """How the pictures of a film are stored.
+
+    Attributes:
+        codec: FFmpeg's name of the encoder.
+        pixels: FFmpeg's name of the pixel format.
+        options: of the encoder.
+        colours: whether the pictures have colours, which are then those of BT.709.
+        tags: texts that the container keeps, by name.
+    """
+
+    codec: str
+    pixels: str
+    options: Mapping[str, str]
+    colours: bool = True
+    tags: Mapping[str, str] = field(default_factory=dict)
+
+
 class Film:
-    """An H.264 film (yuv420p, BT.709) of which a reader sees every frame but the last few, at any time.
+    """A film of which a reader sees every frame but the last few, at any time.
 
     Args:
         path: a new file with one of the suffixes of `CONTAINERS`, not that of another film.
         rate: frames per second.
-        size: (height, width), both even.
-        crf: quality, 0 to 51.
+        size: (height, width), both even for yuv420p.
+        encoding: of its pictures.
 
     Raises:
         av.FFmpegError, OSError: the file cannot be written; so do the methods.
     """
 
-    def __init__(self, path: Path, rate: Fraction, size: tuple[int, int], crf: int) -> None:
+    def __init__(self, path: Path, rate: Fraction, size: tuple[int, int], encoding: Encoding) -> None:
         container_format = CONTAINERS[path.suffix.lower()]
         fragments = (
             {"cluster_time_limit": "1"}
@@ -55,17 +74,19 @@ class Film:
         )
         options = {**fragments, "flush_packets": "1"}
         self._container = import_av().open(_local(path), "w", format=container_format, options=options)
-        self._stream = stream = self._container.add_stream("libx264", rate=rate)
-        (stream.height, stream.width), stream.pix_fmt = size, "yuv420p"
-        stream.options = {"crf": str(crf), "x264-params": PROMPT}
-        context = stream.codec_context
-        context.colorspace = context.color_primaries = context.color_trc = BT709
-        context.color_range = LIMITED_RANGE
+        self._container.metadata.update(encoding.tags)
+        # FFmpeg's list of encoders is no type, so that mypy takes a name that is not written out for one of sound.
+        self._stream = stream = cast("VideoStream", self._container.add_stream(encoding.codec, rate=rate))
+        (stream.height, stream.width), stream.pix_fmt = size, encoding.pixels
+        stream.options = dict(encoding.options)
+        if encoding.colours:
+            context = stream.codec_context
+            context.colorspace = context.color_primaries = context.color_trc = BT709
+            context.color_range = LIMITED_RANGE
 
-    def write(self, frame: np.ndarray) -> None:
-        """Append a frame, uint8 RGB [H, W, 3]."""
-        image = import_av().VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-        self._encode(image.reformat(format="yuv420p", src_colorspace="ITU709", dst_colorspace="ITU709"))
+    def write(self, image: VideoFrame) -> None:
+        """Append a picture in the pixel format of the encoding."""
+        self._encode(image)
 
     def close(self) -> None:
         """Write the frames that are still in the encoder, and close the file."""
@@ -96,6 +117,7 @@ def finish_film(film: Path, target: Path) -> None:
         av.open(_local(film)) as source,
         av.open(_local(part), "w", format=container_format, options=options) as whole,
     ):
+        whole.metadata.update(source.metadata)
         stream = whole.add_stream_from_template(source.streams.video[0])
         for packet in source.demux(source.streams.video[0]):
             if packet.dts is not None:  # the last one is empty
@@ -111,10 +133,13 @@ def _local(path: Path) -> str:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
+def uninterrupted() -> Iterator[list[int]]:
     """Delay Ctrl-C, and other requests to stop that have a handler in Python, until the block ends.
 
-    Only the main thread gets signals; other threads need no delay.
+    Blocks may stand inside of each other. Only the main thread gets signals; other threads need no delay.
+
+    Yields:
+        The numbers of the signals that came so far.
     """
     handlers = {number: signal.getsignal(number) for number in STOPS}
     if threading.current_thread() is not threading.main_thread():
@@ -124,7 +149,7 @@ def uninterrupted() -> Iterator[None]:
     for number in held:
         signal.signal(number, lambda number, _frame: came.append(number))
     try:
-        yield
+        yield came
     finally:
         for number, handler in held.items():
             signal.signal(number, handler)

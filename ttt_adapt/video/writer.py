@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import os
-import warnings
-from contextlib import suppress
 from fractions import Fraction
-from itertools import count
-from pathlib import Path
-from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError, StateError, VideoError
-from ttt_adapt.video.film import CONTAINERS, Film, finish_film, uninterrupted
+from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError, VideoError
+from ttt_adapt.video.film import PROMPT, Encoding
+from ttt_adapt.video.film_file import FilmFile
 from ttt_adapt.video.sources import import_av
 
-DEFAULT_FPS = 25
+if TYPE_CHECKING:
+    from av import VideoFrame
 
 
-class VideoWriter:
+class VideoWriter(FilmFile):
     """Writes uint8 RGB frames [H, W, 3] as H.264 (yuv420p, BT.709), for use in a `with` block.
 
-    The film is `NAME.partial.SUFFIX` beside the target while it is written (`NAME.partial-2.SUFFIX` where there is one
-    already), and takes the target's name when it is complete. It can be played at any time: a process that is killed
-    leaves it, up to the last few frames. When an exception or Ctrl-C ends the block, the frames so far get the target's
-    name, or keep the partial one where a file of the target's name exists: a failed run destroys nothing.
-
-    yuv420p needs an even height and width: an odd one is padded by repeating the last row or column.
+    See `FilmFile` for what is on disk while it is written, and when something ends it. yuv420p needs an even height and
+    width: an odd one is padded by repeating the last row or column.
 
     Args:
         path: the target; `.mp4`, `.m4v`, `.mov` or `.mkv`. Its folder must exist.
@@ -35,11 +29,6 @@ class VideoWriter:
             is exactly 30000/1001. None, as for a folder of images, means 25.
         size: (height, width) of the frames; None takes it from the first.
         crf: quality, 0 (lossless in luma) to 51; 18 looks like the source.
-
-    Attributes:
-        path: where the file is, or will be.
-        count: number of frames written.
-        finished: whether the file at `path` is complete, with all frames.
 
     Raises:
         ConfigError: `fps`, `size`, `crf` or the suffix is out of range.
@@ -53,21 +42,15 @@ class VideoWriter:
         size: tuple[int, int] | None = None,
         crf: int = 18,
     ) -> None:
-        self.path = Path(path)
-        self.count, self.finished = 0, False
-        self._rate = _exact_rate(DEFAULT_FPS if fps is None else fps)
+        super().__init__(path, fps)
         self._size = size
-        self._crf = crf
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise ConfigError(f"size is {size}, expected (height, width) of at least 1.")
         if not 0 <= crf <= 51:
             raise ConfigError(f"crf is {crf}, expected 0 (best) to 51.")
-        check_format(self.path)
-        _check_folder(self.path.parent)
+        self.encoding = Encoding("libx264", "yuv420p", {"crf": str(crf), "x264-params": PROMPT})
+        self._check_target()
         _check_encoder()
-        self._partial: Path | None = None  # the film so far
-        self._film: Film | None = None
-        self._closed = False
 
     def write(self, frame: np.ndarray) -> None:
         """Append one frame, uint8 RGB [H, W, 3].
@@ -78,61 +61,15 @@ class VideoWriter:
             VideoError: it cannot be encoded or written, such as on a full disk.
             StateError: the writer is closed.
         """
-        if self._closed:
-            raise StateError(f"The writer of {self.path} is closed. Make another VideoWriter to write another video.")
+        super().write(frame)
+
+    def _image(self, frame: np.ndarray) -> VideoFrame:
         self._check(frame)
         height, width = frame.shape[:2]
         if height % 2 or width % 2:
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        av = import_av()
-        with uninterrupted():  # an encoded frame that is not written would leave a gap in the video
-            try:
-                if self._film is None:
-                    self._partial = _new_partial(self.path)
-                    self._film = Film(self._partial, self._rate, frame.shape[:2], self._crf)
-                self._film.write(frame)
-            except (av.FFmpegError, OSError) as error:
-                raise VideoError(f"Frame {self.count} of {self.path} cannot be written: {error}") from error
-            self.count += 1
-
-    def close(self) -> None:
-        """Finish the file and put it at `path`. Idempotent.
-
-        Raises:
-            VideoError: no frame was written, or the file cannot be finished.
-        """
-        if self._closed:
-            return
-        if not self.count:
-            self._discard()
-            raise VideoError(f"No frame was written to {self.path}, so there is no file.")
-        self._finish(self.path)
-
-    def __enter__(self) -> VideoWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            self.close()
-        elif self._closed:
-            return
-        elif not self.count:
-            self._discard()
-        else:
-            self._keep_partial()
-
-    def _keep_partial(self) -> None:
-        assert self._partial is not None
-        target = self.path
-        if target.exists():
-            target = self._partial
-            warnings.warn(f"{self.path} exists and stays; the {self.count} new frames are in {target}.", stacklevel=3)
-        try:
-            self._finish(target)
-        except VideoError as error:  # must not hide the exception that ended the block
-            warnings.warn(str(error), stacklevel=3)
+        image = import_av().VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        return image.reformat(format="yuv420p", src_colorspace="ITU709", dst_colorspace="ITU709")
 
     def _check(self, frame: np.ndarray) -> None:
         if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8:
@@ -146,75 +83,6 @@ class VideoWriter:
         self._size = self._size or frame.shape[:2]
         if frame.shape[:2] != tuple(self._size):
             raise FrameError(f"The frame has shape {list(frame.shape)}, expected {[*self._size, 3]} as the video has.")
-
-    def _finish(self, target: Path) -> None:
-        """Make the film so far the file `target`; if that fails, the film stays under its partial name."""
-        assert self._film is not None
-        assert self._partial is not None
-        self._closed = True
-        with uninterrupted():
-            try:
-                self._film.close()
-                finish_film(self._partial, target)
-            except (import_av().FFmpegError, OSError) as error:
-                self.path = self._partial
-                raise VideoError(
-                    f"{target} cannot be finished: {error}. The frames so far can be played: {self._partial}"
-                ) from error
-            self.path, self.finished = target, True
-
-    def _discard(self) -> None:
-        """Remove a film without a frame."""
-        self._closed = True
-        film, self._film = self._film, None
-        with suppress(import_av().FFmpegError, OSError):  # it is thrown away, so it need not be complete
-            if film is not None:
-                film.close()
-        if self._partial is not None:
-            self._partial.unlink(missing_ok=True)
-
-
-def _new_partial(path: Path) -> Path:
-    """Make an empty file for the film of `path` while it is written; the films of earlier runs stay."""
-    for number in count(1):
-        name = f"{path.stem}.partial{'' if number == 1 else f'-{number}'}{path.suffix}"
-        with suppress(FileExistsError):
-            path.with_name(name).open("xb").close()
-            return path.with_name(name)
-    raise AssertionError("unreachable")
-
-
-def _exact_rate(fps: float | Fraction) -> Fraction:
-    """The fraction that `fps` stands for. Broadcast rates have the denominator 1001."""
-    if not 0 < fps < 10_000:  # also refuses nan
-        raise ConfigError(f"fps is {fps}, expected a number of frames per second above 0 and below 10000.")
-    rate = Fraction(fps) if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(1001)
-    if not rate:
-        raise ConfigError(f"fps is {fps}, expected at least 1/1001.")
-    return rate
-
-
-def check_format(path: Path, fps: float | Fraction | None = None) -> None:
-    """Refuse a file name or a frame rate that no video can have.
-
-    Raises:
-        ConfigError: the suffix names no known container, or the rate is out of range.
-        VideoError: `path` is a folder.
-    """
-    if path.suffix.lower() not in CONTAINERS:
-        raise ConfigError(f"{path} has the suffix {path.suffix!r}, expected one of {', '.join(CONTAINERS)}.")
-    if path.is_dir():
-        raise VideoError(f"{path} is a folder, expected the name of a file.")
-    if fps is not None:
-        _exact_rate(fps)
-
-
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist. Create it first"
-        raise VideoError(f"{folder} {what}.")
-    if not os.access(folder, os.W_OK):
-        raise VideoError(f"The folder {folder} is not writable.")
 
 
 def _check_encoder() -> None:
