@@ -225,9 +225,7 @@ def test_every_engine_takes_the_same_steps(monkeypatch, adapt):
 
 def test_a_part_of_what_another_objective_adapts():
     model = settle_norms(zoo.TinySeg())
-    with StreamAdapter(
-        model, PseudoLabel(model, threshold=0.0), config=CONFIG.replace(adapt="norms")
-    ) as adapter:
+    with StreamAdapter(model, PseudoLabel(model, threshold=0.0), config=CONFIG.replace(adapt="norms")) as adapter:
         adapter.step(clip(1)[0])
         assert list(adapter.state_dict()["weights"]) == ["model.backbone.1.weight", "model.backbone.1.bias"]
 

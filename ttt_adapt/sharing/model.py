@@ -110,17 +110,20 @@ class SharedModel:
             return
         with explained_memory_errors(self.config):
             self.parking.fetch(state)
-        memory, drift = self.passes.memory(), self.steps.drift()
-        swap(self.present, state)
+        before, memory, drift = self.present, self.passes.memory(), self.steps.drift()
+        try:
+            swap(before, state)
+            self.present = state
+        finally:
+            self.outside.accept()
+        self.steps.forget_passes()
         if memory:
             self.start.put_back()
             self.passes.remember(self._memories.pop(state, ()))
-            self._memories[self.present] = memory
+            self._memories[before] = memory
+            self.outside.accept()
         if drift is not None:
-            self._drifts[self.present] = drift
-        self.outside.accept()
-        self.steps.forget_passes()
-        self.present = state
+            self._drifts[before] = drift
         self.parking.make_room(state)
 
     def drift(self, state: StreamState) -> Tensor | None:

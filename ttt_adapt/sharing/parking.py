@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import weakref
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt_adapt.errors import CheckpointError, ConfigError, StateError
+from ttt_adapt.errors import ConfigError, StateError
 from ttt_adapt.sharing.state_file import check_library, read_state, write_state
 from ttt_adapt.stream.state import StreamState
 
@@ -85,9 +86,7 @@ class Parking:
     def _park(self, state: StreamState) -> None:
         """Move a video away from the device. One that would not come back as it is stays."""
         saved = state.state_dict()
-        try:
-            state.prepare_load(saved)
-        except CheckpointError:
+        if not _is_finite(saved):  # a load would refuse it
             return
         self._away[state] = self._stored(saved)
         del self._here[state]
@@ -134,6 +133,17 @@ def _own_folder(place: str | Path) -> Path:
         return Path(tempfile.mkdtemp(prefix="parked-", dir=folder))
     except (OSError, TypeError) as error:
         raise ConfigError(f'park is {place!r}; expected "cpu", or a folder that can be written ({error})') from error
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a nested state has neither NaN nor infinite numbers."""
+    if isinstance(value, Tensor):
+        return bool(value.isfinite().all())
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _on_cpu(value: Any) -> Any:
