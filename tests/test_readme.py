@@ -18,7 +18,7 @@ from ttt_adapt import StreamConfig
 
 DOCS = readme.ROOT / "docs"
 FIRST, *OTHERS = readme.blocks("python")
-PAGES_WITH_CODE = [DOCS / "objectives.md", DOCS / "architecture.md"]
+PAGES_WITH_CODE = [DOCS / "objectives.md", DOCS / "streams.md"]
 CODE_OF_PAGES = [code for page in PAGES_WITH_CODE for code in readme.blocks("python", page)]
 CODE = readme.ROOT / "ttt_adapt"
 PRESENT = [page for page in readme.PAGES if page.name != "CHANGELOG.md"]

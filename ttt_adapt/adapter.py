@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ from ttt_adapt.objectives.forward_only import ForwardOnly
 from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.sharing.frame import FrameSteps
 from ttt_adapt.sharing.model import SharedModel
+from ttt_adapt.sharing.parking import Parking
+from ttt_adapt.sharing.stream import OpenStreams, Stream
 from ttt_adapt.sharing.video import OneVideo
 from ttt_adapt.stream.adapted_weights import adapted_tensors
 from ttt_adapt.stream.check_saved import setting_of, source_of
@@ -61,6 +64,9 @@ class StreamAdapter(OneVideo):
             may return a tuple (that, context): then `predict(x, context)` is called for this frame.
         predict: how the model is called on one preprocessed frame [1, 3, H, W]; `model(x)` by default.
         optimizer: parameter groups -> optimizer; AdamW by default. The groups carry `lr`, `weight_decay` and `name`.
+        resident: how many of the streams of `open_stream` keep their state on the device at most; None: all. Of the
+            others, those that were idle the longest, it is parked, and comes back bit for bit with their next frame.
+        park: where, "cpu" for the memory of the CPU, or a folder.
 
     Raises:
         ConfigError: neither or both of `branch` and `encoder`, a branch of another model, an unknown keyword, or an
@@ -79,12 +85,15 @@ class StreamAdapter(OneVideo):
         preprocess: Preprocess | None = None,
         predict: Callable[..., Any] | None = None,
         optimizer: Callable[[ParamGroups], torch.optim.Optimizer] | None = None,
+        resident: int | None = None,
+        park: str | Path = "cpu",
         **attach: Any,
     ) -> None:
         check_objective(model, branch, attach, needed=calibration is None)
         inside = unwrapped(model if branch is None else branch.model)
         calibration = getattr(branch, "calibration", None) if calibration is None else calibration
         config = settled_config(config, calibration)
+        parking = Parking(resident, park)
         self._handed, plain = model, config.norm_stats == "frozen" or unwrapped(model) is not inside
         predict = (model if plain else inside) if predict is None else predict  # no hook reaches what is compiled
         model = model if branch is None else check_attached(model, branch)
@@ -106,13 +115,14 @@ class StreamAdapter(OneVideo):
         crop: Any = config.crop_size
         intake = FrameIntake(preprocess, step.device, step.dtype, crop, expects=own)
         moving = norm_layers(model) if config.norm_stats == "ema" else []
-        adapted = adapted_tensors(branch, step.encoder, step.own, moving, step.half.copies)
-        tensors = adapted.everything
+        adapted = adapted_tensors(branch, step.trained, step.own, moving, step.half.copies)
+        tensors = adapted.everything if step.low_rank is None else {**adapted.everything, **step.encoder}
         check_unshared(tensors)
         roots = [m for m in (model, branch) if isinstance(m, nn.Module)]
-        groups = parameter_groups(step.encoder, step.own, roots, config, step.half.trained)
+        groups = parameter_groups(step.trained, step.own, roots, config, step.half.trained)
         make = partial(_fresh, optimizer or adamw, groups)
-        source = SourceWeights(tensors, whole=[*adapted.statistics, *adapted.memory, *step.half.copies])
+        whole = [*adapted.statistics, *adapted.memory, *step.half.copies]
+        source = SourceWeights(adapted.everything, whole, step.low_rank)
         begin = partial(StreamState.begin, config, adapted, source, make, intake)
         state = begin()
         engine = choose_engine(step, state.optimizer.optimizer)
@@ -129,8 +139,10 @@ class StreamAdapter(OneVideo):
             outside=outside,
             setting=partial(setting_of, branch, preprocess, digest),
             source=functools.cache(partial(source_of, branch, source, start)),
+            parking=parking,
         )  # fmt: skip
         super().__init__(shared, state)
+        self._open = OpenStreams(shared)
         warn_if_untrained(branch, config)  # before the model changes: a warning may be an error
         shared.ownership = Ownership(shared, model, tensors, step.parameters, source.restore, start, inside)
         branch.train(False)
@@ -151,6 +163,31 @@ class StreamAdapter(OneVideo):
         """How a step runs, and why so."""
         engine = self._shared.steps.engine
         return engine.name, engine.reason
+
+    @property
+    def streams(self) -> list[str]:
+        """Names of the streams that `open_stream` opened, without those that are closed."""
+        return self._open.names
+
+    @one_at_a_time
+    def open_stream(self, name: str) -> Stream:
+        """Another stream over the same model, at its beginning. It gives what an adapter of its own would give.
+
+        The streams take turns, in any order, and in any thread. `step` of the adapter itself is one more stream. The
+        model holds the weights of the stream that was called last.
+
+        Args:
+            name: of the stream, such as "cam-3"; one stream of a name can be open.
+
+        Returns:
+            A handle with `step`, `adapt`, `predict`, `reset`, `state_dict`, `load_state_dict`, `close` and what else a
+            video has.
+
+        Raises:
+            ConfigError: no name.
+            StateError: a stream of this name is open, or the adapter is detached.
+        """
+        return self._open.open(name)
 
     @one_at_a_time
     def new_state(self) -> StreamState:
@@ -173,7 +210,7 @@ class StreamAdapter(OneVideo):
             StateError: the state is of another adapter, or somebody else changed the model; nothing has changed.
         """
         self._shared.enter(state)
-        before, self._state = self._state, state
+        before, self._held = self._held, state
         return before
 
     @one_at_a_time
@@ -186,6 +223,7 @@ class StreamAdapter(OneVideo):
         if not self._shared.ownership.ended:
             self._shared.steps.engine.forget()
             self._shared.steps.forget_passes()
+            self._open.close()
             self._branch.train(self._branch_training)  # first: a decoder may hold layers of the model's own
             self._shared.ownership.give_back(keep_adapted)
             self._state.weights.release()

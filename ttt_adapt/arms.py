@@ -135,6 +135,7 @@ _PAPER = {
     "drop_path": True,
     "every": 1,
     "gate": "none",
+    "adapt": "all",
 }
 
 

@@ -61,6 +61,11 @@ class StreamConfig:
             further from the source than 95 % of the stills of the calibration is predicted by the source weights; the
             stream begins anew at the next frame that is further. The source weights decide, in a pass of their own: the
             prediction of a usual frame, and one pass more for every other. It needs norm_stats "calibrated".
+        adapt: which parameters a stream adapts, and so what it holds in memory beside its window. "all": those of the
+            encoder and of the branch, as in the paper. With the others the branch stays as it was trained, and of the
+            encoder learn: "norms", weights and biases of layers that normalise; "bias", all biases; "last:N", the last
+            N of its repeated blocks, and layers that normalise behind them; "lora:R", factors of rank R on its linear
+            layers and 1x1 convolutions (`ttt_adapt.model.low_rank`).
         seed: of masks, draws and crops.
     """
 
@@ -84,11 +89,13 @@ class StreamConfig:
     engine: str = "auto"
     every: int = 1
     gate: str = "none"
+    adapt: str = "all"
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "every"):
             self._settle(name, _count(name, getattr(self, name)))
+        adapted_part(self.adapt)
         if not _is_whole(self.iterations) or self.iterations < 0:
             raise ConfigError(f"iterations is {self.iterations!r}; expected a whole number, at least 0")
         self._settle("iterations", int(self.iterations))
@@ -214,6 +221,10 @@ ALIASES = {
     "learning_rate": "lr",
     "step_size": "lr",
     "encoder_lr": "encoder_lr_scale",
+    "trainable": "adapt",
+    "adapted": "adapt",
+    "lora": "adapt",
+    "lora_rank": "adapt",
     "steps": "iterations",
     "epochs": "iterations",
     "batch": "batch_size",
@@ -260,6 +271,23 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
+
+
+def adapted_part(adapt: Any) -> tuple[str, int]:
+    """What `StreamConfig.adapt` names: "lora:4" -> ("lora", 4); names without a number have 0.
+
+    Raises:
+        ConfigError: it names nothing.
+    """
+    name, colon, digits = adapt.partition(":") if isinstance(adapt, str) else ("", "", "")
+    if name in ("all", "norms", "bias") and not colon:
+        return name, 0
+    if name in ("last", "lora") and digits.isascii() and digits.isdigit() and 0 < len(digits) <= 9 and int(digits):
+        return name, int(digits)
+    raise ConfigError(
+        f'adapt is {adapt!r}; expected "all", "norms", "bias", "last:N" or "lora:N" with a whole number N of at least '
+        "1, such as last:2"
+    )
 
 
 def _pair(size: Any) -> tuple[int, int]:

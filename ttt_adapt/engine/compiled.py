@@ -68,10 +68,10 @@ class CompileEngine(EagerEngine):
         self._passes[key] = compiled, reached
         while len(self._passes) > KEPT:
             self._passes.popitem(last=False)
-        found: list[Tensor | None] = [None] * len(step.parameters)
+        found: list[Tensor | None] = [None] * len(step.differentiated)
         for index, gradient in zip(reached, gradients, strict=True):
             found[index] = gradient
-        return value, apart(found, step.parameters)
+        return value, apart(found, step.differentiated)
 
     def _compiled(self, images: Tensor, drawn: Tensor) -> tuple[Callable[..., list[Tensor]], list[int]]:
         """The compiled pass, and which of the parameters it has gradients for."""
@@ -85,7 +85,7 @@ class CompileEngine(EagerEngine):
             with torch.enable_grad(), step.half.in_pass():
                 with forward_pass(step.config.precision, step.device):
                     value = objective.loss_of(step.half.of_pass(images), drawn)
-                found = torch.autograd.grad(value, step.parameters, allow_unused=True)
+                found = torch.autograd.grad(value, step.differentiated, allow_unused=True)
             reached[:] = [i for i, gradient in enumerate(found) if gradient is not None]
             return [value.detach(), *(gradient for gradient in found if gradient is not None)]
 

@@ -78,7 +78,7 @@ class EagerEngine:
         with both_passes(step.config.precision):
             whole = size >= len(batch)
             value, found = self.one_pass(batch, generator) if whole else self._sum(batch, generator)
-        for parameter, gradient in zip(step.parameters, found, strict=True):
+        for parameter, gradient in zip(step.parameters, step.of_parameters(found), strict=True):
             parameter.grad = gradient
         if all(gradient is None for gradient in found[: len(step.encoder)]):
             raise EncoderError(f"the loss reaches none of the encoder's parameters: {REPLACED}")
@@ -97,7 +97,7 @@ class EagerEngine:
     def _sum(self, batch: Tensor, generator: torch.Generator) -> tuple[Tensor, Gradients]:
         """Loss and gradients of a batch that is taken in parts."""
         value = torch.zeros((), device=batch.device)
-        found: list[Tensor | None] = [None] * len(self.gradient_step.parameters)
+        found: list[Tensor | None] = [None] * len(self.gradient_step.differentiated)
         for part, drawn, share in _parts(self.gradient_step, batch, generator):
             more, others = self.one_pass(part, generator, drawn)
             value = value + more * share
@@ -122,8 +122,8 @@ class EagerEngine:
         with torch.enable_grad(), step.in_pass(), again:
             with forward_pass(step.config.precision, step.device):
                 value = _loss(step, images, generator, drawn)
-            found = torch.autograd.grad(value, step.parameters, allow_unused=True)
-        return value.detach(), apart(found, step.parameters)
+            found = torch.autograd.grad(value, step.differentiated, allow_unused=True)
+        return value.detach(), apart(found, step.differentiated)
 
     def restart(self, optimizer: StreamOptimizer) -> None:
         """Make the optimizer as new before the steps of a frame."""

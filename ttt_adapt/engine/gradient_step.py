@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
-from ttt_adapt.config import StreamConfig
+from ttt_adapt.config import StreamConfig, adapted_part
 from ttt_adapt.engine.precision import HalfWeights
 from ttt_adapt.engine.recompute import blocks_to_repeat
 from ttt_adapt.errors import ConfigError, EncoderError
+from ttt_adapt.model.adapted_part import part_of_encoder
 from ttt_adapt.model.dropout import drop_layers, dropping
+from ttt_adapt.model.low_rank import LowRank
 from ttt_adapt.model.outside_changes import REPLACED
 from ttt_adapt.model.pass_state import PassState
 from ttt_adapt.model.replaced import ReplacementCounter
@@ -28,11 +30,15 @@ class GradientStep:
 
     Attributes:
         objective: whose loss.
-        encoder: name -> parameter inside of the user's model that the loss adapts, see `not_frozen`.
+        encoder: name -> parameter inside of the user's model that the loss adapts, see `not_frozen` and
+            `part_of_encoder`.
         own: name -> parameter of the objective's own that learns. A weight that both share is the encoder's.
-        parameters: what gets gradients, the encoder's first: these parameters, or float32 copies of those in half
+        trained: name -> what the optimizer changes in the place of `encoder`: these parameters, or their factors.
+        parameters: what gets gradients, that of `trained` first: these parameters, or float32 copies of those in half
             precision. A parameter that the loss does not reach gets no gradient.
+        differentiated: what a backward pass is asked for, in the place of `parameters`.
         half: the copies.
+        low_rank: the factors; None where none were asked for.
         adapted: the parameters of model and objective that a step changes, the encoder's first.
         config: the stream's settings.
         device: where it runs.
@@ -47,18 +53,22 @@ class GradientStep:
         config: the stream's settings.
 
     Raises:
-        ConfigError: an objective that adapts nothing, or `grad_checkpointing` without blocks to run again.
+        ConfigError: an objective that adapts nothing, a part to adapt that the encoder has not, or `grad_checkpointing`
+            without blocks to run again.
     """
 
     def __init__(self, objective: Objective, config: StreamConfig) -> None:
         self.objective, self.config = objective, config
         if isinstance(objective, Attached):
             objective.follow_model()
-        self.encoder = encoder = not_frozen(objective.encoder_parameters(), objective.model)
+        kind, number = adapted_part(config.adapt)
+        learning = not_frozen(objective.encoder_parameters(), objective.model)
+        self.encoder = encoder = part_of_encoder(learning, objective.model, kind, number)
         if not encoder and not isinstance(objective, ForwardOnly):
             raise ConfigError("the branch names no encoder parameters: there is nothing to adapt")
         inside = {id(p) for p in encoder.values()}
-        own = {n: p for n, p in objective.named_parameters() if p.requires_grad and id(p) not in inside}
+        named = objective.named_parameters() if kind == "all" else iter(())
+        own = {n: p for n, p in named if p.requires_grad and id(p) not in inside}
         self.own, self.adapted = own, [*encoder.values(), *own.values()]
         known = (*self.adapted, *objective.model.parameters())
         like = next((p for p in known if p.is_floating_point()), None)
@@ -69,8 +79,12 @@ class GradientStep:
         self._frozen = [p for p in encoder.values() if not p.requires_grad]
         self._drops = drop_layers(objective.model) if config.drop_path else []
         roots = [m for m in (objective.model, objective) if isinstance(m, nn.Module)]
-        self.half = HalfWeights(roots, named_weights(encoder, own))
-        self.parameters = [self.half.trained(p) for p in self.adapted]
+        self.low_rank = LowRank(encoder, number, config.seed) if kind == "lora" else None
+        self.trained = encoder if self.low_rank is None else self.low_rank.factors
+        self.half = HalfWeights(roots, named_weights(self.trained, own))
+        self.parameters = [self.half.trained(p) for p in (*self.trained.values(), *own.values())]
+        self.differentiated = self.parameters if self.low_rank is None else self.adapted
+        self._resting = [] if kind == "all" else others_learning(roots, self.adapted)
         self.blocks = blocks_to_repeat(objective.model, self.adapted) if config.grad_checkpointing else {}
         stateful = isinstance(objective, StatefulObjective)
         self.remembers = stateful and bool(objective.memory())  # type: ignore[attr-defined]
@@ -125,12 +139,16 @@ class GradientStep:
         """
         for parameter in self._frozen:
             parameter.requires_grad_(True)
+        for parameter in self._resting:  # a pass keeps nothing for gradients that nobody asks for
+            parameter.requires_grad_(False)
         try:
             with dropping(self._drops, (self.config.seed + number * 0x9E3779B97F4A7C15) % 2**64, self.device):
                 yield
         finally:
             for parameter in self._frozen:
                 parameter.requires_grad_(False)
+            for parameter in self._resting:
+                parameter.requires_grad_(True)
 
     @contextmanager
     def in_pass(self) -> Iterator[None]:
@@ -138,15 +156,28 @@ class GradientStep:
         with self.pass_state.kept(), self.half.in_pass():
             yield
 
+    def of_parameters(self, found: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradients of `parameters`, from those of `differentiated`."""
+        return found if self.low_rank is None else self.low_rank.gradients(found)
+
     def after_step(self) -> None:
-        """What follows a step that was taken: weights in half precision, and what the objective remembers."""
+        """What follows a step that was taken: weights that follow from others, and what the objective remembers."""
         self.half.round()
+        if self.low_rank is not None:
+            self.low_rank.derive()
         self._objective_after()
 
     def forget_gradients(self) -> None:
         """Free the memory of the gradients."""
         for parameter in self.parameters:
             parameter.grad = None
+
+
+def others_learning(roots: Iterable[nn.Module], adapted: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """The parameters of some modules that require gradients and are not adapted."""
+    own = {id(p) for p in adapted}
+    found = {id(p): p for root in roots for p in root.parameters() if p.requires_grad and not p.is_inference()}
+    return [p for key, p in found.items() if key not in own]
 
 
 def not_frozen(encoder: Mapping[str, nn.Parameter], model: nn.Module) -> dict[str, nn.Parameter]:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from torch import Tensor
+
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.engine.eager import explained_memory_errors
 from ttt_adapt.errors import StateError
@@ -17,6 +19,7 @@ from ttt_adapt.model.ownership import Ownership
 from ttt_adapt.model.pass_state import PassState
 from ttt_adapt.model.start_state import StartState
 from ttt_adapt.sharing.frame import FrameSteps
+from ttt_adapt.sharing.parking import Parking
 from ttt_adapt.stream.check_saved import FORMAT, check_compatible, check_source, current_format
 from ttt_adapt.stream.state import StreamState, swap
 
@@ -38,6 +41,7 @@ class SharedModel:
         ownership: gives the model back.
         setting: what a stream depends on beside its configuration and its tensors.
         source: hashes of the source weights.
+        parking: where videos wait that have no place on the device.
     """
 
     config: StreamConfig
@@ -51,8 +55,10 @@ class SharedModel:
     outside: OutsideChanges
     setting: Callable[[], Mapping[str, Any]]
     source: Callable[[], Mapping[str, str]]
+    parking: Parking = field(default_factory=Parking)
     ownership: Ownership = field(init=False)
     _memories: WeakKeyDictionary[StreamState, list[Any]] = field(init=False, default_factory=WeakKeyDictionary)
+    _drifts: WeakKeyDictionary[StreamState, Tensor] = field(init=False, default_factory=WeakKeyDictionary)
 
     def check_attached(self) -> None:
         """Refuse to go on with a model that was given back.
@@ -102,66 +108,87 @@ class SharedModel:
         self.outside.check()
         if state is self.present:
             return
-        memory = self.passes.memory()
-        swap(self.present, state)
+        with explained_memory_errors(self.config):
+            self.parking.fetch(state)
+        before, memory, drift = self.present, self.passes.memory(), self.steps.drift()
+        try:
+            swap(before, state)
+            self.present = state
+        finally:
+            self.outside.accept()
+        self.steps.forget_passes()
         if memory:
             self.start.put_back()
             self.passes.remember(self._memories.pop(state, ()))
-            self._memories[self.present] = memory
-        self.outside.accept()
-        self.steps.forget_passes()
-        self.present = state
+            self._memories[before] = memory
+            self.outside.accept()
+        if drift is not None:
+            self._drifts[before] = drift
+        self.parking.make_room(state)
+
+    def drift(self, state: StreamState) -> Tensor | None:
+        """How far the frame that was predicted last of a video is from the source; see `FrameSteps.drift`."""
+        now = self.steps.drift() if state is self.present else None
+        return self._drifts.get(state) if now is None else now
 
     def another(self) -> StreamState:
         """Another video at its beginning; it is not in the model."""
         self.check_attached()
         state = self.begin()
-        state.weights.leave()
-        state.weights.reset()
+        state.weights.leave()  # as one that did not move: nothing is copied
         return state
 
-    def reset(self) -> None:
-        """Begin the present video anew.
+    def reset(self, state: StreamState) -> None:
+        """Put a video into the model, and begin it anew.
 
         Raises:
             StateError: somebody else changed precision, device, or weights that the stream does not adapt.
         """
+        self._enter_to_write(state)
+        self.steps.engine.forget()
+        self._forget_passes()
+        self.start.put_back()
+        state.reset()
+        self.outside.accept()
+
+    def _enter_to_write(self, state: StreamState) -> None:
+        """As `enter`; what somebody else wrote to the weights of the video is no error, since they are written anew."""
+        if state is not self.present:
+            self.enter(state)
         self.check_attached()
         self.outside.check_unadapted()
-        self.steps.engine.forget()
+
+    def _forget_passes(self) -> None:
+        """Let go of the last prediction and drift of the present video: it begins anew."""
         self.steps.forget_passes()
-        self.start.put_back()
-        self.present.reset()
-        self.outside.accept()
+        self._drifts.pop(self.present, None)
 
     # ---- saving
 
-    def save(self) -> dict[str, Any]:
-        """A copy of all of the present video's state, with what it belongs to.
+    def save(self, state: StreamState) -> dict[str, Any]:
+        """A copy of all of a video's state, with what it belongs to.
 
         Raises:
             StateError: somebody else changed the model.
         """
-        self.check_attached()
-        self.outside.check()
+        self.enter(state)
         about = {"config": asdict(self.config), "setting": self.setting(), "source": self.source()}
-        return {"format": FORMAT, **about, **self.present.state_dict()}
+        return {"format": FORMAT, **about, **state.state_dict()}
 
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Let the present video go on where a state was saved; one that does not fit changes nothing.
+    def load(self, state: StreamState, saved: Mapping[str, Any]) -> None:
+        """Let a video go on where it was saved; what does not fit changes nothing.
 
         Raises:
-            CheckpointError: the state is damaged, or of something else.
+            CheckpointError: what was saved is damaged, or of something else.
             StateError: somebody else changed the model, as for `reset`.
         """
-        self.check_attached()
-        self.outside.check_unadapted()
-        saved = current_format(state)
+        self._enter_to_write(state)
+        saved = current_format(saved)
         check_compatible(saved, self.config, self.setting())
         with explained_memory_errors(self.config):
-            take = self.present.prepare_load(saved)
+            take = state.prepare_load(saved)
             check_source(saved, self.source)
             self.steps.engine.forget()
             take()
         self.outside.accept()
-        self.steps.forget_passes()
+        self._forget_passes()

@@ -29,7 +29,12 @@ class OneVideo(Uncopied):
     instead = "Save the stream with state_dict(), and load it into an adapter on a copy of the model and the branch"
 
     def __init__(self, shared: SharedModel, state: StreamState) -> None:
-        self._shared, self._state, self._lock = shared, state, shared.lock
+        self._shared, self._held, self._lock = shared, state, shared.lock
+
+    @property
+    def _state(self) -> StreamState:
+        """The video."""
+        return self._held
 
     @property
     def config(self) -> StreamConfig:
@@ -50,7 +55,8 @@ class OneVideo(Uncopied):
         from these too (`calibration.distance`), it tells little. None without calibrated statistics, and before the
         first prediction of a video. Reading it waits for the device.
         """
-        found = self._shared.steps.drift()
+        with self._lock:
+            found = self._shared.drift(self._state)
         value = math.nan if found is None else float(found)
         return None if math.isnan(value) else value  # NaN: no frame was predicted yet
 
@@ -110,8 +116,11 @@ class OneVideo(Uncopied):
 
         Other threads that call the adapter wait for the end of the block.
         """
-        with self._lock, self._shared.steps.statistics():
-            yield
+        with self._lock:
+            if self._shared.present is not self._state:
+                self._shared.enter(self._state)
+            with self._shared.steps.statistics():
+                yield
 
     def stream(self, frames: Iterable[Any]) -> Iterator[Any]:
         """Predictions for `frames`, one by one as they come: lazy, only the window is kept."""
@@ -125,7 +134,7 @@ class OneVideo(Uncopied):
         Raises:
             StateError: somebody else changed precision, device, or weights that the stream does not adapt.
         """
-        self._shared.reset()
+        self._shared.reset(self._state)
 
     @one_at_a_time
     def state_dict(self) -> dict[str, Any]:
@@ -136,7 +145,7 @@ class OneVideo(Uncopied):
         Raises:
             StateError: somebody else changed the model, as for `step`.
         """
-        return self._shared.save()
+        return self._shared.save(self._state)
 
     @one_at_a_time
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -147,4 +156,4 @@ class OneVideo(Uncopied):
                 preprocessing or later version.
             StateError: somebody else changed the model, as for `reset`.
         """
-        self._shared.load(state)
+        self._shared.load(self._state, state)

@@ -66,7 +66,8 @@ def named_weights(encoder: Mapping[str, nn.Parameter], own: Mapping[str, nn.Para
 class AdaptedWeights(Part):
     """The tensors that adaptation changes: weights, running statistics, and what an objective remembers.
 
-    Of several videos over one model, the values of one are in the model. Those of the others are in copies.
+    Of several videos over one model, the values of one are in the model. Those of the others are in copies, as far as
+    they differ from the source: a video at its beginning needs none.
 
     Args:
         live: name -> tensor of the model or of its branch. They are written in place: their addresses stay.
@@ -80,9 +81,14 @@ class AdaptedWeights(Part):
     def __init__(self, live: Mapping[str, Tensor], source: SourceWeights, undone: Sequence[str] = ()) -> None:
         self._names, self._live, self._source = list(live), list(live.values()), source
         self._undone = [live[name] for name in undone]
-        self._here = self._live
+        self._present = True
         self._parked: list[Tensor] = []
         self.moved = False
+
+    @property
+    def _values(self) -> Sequence[Tensor]:
+        """Where the values are now: in the model, in copies, or with the source."""
+        return self._live if self._present else self._parked or self._source.values
 
     def shares_model_with(self, other: AdaptedWeights) -> bool:
         """Whether both are of the same adapter."""
@@ -94,7 +100,7 @@ class AdaptedWeights(Part):
         Raises:
             StateError: the values of this video are not in the model.
         """
-        if self._here is not self._live:
+        if not self._present:
             raise StateError("this video is not in the model: swap(state) puts it in")
         self._source.pull(fraction)
         self.moved = self.moved and fraction < 1.0
@@ -106,22 +112,24 @@ class AdaptedWeights(Part):
     @torch.inference_mode(False)
     @torch.no_grad()
     def leave(self) -> None:
-        """Move the values out of the model, into copies."""
-        if not self._parked:
-            self._parked = [torch.empty_like(tensor, requires_grad=False) for tensor in self._live]
-        if self._live:  # a stream without an objective changes nothing
-            torch._foreach_copy_(self._parked, self._live)
-        self._here = self._parked
+        """Move the values out of the model, into copies; nothing is copied that is as in the source."""
+        copies = self._copies() if self.moved else []
+        if copies:  # a stream without an objective changes nothing
+            torch._foreach_copy_(copies, self._live)
+        self._parked, self._present = copies, False
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def enter(self) -> None:
         """Move the values into the model."""
         self._source.check()
-        if self._here is not self._live:
-            if self._live:
-                torch._foreach_copy_(self._live, self._here)
-            self._here = self._live
+        if not self._present:
+            if self._parked:
+                torch._foreach_copy_(self._live, self._parked)
+                self._source.derive()
+            else:
+                self._source.restore()
+            self._present = True
             torch.clear_autocast_cache()
 
     @contextmanager
@@ -140,25 +148,36 @@ class AdaptedWeights(Part):
 
     def reset(self) -> None:
         """Go back to the source weights."""
-        self._source.copy_to(self._here)
-        self.moved = False
+        self._source.check()
+        if self._present:
+            self._source.restore()
+        self._parked, self.moved = [], False
         torch.clear_autocast_cache()
+
+    def free(self) -> None:
+        """See `Part`."""
+        self._parked = []
 
     def state_dict(self) -> dict[str, Tensor]:
         """A copy of every tensor, by name."""
-        return {name: tensor.detach().clone() for name, tensor in zip(self._names, self._here, strict=True)}
+        return {name: tensor.detach().clone() for name, tensor in zip(self._names, self._values, strict=True)}
 
     def prepare_load(self, saved: Any) -> Callable[[], None]:
         """See `Part`."""
         self._source.check()
-        check_state(dict(zip(self._names, self._here, strict=True)), saved, "this adapter's model", finite=True)
+        check_state(dict(zip(self._names, self._values, strict=True)), saved, "this adapter's model", finite=True)
         values = [saved[name].detach() for name in self._names]
+        present, places = self._present, self._live if self._present else self._copies()
 
         def load() -> None:
             self.moved = True
             if values:
-                torch._foreach_copy_(self._here, values)
-            torch.clear_autocast_cache()
+                torch._foreach_copy_(places, values)
+            if present:
+                self._source.derive()
+                torch.clear_autocast_cache()
+            else:
+                self._parked = places
 
         return load
 
@@ -171,3 +190,7 @@ class AdaptedWeights(Part):
                 live.copy_(kept)
 
         return undo
+
+    def _copies(self) -> list[Tensor]:
+        """Memory for the values of a video that is not in the model."""
+        return self._parked or [torch.empty_like(tensor, requires_grad=False) for tensor in self._live]

@@ -225,6 +225,7 @@ class StreamOptimizer(Part):
         try:
             with torch.inference_mode(False):
                 optimizer = self._make()
+                fresh = [_settings(group) for group in optimizer.param_groups]
                 kinds = [type(optimizer).__name__] + ["AdamW"] * isinstance(optimizer, FusedAdamW)
                 if saved["kind"] not in kinds:
                     raise ValueError(f"the optimizer was {saved['kind']}, here it is {kinds[0]}")
@@ -236,15 +237,25 @@ class StreamOptimizer(Part):
             raise CheckpointError(
                 f"the state's optimizer does not fit this adapter ({error}): go on with the same optimizer"
             ) from error
-        return lambda: self._use(optimizer)
+        return lambda: self._use(optimizer, fresh)
+
+    def free(self) -> None:
+        """See `Part`."""
+        self.restart()
 
     def mark(self) -> Callable[[], None]:
         """See `Part`; the optimizer stays as the last finished gradient step left it, like the weights."""
         return nothing
 
-    def _use(self, optimizer: torch.optim.Optimizer) -> None:
+    def _use(self, optimizer: torch.optim.Optimizer, fresh: list[dict[str, Any]] | None = None) -> None:
+        """Put an optimizer in place.
+
+        Args:
+            optimizer: which.
+            fresh: the settings of its groups when it was made; None: it is as it was made.
+        """
         self._optimizer = optimizer
-        self._fresh = [_settings(group) for group in optimizer.param_groups]
+        self._fresh = [_settings(group) for group in optimizer.param_groups] if fresh is None else fresh
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ttt_adapt.errors import StateError
+
+
+class Derived(Protocol):
+    """Weights of a model that follow from the tensors that a stream changes, such as low-rank factors."""
+
+    def derive(self) -> None:
+        """Write them anew, from the present values of these tensors."""
+        ...
+
+    def restore(self) -> None:
+        """Write their source values, bit for bit."""
+        ...
+
+    def originals(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """`tensors` with the source values in the place of such weights."""
+        ...
+
+    def release(self) -> None:
+        """Let go of the model."""
+        ...
 
 
 class SourceWeights:
@@ -17,9 +37,11 @@ class SourceWeights:
     Args:
         live: name -> the tensors that change. `restore` and `pull` write into these very tensors.
         whole: names of the tensors that are restored completely or not at all: a partial pull leaves them alone.
+        derived: weights of the model that follow from the live tensors.
     """
 
-    def __init__(self, live: Mapping[str, Tensor], whole: Collection[str] = ()) -> None:
+    def __init__(self, live: Mapping[str, Tensor], whole: Collection[str] = (), derived: Derived | None = None) -> None:
+        self._derived = derived
         self._live = list(live.values())  # not detached: a detached alias misses `model.to(...)`
         self._copies = [tensor.detach().clone() for tensor in self._live]
         pulled = [name not in whole and tensor.is_floating_point() for name, tensor in live.items()]
@@ -40,23 +62,36 @@ class SourceWeights:
         """Let go of the live tensors and free the copies: the model is free."""
         self._released = True
         self._live, self._copies, self._pulled, self._targets = [], [], [], []
+        if self._derived is not None:
+            self._derived.release()
+            self._derived = None
 
     def originals(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """`tensors` with the copies in the place of those that are live; errors as in `check`."""
         self.check()
         copies = {id(live): copy for live, copy in zip(self._live, self._copies, strict=True)}
-        return {name: copies.get(id(tensor), tensor) for name, tensor in tensors.items()}
+        found = {name: copies.get(id(tensor), tensor) for name, tensor in tensors.items()}
+        return found if self._derived is None else self._derived.originals(found)
 
-    def restore(self) -> None:
-        """Write the copies back into the live tensors, bit for bit."""
-        self.copy_to(self._live)
+    @property
+    def values(self) -> Sequence[Tensor]:
+        """The copies, in the order of the live tensors; errors as in `check`."""
+        self.check()
+        return self._copies
 
     @torch.no_grad()
-    def copy_to(self, tensors: Sequence[Tensor]) -> None:
-        """Write the copies into tensors of the same shapes and order as the live ones; errors as in `check`."""
+    def restore(self) -> None:
+        """Write the copies back into the live tensors, bit for bit; errors as in `check`."""
         self.check()
-        if tensors:
-            torch._foreach_copy_(list(tensors), self._copies)
+        if self._live:
+            torch._foreach_copy_(self._live, self._copies)
+        if self._derived is not None:
+            self._derived.restore()
+
+    def derive(self) -> None:
+        """Make the weights that follow from the live tensors, after somebody wrote these."""
+        if self._derived is not None:
+            self._derived.derive()
 
     @torch.no_grad()
     def pull(self, fraction: float) -> None:
@@ -65,6 +100,7 @@ class SourceWeights:
             self.restore()
         elif fraction > 0.0 and self._pulled:
             torch._foreach_lerp_(self._pulled, self._targets, fraction)
+            self.derive()
 
 
 def copied(value: Any) -> Any:

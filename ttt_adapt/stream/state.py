@@ -245,6 +245,19 @@ class StreamState(Uncopied):
         """Take over what `state_dict` returned, all parts or none; errors as in `prepare_load`."""
         self.prepare_load(saved)()
 
+    def free(self) -> None:
+        """Let go of the memory on the device; `take_back` goes on with what `state_dict` returned before."""
+        for part in self._present.values():
+            part.free()
+
+    def take_back(self, saved: Mapping[str, Any]) -> None:
+        """Go on exactly as before `free`, with the last report too."""
+        moved, last = self.weights.moved, self.progress.last
+        self.load_state_dict(saved)
+        if not moved:
+            self.weights.reset()  # which needs no copies
+        self.progress.last = last
+
 
 @contextmanager
 def _writing() -> Iterator[None]:

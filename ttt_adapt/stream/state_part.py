@@ -37,6 +37,10 @@ class Part(ABC):
             A function that brings it back to this point, after a step that failed.
         """
 
+    def free(self) -> None:
+        """Let go of the memory on the device: somebody keeps a `state_dict`, and loads it before the video goes on."""
+        return  # most parts have no memory there
+
     def load_state_dict(self, saved: Any) -> None:
         """Take over what `state_dict` returned, all or nothing; errors as in `prepare_load`."""
         self.prepare_load(saved)()

@@ -148,6 +148,11 @@ class FrameWindow(Part):
         """Forget all frames; the buffer stays for the next video."""
         self._committed = 0
 
+    def free(self) -> None:
+        """See `Part`."""
+        self._buffer = self._position = None
+        self._committed = 0
+
     def mark(self) -> Callable[[], None]:
         """See `Part`."""
         committed, buffer = self._committed, self._buffer  # a frame of another size or kind brings another buffer
