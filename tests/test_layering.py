@@ -15,9 +15,9 @@ ROOT = Path(ttt_adapt.__file__).parent
 
 # Each part imports from those before it, and from itself where it is a folder.
 ORDER = [
-    "errors", "schema", "files", "colour", "theory", "arms", "config", "model", "objectives", "stream", "engine",
-    "adapter", "view", "video", "data", "calibration", "tasks", "training", "evaluation", "integration", "cli",
-    "__main__",
+    "errors", "schema", "files", "file_kind", "colour", "theory", "arms", "config", "model", "objectives", "stream",
+    "engine", "adapter", "view", "video", "data", "calibration", "tasks", "training", "evaluation", "integration",
+    "cli", "__main__",
 ]  # fmt: skip
 OUTSIDE = [
     "timm", "torchvision", "mmengine", "mmcv", "mmseg", "mmdet", "decord", "av", "matplotlib", "PIL", "torchmetrics",

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError, ConfigError, missing
-from ttt_adapt.files import atomic_write
+from ttt_adapt.file_kind import refuse_other_kind
+from ttt_adapt.files import atomic_write, read_small
 from ttt_adapt.model.calibration_file import FORMAT, TENSORS, read_saved
 from ttt_adapt.model.fingerprint import fingerprint_of
 from ttt_adapt.model.rule import PointStatistics, Rule
@@ -224,13 +225,10 @@ class Calibration:
         Raises:
             CheckpointError: there is no such file, or it holds something else.
         """
-        try:
-            data = Path(path).read_bytes()
-        except FileNotFoundError as error:
-            raise CheckpointError(f"there is no calibration {path}: make one with `ttt-adapt calibrate`") from error
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        return cls.of_bytes(data, str(path))
+        if not Path(path).exists():
+            raise CheckpointError(f"there is no calibration {path}: make one with `ttt-adapt calibrate`")
+        refuse_other_kind(path, "calibration", "no calibration", CheckpointError)
+        return cls.of_bytes(read_small(path, CheckpointError), str(path))
 
 
 def settled_config(config: StreamConfig | None, calibration: Calibration | None) -> StreamConfig:
