@@ -188,11 +188,11 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def shown(value: Any) -> str:
     """A value in a message: short, whatever it is."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"a tensor {tuple(value.shape)} of {value.dtype}"
     try:
+        if hasattr(value, "shape") and hasattr(value, "dtype"):
+            return f"a tensor {tuple(value.shape)} of {value.dtype}"
         return _SHORT.repr(value)
-    except Exception:  # the digits of a whole number, or a class of somebody else
+    except Exception:  # the digits of a whole number, a nested tensor, or a class of somebody else
         return f"a {type(value).__name__}"
 
 

@@ -190,7 +190,7 @@ class FrameWindow(Part):
         frames, seen = saved["frames"], saved["seen"]
         if seen == 0 and frames is None:
             return None, 0
-        if not isinstance(frames, Tensor) or not frames.ndim or not dense(frames) or not isinstance(seen, int):
+        if not isinstance(frames, Tensor) or not dense(frames) or not frames.ndim or not isinstance(seen, int):
             raise CheckpointError(_DAMAGED)
         if whole(1)(seen) or len(frames) != min(seen, self.capacity):
             raise CheckpointError(_DAMAGED)
