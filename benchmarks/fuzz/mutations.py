@@ -8,6 +8,7 @@ import math
 import random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ STRANGE: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 7, 2**31, 2**63, 2**64, -(2**63), 10**30, 10**400, 0.0, -0.0, 0.5, -1.5, 1e-300,
     1e38, 1e300, math.nan, math.inf, -math.inf, "", "0", "x" * 1000, "ttt", "\ud800", "\x00", [], (), {}, [0], [None],
     ["a"], {"a": 1}, {0: 1}, {None: None}, [[[]]], (1, 2, 3), set(), b"bytes", 1j, object, range(3),
+    torch.zeros(3), torch.tensor(1), np.zeros(3),
 )  # fmt: skip
 """Values of all kinds that a field does not expect."""
 DTYPES = (

@@ -62,7 +62,7 @@ def _check_group(own: Mapping[str, Any], other: Any) -> None:
     if not isinstance(other, Mapping):
         raise CheckpointError(f"the state's optimizer has {shown(other)} as a group; expected a dict")
     name = own.get("name", "")
-    if other.get("params") != own["params"] or any(whole()(index) for index in other["params"]):
+    if list_of(whole())(other.get("params")) or list(other["params"]) != own["params"]:
         raise CheckpointError(
             f"the state's optimizer has the parameters {shown(other.get('params'))} in its group {name!r}; expected "
             f"{shown(own['params'])}"
