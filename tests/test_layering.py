@@ -15,8 +15,9 @@ ROOT = Path(ttt_adapt.__file__).parent
 
 # Each part imports from those before it, and from itself where it is a folder.
 ORDER = [
-    "errors", "schema", "files", "colour", "theory", "arms", "config", "model", "objectives", "stream", "engine",
-    "sharing", "adapter", "view", "video", "data", "calibration", "tasks", "training", "evaluation", "integration",
+    "errors", "schema", "files", "file_kind", "colour", "theory", "arms", "config", "model", "objectives", "stream",
+    "engine", "sharing", "adapter", "view", "video", "data", "calibration", "tasks", "training", "evaluation",
+    "integration",
     "cli", "__main__",
 ]  # fmt: skip
 OUTSIDE = [

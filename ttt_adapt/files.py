@@ -12,7 +12,7 @@ from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ttt_adapt.errors import CheckpointError, ConfigError
+from ttt_adapt.errors import CheckpointError, ConfigError, TTTAdaptError
 from ttt_adapt.schema import shown, whole
 
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
@@ -34,6 +34,9 @@ LABEL_FOLDERS = frozenset({
     "panoptic_images", "semantic_images", "gtfine", "gtcoarse",
 })  # fmt: skip
 """Names, in lower case, of folders that hold labels and no pictures."""
+
+SMALL = 2**28
+"""Bytes of the largest file that is read whole: a report, or a calibration."""
 
 NaturalKey = tuple[tuple[int, int, str], ...]
 
@@ -75,6 +78,25 @@ def file_digest(file: Path) -> str:
         while piece := stream.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def read_small(path: str | Path, error: type[TTTAdaptError]) -> bytes:
+    """The content of a file that is read whole, if it has at most `SMALL` bytes; a pipe or a device is not opened.
+
+    Raises:
+        `error`: it cannot be read, or is too large.
+    """
+    path = Path(path)
+    try:
+        if not path.is_file():
+            why = "is no regular file" if os.path.lexists(path) else "is not there"
+            raise error(f"{path} cannot be read: it {why}")
+        if path.stat().st_size > SMALL:
+            raise error(f"{path} cannot be read: it has {path.stat().st_size} bytes; expected at most {SMALL}")
+        with path.open("rb") as file:
+            return file.read(SMALL)
+    except OSError as reason:
+        raise error(f"{path} cannot be read: {reason}") from reason
 
 
 def part_file(path: Path) -> Path:

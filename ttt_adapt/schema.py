@@ -169,21 +169,30 @@ def read_json(content: str | bytes, what: str, error: type[TTTAdaptError] = Chec
     """The value of a JSON text.
 
     Raises:
-        `error`: it is none, or nested too deep.
+        `error`: it is none, is nested too deep, or has a name twice in one dict.
     """
     try:
-        return json.loads(content)
+        return json.loads(content, object_pairs_hook=_without_repetition)
     except (ValueError, RecursionError) as reason:
         raise error(f"{what} is not JSON: {shown(str(reason))}") from reason
 
 
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dict of names and values; a name that stands twice is refused, because either value may be meant."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in one dict")
+    return found
+
+
 def shown(value: Any) -> str:
     """A value in a message: short, whatever it is."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"a tensor {tuple(value.shape)} of {value.dtype}"
     try:
+        if hasattr(value, "shape") and hasattr(value, "dtype"):
+            return f"a tensor {tuple(value.shape)} of {value.dtype}"
         return _SHORT.repr(value)
-    except Exception:  # the digits of a whole number, or a class of somebody else
+    except Exception:  # the digits of a whole number, a nested tensor, or a class of somebody else
         return f"a {type(value).__name__}"
 
 

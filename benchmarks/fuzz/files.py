@@ -6,6 +6,8 @@ import json
 import random
 import struct
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,22 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fuzz.mutations import damaged, damaged_bytes, damaged_json, damaged_tensor
+from fuzz.other_files import empty, put_something_else
 from fuzz.states import same, tiny
 from ttt_adapt import Calibration, MAEBranch, StreamAdapter, StreamConfig, TrainConfig, fit
 from ttt_adapt.errors import TTTAdaptError
+from ttt_adapt.evaluation.model_info import inspect_model
 from ttt_adapt.evaluation.report import Report, Run
 from ttt_adapt.model.parameters import dense
-from ttt_adapt.tasks.checkpoint import Checkpoint, build_model, load_checkpoint, load_initial, save_checkpoint
+from ttt_adapt.tasks.checkpoint import (
+    Checkpoint,
+    build_model,
+    load_checkpoint,
+    load_initial,
+    read_calibration,
+    save_checkpoint,
+    write_calibration,
+)
 from ttt_adapt.tasks.spec import ModelSpec
 
 CNN = {"encoder": "resnet18", "encoder_options": {"channels": (4, 4, 8, 8)}, "width": 8}
@@ -38,6 +50,10 @@ def with_header(header: str, rest: bytes) -> bytes:
     return struct.pack("<Q", len(encoded)) + encoded + rest
 
 
+OTHERS = 0.15
+"""How often something else lies in the place of a file."""
+
+
 class Folder:
     """A folder for damaged files that is gone with this object."""
 
@@ -48,8 +64,27 @@ class Folder:
     def written(self, data: bytes, suffix: str = ".safetensors") -> Path:
         """A file with this content."""
         file = self.path / f"damaged{suffix}"
+        empty(file)
         file.write_bytes(data)
         return file
+
+    def other(self, good: bytes, dice: random.Random, suffix: str = ".safetensors") -> Path:
+        """The path of something else than this good file."""
+        file = self.path / f"damaged{suffix}"
+        put_something_else(file, good, dice)
+        return file
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Check that the block leaves no file more in the folder and no file less, and all as large as before."""
+        before = self.seen()
+        yield
+        assert self.seen() == before, "the folder has changed"
+
+    def seen(self) -> dict[str, tuple[int, int]]:
+        """Size and time of everything in the folder."""
+        found = {path.name: path.lstat() for path in self.path.iterdir()}
+        return {name: (each.st_size, each.st_mtime_ns) for name, each in found.items()}
 
 
 class Checkpoints:
@@ -72,11 +107,21 @@ class Checkpoints:
     def trial(self, dice: random.Random) -> str:
         """One damaged file: "refused", or "loaded" with a model that predicts."""
         index = dice.randrange(len(self.good))
-        file = self._folder.written(self._damaged(self.good[index], dice))
-        if dice.random() < 0.1:
+        good = self.good[index]
+        if dice.random() < OTHERS:
+            file = self._folder.other(good, dice)
+        else:
+            file = self._folder.written(self._damaged(good, dice))
+        route = dice.random()
+        if route < 0.1:
             return self._started(file, self._others[index])
+        if route < 0.15:
+            return self._rewritten(file, self._others[index])
+        if route < 0.17:
+            return self._shown(file)
         try:
-            loaded = load_checkpoint(file)
+            with self._folder.unchanged():
+                loaded = load_checkpoint(file)
         except TTTAdaptError:
             return "refused"
         try:
@@ -104,6 +149,28 @@ class Checkpoints:
         other.model.load_state_dict(before[0])
         other.branch.load_state_dict(before[1])
         return "loaded as a start"
+
+    def _rewritten(self, file: Path, other: Checkpoint) -> str:
+        """Another calibration is written into a damaged file, or it stays as it is."""
+        assert other.calibration is not None
+        before = file.read_bytes() if file.is_file() and file.stat().st_size < 10**6 and not file.is_symlink() else None
+        try:
+            write_calibration(file, other.calibration)
+        except TTTAdaptError:
+            assert before is None or file.read_bytes() == before, "the refusal changed the file"
+            return "refused to be written"
+        finally:
+            assert not [*self._folder.path.glob(".*")], "a temporary file is left"
+        assert read_calibration(file) is not None
+        return "written"
+
+    def _shown(self, file: Path) -> str:
+        """A damaged file is shown, or refused."""
+        try:
+            inspect_model(str(file))
+        except TTTAdaptError:
+            return "refused to be shown"
+        return "shown"
 
     def _damaged(self, data: bytes, dice: random.Random) -> bytes:
         header, rest = header_of(data)
@@ -137,7 +204,8 @@ def with_tensors(header: dict[str, Any], rest: bytes, dice: random.Random) -> by
         changed = damaged_tensor(value, dice) if kind < 5 else value
         if kind == 5:
             continue
-        kept = changed if isinstance(changed, Tensor) and dense(changed) else value.reshape(-1)[:0]
+        written = isinstance(changed, Tensor) and dense(changed) and changed.numel() < 10**6  # others take no file
+        kept = changed if written else value.reshape(-1)[:0]
         tensors[name if kind < 6 else dice.choice((name + "x", "branch.x", "y", "model." + name))] = kept.contiguous()
     return bytes(save({name: value.clone() for name, value in tensors.items()}, header["__metadata__"]))
 
@@ -155,12 +223,17 @@ class Calibrations:
         """One damaged file: "refused", or "loaded"."""
         header, rest = header_of(self._good)
         told, kind = header["__metadata__"]["calibration"], dice.randrange(4)
-        if kind < 2:
-            data = with_header(json.dumps({**header, "__metadata__": {"calibration": damaged_json(told, dice)}}), rest)
+        if dice.random() < OTHERS:
+            file = self._folder.other(self._good, dice)
+        elif kind < 2:
+            more = {**header, "__metadata__": {"calibration": damaged_json(told, dice)}}
+            file = self._folder.written(with_header(json.dumps(more), rest))
         else:
             data = damaged_bytes(self._good, dice, 400) if kind == 2 else with_tensors(header, rest, dice)
+            file = self._folder.written(data)
         try:
-            calibration = Calibration.load(self._folder.written(data))
+            with self._folder.unchanged():
+                calibration = Calibration.load(file)
         except TTTAdaptError:
             return "refused"
         try:
@@ -196,10 +269,13 @@ class Training:
 
     def trial(self, dice: random.Random) -> str:
         """One damaged file: "refused" with the model as it was, or "loaded"."""
-        file = self._folder.path / "damaged.state"
-        if dice.random() < 0.2:
-            file.write_bytes(damaged_bytes(self._bytes, dice, 2000))
+        kind = dice.random()
+        if kind < OTHERS:
+            file = self._folder.other(self._bytes, dice, ".state")
+        elif kind < 0.3:
+            file = self._folder.written(damaged_bytes(self._bytes, dice, 2000), ".state")
         else:
+            file = self._folder.written(b"", ".state")
             bad = damaged(self._good, dice)
             try:
                 torch.save(bad, file)
@@ -207,10 +283,12 @@ class Training:
                 return "not written"
         model = tiny(1)
         before = {name: value.clone() for name, value in model.state_dict().items()}
+        seen = self._folder.seen()
         try:
             self._fit(model, file)
         except TTTAdaptError:
             assert same(before, dict(model.state_dict())), "the refusal changed something"
+            assert self._folder.seen() == seen, "the refusal changed the folder"
             return "refused"
         return "loaded"
 
@@ -236,8 +314,13 @@ class Reports:
 
         text = damaged_json(self._good, dice) if dice.random() < 0.8 else ""
         data = text.encode("utf-8", "surrogatepass") if text else damaged_bytes(self._good.encode(), dice, 1000)
+        if dice.random() < OTHERS:
+            file = self._folder.other(self._good.encode(), dice, ".json")
+        else:
+            file = self._folder.written(data, ".json")
         try:
-            report = Report.load(self._folder.written(data, ".json"))
+            with self._folder.unchanged():
+                report = Report.load(file)
             if report.runs:
                 markdown_table(report)
         except TTTAdaptError:

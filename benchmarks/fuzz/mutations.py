@@ -8,6 +8,7 @@ import math
 import random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ STRANGE: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 7, 2**31, 2**63, 2**64, -(2**63), 10**30, 10**400, 0.0, -0.0, 0.5, -1.5, 1e-300,
     1e38, 1e300, math.nan, math.inf, -math.inf, "", "0", "x" * 1000, "ttt", "\ud800", "\x00", [], (), {}, [0], [None],
     ["a"], {"a": 1}, {0: 1}, {None: None}, [[[]]], (1, 2, 3), set(), b"bytes", 1j, object, range(3),
+    torch.zeros(3), torch.tensor(1), np.zeros(3),
 )  # fmt: skip
 """Values of all kinds that a field does not expect."""
 DTYPES = (
@@ -72,7 +74,7 @@ def damaged_tensor(tensor: Tensor, dice: random.Random) -> Any:
     """A tensor of another shape, kind or content."""
     shape = list(tensor.shape)
     numbers = tensor.detach().clone()
-    kind = dice.randrange(14)
+    kind = dice.randrange(18)
     if kind == 0:
         return torch.zeros([side + dice.choice((-1, 1, 3)) if side else 1 for side in shape], dtype=tensor.dtype)
     if kind == 1:
@@ -102,7 +104,34 @@ def damaged_tensor(tensor: Tensor, dice: random.Random) -> Any:
         return numbers
     if kind == 12 and tensor.is_floating_point() and tensor.ndim:
         return torch.quantize_per_tensor(numbers.float(), 0.1, 0, torch.quint8)
+    if kind > 13:
+        return _of_another_make(numbers, dice)
     return numbers[..., :-1] if tensor.ndim else numbers.repeat(3)
+
+
+class Odd(Tensor):
+    """A tensor of a class of somebody else."""
+
+
+def _of_another_make(numbers: Tensor, dice: random.Random) -> Any:
+    """The same numbers in a tensor of another make, or one that claims a size that no memory has."""
+    shape = [side or 1 for side in numbers.shape]
+    huge = dice.choice(([2**40], [2**20, 2**20], [*shape[:-1], 2**40], [2**40, *shape], [*shape[:-2], 2**18, 2**18]))
+    kind = dice.randrange(9)
+    if kind < 3:
+        return torch.zeros((), dtype=numbers.dtype).expand(huge)  # one number in memory
+    if kind == 3:
+        return numbers.as_subclass(Odd)
+    if kind == 4 and numbers.is_floating_point():
+        return torch.nn.Parameter(numbers)
+    if kind == 5:
+        with torch.inference_mode():
+            return numbers.clone()
+    if kind == 6 and numbers.is_floating_point() and numbers.ndim:
+        return torch.nested.nested_tensor([numbers, numbers])
+    if kind == 7:
+        return numbers.float().numpy()
+    return torch.zeros([1] * len(shape), dtype=numbers.dtype).expand(shape)  # overlaps itself
 
 
 def damaged(value: Any, dice: random.Random, strange: tuple[Any, ...] = STRANGE) -> Any:
@@ -118,7 +147,14 @@ def _damaged_once(value: Any, dice: random.Random, strange: tuple[Any, ...]) -> 
         return dice.choice(strange)
     depth = dice.randrange(1, 1 + max(map(len, paths)))  # else nearly all changes would be at the bottom
     path = dice.choice([each for each in paths if len(each) == depth] or paths)
-    item, kind = at(value, path), dice.randrange(10)
+    item, kind = at(value, path), dice.randrange(12)
+    if kind == 10:  # two things in each other's place
+        other = dice.choice(
+            [each for each in paths if each[: len(path)] != path and path[: len(each)] != each] or [path]
+        )
+        return put(put(value, path, at(value, other)), other, item)
+    if kind == 11:
+        return _renamed(value, path, dice)
     if kind == 0:
         return without(value, path)
     if kind == 1:
@@ -130,6 +166,16 @@ def _damaged_once(value: Any, dice: random.Random, strange: tuple[Any, ...]) -> 
     if kind < 8:
         return put(value, path, near(item, dice, strange))
     return put(value, path, dice.choice(strange))
+
+
+def _renamed(value: Any, path: tuple[Any, ...], dice: random.Random) -> Any:
+    """Something under another name, or two names exchanged; in a list, in another place."""
+    around, key = at(value, path[:-1]), path[-1]
+    if not isinstance(around, dict):
+        return put(value, path[:-1], type(around)([*around[key:], *around[:key]]))
+    other = dice.choice([*around, f"{key}x", str(key)[:-1], str(key).upper(), f" {key}", "\ud800", "a.b", key])
+    names = {key: other, other: key}
+    return put(value, path[:-1], {names.get(name, name): item for name, item in around.items()})
 
 
 def _with_more(around: Any, item: Any, dice: random.Random) -> Any:
@@ -162,7 +208,11 @@ def near(item: Any, dice: random.Random, strange: tuple[Any, ...]) -> Any:
 
 def damaged_json(content: str, dice: random.Random) -> str:
     """A JSON text with other values, or that is none."""
-    kind = dice.randrange(8)
+    kind = dice.randrange(9)
+    if kind == 8 and '": ' in content:  # a name that stands twice in one dict
+        place = dice.choice([i for i in range(len(content)) if content.startswith('"', i) and content[i - 1] in "{ "])
+        end = content.find('": ', place)
+        return f"{content[:place]}{content[place : end + 2]}{dice.choice(('0', 'null', '[]', '{}'))}, {content[place:]}"
     if kind == 0:
         place = dice.randrange(len(content) + 1)
         return (

@@ -11,10 +11,11 @@ import torch
 
 import models as zoo
 from conftest import settle_norms
-from ttt_adapt import StreamConfig
+from ttt_adapt import StreamAdapter, StreamConfig
 from ttt_adapt.errors import CheckpointError, ConfigError
-from ttt_adapt.model.calibration import Calibration, default_rule, fingerprint_of, settled_config
+from ttt_adapt.model.calibration import Calibration, default_rule, settled_config
 from ttt_adapt.model.calibration_file import is_outdated
+from ttt_adapt.model.fingerprint import fingerprint_of
 from ttt_adapt.model.measure import measure, take_stills
 from ttt_adapt.model.rule import Rule
 
@@ -137,6 +138,58 @@ def test_other_weights_are_refused_and_a_copy_in_half_precision_is_not(model, ca
         half.fc.bias[0] += 0.1
     with pytest.raises(ConfigError, match="of other weights than those of this ResNet: calibrate the model again"):
         calibration.check(half)
+
+
+PRECISIONS = {
+    "float32": (torch.float32,), "float64": (torch.float64,), "float16": (torch.float16,),
+    "bfloat16": (torch.bfloat16,), "float32 of float16": (torch.float16, torch.float32),
+    "float32 of bfloat16": (torch.bfloat16, torch.float32),
+}  # fmt: skip
+"""How a model was cast, one precision after the other."""
+HALF = {"float16", "float32 of float16"}
+BRAIN = {"bfloat16", "float32 of bfloat16"}
+
+
+def cast(model, through):
+    copy = settle_norms(zoo.resnet())
+    copy.load_state_dict(model.state_dict())
+    for dtype in through:
+        copy = copy.to(dtype)
+    return copy
+
+
+@pytest.mark.parametrize("calibrated", PRECISIONS)
+def test_a_calibration_fits_the_model_in_the_precisions_that_can_be_told(calibrated, model, calibration):
+    """Rounding to float16 and rounding to bfloat16 give other weights, and neither tells of the other."""
+    one = cast(model, PRECISIONS[calibrated])
+    own = calibration.replace(fingerprint=fingerprint_of(one), rounded=fingerprint_of(one, torch.bfloat16))
+    strange = BRAIN if calibrated in HALF else HALF if calibrated in BRAIN else set()
+    for name, through in PRECISIONS.items():
+        other = cast(model, through)
+        if name in strange:
+            with pytest.raises(ConfigError, match="of other weights"):
+                own.check(other)
+        else:
+            own.check(other)
+        with torch.no_grad():
+            other.fc.bias[0] += 0.1
+        with pytest.raises(ConfigError, match="of other weights"):
+            own.check(other)
+
+
+def test_a_refused_model_in_half_precision_is_told_the_way(model, calibration):
+    one = cast(model, [torch.float16])
+    own = calibration.replace(fingerprint=fingerprint_of(one), rounded=fingerprint_of(one, torch.bfloat16))
+    with pytest.raises(ConfigError, match="A calibration of the model in float32 fits its copies in float16 and in"):
+        own.check(cast(model, [torch.bfloat16]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_calibration_measured_in_half_precision_corrects_the_model_in_float32(dtype, model):
+    half, stills = cast(model, [dtype]), torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    found = measure(half, take_stills(half, list(stills.to(dtype))))
+    with StreamAdapter(cast(model, [torch.float32]), calibration=found) as adapter:
+        assert adapter.step(stills[0] + 1.0).dtype == torch.float32
 
 
 def test_a_fingerprint_sees_buffers_too(model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -47,7 +48,7 @@ def inspect_model(
     """Look at a timm model or a checkpoint of `ttt-adapt train`.
 
     Args:
-        name: timm model name, or a .safetensors file.
+        name: timm model name, or the file of a checkpoint.
         encoder: dotted path where the encoder ends, for models without a trained branch; "auto" finds it.
         size: (H, W) of the frames to count FLOPs for; by default a checkpoint's training size, and for timm models
             the size at which `MAEBranch.attach` ran them.
@@ -58,10 +59,11 @@ def inspect_model(
     Raises:
         ConfigError: unknown model, a setting that a trained branch cannot change, or a crop larger than the frame.
         EncoderError: unknown encoder.
+        CheckpointError: a file that is no checkpoint; the message says what it is.
     """
     config, settings, calibration = config or StreamConfig(), attach or {}, []
     with ExitStack() as stack:
-        if name.endswith(".safetensors"):
+        if _is_file(name):
             checkpoint = load_checkpoint(name, device)
             size = size or checkpoint.spec.size
             model: nn.Module = checkpoint.model
@@ -75,6 +77,11 @@ def inspect_model(
             model = _timm_model(name).to(device)
             branch = MAEBranch.attach(model, encoder, **settings)
         return ModelInfo([*_describe(model, branch, size or branch.info.probe_size, config), *calibration])
+
+
+def _is_file(name: str) -> bool:
+    """Whether a name is that of a file, and not of a model in timm."""
+    return name.endswith(".safetensors") or (os.path.lexists(name) and not _timm().is_model(name))
 
 
 def _calibration_rows(checkpoint: Checkpoint, name: str) -> list[tuple[str, str]]:
@@ -183,12 +190,18 @@ def _flops(call: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
-def _timm_model(name: str) -> nn.Module:
+def _timm() -> Any:
     try:
         import timm
     except ImportError as error:
         raise missing("timm", "timm") from error
+    return timm
+
+
+def _timm_model(name: str) -> nn.Module:
+    timm = _timm()
     if not timm.is_model(name):
-        hint = f"{Path(name)} is no .safetensors file and " if "/" in name or "." in name else ""
+        hint = f"there is no file {Path(name)}, and " if "/" in name or "." in name else ""
         raise ConfigError(f"{hint}timm has no model {name!r}; {nearest(name, timm.list_models())}")
-    return timm.create_model(name, pretrained=False).eval()
+    made: nn.Module = timm.create_model(name, pretrained=False).eval()
+    return made

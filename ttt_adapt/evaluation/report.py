@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from ttt_adapt.errors import ConfigError, DataError, StateError
-from ttt_adapt.files import atomic_write
+from ttt_adapt.file_kind import refuse_other_kind
+from ttt_adapt.files import atomic_write, read_small
 from ttt_adapt.schema import check_fields, dict_of, flag, list_of, number, optional, plain, read_json, text, whole
 from ttt_adapt.tasks import Metric, Score, Task, find_task
 
@@ -183,10 +184,8 @@ class Report:
         Raises:
             DataError: the file is missing, or not such a report.
         """
-        try:
-            data = read_json(Path(path).read_bytes(), str(path), DataError)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error}") from error
+        refuse_other_kind(path, "report", "not an evaluation report", DataError)
+        data = read_json(read_small(path, DataError), str(path), DataError)
         what = f"{path} is not an evaluation report: it"
         check_fields(data, {"format": whole(1)}, what, others=True, error=DataError)
         if data["format"] > FORMAT:

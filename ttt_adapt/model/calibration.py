@@ -18,10 +18,14 @@ from torch import Tensor, nn
 
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError, ConfigError, missing
-from ttt_adapt.files import atomic_write
+from ttt_adapt.file_kind import refuse_other_kind
+from ttt_adapt.files import atomic_write, read_small
 from ttt_adapt.model.calibration_file import FORMAT, TENSORS, read_saved
-from ttt_adapt.model.fingerprint import fingerprint_of
+from ttt_adapt.model.fingerprint import is_same_model
 from ttt_adapt.model.rule import PointStatistics, Rule
+
+HALVES = frozenset({torch.float16, torch.bfloat16})
+"""Precisions of half a float32."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -116,19 +120,19 @@ class Calibration:
         return config.replace(**self.settings_beside(kept))
 
     def check(self, model: nn.Module) -> None:
-        """Check that this is a calibration of the model's weights as they are, or as they were before `half()`.
+        """Check that this is a calibration of the model's weights, as they are or in another precision.
 
         Raises:
             ConfigError: it is of others.
         """
-        rounded = self.rounded and any(tensor.dtype == torch.bfloat16 for tensor in model.state_dict().values())
-        if not (rounded and fingerprint_of(model, torch.bfloat16) == self.rounded) and (
-            fingerprint_of(model) != self.fingerprint
-        ):
-            raise ConfigError(
-                f"the calibration is of other weights than those of this {type(model).__name__}: calibrate the model "
-                "again after it was trained, or load the weights that were calibrated"
-            )
+        if is_same_model(model, self.fingerprint, self.rounded):
+            return
+        halves = {tensor.dtype for tensor in model.state_dict().values() if isinstance(tensor, Tensor)} & HALVES
+        raise ConfigError(
+            f"the calibration is of other weights than those of this {type(model).__name__}: calibrate the model again "
+            "after it was trained, or load the weights that were calibrated"
+            + (". A calibration of the model in float32 fits its copies in float16 and in bfloat16" if halves else "")
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, on the CPU, for a file; `of_tensors` reads them back with `to_json`."""
@@ -224,13 +228,10 @@ class Calibration:
         Raises:
             CheckpointError: there is no such file, or it holds something else.
         """
-        try:
-            data = Path(path).read_bytes()
-        except FileNotFoundError as error:
-            raise CheckpointError(f"there is no calibration {path}: make one with `ttt-adapt calibrate`") from error
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        return cls.of_bytes(data, str(path))
+        if not Path(path).exists():
+            raise CheckpointError(f"there is no calibration {path}: make one with `ttt-adapt calibrate`")
+        refuse_other_kind(path, "calibration", "no calibration", CheckpointError)
+        return cls.of_bytes(read_small(path, CheckpointError), str(path))
 
 
 def settled_config(config: StreamConfig | None, calibration: Calibration | None) -> StreamConfig:

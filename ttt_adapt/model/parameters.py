@@ -62,7 +62,7 @@ def check_state(own: Mapping[str, Any], other: Any, what: str, finite: bool = Fa
     shapes = [
         f"{key}: {tuple(other[key].shape)}, expected {tuple(own[key].shape)}"
         for key in both
-        if isinstance(own[key], Tensor) and isinstance(other[key], Tensor) and own[key].shape != other[key].shape
+        if isinstance(own[key], Tensor) and _is_dense(other[key]) and own[key].shape != other[key].shape
     ]
     kinds = [
         f"{key}: {shown(other[key])}, expected {shown(own[key])}"
@@ -92,11 +92,15 @@ def dense(tensor: Tensor) -> bool:
     return kind and not tensor.is_complex()
 
 
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, Tensor) and dense(value)
+
+
 def _same_kind(own: Any, other: Any) -> bool:
     """Whether one tensor can be copied into another without a change of meaning; what is no tensor is not looked at."""
     if not isinstance(own, Tensor):
         return True
-    if not isinstance(other, Tensor) or not dense(other):
+    if not _is_dense(other):
         return False
     if own.is_floating_point() and own.element_size() > 1:
         return other.is_floating_point() and other.element_size() > 1

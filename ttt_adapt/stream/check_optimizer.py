@@ -62,7 +62,7 @@ def _check_group(own: Mapping[str, Any], other: Any) -> None:
     if not isinstance(other, Mapping):
         raise CheckpointError(f"the state's optimizer has {shown(other)} as a group; expected a dict")
     name = own.get("name", "")
-    if other.get("params") != own["params"] or any(whole()(index) for index in other["params"]):
+    if list_of(whole())(other.get("params")) or list(other["params"]) != own["params"]:
         raise CheckpointError(
             f"the state's optimizer has the parameters {shown(other.get('params'))} in its group {name!r}; expected "
             f"{shown(own['params'])}"
@@ -106,6 +106,12 @@ def _number_tensor(value: Any) -> bool:
     return isinstance(value, Tensor) and dense(value) and value.ndim == 0 and bool(value.isfinite())
 
 
+def _fits(name: str, value: Tensor, parameter: Tensor) -> bool:
+    """Whether a tensor can be what an optimizer of PyTorch remembers of a parameter under this name."""
+    fits = value.ndim == 0 if name in _ONE_NUMBER else value.shape == parameter.shape or name in _FACTORS
+    return fits and value.is_floating_point()
+
+
 def _check_entry(optimizer: torch.optim.Optimizer, parameter: Tensor, entry: Any, what: str) -> None:
     """Refuse what an optimizer remembers of a parameter, where a step could not use it."""
     if dict_of(lambda _value: "")(entry):
@@ -120,8 +126,7 @@ def _check_entry(optimizer: torch.optim.Optimizer, parameter: Tensor, entry: Any
             if known is not None or (of_torch and other):
                 raise CheckpointError(f"{what} has {shown(value)} as {name}; expected a tensor or a number")
             continue
-        fits = value.ndim == 0 if name in _ONE_NUMBER else value.shape == parameter.shape or name in _FACTORS
-        if not dense(value) or (of_torch and not (fits and value.is_floating_point())):
+        if not dense(value) or (of_torch and not _fits(name, value, parameter)):
             raise CheckpointError(f"{what} has {shown(value)} as {name}; expected one like {shown(parameter)}")
         if not bool(value.isfinite().all()) or (name in _NOT_NEGATIVE and bool((value < 0).any())):
             raise CheckpointError(f"{what} has numbers as {name} that are not finite, or below 0")

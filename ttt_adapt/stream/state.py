@@ -18,8 +18,9 @@ from torch import Tensor
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError, StateError
 from ttt_adapt.model.frames import FrameIntake, scaling
+from ttt_adapt.model.parameters import dense
 from ttt_adapt.model.uncopied import Uncopied
-from ttt_adapt.schema import check_fields, whole
+from ttt_adapt.schema import check_fields, shown, whole
 from ttt_adapt.stream.adapted_weights import AdaptedTensors, AdaptedWeights
 from ttt_adapt.stream.auto_window import AutoWindow
 from ttt_adapt.stream.optimizer import StreamOptimizer
@@ -54,6 +55,12 @@ class RandomState(Part):
 
     def prepare_load(self, saved: Any) -> Callable[[], None]:
         """See `Part`."""
+        own = self.generator.get_state()
+        if not isinstance(saved, Tensor) or not dense(saved) or (saved.shape, saved.dtype) != (own.shape, own.dtype):
+            raise CheckpointError(
+                f"the state's random state does not fit this adapter: {shown(saved)}, expected {shown(own)}; go on on "
+                "the same kind of device"
+            )
         try:
             state = saved.detach().cpu().clone()
             scratch = torch.Generator(self.generator.device)

@@ -193,11 +193,13 @@ class FrameWindow(Part):
         if not isinstance(saved, Mapping) or saved.keys() != {"frames", "seen"}:
             raise CheckpointError(_DAMAGED)
         frames, seen = saved["frames"], saved["seen"]
+        if whole()(seen):
+            raise CheckpointError(_DAMAGED)
         if seen == 0 and frames is None:
             return None, 0
-        if not isinstance(frames, Tensor) or not frames.ndim or not dense(frames) or not isinstance(seen, int):
+        if not isinstance(frames, Tensor) or not dense(frames) or not frames.ndim or not seen:
             raise CheckpointError(_DAMAGED)
-        if whole(1)(seen) or len(frames) != min(seen, self.capacity):
+        if len(frames) != min(seen, self.capacity):
             raise CheckpointError(_DAMAGED)
         pixels = frames.dtype == torch.uint8
         if pixels and self._normalize is None:

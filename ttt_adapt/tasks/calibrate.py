@@ -19,7 +19,7 @@ from ttt_adapt.model.calibration import Calibration
 from ttt_adapt.model.frames import Preprocess
 from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.tasks.base import Stills
-from ttt_adapt.tasks.checkpoint import Checkpoint, read_calibration
+from ttt_adapt.tasks.checkpoint import Checkpoint, check_is_checkpoint, read_calibration
 from ttt_adapt.tasks.lookup import task_of
 from ttt_adapt.tasks.spec import ModelSpec
 
@@ -102,6 +102,7 @@ def calibration_target(model: Path, out: Path | None, overwrite: bool) -> Path:
         ConfigError: the name is no checkpoint's, something would be replaced unasked, or nothing can be written there.
         CheckpointError: `model` cannot be read.
     """
+    check_is_checkpoint(model)
     target = model if out is None else out
     if target.suffix != ".safetensors":
         raise ConfigError(f"the checkpoint to write is {target}; expected a file name ending in .safetensors")

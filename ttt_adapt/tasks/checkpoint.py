@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ttt_adapt.errors import CheckpointError, ConfigError, TTTAdaptError, missing
+from ttt_adapt.file_kind import refuse_other_kind
 from ttt_adapt.files import atomic_write, check_format_number
 from ttt_adapt.model.calibration import Calibration
 from ttt_adapt.model.calibration_file import OUTDATED, is_outdated
@@ -303,8 +304,7 @@ def _read(path: str | Path, device: torch.device | str) -> tuple[dict[str, Tenso
 
 def _raw(path: str | Path, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a checkpoint as they are in the file; the description can be read."""
-    if not Path(path).is_file():
-        raise CheckpointError(f"there is no checkpoint {path}: train one with `ttt-adapt train`")
+    check_is_checkpoint(path)
     library = _safetensors()
     try:
         with library.safe_open(str(path), framework="pt", device=str(device)) as file:
@@ -320,6 +320,17 @@ def _raw(path: str | Path, device: torch.device | str) -> tuple[dict[str, Tensor
     if other := [name for name, value in weights.items() if not name.startswith(parts) or not dense(value)]:
         raise CheckpointError(f"{path} holds {shown(other[0])}, which is no part of a checkpoint: it is damaged")
     return weights, metadata
+
+
+def check_is_checkpoint(path: str | Path) -> None:
+    """Refuse what cannot be a checkpoint, by its first bytes.
+
+    Raises:
+        CheckpointError: it is not there, or is another kind of file.
+    """
+    if not Path(path).exists():
+        raise CheckpointError(f"there is no checkpoint {path}: train one with `ttt-adapt train`")
+    refuse_other_kind(path, "checkpoint", "no checkpoint written by ttt_adapt", CheckpointError)
 
 
 def _safetensors() -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ttt_adapt.errors import CheckpointError
+from ttt_adapt.file_kind import refuse_other_kind
 from ttt_adapt.files import check_format_number
 from ttt_adapt.schema import check_fields, dict_of, list_of, number, plain, text, whole
 from ttt_adapt.stream.check_optimizer import check_optimizer_state
@@ -36,6 +37,7 @@ def read_state(file: str | Path, device: torch.device) -> dict[str, Any]:
     Raises:
         CheckpointError: the file cannot be read, is no training state, or is of a later version.
     """
+    refuse_other_kind(file, "training", "no training state", CheckpointError)
     try:
         state = torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # a broken file can raise any error
@@ -68,7 +70,7 @@ def check_parts(state: Mapping[str, Any], epochs: int, optimizer: Any, schedule:
     rates = list_of(number(0.0), *[len(optimizer.param_groups)] * 2)
     scales = {k: whole() if isinstance(v, int) else number(math.ulp(0.0)) for k, v in scaler.state_dict().items()}
     fields = {"base_lrs": rates, "_last_lr": rates, "last_epoch": whole(), "_step_count": whole()}
-    fields["lr_lambdas"] = list_of(lambda each: each and "None", *[len(optimizer.param_groups)] * 2)
+    fields["lr_lambdas"] = list_of(lambda each: "" if each is None else "None", *[len(optimizer.param_groups)] * 2)
     flags = dict.fromkeys({*schedule.state_dict(), "verbose"} - fields.keys(), plain)  # other versions have other flags
     try:
         check_fields({"epoch": state["epoch"]}, {"epoch": whole(0, epochs)}, "it")
