@@ -51,6 +51,14 @@ def natural_key(name: str) -> NaturalKey:
     return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts)
 
 
+def exists(path: Path) -> bool:
+    """Whether there is a file or a folder; False for what no file system takes, such as a name that is too long."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, or with a null character
+        return False
+
+
 def folders_in(folder: Path) -> list[Path]:
     """The folders directly inside `folder` in natural order, without hidden ones and without links to folders above."""
     above = {folder.resolve(), *folder.resolve().parents}

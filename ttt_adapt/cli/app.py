@@ -26,6 +26,7 @@ from ttt_adapt.cli.info import info
 from ttt_adapt.cli.language import Command
 from ttt_adapt.cli.run import run
 from ttt_adapt.cli.train import TrainCommand, train
+from ttt_adapt.video.address import redacted
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -113,7 +114,7 @@ def main() -> None:
         try:
             app()
         except (TTTAdaptError, OSError) as error:
-            line = " ".join(str(error).split())
+            line = redacted(" ".join(str(error).split()))
             errors.print(f"[bold red]error:[/] {escape(line)}", highlight=False, soft_wrap=True)
             sys.exit(1)
         except SystemExit as stop:

@@ -56,6 +56,20 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return numbers[0], numbers[1]
 
 
+def parse_tries(name: str, text: str) -> int | None:
+    """ "10" -> 10, "forever" -> None.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if text == "forever":
+        return None
+    number = whole_number(text)
+    if number is None:
+        raise ConfigError(f"{name} is {text!r}; expected a whole number, or forever")
+    return number
+
+
 def whole_number(text: str) -> int | None:
     """The number that up to 18 plain digits are; None for anything else, such as "-1", "1_000" or "²"."""
     return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None

@@ -16,11 +16,14 @@ from ttt_adapt.cli.options import (
     TestBranch,
     parse_settings,
     parse_size,
+    parse_tries,
     pick_device,
     preset_config,
 )
 from ttt_adapt.cli.output import say
 from ttt_adapt.errors import ConfigError
+
+LIVE = "Cameras and streams"
 
 
 def run(
@@ -51,6 +54,40 @@ def run(
     fps: Annotated[
         float | None, typer.Option(help="Frames a second of the mp4; by default the video's own, 25 for a folder.")
     ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="newest|every",
+            rich_help_panel=LIVE,
+            help="newest: drop frames that came meanwhile; every: wait. By default newest for cameras and streams.",
+        ),
+    ] = None,
+    on_resize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="reset|error",
+            rich_help_panel=LIVE,
+            help="Another size of frames: a new video, or an error. By default reset for cameras and streams.",
+        ),
+    ] = None,
+    tries: Annotated[
+        str,
+        typer.Option(metavar="N|forever", rich_help_panel=LIVE, help="Tries to open a lost one again; 0: none."),
+    ] = "10",
+    max_silence: Annotated[
+        float | None,
+        typer.Option(metavar="S", rich_help_panel=LIVE, help="Seconds without a frame until it is given up."),
+    ] = None,
+    tries_at_start: Annotated[
+        str,
+        typer.Option(metavar="N|forever", rich_help_panel=LIVE, help="Tries to open one before its first frame."),
+    ] = "1",
+    open_timeout: Annotated[
+        float, typer.Option(metavar="S", rich_help_panel=LIVE, help="Seconds that opening may take.")
+    ] = 10.0,
+    read_timeout: Annotated[
+        float, typer.Option(metavar="S", rich_help_panel=LIVE, help="Seconds without a frame after which it is lost.")
+    ] = 10.0,
     preset: Preset = "online",
     arm: Annotated[
         str | None,
@@ -64,6 +101,7 @@ def run(
     """Adapt a trained model to a video, frame by frame, and write what it sees."""
     from ttt_adapt.evaluation.adapt_video import adapt_video
     from ttt_adapt.evaluation.calibrated import chosen_settings
+    from ttt_adapt.video import Reconnect
     from ttt_adapt.view.terminal import counted
 
     changes = parse_settings(settings)
@@ -84,6 +122,15 @@ def run(
         size="native" if size == "native" else parse_size(size),
         limit=limit,
         fps=fps,
+        keep=keep,  # type: ignore[arg-type]
+        on_resize=on_resize,  # type: ignore[arg-type]
+        reconnect=Reconnect(
+            tries=parse_tries("tries", tries),
+            max_silence=max_silence,
+            tries_at_start=parse_tries("tries_at_start", tries_at_start),
+            open_timeout=open_timeout,
+            read_timeout=read_timeout,
+        ),
         config=preset_config(preset, **{**tuned, "seed": seed, **changes}),
         arm=arm,
         changes=changes,

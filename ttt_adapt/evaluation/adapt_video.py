@@ -20,17 +20,19 @@ from ttt_adapt.errors import CheckpointError, ConfigError
 from ttt_adapt.evaluation.run_outputs import Outputs
 from ttt_adapt.evaluation.run_targets import Targets
 from ttt_adapt.evaluation.runners.base import Runner, device_of
-from ttt_adapt.evaluation.runners.modifiers import Modified
 from ttt_adapt.evaluation.runners.start import start
 from ttt_adapt.evaluation.runners.streaming import Adapting
-from ttt_adapt.model.frames import Normalize
+from ttt_adapt.evaluation.watching import Watching, unmodified
+from ttt_adapt.files import exists
 from ttt_adapt.objectives.forward_only import ForwardOnly
 from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.tasks import find_task
 from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint
-from ttt_adapt.video import DEFAULT_FPS, VideoReader, open_video
+from ttt_adapt.video import DEFAULT_FPS, Reconnect, VideoReader, open_video
+from ttt_adapt.video.address import redacted
+from ttt_adapt.video.reader import Keep, OnResize
 from ttt_adapt.view.legend import Legend
-from ttt_adapt.view.overlay import panels
+from ttt_adapt.view.overlay import fitted, panels
 from ttt_adapt.view.reconstruction import reconstruction_image
 from ttt_adapt.view.terminal import counted, notice, progress_bar
 
@@ -51,6 +53,9 @@ def adapt_video(
     size: tuple[int, int] | Literal["native"] | None = None,
     limit: int | None = None,
     fps: float | None = None,
+    keep: Keep | None = None,
+    on_resize: OnResize | None = None,
+    reconnect: Reconnect | None = None,
     config: StreamConfig | None = None,
     arm: str | None = None,
     changes: Mapping[str, Any] | None = None,
@@ -81,6 +86,10 @@ def adapt_video(
             video's aspect.
         limit: stop after this many frames; None: at the end.
         fps: frames per second of the written videos; None: the source's own rate.
+        keep: "newest" frame or "every" one, see `open_video`.
+        on_resize: "reset" or "error", see `open_video`. A reset begins the stream anew; the film keeps its size, and
+            frames of another one are scaled to fit into it.
+        reconnect: how long a live source is waited for.
         config: how to adapt. None: the default `StreamConfig`, or for a calibrated checkpoint `StreamConfig.online()`
             with the settings that were chosen for it.
         arm: name of a streaming arm that runs instead; its own configuration varies `config`. None: reconstruction as
@@ -102,36 +111,46 @@ def adapt_video(
     targets = Targets(out, labels_out, raw_out, overwrite)
     if (out is None and (legend or view != "overlay")) or (fps is not None and not targets.films):
         raise ConfigError("`legend`, `view` and `fps` are of a film, and none is written: name one with `out`")
-    targets.check((Path(source), checkpoint), fps)
+    targets.check(tuple(path for path in (Path(source), checkpoint) if exists(path)), fps)
     model = _load(checkpoint, task, arm, device)
     targets.check_task(model)
-    about = {"source": source, "checkpoint": str(checkpoint), **_colours(model)}
+    about = {"source": redacted(source), "checkpoint": str(checkpoint), **_colours(model)}
     # The outputs end last, so that a signal finds them in order while the rest is closed.
-    with Outputs(targets, model, about) as written, ExitStack() as stack:
-        if branch or (arm is None and model.calibration is None):
-            stack.enter_context(model.mae_branch.using(**(branch or {})))  # it raises where there is none
-        video = stack.enter_context(open_video(source))
-        rate = video.fps if fps is None else fps
-        normalize = _normalize(model, size, video.size)
-        runner = stack.enter_context(closing(_start(model, config, arm, changes)))
-        fixed = load_checkpoint(checkpoint, device).model if view == "panels" and out is not None else None
-        pictures = _Pictures(model, fixed, normalize, legend)
-        remarks = _Remarks(video, source, out, rate, _how_it_runs(model, runner))
-        total = video.length if limit is None else min(video.length or limit, limit)
-        written.expect(rate, video.names, total)
-        advance = stack.enter_context(progress_bar(video.name, total))
-        for frame in islice(video, limit):
-            seen = model.task.see(frame)
-            shown = seen if size == "native" else normalize(seen)  # a runner knows of no resizing
-            output = runner.step(shown)
-            prediction = model.task.predict(output, seen)
-            picture = None if out is None else pictures.draw(seen, prediction)
-            written.begin(output)
-            remarks.look(frame, seen, picture)
-            written.write(output, prediction, picture)
-            advance(runner.loss)
+    with Outputs(targets, model, about) as written:
+        with ExitStack() as stack:
+            if branch or (arm is None and model.calibration is None):
+                stack.enter_context(model.mae_branch.using(**(branch or {})))  # it raises where there is none
+            video = stack.enter_context(
+                open_video(source, keep=keep, on_resize=on_resize, reconnect=reconnect, say=notice)
+            )
+            rate = video.fps if fps is None else fps
+            watching = stack.enter_context(
+                closing(Watching(model, size, video, lambda: _start(model, config, arm, changes)))
+            )
+            fixed = load_checkpoint(checkpoint, device).model if view == "panels" and out is not None else None
+            pictures = _Pictures(model, fixed, watching, legend)
+            remarks = _Remarks(video, source, out, rate, _how_it_runs(model, watching.runner))
+            total = video.length if limit is None else min(video.length or limit, limit)
+            written.expect(rate, video.names, total)
+            stack.callback(_account, video, about)
+            advance = stack.enter_context(progress_bar(video.name, total))
+            for frame in islice(video, limit):
+                seen = model.task.see(frame)
+                output = watching.step(seen)
+                prediction = model.task.predict(output, seen)
+                picture = None if out is None else pictures.draw(seen, prediction)
+                written.begin(output)
+                remarks.look(frame, seen, picture)
+                written.write(output, prediction, picture)
+                advance(watching.runner.loss)
         written.finish()
     return written.count
+
+
+def _account(video: VideoReader, about: dict[str, Any]) -> None:
+    """Say what became of the source's frames, and put it into what `run.json` gets."""
+    about["frames_of_source"] = video.stats.as_dict()
+    notice(f"{video.name}: {video.stats}")
 
 
 def _colours(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -181,25 +200,12 @@ def _start(
 
 def _how_it_runs(checkpoint: Checkpoint, runner: Runner) -> str:
     """What the calibration does to this stream, as a sentence; "" where it is not used."""
-    while isinstance(runner, Modified):
-        runner = runner.runner
+    runner = unmodified(runner)
     chosen = checkpoint.calibration
     if chosen is None or not isinstance(runner, Adapting) or runner.adapter.config.norm_stats != "calibrated":
         return ""
     steps = "without" if isinstance(runner.adapter.branch, ForwardOnly) else "with"
     return f"calibrated statistics, {steps} gradient steps: {describe_rule(chosen.rule)}"
-
-
-def _normalize(
-    checkpoint: Checkpoint, size: tuple[int, int] | Literal["native"] | None, video: tuple[int, int]
-) -> Normalize:
-    """How frames become inputs; `video` is the (H, W) of the video."""
-    spec = checkpoint.spec
-    if size is None:
-        height = spec.size[0]
-        size = (height, max(round(height * video[1] / video[0] / 16), 1) * 16)
-    device = next(checkpoint.model.parameters()).device
-    return Normalize(spec.mean, spec.std, None if size == "native" else size, device)
 
 
 class _Remarks:
@@ -243,7 +249,7 @@ class _Remarks:
             return f"at {self._rate:g} frames a second it would not fit"
         assert self._out is not None  # there is a film
         files = [str(self._out), self._source, str(self._out.with_name(f"{self._out.stem}-sound.mkv"))]
-        out, source, target = map(_as_argument, files)
+        out, source, target = map(_as_argument, files)  # only files have sounds that are told
         drift = " (it may drift: the frames are written evenly)" if self._video.uneven else ""
         return f"put it back with: ffmpeg -i {out} -i {source} -map 0:v -map 1:a -c copy -shortest {target}{drift}"
 
@@ -257,8 +263,9 @@ def _as_argument(source: str) -> str:
 class _Pictures:
     """Turns predictions into pictures; with a fixed model beside it, into four panels."""
 
-    def __init__(self, checkpoint: Checkpoint, fixed: nn.Module | None, normalize: Normalize, legend: bool) -> None:
-        self._checkpoint, self._fixed, self._normalize = checkpoint, fixed, normalize
+    def __init__(self, checkpoint: Checkpoint, fixed: nn.Module | None, watching: Watching, legend: bool) -> None:
+        self._checkpoint, self._fixed, self._watching = checkpoint, fixed, watching
+        self._size: tuple[int, int] | None = None  # of the film
         self._device = next(checkpoint.model.parameters()).device
         palette = checkpoint.task.palette
         if legend and palette is None:
@@ -272,15 +279,18 @@ class _Pictures:
         picture = self._checkpoint.task.draw(frame, prediction)
         if self._fixed is not None:
             picture = self._panels(self._fixed, frame, picture)
-        return picture if self._legend is None else self._legend.below(picture, prediction)
+        if self._legend is not None:
+            picture = self._legend.below(picture, prediction)
+        self._size = self._size or picture.shape[:2]
+        return fitted(picture, self._size)
 
     @torch.no_grad()
     def _panels(self, fixed: nn.Module, frame: np.ndarray, adapted: np.ndarray) -> np.ndarray:
         """The frame, the fixed prediction, the picture of the adapted one, and the reconstruction if there is one."""
-        x, task = self._normalize(frame), self._checkpoint.task
+        x, task = self._watching.normalize(frame), self._checkpoint.task
         shown = {task.source: frame, "fixed": task.draw(frame, task.predict(fixed(x), frame)), "adapted": adapted}
         if isinstance(self._checkpoint.branch, MAEBranch):
             generator = torch.Generator(self._device).manual_seed(0)
             seen = self._checkpoint.branch.reconstruct(x, generator=generator)
-            shown["reconstruction"] = reconstruction_image(seen, x, self._normalize)
+            shown["reconstruction"] = reconstruction_image(seen, x, self._watching.normalize)
         return panels(shown, columns=2)

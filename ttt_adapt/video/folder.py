@@ -12,6 +12,7 @@ from ttt_adapt.errors import DataError, VideoError
 from ttt_adapt.files import PICTURE_SUFFIXES, VIDEO_SUFFIXES, files_in, natural_key
 from ttt_adapt.video.labels_beside import frame_folder, frames_and_labels
 from ttt_adapt.video.pictures import header, read_pages, read_picture
+from ttt_adapt.video.sources import RESIZE_HINT, Kind
 
 
 class ImageFolder:
@@ -21,7 +22,9 @@ class ImageFolder:
     and this is said. Of a clip with `images/` (or `frames/`) beside `labels/`, the frames are read.
     """
 
-    live = False
+    kind: Kind = "film"
+    restarts = True
+    patience: float | None = None
     fps: float | None = None
     sounds = 0
     uneven = False
@@ -46,17 +49,21 @@ class ImageFolder:
         self.length: int | None = len(files)
         self.size: tuple[int, int] = _read(self._files[0], 0).shape[:2]
 
-    def frames(self) -> Generator[np.ndarray, None, None]:
+    def frames(self, any_size: bool = False) -> Generator[np.ndarray, None, None]:
         """Yield uint8 RGB [H, W, 3], one file at a time."""
         for index, file in enumerate(self._files):
             frame = _read(file, index)
-            if frame.shape[:2] != self.size:
+            if frame.shape[:2] != self.size and not any_size:
                 (h, w), (height, width) = frame.shape[:2], self.size
                 raise VideoError(
                     f"{file} (frame {index}) is {h} x {w} pixels high and wide, the first image, "
-                    f"{self._files[0].name}, {height} x {width}. Resize all images of the folder to one size."
+                    f"{self._files[0].name}, {height} x {width}. Resize all images of the folder to one size. "
+                    f"{RESIZE_HINT}"
                 )
             yield frame
+
+    def interrupt(self) -> None:
+        """Do nothing: the files are there."""
 
     def close(self) -> None:
         """Do nothing: no file stays open between frames."""
@@ -85,7 +92,9 @@ def _what_is_there(folder: Path) -> str:
 class PictureFile:
     """All pages of one picture, such as a TIFF stack or an animated WebP. A `FrameSource`."""
 
-    live = False
+    kind: Kind = "film"
+    restarts = True
+    patience: float | None = None
     sounds = 0
     uneven = False
 
@@ -99,20 +108,24 @@ class PictureFile:
         self.length: int | None = known.pages
         self.fps = 1 / known.seconds if known.seconds else None
 
-    def frames(self) -> Generator[np.ndarray, None, None]:
+    def frames(self, any_size: bool = False) -> Generator[np.ndarray, None, None]:
         """Yield uint8 RGB [H, W, 3], page by page."""
         index = 0
         try:
             for frame in read_pages(self._file):
-                if frame.shape[:2] != self.size:
+                if frame.shape[:2] != self.size and not any_size:
                     raise VideoError(
                         f"{self._file} changes its size at page {index}: {frame.shape[0]} x {frame.shape[1]} pixels "
-                        f"high and wide after {self.size[0]} x {self.size[1]}. Save the pages as single pictures."
+                        f"high and wide after {self.size[0]} x {self.size[1]}. Save the pages as single pictures. "
+                        f"{RESIZE_HINT}"
                     )
                 yield frame
                 index += 1
         except DataError as error:
             raise VideoError(f"{error} (page {index}; the {index} pages before it were delivered)") from error
+
+    def interrupt(self) -> None:
+        """Do nothing: the file is there."""
 
     def close(self) -> None:
         """Do nothing: the file is open only while it is read."""

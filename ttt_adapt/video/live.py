@@ -1,85 +1,196 @@
-"""Frames from cameras and network streams, as they come."""
+"""Frames from a network stream, a camera or a pipe, as they come: one connection."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ttt_adapt.errors import VideoError
+from ttt_adapt.video.address import redacted
 from ttt_adapt.video.interlaced import deinterlaced
 from ttt_adapt.video.rgb import ToRGB
-from ttt_adapt.video.sources import av_error, checked, decode, import_av, rate_of, reason, video_stream
+from ttt_adapt.video.sources import Kind, av_error, checked, decode, import_av, rate_of, reason, video_stream
 
-NETWORK_TIMEOUT = 10.0  # seconds without an answer or without data
+if TYPE_CHECKING:
+    from av import Packet
+    from av.container import InputContainer
+
+TIMEOUT = 10.0  # seconds
+
+
+class LostError(VideoError):
+    """A live source cannot be opened, or broke.
+
+    Attributes:
+        why: the reason, in a few words.
+        hopeless: whether another try must fail too.
+
+    Args:
+        message: of the error.
+        why: as above.
+        hopeless: as above.
+    """
+
+    def __init__(self, message: str, why: str, hopeless: bool = False) -> None:
+        super().__init__(message)
+        self.why, self.hopeless = why, hopeless
 
 
 class LiveStream:
-    """A network stream, a camera or a pipe, opened once. A `FrameSource`.
+    """One connection to a network stream or a camera, or a pipe. A `FrameSource`.
 
-    Packets that cannot be decoded are skipped, because live video loses some. A lost connection is an error.
+    Packets that cannot be decoded are skipped, because live video loses some. A lost connection is an error. A network
+    stream that says how long it is, is a film on a server.
+
+    The addresses in FFmpeg's errors have their secrets, so they are no cause or context of the errors raised here.
+
+    Args:
+        url: the address, or what FFmpeg calls the device.
+        name: for messages; by default the address without its secrets.
+        format: FFmpeg's name of a kind of device.
+        open_timeout: seconds until the first frame.
+        read_timeout: seconds without a frame after which the connection is lost. Neither acts on a pipe.
+        clock: gives seconds.
+
+    Raises:
+        LostError: it cannot be opened, or ends before its first frame.
+        VideoError: it has no video that can be decoded.
     """
 
-    live = True
+    restarts = False
+    patience: float | None = None
     length: int | None = None
     sounds = 0
     uneven = False
 
-    def __init__(self, url: str, *, name: str = "", format: str | None = None) -> None:
-        av = import_av()
-        self.name = name or url
-        options = {"rtsp_transport": "tcp"} if url.startswith("rtsp") else {}
-        timeout = None if format or url.startswith("file:") else NETWORK_TIMEOUT
+    def __init__(
+        self,
+        url: str,
+        *,
+        name: str = "",
+        format: str | None = None,
+        open_timeout: float = TIMEOUT,
+        read_timeout: float = TIMEOUT,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name = name or redacted(url)
+        self._open_timeout, self._read_timeout, self._clock = open_timeout, read_timeout, clock
+        self._patient = url.startswith("file:")
+        self._in_use, self._closing = threading.Lock(), False
+        self._index, self._deadline = 0, clock() + open_timeout
         self._to_rgb = ToRGB(self.name)
-        try:
-            self._container = av.open(url, format=format, options=options, timeout=timeout, metadata_errors="replace")
-        except (av.FFmpegError, OSError, ValueError) as error:
-            raise VideoError(f"{self.name} cannot be opened: {reason(error)}") from error
+        self._container = self._open(url, format)
         try:
             self._stream = video_stream(self._container, self.name, self._to_rgb.say)
             self.fps = rate_of(self._stream)
-            decoded = decode(self._container, self._stream, skip_broken=True)
+            on_server = not self._patient and format is None and self._container.duration is not None
+            self.kind: Kind = "pipe" if self._patient else "film" if on_server else "live"
+            decoded = decode(self._packets(), self._stream, skip_broken=True)
             self._decoded = deinterlaced(decoded, self._stream, self._to_rgb.say)
-            self._first: np.ndarray | None = self._next(0)
+            self._first: np.ndarray | None = self._decode()
             if self._first is None:
-                raise VideoError(f"{self.name} ended before its first frame.")
+                why = "it ended before its first frame"
+                raise LostError(f"{self.name} ended before its first frame.", why)
         except BaseException:
             self.close()
             raise
         self.size: tuple[int, int] = self._first.shape[:2]
 
-    def frames(self) -> Generator[np.ndarray, None, None]:
-        """Yield frames until the stream ends."""
-        index = 0
-        frame, self._first = self._first, None
-        while (frame := self._next(index) if frame is None else frame) is not None:
-            yield checked(frame, self.size, self.name, index)
-            frame, index = None, index + 1
+    def _open(self, url: str, format: str | None) -> InputContainer:
+        av = import_av()
+        options = {"rtsp_transport": "tcp"} if url.lower().startswith("rtsp") else {}
+        timeout = None if self._patient else (self._open_timeout, self._read_timeout)
+        try:
+            return av.open(url, format=format, options=options, timeout=timeout, metadata_errors="replace")
+        except (av.FFmpegError, OSError, ValueError) as error:
+            why = self._why(error, f"no answer in {self._open_timeout:g} s")
+            if hopeless := isinstance(error, (av.ProtocolNotFoundError, ValueError)):
+                why += f"; this build of FFmpeg does not know {url.partition(':')[0]}" if ":" in url else ""
+        raise LostError(f"{self.name} cannot be opened: {why}", why, hopeless)
 
-    def _next(self, index: int) -> np.ndarray | None:
+    def frames(self, any_size: bool = False) -> Generator[np.ndarray, None, None]:
+        """Yield frames until the stream ends."""
+        while (frame := self.next_frame()) is not None:
+            yield frame if any_size else checked(frame, self.size, self.name, self._index - 1)
+
+    def next_frame(self) -> np.ndarray | None:
+        """The next frame, uint8 RGB [H, W, 3]; None at the end, and when the stream is closed.
+
+        Raises:
+            LostError: the connection broke, or no frame came in time.
+        """
+        try:
+            with self._in_use:
+                if self._closing:
+                    return None
+                frame, self._first = self._first, None
+                if frame is None:
+                    self._deadline = self._clock() + self._read_timeout
+                    frame = self._decode()
+                self._index += 1
+                return frame
+        finally:
+            if self._closing:  # meanwhile, and `close` could not
+                self.close()
+
+    def _decode(self) -> np.ndarray | None:
         try:
             frame = next(self._decoded, None)
-        except av_error() as error:
-            raise VideoError(f"{self.name} broke at frame {index}: {reason(error)}") from error
-        return None if frame is None else self._to_rgb(frame)
+            return None if frame is None else self._to_rgb(frame)
+        except (av_error(), TimeoutError) as error:
+            why = self._why(error, f"no frame for {self._read_timeout:g} s")
+        raise LostError(f"{self.name} broke at frame {self._index}: {why}", why)
+
+    def _packets(self) -> Iterator[Packet]:
+        """The packets of the video. Those of its sound do not hide that it has stopped."""
+        for packet in self._container.demux():
+            if not self._patient and self._clock() > self._deadline:
+                raise TimeoutError
+            if packet.stream is self._stream:
+                yield packet
+
+    def _why(self, error: Exception, late: str) -> str:
+        """The reason of an error of FFmpeg, in words; `late` for one of its timeouts."""
+        if isinstance(error, import_av().error.ExitError) or type(error) is TimeoutError:
+            return late
+        return redacted(reason(error))
+
+    def interrupt(self) -> None:
+        """Do nothing: FFmpeg's reads end by themselves."""
 
     def close(self) -> None:
-        """Release the camera or the connection."""
-        self._container.close()
+        """Release the camera or the connection; where a thread reads from it, as soon as that read ends."""
+        self._closing = True
+        if self._in_use.acquire(blocking=False):
+            try:
+                self._container.close()
+            finally:
+                self._in_use.release()
 
 
-def camera(index: int) -> LiveStream:
+def camera(index: int, open_timeout: float = TIMEOUT, read_timeout: float = TIMEOUT) -> LiveStream:
     """Camera number `index`, through the capture of the platform: v4l2, avfoundation or dshow."""
+    url, format = str(index), "avfoundation"
+    if sys.platform == "win32":
+        url, format = _dshow_name(index), "dshow"
+    elif sys.platform != "darwin":
+        url, format = f"/dev/video{index}", "v4l2"
     name = f"camera {index}"
-    if sys.platform == "darwin":
-        return LiveStream(str(index), name=name, format="avfoundation")
-    if sys.platform != "win32":
-        return LiveStream(f"/dev/video{index}", name=name, format="v4l2")
+    return LiveStream(url, name=name, format=format, open_timeout=open_timeout, read_timeout=read_timeout)
+
+
+def _dshow_name(index: int) -> str:
+    """What dshow calls a camera, which it knows by name only."""
     import_av()
-    from av.device import enumerate_input_devices  # dshow knows cameras by name only
+    from av.device import enumerate_input_devices
 
     cameras = [device.name for device in enumerate_input_devices("dshow") if "video" in device.media_types]
     if index >= len(cameras):
-        raise VideoError(f"{name} does not exist. Found: {cameras or 'none'}.")
-    return LiveStream(f"video={cameras[index]}", name=name, format="dshow")
+        why = f"it does not exist. Found: {cameras or 'none'}"
+        raise LostError(f"camera {index} does not exist. Found: {cameras or 'none'}.", why)
+    return f"video={cameras[index]}"

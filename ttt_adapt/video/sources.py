@@ -7,39 +7,62 @@ decoder, as adaptation is, decord holds the whole clip in memory. PyAV decodes a
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 
 from ttt_adapt.errors import VideoError, missing
 
 if TYPE_CHECKING:
-    from av import VideoFrame
+    from av import Packet, VideoFrame
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
 
+Kind = Literal["film", "pipe", "live"]
+"""What a source is: a film, whose frames are all there; a pipe, whose writer waits; live, which waits for nobody."""
+
+
 class FrameSource(Protocol):
-    """What a `VideoReader` reads from; `frames` yields uint8 RGB [H, W, 3]."""
+    """What a `VideoReader` reads from.
+
+    Attributes:
+        name: for messages; without secrets.
+        kind: see `Kind`.
+        restarts: whether each iteration begins at the first frame; otherwise it goes on where the last one was.
+        fps: frames per second; None where the source has no rate.
+        size: (height, width) of the first frame.
+        sounds: number of its sound tracks.
+        patience: seconds that a consumer waits for a frame at most; None: no limit.
+    """
 
     name: str
-    live: bool
+    kind: Kind
+    restarts: bool
     fps: float | None
     size: tuple[int, int]
     sounds: int
+    patience: float | None
 
     @property
     def length(self) -> int | None:
         """Number of frames; None where it is unknown."""
 
-    def frames(self) -> Generator[np.ndarray, None, None]:
-        """Yield the frames."""
+    def frames(self, any_size: bool = False) -> Generator[np.ndarray, None, None]:
+        """Yield the frames, uint8 RGB [H, W, 3].
+
+        Args:
+            any_size: whether their size may change; otherwise that is a VideoError.
+        """
 
     @property
     def uneven(self) -> bool:
         """Whether its frames are unevenly spaced in time, as far as is known."""
+
+    def interrupt(self) -> None:
+        """End the waiting of the iteration that runs, from another thread."""
 
     def close(self) -> None:
         """Release what is open."""
@@ -93,13 +116,19 @@ def video_stream(container: InputContainer, name: str, say: Callable[[str], None
     return stream
 
 
+RESIZE_HINT = "Set `on_resize` to reset where a new video may begin there."
+
+
 class BrokenPacketError(Exception):
     """The container marks a packet as damaged or incomplete."""
 
 
-def decode(container: InputContainer, stream: VideoStream, *, skip_broken: bool = False) -> Iterator[VideoFrame]:
-    """Frames in display order. The error of a broken packet comes after all frames that are shown before it."""
-    for packet in container.demux(stream):
+def decode(packets: Iterable[Packet], stream: VideoStream, *, skip_broken: bool = False) -> Iterator[VideoFrame]:
+    """Frames of a stream's packets, in display order.
+
+    The error of a broken packet comes after all frames that are shown before it.
+    """
+    for packet in packets:
         try:
             if packet.is_corrupt:
                 raise BrokenPacketError("the data of this frame are incomplete")
@@ -133,7 +162,8 @@ def checked(frame: np.ndarray, size: tuple[int, int], name: str, index: int) -> 
     if frame.shape[:2] != size:
         (h, w), (height, width) = frame.shape[:2], size
         raise VideoError(
-            f"{name} changes its size at frame {index}: {h} x {w} pixels high and wide after {height} x {width}."
+            f"{name} changes its size at frame {index}: {h} x {w} pixels high and wide after {height} x {width}. "
+            f"{RESIZE_HINT}"
         )
     return frame
 

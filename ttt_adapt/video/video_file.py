@@ -16,6 +16,7 @@ from ttt_adapt.video.interlaced import deinterlaced
 from ttt_adapt.video.rgb import ToRGB
 from ttt_adapt.video.sources import (
     BrokenPacketError,
+    Kind,
     av_error,
     checked,
     decode,
@@ -37,7 +38,9 @@ END_TOLERANCE = 0.1  # seconds (and two frames) that a file may end before its d
 class VideoFile:
     """A video file, opened anew for each iteration. A `FrameSource`."""
 
-    live = False
+    kind: Kind = "film"
+    restarts = True
+    patience: float | None = None
 
     def __init__(self, path: Path) -> None:
         self.name = path.name
@@ -58,7 +61,7 @@ class VideoFile:
             self.size: tuple[int, int] = self._to_rgb(first).shape[:2]
 
     def _decode(self, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-        return deinterlaced(decode(container, stream), stream, self._to_rgb.say)
+        return deinterlaced(decode(container.demux(stream), stream), stream, self._to_rgb.say)
 
     def _open(self) -> InputContainer:
         av = import_av()
@@ -90,7 +93,7 @@ class VideoFile:
                 if packet.size and not packet.is_discard:
                     yield packet
 
-    def frames(self) -> Generator[np.ndarray, None, None]:
+    def frames(self, any_size: bool = False) -> Generator[np.ndarray, None, None]:
         """Yield every frame. Where the file breaks, yield those before the break, then raise."""
         index = 0
         last: float | None = None  # when the last frame starts, where the container has times
@@ -100,7 +103,8 @@ class VideoFile:
                 for frame in self._decode(container, stream):
                     if frame.is_corrupt:
                         warnings.warn(f"{self._path}: frame {index} is damaged, parts are guessed.", stacklevel=2)
-                    yield checked(self._to_rgb(frame), self.size, self.name, index)
+                    image = self._to_rgb(frame)
+                    yield image if any_size else checked(image, self.size, self.name, index)
                     index += 1
                     last = frame.time
             except (av_error(), BrokenPacketError) as error:
@@ -127,6 +131,9 @@ class VideoFile:
         """Whether the gaps between frames differ by more than a container's rounding of times (1 ms, Matroska's)."""
         gaps = np.diff(np.sort(self._times[np.isfinite(self._times)]))
         return bool(gaps.size and gaps.max() - gaps.min() > 0.0021)
+
+    def interrupt(self) -> None:
+        """Do nothing: a file is there."""
 
     def close(self) -> None:
         """Do nothing: each iteration closes its own file."""

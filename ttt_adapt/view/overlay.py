@@ -88,6 +88,30 @@ def blend(
     return out if ignore is None else np.where((labels == ignore)[..., None], frame, out)
 
 
+def fitted(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The image in a picture of another size: scaled as a whole, with its aspect, in the middle of a dark ground.
+
+    Args:
+        image: uint8 RGB [h, w, 3].
+        size: (H, W).
+
+    Returns:
+        uint8 RGB [H, W, 3]; the image itself where it has that size.
+    """
+    if image.shape[:2] == tuple(size):
+        return image
+    _need_pillow()
+    from PIL import Image
+
+    (h, w), (height, width) = image.shape[:2], size
+    scale = min(height / h, width / w)
+    small = max(round(w * scale), 1), max(round(h * scale), 1)
+    ground = Image.new("RGB", (width, height), BAR_COLOR)
+    picture = Image.fromarray(np.ascontiguousarray(image)).resize(small, Image.Resampling.BILINEAR)
+    ground.paste(picture, ((width - small[0]) // 2, (height - small[1]) // 2))
+    return np.array(ground)
+
+
 def panels(
     images: Mapping[str, np.ndarray] | Iterable[tuple[str, np.ndarray]], columns: int | None = None
 ) -> np.ndarray:
