@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +26,10 @@ from ttt_adapt.errors import ConfigError, StateError
 from ttt_adapt.model.calibration import Calibration, settled_config
 from ttt_adapt.model.correction import correction_of
 from ttt_adapt.model.frames import FrameIntake, Preprocess, TakenFrame, default_preprocess
+from ttt_adapt.model.model_memory import ModelMemory
 from ttt_adapt.model.norms import frame_statistics, norm_layers, updating_norms
 from ttt_adapt.model.outside_changes import OutsideChanges
 from ttt_adapt.model.ownership import Ownership, check_unowned, check_unshared
-from ttt_adapt.model.start_state import StartState
 from ttt_adapt.model.threads import lock_of, one_at_a_time
 from ttt_adapt.model.uncopied import Uncopied
 from ttt_adapt.model.wrappers import unwrapped
@@ -127,17 +126,16 @@ class StreamAdapter(Uncopied):
         groups = parameter_groups(step.encoder, step.own, modules, config, step.half.trained)
         make = partial(_fresh, optimizer or adamw, groups)
         source = SourceWeights(tensors, whole=[*adapted.statistics, *adapted.memory, *step.half.copies])
-        self._begin = partial(StreamState.begin, config, adapted, source, make, self._intake)
+        self._memory = memory = ModelMemory(model, step.pass_state, tensors.values())
+        self._begin = partial(StreamState.begin, config, adapted, source, make, self._intake, memory)
         self._state = self._begin()
-        self._memories: WeakKeyDictionary[StreamState, list[Any]] = WeakKeyDictionary()  # of videos not in the model
         self._engine = choose_engine(step, self._state.optimizer.optimizer)
         self._branch_training = bool(getattr(self._branch, "training", False))
-        self._start = start = StartState(model, step.pass_state, tensors.values())
-        self._source = functools.cache(partial(source_of, self._branch, source, start))
+        self._source = functools.cache(partial(source_of, self._branch, source, memory.start))
         roots = [model, *([self._branch] if isinstance(self._branch, nn.Module) else [])]
         self._outside = OutsideChanges(roots, step.adapted, adapted.statistics.values(), step.replacements)
         warn_if_untrained(self._branch, config)  # before the model changes: a warning may be an error
-        self._ownership = Ownership(self, model, tensors, step.parameters, source.restore, self._start, inside)
+        self._ownership = Ownership(self, model, tensors, step.parameters, source.restore, memory.start, inside)
         self._branch.train(False)
         self._outside.accept_modes()
 
@@ -258,7 +256,6 @@ class StreamAdapter(Uncopied):
         self._outside.check_unadapted()
         self._engine.forget()
         self._forget_passes()
-        self._start.put_back()
         self._state.reset()
         self._outside.accept()
 
@@ -344,14 +341,14 @@ class StreamAdapter(Uncopied):
     def _is_usual(self, taken: TakenFrame) -> bool:
         """Whether a frame looks usual to the source weights, which predict it then."""
         weights = self._state.weights
-        with weights.as_source(), self._gradient.pass_state.kept(learn=False):
+        with weights.as_source(), self._memory.predicting(stays=False):
             output, drift = self._predict_frame(taken), self.drift
         if drift is None or not drift <= self._limit:
             return False
         if weights.moved:
             weights.pull(1.0)
             self._engine.restart(self._state.optimizer)
-        if not self._gradient.pass_state.changing:
+        if not self._memory.changes:
             self._answer = taken, output  # of the source weights, which are in the model now
         return True
 
@@ -375,7 +372,7 @@ class StreamAdapter(Uncopied):
     def _move_statistics(self, taken: TakenFrame) -> None:
         """Let the clean frame into the running statistics of BatchNorm, if the configuration says so."""
         if self.config.norm_stats == "ema" and self._norms:
-            with self._gradient.pass_state.kept(learn=False), updating_norms(self._norms, self.config.frame_share):
+            with self._memory.predicting(stays=False), updating_norms(self._norms, self.config.frame_share):
                 self._predict(taken.x, *taken.context)
 
     def _gradient_step(self, iteration: int) -> tuple[Tensor, Tensor | None]:
@@ -396,7 +393,7 @@ class StreamAdapter(Uncopied):
         if answer is not None and answer[0] is taken:
             self._answer = None
             return answer[1]
-        with torch.no_grad(), explained_memory_errors(config):
+        with torch.no_grad(), explained_memory_errors(config), self._memory.predicting():
             output = self._engine.predict(self._predict, taken, self._statistics())
         self._outside.accept_modes()
         return output
@@ -441,10 +438,11 @@ class StreamAdapter(Uncopied):
     def state_dict(self) -> dict[str, Any]:
         """A copy of all of the stream's state: weights, optimizer, window, random state, counters.
 
-        What the model's own passes keep of the video (a recurrent state, a count) is not in it.
+        What the model's own passes keep of the video (a recurrent state, a count) is in it, where it consists of
+        tensors and plain values.
 
         Raises:
-            StateError: somebody else changed the model, as for `step`.
+            StateError: somebody else changed the model, as for `step`; or the model keeps other objects of the video.
         """
         self._check_attached()
         self._outside.check()
@@ -481,8 +479,9 @@ class StreamAdapter(Uncopied):
         """The state of another video over the same model, at its beginning; `swap` puts it in."""
         self._check_attached()
         state = self._begin()
-        state.weights.leave()
+        state.leave()
         state.weights.reset()
+        state.passes.reset()
         return state
 
     @one_at_a_time
@@ -502,13 +501,7 @@ class StreamAdapter(Uncopied):
         """
         self._check_attached()
         self._outside.check()
-        passes = self._gradient.pass_state
-        memory = passes.memory()
         swap(self._state, state)
-        if memory and state is not self._state:
-            self._start.put_back()
-            passes.remember(self._memories.pop(state, ()))
-            self._memories[self._state] = memory
         self._outside.accept()
         self._forget_passes()
         before, self._state = self._state, state

@@ -16,7 +16,7 @@ from ttt_adapt.model.hooks import hooks
 from ttt_adapt.model.norms import channel_moments
 from ttt_adapt.model.points import SIDES, Point, first_tensor
 from ttt_adapt.model.rule import PointStatistics, Rule, above_zero
-from ttt_adapt.model.threads import in_this_thread
+from ttt_adapt.model.threads import ANOTHER_THREAD, in_this_thread
 from ttt_adapt.model.tone import along_curve, levels_of, tone_divergence
 
 
@@ -136,7 +136,7 @@ class Correction:
                         norm.training = False
                 yield
                 if elsewhere and not bool(self._calls):  # the host waits for this number only where there is a doubt
-                    raise StateError(_ANOTHER_THREAD)
+                    raise StateError(ANOTHER_THREAD)
             finally:
                 for norm, training, buffers in before:
                     norm._buffers.update(buffers)
@@ -158,12 +158,6 @@ class Correction:
             return module.register_forward_pre_hook(here(_replace_statistics(layer, calls)), with_kwargs=True)
         correct = _correct(layer, calls)
         return module.register_forward_hook(here(lambda _module, _args, output: correct(output)))
-
-
-_ANOTHER_THREAD = (
-    "the model ran in another thread, so this frame was predicted without its correction: call the model in the thread "
-    "that calls the adapter (a predict= that hands the pass to a worker thread, or DataParallel, does not)"
-)
 
 
 def _replace_statistics(layer: _Layer, calls: Tensor | None) -> Any:

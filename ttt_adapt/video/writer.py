@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from contextlib import suppress
 from fractions import Fraction
 from itertools import count
@@ -12,7 +11,7 @@ from types import TracebackType
 
 import numpy as np
 
-from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError, StateError, VideoError
+from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError, StateError, VideoError, warn
 from ttt_adapt.video.film import CONTAINERS, Film, finish_film, uninterrupted
 from ttt_adapt.video.sources import import_av
 
@@ -128,11 +127,11 @@ class VideoWriter:
         target = self.path
         if target.exists():
             target = self._partial
-            warnings.warn(f"{self.path} exists and stays; the {self.count} new frames are in {target}.", stacklevel=3)
+            warn(f"{self.path} exists and stays; the {self.count} new frames are in {target}.")
         try:
             self._finish(target)
         except VideoError as error:  # must not hide the exception that ended the block
-            warnings.warn(str(error), stacklevel=3)
+            warn(str(error))
 
     def _check(self, frame: np.ndarray) -> None:
         if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8:
