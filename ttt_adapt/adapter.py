@@ -22,10 +22,10 @@ from ttt_adapt.errors import ConfigError
 from ttt_adapt.model.calibration import Calibration, settled_config
 from ttt_adapt.model.correction import correction_of
 from ttt_adapt.model.frames import FrameIntake, Preprocess, default_preprocess
+from ttt_adapt.model.model_memory import ModelMemory
 from ttt_adapt.model.norms import norm_layers
 from ttt_adapt.model.outside_changes import OutsideChanges
 from ttt_adapt.model.ownership import Ownership, check_unowned, check_unshared
-from ttt_adapt.model.start_state import StartState
 from ttt_adapt.model.threads import lock_of, one_at_a_time
 from ttt_adapt.model.wrappers import unwrapped
 from ttt_adapt.objectives.base import Objective
@@ -123,28 +123,26 @@ class StreamAdapter(OneVideo):
         make = partial(_fresh, optimizer or adamw, groups)
         whole = [*adapted.statistics, *adapted.memory, *step.half.copies]
         source = SourceWeights(adapted.everything, whole, step.low_rank)
-        begin = partial(StreamState.begin, config, adapted, source, make, intake)
+        memory = ModelMemory(model, step.pass_state, tensors.values())
+        begin = partial(StreamState.begin, config, adapted, source, make, intake, memory)
         state = begin()
         engine = choose_engine(step, state.optimizer.optimizer)
         self._branch_training = bool(getattr(branch, "training", False))
-        start = StartState(model, step.pass_state, tensors.values())
         outside = OutsideChanges(roots, step.adapted, adapted.statistics.values(), step.replacements)
         limit = float("inf") if calibration is None else calibration.limit
         digest = calibration.digest if calibration is not None and correction is not None else None
         shared = SharedModel(
             config, lock_of(inside), state, begin, intake,
-            steps=FrameSteps(engine, predict, correction, limit, outside),
-            passes=step.pass_state,
-            start=start,
+            steps=FrameSteps(engine, predict, correction, limit, memory, outside),
             outside=outside,
             setting=partial(setting_of, branch, preprocess, digest),
-            source=functools.cache(partial(source_of, branch, source, start)),
+            source=functools.cache(partial(source_of, branch, source, memory.start)),
             parking=parking,
         )  # fmt: skip
         super().__init__(shared, state)
         self._open = OpenStreams(shared)
         warn_if_untrained(branch, config)  # before the model changes: a warning may be an error
-        shared.ownership = Ownership(shared, model, tensors, step.parameters, source.restore, start, inside)
+        shared.ownership = Ownership(shared, model, tensors, step.parameters, source.restore, memory.start, inside)
         branch.train(False)
         outside.accept_modes()
 

@@ -1,4 +1,4 @@
-"""Every error this library raises on purpose.
+"""Every error this library raises on purpose, and the way in which it warns.
 
 Each is a `TTTAdaptError` and also the builtin that fits, so `except ValueError` keeps working. Messages say what
 came, what was expected and what to do.
@@ -7,6 +7,8 @@ came, what was expected and what to do.
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 
 
@@ -68,3 +70,19 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     options = list(choices)
     close = difflib.get_close_matches(name, options, n=5, cutoff=0.4) or options[:5]
     return "nearest: " + ", ".join(repr(option) for option in close)
+
+
+_LIBRARY = ("ttt_adapt", "ttt_adapt_openmmlab")
+_BETWEEN = ("contextlib", "functools", "torch.utils._contextlib")  # their frames lie between a caller and the library
+
+
+def warn(message: str) -> None:
+    """Warn, once for each line of a caller: the warning points at the line that called the library."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in _LIBRARY or module in _BETWEEN

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from ttt_adapt.calibration.agreement import compared, score_by
 from ttt_adapt.calibration.settings import Way, choose_settings
 from ttt_adapt.data.drift import Drift, parse_drift
-from ttt_adapt.errors import ConfigError
+from ttt_adapt.errors import ConfigError, warn
 from ttt_adapt.model.calibration import Calibration
 from ttt_adapt.model.correction import correction
 from ttt_adapt.model.frames import Preprocess
@@ -125,10 +124,9 @@ def calibrate(
     if branch is not None:
         branch.calibration = found
     if not hindrance and found.rule.largest == 0.0:
-        warnings.warn(
+        warn(
             "no rule helped on the held-out stills, so this calibration corrects no frame; calibration.record has what "
-            "was tried",
-            stacklevel=2,
+            "was tried"
         )
     return found
 

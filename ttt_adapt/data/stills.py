@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from ttt_adapt.data.augment import Augment
 from ttt_adapt.data.clip import Clip, Sample
-from ttt_adapt.errors import DataError
+from ttt_adapt.errors import DataError, warn
 
 
 class StillsDataset(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
@@ -106,10 +105,7 @@ def _say_unused(classes: Sequence[str], ignore: int, labels: Sequence[np.ndarray
     if count < len(classes):
         some = ", ".join(map(repr, classes[count : count + 5])) + (", ..." if len(classes) > count + 5 else "")
         last = f"up to {count - 1}" if count else "of no class"
-        warnings.warn(
-            f"the labels hold class ids {last}, and there are {len(classes)} class names: nothing teaches {some}",
-            stacklevel=3,
-        )
+        warn(f"the labels hold class ids {last}, and there are {len(classes)} class names: nothing teaches {some}")
 
 
 class _Chain(Sequence[Sample]):

@@ -17,7 +17,7 @@ from ttt_adapt.model.corrected import CORRECTED, Corrected, own_tensors
 from ttt_adapt.model.hooks import hooks
 from ttt_adapt.model.points import SIDES, Point
 from ttt_adapt.model.rule import PointStatistics, Rule
-from ttt_adapt.model.threads import in_this_thread
+from ttt_adapt.model.threads import ANOTHER_THREAD, in_this_thread
 
 
 def correction_of(model: nn.Module, config: StreamConfig, calibration: Calibration | None) -> Correction | None:
@@ -136,7 +136,7 @@ class Correction:
                         norm.training = False
                 yield
                 if elsewhere and not bool(self._calls):  # the host waits for this number only where there is a doubt
-                    raise StateError(_ANOTHER_THREAD)
+                    raise StateError(ANOTHER_THREAD)
             finally:
                 for norm, training, buffers in before:
                     norm._buffers.update(buffers)
@@ -152,9 +152,3 @@ class Correction:
             return in_this_thread(hook, (lambda: elsewhere.append(None)) if first else None)
 
         return layer.register(here, self._calls if first else None)
-
-
-_ANOTHER_THREAD = (
-    "the model ran in another thread, so this frame was predicted without its correction: call the model in the thread "
-    "that calls the adapter (a predict= that hands the pass to a worker thread, or DataParallel, does not)"
-)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError
+from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError, warn
 from ttt_adapt.model.frame_hints import from_float_layout, from_layout, from_object, to_bytes
 from ttt_adapt.model.probe import data_config
 
@@ -211,11 +210,10 @@ class FrameIntake:
         if 0.0 <= low < high <= 1.0 and self._limits is not None:
             floor, ceiling = self._limits
             self._limits = None
-            warnings.warn(
+            warn(
                 f"all values of the frame lie in [{low:.3g}, {high:.3g}], and this model takes frames that are "
                 f"normalised, to [{floor:.3g}, {ceiling:.3g}]: subtract its mean and divide by its std, or pass uint8 "
-                "frames [H, W, 3]",
-                stacklevel=7,  # who called `step`
+                "frames [H, W, 3]"
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError
+from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError, warn
 from ttt_adapt.model.calibration import Calibration, default_rule
 from ttt_adapt.model.correction import correction
 from ttt_adapt.model.fingerprint import fingerprint_of
@@ -186,10 +185,9 @@ def take_stills(
         repeated += before is not None and bool((x - before).abs().mean() < ALIKE * before.std())
         before = x
     if least > 1 and 2 * repeated > len(taken):
-        warnings.warn(
+        warn(
             f"{repeated} of {len(taken)} stills hardly differ from the one before, as neighbouring frames of a camera "
-            "at rest: whatever differs from them will count as a drift. Take stills of many scenes and hours",
-            stacklevel=3,
+            "at rest: whatever differs from them will count as a drift. Take stills of many scenes and hours"
         )
     return taken
 

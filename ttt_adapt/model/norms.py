@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from ttt_adapt.errors import StateError
 from ttt_adapt.model.hooks import hooks
-from ttt_adapt.model.threads import in_this_thread
+from ttt_adapt.model.threads import ANOTHER_THREAD, in_this_thread
 
 
 def norm_layers(module: nn.Module) -> list[nn.Module]:
@@ -194,9 +195,16 @@ def _training(norms: list[nn.Module], **settings: Any) -> Iterator[None]:
 def _around_calls(
     norms: Iterable[nn.Module], begins: Callable[[nn.Module, Tensor], None], ends: Callable[[nn.Module], None]
 ) -> Iterator[None]:
-    """Inside the block, each call `layer(x)` of these layers comes between `begins(layer, x)` and `ends(layer)`."""
+    """Inside the block, each call `layer(x)` of these layers comes between `begins(layer, x)` and `ends(layer)`.
+
+    Raises:
+        StateError: at the end of the block, where the layers were called in another thread alone.
+    """
+    here, elsewhere = list[None](), list[None]()
 
     def call_begins(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            here.append(None)
         begins(norm, args[0] if args else kwargs["input"])
 
     def call_ends(norm: nn.Module, _args: Any, _output: Any) -> None:
@@ -206,11 +214,15 @@ def _around_calls(
         handle
         for norm in norms
         for handle in (
-            norm.register_forward_pre_hook(in_this_thread(call_begins), with_kwargs=True),
+            norm.register_forward_pre_hook(
+                in_this_thread(call_begins, lambda: elsewhere.append(None)), with_kwargs=True
+            ),
             norm.register_forward_hook(in_this_thread(call_ends)),
         )
     ):
         yield
+    if elsewhere and not here:
+        raise StateError(ANOTHER_THREAD)
 
 
 def _set(module: nn.Module, settings: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ttt_adapt.errors import EncoderError, StateError
 from ttt_adapt.model.half import HALF
 from ttt_adapt.model.norms import norm_layers
-from ttt_adapt.model.pass_state import cloned
+from ttt_adapt.model.slots import cloned
 
 REPLACED = (
     "they were replaced by others (by load_state_dict(assign=True), for example): detach() the adapter and make a new "

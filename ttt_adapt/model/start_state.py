@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ttt_adapt.model.pass_state import PassState, cloned, same_values
+from ttt_adapt.model.pass_state import PassState
+from ttt_adapt.model.slots import cloned, copy_of, same_values
 
 
 class StartState:
@@ -30,7 +32,11 @@ class StartState:
             for module, name, tensor in found
             if id(tensor) not in taken
         ]
-        self._passes, self._attributes = passes, passes.attributes()
+        self._there = {(id(module), True, name) for module, name, _ in found}
+        self._passes = passes
+        memo: dict[int, Any] = {}
+        chosen = [change.slot for change in passes.changes if not change.slot.buffer]
+        self._attributes = {slot.key: copy_of(slot.value, memo) for slot in chosen}
 
     def buffers(self, model: nn.Module, among: Collection[str]) -> dict[str, Tensor]:
         """Name in a model -> copy, of the buffers with these names.
@@ -50,7 +56,11 @@ class StartState:
     @torch.inference_mode(False)
     @torch.no_grad()
     def put_back(self) -> None:
-        """Write the copies back into the model, into the same objects where they are still there."""
+        """Write the copies back into the model, into the same objects where they are still there.
+
+        What passes change, and what was not known to be changed by them when the stream began, is put back as it was
+        before the first pass that changed it.
+        """
         for module, name, tensor, kept in self._buffers:
             now = module._buffers.get(name)
             if tensor is None or kept is None:
@@ -58,11 +68,14 @@ class StartState:
             elif now is not None and (now.dtype, now.device) != (kept.dtype, kept.device):  # the model was moved
                 module._buffers[name] = kept.to(now.device, now.dtype if now.is_floating_point() else kept.dtype)
             else:
-                module._buffers[name] = _written(tensor, kept)
-        self._passes.put_back(self._attributes)
+                module._buffers[name] = rewritten(tensor, kept)
+        memo: dict[int, Any] = {}
+        for slot, first, _ in self._passes.changes:
+            if slot.key not in self._there:
+                slot.put(copy_of(self._attributes.get(slot.key, first), memo))
 
 
-def _written(tensor: Tensor, kept: Tensor) -> Tensor:
+def rewritten(tensor: Tensor, kept: Tensor) -> Tensor:
     """The tensor with the values of the copy; the copy of the copy where the tensor cannot be written."""
     if same_values(tensor, kept):
         return tensor

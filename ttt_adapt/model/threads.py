@@ -15,6 +15,12 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 import torch
 from torch import nn
 
+ANOTHER_THREAD = (
+    "the model ran in another thread, where the statistics of this frame do not act: call the model in the thread that "
+    "calls the adapter (a predict= that hands the pass to a worker thread, or DataParallel, does not)"
+)
+"""For an error: nothing of a pass ran where its hooks act."""
+
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 

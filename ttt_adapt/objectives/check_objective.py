@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.errors import ConfigError
+from ttt_adapt.errors import ConfigError, warn
 from ttt_adapt.model.wrappers import outermost
 from ttt_adapt.objectives.base import Objective
 from ttt_adapt.objectives.mae import MAEBranch
@@ -80,9 +79,8 @@ def of_another_model(model: nn.Module, branch: Objective) -> str:
 def warn_if_untrained(branch: Objective, config: StreamConfig) -> None:
     """Warn of gradient steps on an objective whose own layers are as they were drawn."""
     if getattr(branch, "untrained", False) and config.lr and config.iterations:
-        warnings.warn(
+        warn(
             f"this {type(branch).__name__} was never trained: its own layers are as they were drawn, and what they ask "
             "of the encoder is noise. Train model and branch together first, with ttt_adapt.fit or `ttt-adapt train`, "
-            "or load a trained branch with branch.load_state_dict(...)",
-            stacklevel=3,
+            "or load a trained branch with branch.load_state_dict(...)"
         )

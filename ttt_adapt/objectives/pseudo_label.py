@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ttt_adapt.errors import ConfigError
+from ttt_adapt.model.half import HALF
 from ttt_adapt.objectives.base import OutputObjective
 from ttt_adapt.objectives.masking import patch_grid, random_mask, visible_pixels
 
@@ -60,7 +61,7 @@ class PseudoLabel(OutputObjective):
         self._threshold, self._ratio, self._patch, self._average = threshold, mask_ratio, patch_size, average
         with torch.inference_mode(False):
             trained = self._parameters.items() if average is not None else ()
-            self._teacher = {name: p.detach().clone() for name, p in trained}
+            self._teacher = {name: p.detach().to(_kept_in(p), copy=True) for name, p in trained}
 
     def loss(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """Mean cross-entropy over the pixels of images [B, 3, H, W] with a confident label; 0 if there are none."""
@@ -81,17 +82,23 @@ class PseudoLabel(OutputObjective):
         """What the teacher predicts for images [B, 3, H, W]; without a teacher, what the model predicts."""
         if self._average is None:
             return self.model(images)
-        return functional_call(self.model, self._teacher, (images,))
+        teacher = {name: self._in_pass(name, weight, images.dtype) for name, weight in self._teacher.items()}
+        return functional_call(self.model, teacher, (images,))
+
+    def _in_pass(self, name: str, weight: Tensor, images: torch.dtype) -> Tensor:
+        """A weight of the teacher as a pass over such images takes it: in their half precision, if the model's is."""
+        own = self._parameters[name].dtype
+        return weight.to((images if images in HALF else own) if own in HALF else weight.dtype)
 
     def memory(self) -> Mapping[str, Tensor]:
-        """The teacher's weights by name; empty without a teacher."""
+        """The teacher's weights by name, float32 for those in half precision; empty without a teacher."""
         return self._teacher
 
     def after_step(self) -> None:
         """Move the teacher's weights toward the model's, in place."""
         if self._teacher:
             assert self._average is not None
-            current = [p.detach() for p in self._parameters.values()]
+            current = [p.detach().to(_kept_in(p)) for p in self._parameters.values()]
             torch._foreach_lerp_(list(self._teacher.values()), current, 1.0 - self._average)
 
     def _masked(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -100,3 +107,8 @@ class PseudoLabel(OutputObjective):
         grid = patch_grid(size, self._patch)
         mask = random_mask(len(images), grid, self._ratio, generator=generator, device=images.device)
         return images * visible_pixels(mask, self._patch, size)
+
+
+def _kept_in(parameter: Tensor) -> torch.dtype:
+    """The precision in which the teacher keeps a weight: small steps of an average are lost in half precision."""
+    return torch.float32 if parameter.dtype in HALF else parameter.dtype

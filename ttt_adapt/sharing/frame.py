@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ttt_adapt.engine.eager import EagerEngine, explained_memory_errors
 from ttt_adapt.model.correction import Correction
 from ttt_adapt.model.frames import TakenFrame
+from ttt_adapt.model.model_memory import ModelMemory
 from ttt_adapt.model.norms import frame_statistics, norm_layers, updating_norms
 from ttt_adapt.model.outside_changes import OutsideChanges
 from ttt_adapt.stream.auto_window import gradient_sketch
@@ -34,6 +35,7 @@ class FrameSteps:
         predict: how the model is called on one preprocessed frame, with its context.
         correction: of the passes of predictions, in calibrated streams.
         limit: the drift up to which a frame looks usual to the source weights.
+        memory: what the model keeps of the video in its own passes.
         outside: told what the steps themselves change.
     """
 
@@ -43,10 +45,12 @@ class FrameSteps:
         predict: Callable[..., Any],
         correction: Correction | None,
         limit: float,
+        memory: ModelMemory,
         outside: OutsideChanges,
     ) -> None:
         self.engine, self._gradient, self.config = engine, engine.gradient_step, engine.gradient_step.config
-        self._predict, self._correction, self._limit, self._outside = predict, correction, limit, outside
+        self._predict, self._correction, self._limit = predict, correction, limit
+        self._memory, self._outside = memory, outside
         self._norms = norm_layers(self._gradient.objective.model)
         self._answer: tuple[TakenFrame, Any] | None = None
 
@@ -83,7 +87,7 @@ class FrameSteps:
         if answer is not None and answer[0] is taken:
             self._answer = None
             return answer[1]
-        with torch.no_grad(), explained_memory_errors(self.config):
+        with torch.no_grad(), explained_memory_errors(self.config), self._memory.predicting():
             output = self.engine.predict(self._predict, taken, self.statistics())
         self._outside.accept_modes()
         return output
@@ -128,14 +132,14 @@ class FrameSteps:
     def _is_usual(self, state: StreamState, taken: TakenFrame) -> bool:
         """Whether a frame looks usual to the source weights, which predict it then."""
         weights = state.weights
-        with weights.as_source(), self._gradient.pass_state.kept(learn=False):
+        with weights.as_source(), self._memory.predicting(stays=False):
             output, drift = self.predict(taken), self.drift()
         if drift is None or not float(drift) <= self._limit:
             return False
         if weights.moved:
             weights.pull(1.0)
             self.engine.restart(state.optimizer)
-        if not self._gradient.pass_state.changing:
+        if not self._memory.changes:
             self._answer = taken, output  # of the source weights, which are in the model now
         return True
 
@@ -159,7 +163,7 @@ class FrameSteps:
     def _move_statistics(self, taken: TakenFrame) -> None:
         """Let the clean frame into the running statistics of BatchNorm, if the configuration says so."""
         if self.config.norm_stats == "ema" and self._norms:
-            with self._gradient.pass_state.kept(learn=False), updating_norms(self._norms, self.config.frame_share):
+            with self._memory.predicting(stays=False), updating_norms(self._norms, self.config.frame_share):
                 self._predict(taken.x, *taken.context)
 
     def _gradient_step(self, state: StreamState, iteration: int) -> tuple[Tensor, Tensor | None]:

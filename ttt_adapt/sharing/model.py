@@ -16,8 +16,6 @@ from ttt_adapt.errors import StateError
 from ttt_adapt.model.frames import FrameIntake, TakenFrame
 from ttt_adapt.model.outside_changes import OutsideChanges
 from ttt_adapt.model.ownership import Ownership
-from ttt_adapt.model.pass_state import PassState
-from ttt_adapt.model.start_state import StartState
 from ttt_adapt.sharing.frame import FrameSteps
 from ttt_adapt.sharing.parking import Parking
 from ttt_adapt.stream.check_saved import FORMAT, check_compatible, check_source, current_format
@@ -35,8 +33,6 @@ class SharedModel:
         begin: makes a video whose weights are those in the model.
         intake: how frames come in.
         steps: what happens to a frame.
-        passes: what the model's own passes change in it.
-        start: what the model's own passes may change, as it was when the adapter was made.
         outside: notices what somebody else changes.
         ownership: gives the model back.
         setting: what a stream depends on beside its configuration and its tensors.
@@ -50,14 +46,11 @@ class SharedModel:
     begin: Callable[[], StreamState]
     intake: FrameIntake
     steps: FrameSteps
-    passes: PassState
-    start: StartState
     outside: OutsideChanges
     setting: Callable[[], Mapping[str, Any]]
     source: Callable[[], Mapping[str, str]]
     parking: Parking = field(default_factory=Parking)
     ownership: Ownership = field(init=False)
-    _memories: WeakKeyDictionary[StreamState, list[Any]] = field(init=False, default_factory=WeakKeyDictionary)
     _drifts: WeakKeyDictionary[StreamState, Tensor] = field(init=False, default_factory=WeakKeyDictionary)
 
     def check_attached(self) -> None:
@@ -110,18 +103,13 @@ class SharedModel:
             return
         with explained_memory_errors(self.config):
             self.parking.fetch(state)
-        before, memory, drift = self.present, self.passes.memory(), self.steps.drift()
+        before, drift = self.present, self.steps.drift()
         try:
             swap(before, state)
             self.present = state
         finally:
             self.outside.accept()
         self.steps.forget_passes()
-        if memory:
-            self.start.put_back()
-            self.passes.remember(self._memories.pop(state, ()))
-            self._memories[before] = memory
-            self.outside.accept()
         if drift is not None:
             self._drifts[before] = drift
         self.parking.make_room(state)
@@ -135,7 +123,8 @@ class SharedModel:
         """Another video at its beginning; it is not in the model."""
         self.check_attached()
         state = self.begin()
-        state.weights.leave()  # as one that did not move: nothing is copied
+        state.leave()  # as one that did not move: no weights are copied
+        state.passes.reset()
         return state
 
     def reset(self, state: StreamState) -> None:
@@ -147,7 +136,6 @@ class SharedModel:
         self._enter_to_write(state)
         self.steps.engine.forget()
         self._forget_passes()
-        self.start.put_back()
         state.reset()
         self.outside.accept()
 

@@ -140,10 +140,11 @@ class OneVideo(Uncopied):
     def state_dict(self) -> dict[str, Any]:
         """A copy of all of the stream's state: weights, optimizer, window, random state, counters.
 
-        What the model's own passes keep of the video (a recurrent state, a count) is not in it.
+        What the model's own passes keep of the video (a recurrent state, a count) is in it, where it consists of
+        tensors and plain values.
 
         Raises:
-            StateError: somebody else changed the model, as for `step`.
+            StateError: somebody else changed the model, as for `step`; or the model keeps other objects of the video.
         """
         return self._shared.save(self._state)
 

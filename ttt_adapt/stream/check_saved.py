@@ -43,6 +43,7 @@ def current_format(state: Any) -> dict[str, Any]:
     if not isinstance(state.get("config"), Mapping):
         raise CheckpointError("this is no state of a StreamAdapter: config missing")
     check_fields(state, _FIELDS, "the state", required=("config",), others=True)
+    state.setdefault("passes", {})  # early versions did not save what a model keeps of a video
     return state
 
 

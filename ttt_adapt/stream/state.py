@@ -18,12 +18,14 @@ from torch import Tensor
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError, StateError
 from ttt_adapt.model.frames import FrameIntake, scaling
+from ttt_adapt.model.model_memory import ModelMemory
 from ttt_adapt.model.parameters import dense
 from ttt_adapt.model.uncopied import Uncopied
 from ttt_adapt.schema import check_fields, shown, whole
 from ttt_adapt.stream.adapted_weights import AdaptedTensors, AdaptedWeights
 from ttt_adapt.stream.auto_window import AutoWindow
 from ttt_adapt.stream.optimizer import StreamOptimizer
+from ttt_adapt.stream.pass_memory import PassMemory
 from ttt_adapt.stream.report import StepReport
 from ttt_adapt.stream.schedule import SurpriseGate
 from ttt_adapt.stream.source import SourceWeights
@@ -132,6 +134,7 @@ class StreamState(Uncopied):
         random: the source of draws, crops and masks.
         gate: the losses that the surprise gate compares with.
         auto: chooses the length of the window; None where the configuration fixes it.
+        passes: what the model's own passes keep of the video.
         progress: the position in the video, and the last report.
     """
 
@@ -143,6 +146,7 @@ class StreamState(Uncopied):
     random: RandomState
     gate: SurpriseGate
     auto: AutoWindow | None
+    passes: PassMemory
     progress: Progress
 
     @classmethod
@@ -153,6 +157,7 @@ class StreamState(Uncopied):
         source: SourceWeights,
         make_optimizer: Callable[[], torch.optim.Optimizer],
         intake: FrameIntake,
+        memory: ModelMemory,
     ) -> Self:
         """A new video, whose weights are those in the model.
 
@@ -162,6 +167,7 @@ class StreamState(Uncopied):
             source: their source values.
             make_optimizer: makes a fresh optimizer.
             intake: how frames come in.
+            memory: what the model itself keeps of a video.
         """
         normalize = scaling(intake.preprocess, intake.dtype)
         return cls(
@@ -171,6 +177,7 @@ class StreamState(Uncopied):
             random=RandomState(config.seed, intake.device),
             gate=SurpriseGate(),
             auto=AutoWindow(config.capacity, draws=config.batch_size) if config.window == "auto" else None,
+            passes=PassMemory(memory),
             progress=Progress(),
         )
 
@@ -193,6 +200,11 @@ class StreamState(Uncopied):
         """A batch [B, 3, H, W] from the staged frame and the window."""
         crop: Any = config.crop_size
         return self.window.draw(config.batch_size, self.random.generator, crop, self.window_length)
+
+    def leave(self) -> None:
+        """Move the video out of the model: its weights, and what the model keeps of it."""
+        self.weights.leave()
+        self.passes.leave()
 
     def reset(self) -> None:
         """Begin a new video."""
@@ -274,7 +286,7 @@ def _writing() -> Iterator[None]:
 
 
 def swap(old: StreamState, new: StreamState) -> None:
-    """Put the weights of another video into the model, in place of those that are there.
+    """Put the weights and the memory of another video into the model, in place of those that are there.
 
     Raises:
         StateError: the videos are not of the same model.
@@ -288,3 +300,5 @@ def swap(old: StreamState, new: StreamState) -> None:
         except BaseException:
             old.weights.enter()
             raise
+        old.passes.leave()
+        new.passes.enter()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt_adapt.errors import CheckpointError, ConfigError, TTTAdaptError, missing
+from ttt_adapt.errors import CheckpointError, ConfigError, TTTAdaptError, missing, warn
 from ttt_adapt.file_kind import refuse_other_kind
 from ttt_adapt.files import atomic_write, check_format_number
 from ttt_adapt.model.calibration import Calibration
@@ -235,9 +234,7 @@ def _calibration(weights: dict[str, Tensor], text: str | None, source: str) -> C
     if text is None:
         return None
     if is_outdated(text, source):
-        warnings.warn(
-            f"{source} {OUTDATED}, and is used without it: `ttt-adapt calibrate` makes one that fits", stacklevel=3
-        )
+        warn(f"{source} {OUTDATED}, and is used without it: `ttt-adapt calibrate` makes one that fits")
         return None
     return Calibration.of_tensors(_part(weights, "calibration."), text, source)
 

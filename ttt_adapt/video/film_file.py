@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from contextlib import suppress
 from fractions import Fraction
 from itertools import count
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ttt_adapt.errors import ConfigError, StateError, VideoError
+from ttt_adapt.errors import ConfigError, StateError, VideoError, warn
 from ttt_adapt.video.film import CONTAINERS, Encoding, Film, finish_film, uninterrupted
 from ttt_adapt.video.sources import import_av
 
@@ -115,11 +114,11 @@ class FilmFile:
         target = self.path
         if target.exists():
             target = self._partial
-            warnings.warn(f"{self.path} exists and stays; the {self.count} new frames are in {target}.", stacklevel=3)
+            warn(f"{self.path} exists and stays; the {self.count} new frames are in {target}.")
         try:
             self._finish(target)
         except VideoError as error:  # must not hide the exception that ended the block
-            warnings.warn(str(error), stacklevel=3)
+            warn(str(error))
 
     def _finish(self, target: Path) -> None:
         """Make the film so far the file `target`; if that fails, the film stays under its partial name."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
 
-from ttt_adapt.errors import DataError, VideoError
+from ttt_adapt.errors import DataError, VideoError, warn
 from ttt_adapt.files import PICTURE_SUFFIXES, VIDEO_SUFFIXES, files_in, natural_key
 from ttt_adapt.video.labels_beside import frame_folder, frames_and_labels
 from ttt_adapt.video.pictures import header, read_pages, read_picture
@@ -36,10 +35,9 @@ class ImageFolder:
         if not files:
             raise VideoError(f"{folder} holds no images.{_what_is_there(folder)}")
         if labels:
-            warnings.warn(
+            warn(
                 f"{folder}: {len(labels)} pictures such as {labels[0].name} lie beside frames as their labels and are "
-                "left out; put them into a folder of their own if they are frames",
-                stacklevel=4,
+                "left out; put them into a folder of their own if they are frames"
             )
         # Unlike the order of files_in, this one ignores upper case and compares suffixes: a.jpg, a.png, B.jpg.
         self._files = sorted(files, key=lambda file: (natural_key(file.name.lower()), file.name))

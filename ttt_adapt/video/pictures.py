@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ttt_adapt.errors import DataError, TTTAdaptError, missing
+from ttt_adapt.errors import DataError, TTTAdaptError, missing, warn
 
 GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N")
 """Pillow's modes of pictures without colour."""
@@ -217,4 +216,4 @@ def _say_once(file: Path, what: str) -> None:
     """Warn of what was done to a picture, unless the same was said of another one in its folder."""
     if (file.parent, what) not in _SAID:
         _SAID.add((file.parent, what))
-        warnings.warn(f"{file} {what}", stacklevel=3)
+        warn(f"{file} {what}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ttt_adapt.errors import warn
 from ttt_adapt.video.hdr import HLG, PQ, tone_map
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class ToRGB:
         """Warn that something is done to the frames, the first time."""
         if what not in self._said:
             self._said.add(what)
-            warnings.warn(f"{self._name} {what}", stacklevel=3)
+            warn(f"{self._name} {what}")
 
     def _pixels(self, frame: VideoFrame) -> np.ndarray:
         if frame.color_trc in (PQ, HLG):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from functools import cached_property
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ttt_adapt.errors import VideoError
+from ttt_adapt.errors import VideoError, warn
 from ttt_adapt.video.interlaced import deinterlaced
 from ttt_adapt.video.rgb import ToRGB
 from ttt_adapt.video.sources import (
@@ -102,7 +101,7 @@ class VideoFile:
             try:
                 for frame in self._decode(container, stream):
                     if frame.is_corrupt:
-                        warnings.warn(f"{self._path}: frame {index} is damaged, parts are guessed.", stacklevel=2)
+                        warn(f"{self._path}: frame {index} is damaged, parts are guessed.")
                     image = self._to_rgb(frame)
                     yield image if any_size else checked(image, self.size, self.name, index)
                     index += 1

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ttt_adapt import TTTAdaptError
-from ttt_adapt.errors import StateError
+from ttt_adapt.errors import StateError, warn
 from ttt_adapt_openmmlab.ops import deformable_cpu
 
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -180,9 +179,6 @@ def try_triton() -> bool:
         pixel = torch.zeros(1, 1, 1, 16, device="cuda")
         kernels.forward(pixel, pixel.new_ones(1, 2, dtype=torch.long), pixel[..., None, None, :2], pixel[..., :1, None])
     except Exception as error:  # of many kinds: no compiler, no driver, a device too old
-        warnings.warn(
-            f"Triton runs no kernel here ({error!r}); deformable attention takes mmcv's path in plain PyTorch",
-            stacklevel=2,
-        )
+        warn(f"Triton runs no kernel here ({error!r}); deformable attention takes mmcv's path in plain PyTorch")
         return False
     return True

@@ -1,0 +1,197 @@
+"""What a model keeps of the video that it predicts: found by looking at its first predictions, put back, moved, saved.
+
+A recurrent model keeps a state, one that shifts features in time keeps those of the frame before, some count their
+calls. This belongs to the video, as the window does. A model that keeps nothing costs nothing after its first frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ttt_adapt.errors import StateError
+from ttt_adapt.model.memory_file import pack_memory, unpack_memory
+from ttt_adapt.model.pass_state import Change, PassState
+from ttt_adapt.model.slots import Absent, Slot, alike, copy_of, same_value, slots, structure
+from ttt_adapt.model.start_state import StartState, rewritten
+from ttt_adapt.model.wrappers import unwrapped
+
+LOOKS = 2
+"""How many predictions are looked at whole. A second one may change what the first one made."""
+
+Values = Sequence[tuple[Slot, Any]]
+"""What a model keeps of a video: places, and copies of what is there."""
+
+
+class _Before(NamedTuple):
+    """A place before a pass: the object in it, a copy, and the number of writes to it where it is a tensor."""
+
+    slot: Slot
+    value: Any
+    copy: Any
+    version: int
+
+    @property
+    def changed(self) -> bool:
+        """Whether the pass wrote to the place, maybe the value that it had: another pass may write another."""
+        now = self.slot.value
+        replaced = isinstance(self.value, Tensor) and now is not self.value
+        return replaced or not same_value(now, self.copy) or _version(now) != self.version
+
+    def put_back(self) -> None:
+        """Make the place what it was, in the same object where that is a tensor that can be written."""
+        if isinstance(self.value, Tensor) and not isinstance(self.value, nn.Parameter):
+            self.slot.put(_written(self.value, self.copy))
+        else:
+            self.slot.put(copy_of(self.copy, {}))
+
+
+class ModelMemory:
+    """The memory of a model in the hands of one adapter.
+
+    Attributes:
+        start: the memory and all buffers as they were when the stream began.
+
+    Args:
+        model: the model, or a wrapper around it: what is predicted with.
+        passes: what its passes are known to change, or those of a part of it.
+        adapted: tensors that somebody else looks after.
+    """
+
+    def __init__(self, model: nn.Module, passes: PassState, adapted: Collection[Tensor] = ()) -> None:
+        inside = unwrapped(model)
+        self._passes = passes if passes.model is inside else PassState(inside)
+        self._adapted = {id(tensor): tensor for tensor in adapted}
+        self._looks = {True: LOOKS, False: LOOKS}
+        self.start = StartState(model, self._passes, adapted)
+
+    @property
+    def changes(self) -> bool:
+        """Whether predictions are known to change anything."""
+        return bool(self._passes.changes)
+
+    @contextmanager
+    def predicting(self, stays: bool = True) -> Iterator[None]:
+        """Around a whole pass over a frame. What it changes is put back where it fails.
+
+        Args:
+            stays: whether what it changes stays otherwise; False: it is no prediction of the video.
+        """
+        looks, done = self._looks[stays] > 0, False
+        self._looks[stays] -= looks
+        with torch.inference_mode(False):
+            built = structure(self._passes.model) if looks else []
+            before = self._before(looks)
+        try:
+            yield
+            done = True
+        finally:
+            self._after(before, built, looks, done and stays)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _after(self, before: list[_Before], built: list[Any], looks: bool, stays: bool) -> None:
+        """Learn what a pass changed, if it was looked at, and put it back unless it stays."""
+        model = self._passes.model
+        grown = looks and structure(model) != built  # layers that a model makes in its first pass stay, and its notes
+        changed = [each for each in before if each.changed] if looks else before
+        new = [] if grown or not looks else self._new(before)
+        if looks and not grown:
+            found = [Change(each.slot, each.copy, alike(each.slot.value, each.copy)) for each in changed]
+            self._passes.learn([*found, *(Change(slot, Absent, False) for slot in new)])
+        if not stays:
+            for each in changed:
+                if not grown or each.slot.buffer:
+                    each.put_back()
+            for slot in new:
+                slot.put(Absent)
+
+    def _before(self, everything: bool) -> list[_Before]:
+        found = slots(self._passes.model) if everything else (change.slot for change in self._passes.changes)
+        memo: dict[int, Any] = {}
+        pairs = ((slot, slot.value) for slot in found)
+        return [_Before(s, v, copy_of(v, memo), _version(v)) for s, v in pairs if id(v) not in self._adapted]
+
+    def _new(self, before: list[_Before]) -> list[Slot]:
+        """Places that a pass made, of modules and objects that were there."""
+        known = {each.slot.key for each in before}
+        owners = {id(each.slot.owner) for each in before} | {id(module) for module in self._passes.model.modules()}
+        found = [slot for slot in slots(self._passes.model) if slot.key not in known and id(slot.owner) in owners]
+        return [slot for slot in found if id(slot.value) not in self._adapted]
+
+    def values(self) -> Values:
+        """Copies of all that predictions are known to change, as it is."""
+        memo: dict[int, Any] = {}
+        return [(change.slot, copy_of(change.slot.value, memo)) for change in self._passes.changes]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def write(self, values: Values) -> None:
+        """Write what `values` returned back; all else is as it was when the stream began."""
+        if not (values or self.changes):
+            return
+        self.start.put_back()
+        memo: dict[int, Any] = {}
+        for slot, value in values:
+            now = slot.value
+            if slot.buffer and isinstance(now, Tensor) and isinstance(value, Tensor) and alike(now, value):
+                slot.put(_written(now, value))
+            else:
+                slot.put(copy_of(value, memo))
+
+    def packed(self, values: Values) -> dict[str, Any]:
+        """`values` as tensors and plain values.
+
+        Raises:
+            StateError: some of it consists of other objects.
+        """
+        try:
+            return pack_memory(values, self._home)
+        except TypeError as error:
+            raise StateError(
+                f"the model keeps something of the video that cannot be saved ({error}): let it keep tensors, numbers, "
+                "text, or lists, tuples, dicts and sets of these, in buffers or attributes of its modules"
+            ) from error
+
+    def unpack(self, saved: Any) -> Callable[[], Values]:
+        """Check what `packed` returned, and change nothing.
+
+        Returns:
+            A function that returns it as `values` does, and notes that passes change these places.
+
+        Raises:
+            CheckpointError: it is damaged, or of another model.
+        """
+        values = unpack_memory(saved, self._passes.model, self._home)
+
+        def note() -> Values:
+            now = [(slot, slot.value, value) for slot, value in values]
+            self._passes.learn([Change(slot, copy_of(was, {}), alike(was, value)) for slot, was, value in now])
+            return values
+
+        return note
+
+    @property
+    def _home(self) -> torch.device:
+        """Where the model is."""
+        return next((p.device for p in self._passes.model.parameters()), torch.device("cpu"))
+
+
+def _version(value: Any) -> int:
+    """How often a tensor was written, as PyTorch counts it; it does not count writes to tensors of inference mode."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else -1
+
+
+def _written(tensor: Tensor, values: Tensor) -> Tensor:
+    """The tensor with these values; a copy of them where it cannot be written. The host does not wait."""
+    if tensor.is_inference() or (tensor.shape, tensor.dtype, tensor.layout) != (
+        values.shape,
+        values.dtype,
+        values.layout,
+    ):
+        return rewritten(tensor, values)
+    return tensor.copy_(values)
