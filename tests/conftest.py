@@ -128,11 +128,16 @@ def photograph(model: nn.Module) -> dict:
         "parameters": [(name, id(p), p.requires_grad) for name, p in model.named_parameters()],
         "buffers": [(name, id(b)) for name, b in model.named_buffers()],
         "grads": [(name, p.grad is None) for name, p in model.named_parameters()],
-        "bytes": {name: t.detach().cpu().numpy().tobytes() for name, t in model.state_dict().items()},
+        "bytes": {name: bytes_of(t) for name, t in model.state_dict().items()},
         "training": [(name, m.training) for name, m in model.named_modules()],
         "forward": [name for name, m in model.named_modules() if "forward" in vars(m)],
         "hooks": hooks_of(model),
     }
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    """The bytes of a tensor of any type, also of those that NumPy does not know."""
+    return tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
 
 
 @contextmanager
