@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ttt_adapt.errors import ConfigError
+from ttt_adapt.model.other_weights import with_other_weights
 from ttt_adapt.objectives.base import OutputObjective
 from ttt_adapt.objectives.masking import patch_grid, random_mask, visible_pixels
 
@@ -81,7 +81,8 @@ class PseudoLabel(OutputObjective):
         """What the teacher predicts for images [B, 3, H, W]; without a teacher, what the model predicts."""
         if self._average is None:
             return self.model(images)
-        return functional_call(self.model, self._teacher, (images,))
+        with with_other_weights(self.model, self._teacher):
+            return self.model(images)
 
     def memory(self) -> Mapping[str, Tensor]:
         """The teacher's weights by name; empty without a teacher."""
