@@ -52,6 +52,19 @@ class Subject:
         return [self.frame(size, seed) for seed in range(count)]
 
 
+def draw_biases(model: nn.Module) -> None:
+    """Give small random values to biases that are all 0, as trained models have.
+
+    Without them, a token of hidden pixels is 0 in every layer, and each LayerNorm on its way multiplies the gradient by
+    `1 / sqrt(eps)`: it overflows.
+    """
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") and not bool(parameter.any()):
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+
 def leaves(output: Any) -> Iterator[Tensor]:
     """All tensors of an output, depth first: of mappings, sequences, dataclasses and data samples."""
     if isinstance(output, Tensor):

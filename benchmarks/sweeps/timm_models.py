@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from sweeps.subject import Subject
+from sweeps.subject import Subject, draw_biases
 
 LIST = Path(__file__).with_suffix(".txt")
 LARGEST = 20e6
@@ -57,6 +57,7 @@ def build(name: str) -> Subject:
         model = timm.create_model(name, pretrained=False, **smaller)
     except Exception:  # it has no such setting, or takes its own depth only
         model = timm.create_model(name, pretrained=False)
+    draw_biases(model)
     return Subject(model.eval(), bytes=True)
 
 

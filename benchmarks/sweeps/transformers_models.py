@@ -10,10 +10,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import nn
 
-from sweeps.subject import Subject
+from sweeps.subject import Subject, draw_biases
 
 TASKS = (
     "IMAGE_CLASSIFICATION",
@@ -49,7 +48,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "maskformer-swin": {"window_size": 2},
     "efficientnet": {"width_coefficient": 1.0, "depth_coefficient": 0.4, "hidden_dim": 1280},
     "lw_detr_vit": {"image_size": 128},
-    "lw_detr": {"projector_scale_factors": [1.0]},
+    "lw_detr": {"projector_scale_factors": [1.0], "projector_in_channels": [256], "num_feature_levels": 1},
+    "swin2sr": {"depths": [1, 1], "num_heads": [6, 6], "num_layers": 2},
     "timm_backbone": {"backbone": "resnet18", "use_pretrained_backbone": False},
 }
 """`model_type` of a config -> what its class needs at this size."""
@@ -118,20 +118,19 @@ def build(name: str) -> Subject:
     settings = shrink(config_class().to_dict()) | LISTS.get(name, {})
     model = model_class(config_class.from_dict(settings)).eval()
     draw_biases(model)
+    restore_scales(model)
     return Subject(model)
 
 
-def draw_biases(model: nn.Module) -> None:
-    """Give small random values to biases that are all 0, as trained models have.
+def restore_scales(model: nn.Module) -> None:
+    """Give 1 to scales of BatchNorm that are all near 0, as trained models have none.
 
-    Without them, a token of hidden pixels is 0 in every layer, and each LayerNorm on its way multiplies the gradient by
-    `1 / sqrt(eps)`: it overflows.
+    EfficientNet draws them from a normal distribution of deviation 0.02. Every layer then makes the image 50 times
+    weaker, until nothing of it is left beside the biases.
     """
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias") and not bool(parameter.any()):
-                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.weight is not None and float(module.weight.abs().max()) < 0.2:
+            nn.init.ones_(module.weight)
 
 
 def shrink(config: dict[str, Any]) -> dict[str, Any]:

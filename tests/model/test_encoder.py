@@ -21,6 +21,13 @@ def test_an_unknown_path_comes_with_the_nearest_names():
         MAEBranch.attach(zoo.UNet(), "encodr")
 
 
+def test_an_empty_path_is_refused_and_the_whole_model_is_named_by_itself():
+    model = zoo.resnet_features()
+    with left_as_it_was(model), pytest.raises(EncoderError, match='encoder is "";.*"auto".*pass encoder=model'):
+        MAEBranch.attach(model, encoder="")
+    assert MAEBranch.attach(model, encoder=model).info.module is model
+
+
 def test_an_encoder_that_is_never_reached_is_refused():
     model = zoo.UNet()
     model.spare = nn.Conv2d(3, 4, 3)
@@ -180,6 +187,29 @@ class Clips(nn.Module):
         return self.head(self.stem(x).mean((2, 3, 4))).expand(b, 2) / t
 
 
+class ClipsOfFrames(nn.Module):
+    """Takes clips [B, T, 3, H, W], frame by frame."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Conv2d(3, 4, 8, 8), nn.Linear(4, 2)
+
+    def forward(self, x):
+        b, t, c, h, w = x.shape
+        return self.head(self.embed(x.reshape(b * t, c, h, w)).mean((2, 3)).unflatten(0, (b, t)).mean(1))
+
+
+class Patches(nn.Module):
+    """Takes patches [B, N, 3 * 8 * 8]."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(192, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.embed(x).mean(1))
+
+
 def channels(count):
     return nn.Sequential(nn.Sequential(nn.Conv2d(count, 8, 4, 4), nn.GELU()), nn.Conv2d(8, 4, 1))
 
@@ -188,11 +218,13 @@ def channels(count):
     ("model", "reason"),
     [
         (WithDepth(), r"its forward also needs depth: wrap the model in a module whose forward takes the images alone"),
-        (Clips(), r"Conv3d: it takes clips of video \[B, C, T, H, W\]"),
+        (Clips(), r"^the model takes clips of video \[B, C, T, H, W\], not images \[B, C, H, W\]. Its first.*Conv3d"),
+        (ClipsOfFrames(), r"^the model takes clips of video \[B, T, C, H, W\], not images.*runs on random clips"),
+        (Patches(), r"Linear over 192 numbers, so it takes images that are cut into patches of 8 x 8 already"),
         (channels(1), r"takes 1 channel\(s\), and frames have three \(RGB\): wrap.*x.mean\(1, keepdim=True\)"),
         (channels(4), r"takes 4 channel\(s\), and frames have three \(RGB\)"),
     ],
-    ids=["two inputs", "video", "grey", "four channels"],
+    ids=["two inputs", "video", "video by frames", "patches", "grey", "four channels"],
 )
 @pytest.mark.parametrize("encoder", ["auto", "0"])
 def test_a_model_that_takes_other_inputs_is_refused_with_the_reason_and_the_way_out(model, reason, encoder):

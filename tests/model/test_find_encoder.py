@@ -202,3 +202,91 @@ def test_a_size_that_a_model_refuses_leaves_it_whole_for_the_next_one():
     model = FitsItselfToASize().eval()
     assert inspect_encoder(model).probe_size == (224, 224)
     assert model.window == 7
+
+
+class DetectionTokens(nn.Module):
+    """As YOLOS: patch tokens between a class token and many tokens that the heads read."""
+
+    def __init__(self, behind: int = 40) -> None:
+        super().__init__()
+        self.embed, self.behind = nn.Conv2d(3, 16, 16, 16), nn.Parameter(torch.randn(1, behind, 16))
+        self.first = nn.Parameter(torch.randn(1, 1, 16))
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True) for _ in range(3))
+        self.classes, self.boxes = nn.Linear(16, 5), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.embed(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.first.expand(len(x), -1, -1), tokens, self.behind.expand(len(x), -1, -1)], 1)
+        for layer in self.layers:
+            tokens = layer(tokens)
+        found = tokens[:, -self.behind.shape[1] :]
+        return self.classes(found), self.boxes(found)
+
+
+def test_an_encoder_holds_the_layers_and_not_the_embedding_of_patches_alone():
+    info = inspect_encoder(DetectionTokens().eval())
+    assert info.path == "layers"
+    assert (info.maps[0].prefix, info.maps[0].suffix) == (1, 40)
+    assert any(name.startswith("layers.2") for name in info.parameters)
+
+
+class Windowed(nn.Module):
+    """As a windowed ViT: its tokens are sorted into windows inside, and only what it returns is a map again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 16, 16, 16)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        b, c, h, w = x.shape
+        tokens = x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(-1, 4, c)
+        for layer in self.layers:
+            tokens = layer(tokens)
+        return tokens.view(b, h // 2, w // 2, 2, 2, c).permute(0, 5, 1, 3, 2, 4).reshape(b, c, h, w)
+
+
+def test_a_model_whose_layers_show_no_map_but_at_its_end_is_the_encoder_itself():
+    assert inspect_encoder(Windowed().eval()).path == ""
+
+
+class Queries(nn.Module):
+    """Encoder and decoder of a detector with queries; with `features`, it returns the encoder's map, too.
+
+    Beside that map, it returns three times as many queries in training as in evaluation.
+    """
+
+    def __init__(self, features: bool) -> None:
+        super().__init__()
+        self.features, self.queries = features, nn.Parameter(torch.randn(1, 6, 16))
+        self.body = nn.Sequential(nn.Conv2d(3, 16, 8, 8), nn.GELU(), nn.Conv2d(16, 16, 2, 2), nn.GELU())
+        self.decoder = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        features = self.body(x)
+        memory = features.flatten(2).transpose(1, 2)
+        queries = self.queries.repeat(len(x), 3 if self.training and self.features else 1, 1)
+        found = self.decoder(queries, memory, memory)[0]
+        return (found, features) if self.features else (found,)
+
+
+class QueryDetector(nn.Module):
+    """As detectors of Hugging Face: the heads lie beside the part that holds encoder and decoder."""
+
+    def __init__(self, features: bool = False) -> None:
+        super().__init__()
+        self.model, self.classes, self.boxes = Queries(features), nn.Linear(16, 5), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        found = self.model(x)[0]
+        start = self.model.queries.sigmoid()[..., :4].expand(len(x), -1, -1)  # the same for all images
+        return {"classes": self.classes(found), "boxes": self.boxes(found), "start": start}
+
+
+def test_the_decoder_of_queries_is_a_head_and_outputs_without_an_image_have_no_say():
+    assert inspect_encoder(QueryDetector().eval()).path == "model.body"
+
+
+def test_a_candidate_that_is_refused_makes_way_for_the_next_one():
+    assert inspect_encoder(QueryDetector(features=True).eval()).path == "model.body"

@@ -4,6 +4,7 @@ import warnings
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
@@ -190,3 +191,8 @@ def test_a_model_that_takes_one_size_gets_it():
     assert default_preprocess(zoo.vit(dynamic_img_size=False), CPU).size == (224, 224)
     assert default_preprocess(zoo.beit(), CPU).size == (224, 224)
     assert default_preprocess(zoo.swin(), CPU).size is None
+
+
+def test_a_model_that_takes_one_size_gets_its_own_and_not_that_of_patches_behind_its_stem():
+    model = timm.create_model("visformer_tiny", depth=(1, 1, 1))  # its embeddings name 112, 28 and 14
+    assert default_preprocess(model, CPU).size == (224, 224)

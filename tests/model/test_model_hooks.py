@@ -117,7 +117,7 @@ def test_with_nothing_hidden_the_mask_channel_changes_no_bit_however_it_was_trai
 
 def test_the_mask_channel_follows_tensorflow_padding():
     model = zoo.timm_model("tf_efficientnet_lite0", features_only=True, out_indices=(1, 2))
-    branch = MAEBranch.attach(model, "")
+    branch = MAEBranch.attach(model, model)
     assert type(branch.info.stem).__name__ == "Conv2dSame"
     for size in ((32, 48), (33, 47)):
         assert branch.mask_channel(torch.zeros(1, 1, *size)).shape == branch.info.stem(torch.zeros(1, 3, *size)).shape

@@ -21,7 +21,7 @@ from ttt_adapt.objectives.masking import hidden_patches, upsample_mask
 @pytest.mark.parametrize(("make", "patch"), [(zoo.vit, 16), (zoo.eva, 14), (zoo.vit_features, 16)])
 def test_a_plain_vit_takes_pixel_masking_too(make, patch):
     model = make()
-    branch = MAEBranch.attach(model, "" if make is zoo.vit_features else "norm", masking="pixels")
+    branch = MAEBranch.attach(model, model if make is zoo.vit_features else "norm", masking="pixels")
     assert branch.masking == "pixels"
     assert branch.patch_size == 16
     images = torch.randn(2, 3, 50, 71)

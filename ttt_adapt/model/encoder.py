@@ -128,11 +128,13 @@ def inspect_encoder(
                 failures.append(f"{size[0]} x {size[1]}: {type(error).__name__}: {error}")
     if without_map is not None:
         raise without_map
+    tried = f"tried {'; '.join(failures)}"
     with evaluating(model), torch.inference_mode(False):
-        advice = why_not(model, probe_sizes(model, image_size)[0])
+        if reason := why_not(model, probe_sizes(model, image_size)):
+            raise EncoderError(f"{reason}. Its own errors: {tried}")
     raise EncoderError(
-        f"the model could not be run on random images to find its encoder's features; tried {'; '.join(failures)}. "
-        f"{advice}"
+        f"the model could not be run on random images to find its encoder's features; {tried}. "
+        "Pass image_size=(H, W) with a size that it takes"
     )
 
 
@@ -149,6 +151,12 @@ def _find_encoder(model: nn.Module, encoder: str | nn.Module) -> tuple[str, nn.M
             if module is encoder:
                 return name, module
         raise EncoderError(f"the encoder ({type(encoder).__name__}) is not a module of this {type(model).__name__}")
+    if encoder == "":
+        raise EncoderError(
+            'the encoder is ""; expected "auto", which finds where the encoder ends, or the dotted path of a module of '
+            f"{type(model).__name__}, such as {next(filter(None, modules), 'backbone')!r}. If all of the model is the "
+            "encoder, as where it returns its features, pass encoder=model"
+        )
     if encoder not in modules and f"_orig_mod.{encoder}" in modules:  # the model is wrapped by torch.compile
         encoder = f"_orig_mod.{encoder}"
     if encoder not in modules:
@@ -165,7 +173,7 @@ def _inspect(model: nn.Module, named: tuple[str, nn.Module] | None, size: tuple[
         return _examine(model, *named, size)
     modules = dict(model.named_modules())
     paths = encoder_paths(model, probe_images(model, size), other_sizes(size))
-    failure = FeatureMapError(
+    failure: EncoderError = FeatureMapError(
         f"no module of {type(model).__name__} was found on which all outputs depend and whose output is a map over the "
         f'image, for images of {size[0]} x {size[1]}: name the encoder, encoder="..."'
     )
@@ -175,7 +183,7 @@ def _inspect(model: nn.Module, named: tuple[str, nn.Module] | None, size: tuple[
             inside = [other for other in paths if other.startswith(f"{path}." if path else "") and other != path]
             others = outermost([other for other in paths if other not in inside and other != path])
             return replace(info, alternatives=(*others, *outermost(inside)))
-        except FeatureMapError as error:
+        except EncoderError as error:
             failure = failure if path != paths[0] else error
     raise failure
 
@@ -190,7 +198,10 @@ def _own_size(model: nn.Module, named: tuple[str, nn.Module] | None, size: tuple
         return size
     seen = (trace.stem_inputs[0][-2], trace.stem_inputs[0][-1])
     if not _padded(size, seen):
-        again = _trace(model, named, seen)
+        try:
+            again = _trace(model, named, seen)
+        except Exception:  # what the stem sees is a part of the image, and too small for the model
+            return size
         return seen if again.stem is trace.stem and again.stem_inputs[0][-2:] == seen else size
     stride = along(trace.stem.stride)
     return (size[0] - size[0] % stride, size[1] - size[1] % stride) if stride > 2 and min(size) >= stride else size

@@ -2,7 +2,8 @@
 
 The rule: the deepest module on which all outputs depend and whose output still has a grid. "Deepest" stops where the
 head begins, which is the last part of the model that has layers of its own, and where a decoder makes the grid finer
-again, as in a U-Net. A part that the model itself calls its backbone or encoder goes first.
+again, as in a U-Net. A part that the model itself calls its backbone or encoder goes first. A module that hardly any
+layer of the model runs before, such as the embedding of patches, goes last.
 
 One traced pass tells what ran in which order and what depends on what; another one, at a second image size, tells which
 outputs are a grid over the image.
@@ -10,6 +11,7 @@ outputs are a grid over the image.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +28,9 @@ NAMES = ("backbone", "encoder", "image_encoder", "vision_encoder", "vision_tower
 
 LEAST_SHARE = 0.1
 """Share of the weights that runs before a head at least. What follows on less is a part of the encoder."""
+
+LEAST_LAYERS = 0.1
+"""Share of the layers before the head that an encoder has at least, if there is another one that has more."""
 
 
 @dataclass(eq=False)
@@ -75,19 +80,22 @@ def encoder_paths(model: nn.Module, images: Tensor, others: list[Size]) -> list[
     if fixed:
         _find_grids(root, [size], model, images)
     shared = _shared_by_all_outputs(root)
-    top, head = _head(root, shared)
-    inside = set() if head is None else set(_walk(head))
-    outside = inside | _above(root, top)
+    tops, heads = _heads(root, shared)
+    inside = {call for head in heads for call in _walk(head)}
+    outside = inside.union(*(_above(root, top) for top in tops))
     candidates = _one_for_each_map([call for call in shared if call not in outside])
     coarsest = max((call.coarsest for call in candidates), default=0)
+    layers = _Layers(call for call in _walk(root) if call not in inside)
 
-    def rank(call: Call) -> tuple[bool, bool, int]:
+    def rank(call: Call) -> tuple[bool, bool, bool, int]:
         cell = min(spec.stride for spec in call.maps)  # images of a fixed size cannot be padded to whole cells
-        return not fixed or not any(side % cell for side in size), call.coarsest == coarsest, call.end
+        whole_cells = not fixed or not any(side % cell for side in size)
+        return layers.share(call) >= LEAST_LAYERS, whole_cells, call.coarsest == coarsest, call.end
 
     ends = sorted(candidates, key=rank, reverse=True)
-    named = [call for call in top.children if call in shared and _name(call) in _names(top.module)]
-    whole = [root] if root.maps and head is None and root.coarsest > coarsest else []
+    named = [call for top in tops for call in top.children if call in shared and _name(call) in _names(top.module)]
+    least = not ends or layers.share(ends[0]) < LEAST_LAYERS
+    whole = [root] if root.maps and not heads and (root.coarsest > coarsest or least) else []
     return list(dict.fromkeys(_public(call, root) for call in (*named, *whole, *ends)))
 
 
@@ -167,11 +175,12 @@ def _walk(call: Call) -> Iterator[Call]:
 
 
 def _shared_by_all_outputs(root: Call) -> list[Call]:
-    """The calls with a map on which every output of the model depends."""
+    """The calls with a map on which every output of the model depends that depends on the images at all."""
     count: dict[nn.Module, int] = {}
     for call in _walk(root):
         count[call.module] = count.get(call.module, 0) + 1
     behind = [_ancestors(node) for node in root.nodes if node is not None]
+    behind = [seen for seen in behind if _sees_images(seen)] or behind
 
     def shared(call: Call) -> bool:
         nodes = [call.nodes[spec.index] for spec in call.maps]
@@ -189,6 +198,32 @@ def _ancestors(node: Any) -> set[Any]:
                 seen.add(parent)
                 todo.append(parent)
     return seen
+
+
+def _sees_images(nodes: set[Any]) -> bool:
+    """Whether the images are among the leaves of a graph of gradients: all others are parameters."""
+    leaves = (getattr(node, "variable", None) for node in nodes)
+    return any(isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter) for leaf in leaves)
+
+
+def _heads(root: Call, shared: list[Call]) -> tuple[list[Call], list[Call]]:
+    """The modules that hold encoder and head side by side, outermost first, and the heads.
+
+    A part before the head that returns no map holds a head of its own, as a model does whose decoder returns queries.
+    """
+    known = set(shared)
+    top, head = _head(root, shared)
+    tops, heads = [top], [] if head is None else [head]
+    while head is not None:
+        before = [call for call in top.children if call.end < head.end and known & set(_walk(call))]
+        if before[-1] in known:
+            break
+        top, head = _head(before[-1], shared)
+        if head is None or head in known:
+            break
+        tops.append(top)
+        heads.append(head)
+    return tops, heads
 
 
 def _head(root: Call, shared: list[Call]) -> tuple[Call, Call | None]:
@@ -218,6 +253,26 @@ def _coarsest(calls: Iterable[Call]) -> int:
 def _weights(calls: Iterable[Call]) -> int:
     """How many weights some modules have together."""
     return sum(p.numel() for p in dict.fromkeys(p for call in calls for p in call.module.parameters()))
+
+
+class _Layers:
+    """Which layers run before what.
+
+    Args:
+        calls: all calls that are no part of the head.
+    """
+
+    def __init__(self, calls: Iterable[Call]) -> None:
+        ends: dict[Tensor, int] = {}  # weight -> when it is used first
+        for call in calls:
+            for p in call.module.parameters(recurse=False):
+                if p.ndim > 1:
+                    ends[p] = min(call.end, ends.get(p, call.end))
+        self._ends = sorted(ends.values())
+
+    def share(self, call: Call) -> float:
+        """Which part of the layers has run when a call ends, in [0, 1]."""
+        return bisect_right(self._ends, call.end) / max(len(self._ends), 1)
 
 
 def _above(root: Call, top: Call) -> set[Call]:

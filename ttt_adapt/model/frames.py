@@ -126,11 +126,19 @@ def default_preprocess(model: nn.Module, device: torch.device) -> Normalize | No
 
 
 def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
-    """(H, W) of a model that takes one size only, as timm's ViTs and Swins do unless they were told otherwise."""
-    for module in model.modules():
-        if getattr(module, "strict_img_size", False) and getattr(module, "img_size", None):
-            size: Any = module.img_size
-            return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    """(H, W) of a model that takes one size only, as timm's ViTs and Swins do unless they were told otherwise.
+
+    Embeddings of patches say it. One behind a stem has the size of what the stem returns, so a module around it goes
+    first, if it names a size.
+    """
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        if not (getattr(module, "strict_img_size", False) and getattr(module, "img_size", None)):
+            continue
+        parts = path.split(".") if path else []
+        around = (modules[".".join(parts[:depth])] for depth in range(len(parts) + 1))
+        size: Any = next(size for size in (getattr(each, "img_size", None) for each in around) if size)
+        return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
     return None
 
 

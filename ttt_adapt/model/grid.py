@@ -21,6 +21,9 @@ from ttt_adapt.model.features import MAX_PREFIX, TOKEN_AXES, Layout, MapSpec, gr
 Size = tuple[int, int]
 Shape = tuple[int, ...]
 
+MAX_EXTRA = 512
+"""More tokens beside the patches than this are not looked for (class, registers, detection tokens of YOLOS)."""
+
 MAX_BORDER = 3.5
 """Cells by which a map may be smaller than the image, where convolutions have no padding."""
 
@@ -173,12 +176,13 @@ def _strides(counts: list[tuple[Size, int]]) -> list[tuple[int, int]]:
     Args:
         counts: size (H, W) of an image and the number of its tokens, for one or two sizes.
     """
+    most = MAX_EXTRA if len(counts) > 1 else MAX_PREFIX  # one size alone fits many strides
     found: dict[tuple[Any, int], tuple[int, int, int]] = {}
     for stride in range(1, min(min(size) for size, _ in counts)):
         for rounding in (0, 1):
             grids = [grid_of(size, stride)[rounding] for size, _ in counts]
             extras = {count - h * w for (_, count), (h, w) in zip(counts, grids, strict=True)}
-            if len(extras) == 1 and 0 <= (extra := extras.pop()) <= MAX_PREFIX and all(h * w > 1 for h, w in grids):
+            if len(extras) == 1 and 0 <= (extra := extras.pop()) <= most and all(h * w > 1 for h, w in grids):
                 parts = sum(side % stride != 0 for size, _ in counts for side in size)
                 key = (tuple(grids), extra)
                 found[key] = min(found.get(key, (parts, extra, -stride)), (parts, extra, -stride))

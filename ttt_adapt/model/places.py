@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ttt_adapt.errors import EncoderError
 from ttt_adapt.model.hooks import inputs_of, run_encoder, without_checkpointing
+from ttt_adapt.model.pass_state import undone_if_it_fails
 from ttt_adapt.model.probe import along, evaluating, probe_images
 from ttt_adapt.model.threads import in_this_thread
 
@@ -132,6 +133,15 @@ class StemViews:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
         return self._known[key]
+
+    def takes(self, size: tuple[int, int]) -> bool:
+        """Whether the model runs on images of `size` (H, W), and its stem sees them as they are or padded."""
+        try:
+            with undone_if_it_fails(self._model):
+                self.at(size)
+        except Exception:  # a model of one size
+            return False
+        return True
 
     def _look(self, size: tuple[int, int]) -> StemView:
         images = self._images(size)

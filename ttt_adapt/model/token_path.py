@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ttt_adapt.model.features import MAX_PREFIX, tensors
 from ttt_adapt.model.hooks import TokenPath, inputs_of, run_encoder, visible_tokens
+from ttt_adapt.model.other_weights import with_other_weights
 from ttt_adapt.model.probe import probe_images
 from ttt_adapt.model.trace import Trace
 
@@ -208,4 +208,9 @@ def _with_larger_weights(model: nn.Module) -> Callable[[Tensor], Any]:
         if p.numel() and p.is_floating_point() and p.abs().max() < NEAR_ZERO:
             generator = torch.Generator("cpu").manual_seed(len(name))
             larger[name] = LARGER * torch.randn(p.shape, generator=generator, device="cpu").to(p)
-    return lambda images: functional_call(model, larger, (images,))
+
+    def call(images: Tensor) -> Any:
+        with with_other_weights(model, larger):
+            return model(images)
+
+    return call

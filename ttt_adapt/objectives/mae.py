@@ -43,6 +43,7 @@ from ttt_adapt.objectives.masking import (
     denormalise_patches,
     hidden_patches,
     pad_to_multiple,
+    padded_size,
     patch_grid,
     random_mask,
     visible_pixels,
@@ -87,6 +88,9 @@ class MAEBranch(Attached):
             self.mask_channel = _mask_channel(info)
             if isinstance(info.stem, nn.Conv2d) and info.stem_map is None:
                 self._views = StemViews(info.model, info.module, info.stem, info.checkpointing, info.probe_size)
+                padded = padded_size(info.probe_size, self.multiple)
+                if padded != info.probe_size and not self._views.takes(padded):
+                    self.multiple = 1  # images of its own size alone can be masked; its maps have to cover them whole
         self.to(next(iter(info.parameters.values())))
 
     def loss(self, images: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -219,9 +223,8 @@ class MAEBranch(Attached):
         """
         mask = self.draw_mask(images, generator)
         if self._views is not None and isinstance(self.mask_channel, MaskChannel):
-            h, w = images.shape[-2:]
             with self.pass_state.undone():
-                look_once((h + -h % self.multiple, w + -w % self.multiple), self.mask_channel, self._views)
+                look_once(padded_size(images.shape[-2:], self.multiple), self.mask_channel, self._views)
         return mask
 
     def weight(self, images: Tensor, mask: Tensor) -> Tensor:

@@ -161,8 +161,14 @@ def _patch_statistics(images: Tensor, patch_size: int) -> tuple[Tensor, Tensor, 
     return patches, patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
+def padded_size(size: tuple[int, int] | torch.Size, multiple: int) -> tuple[int, int]:
+    """(H, W) in whole multiples, of images of `size` (H, W)."""
+    h, w = size
+    return h + -h % multiple, w + -w % multiple
+
+
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     """Zero-pad [B, C, H, W] at the bottom and right to whole multiples; `images` itself where none is needed."""
-    h, w = images.shape[-2:]
-    bottom, right = -h % multiple, -w % multiple
+    h, w = padded_size(images.shape[-2:], multiple)
+    bottom, right = h - images.shape[-2], w - images.shape[-1]
     return F.pad(images, (0, right, 0, bottom)) if bottom or right else images

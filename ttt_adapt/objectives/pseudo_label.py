@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.model.half import HALF
+from ttt_adapt.model.other_weights import with_other_weights
 from ttt_adapt.objectives.base import OutputObjective
 from ttt_adapt.objectives.masking import patch_grid, random_mask, visible_pixels
 
@@ -83,7 +83,8 @@ class PseudoLabel(OutputObjective):
         if self._average is None:
             return self.model(images)
         teacher = {name: self._in_pass(name, weight, images.dtype) for name, weight in self._teacher.items()}
-        return functional_call(self.model, teacher, (images,))
+        with with_other_weights(self.model, teacher):
+            return self.model(images)
 
     def _in_pass(self, name: str, weight: Tensor, images: torch.dtype) -> Tensor:
         """A weight of the teacher as a pass over such images takes it: in their half precision, if the model's is."""

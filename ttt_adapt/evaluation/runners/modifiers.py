@@ -9,12 +9,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.evaluation.runners.base import ClipRunner, Runner, Score, log_scores
 from ttt_adapt.evaluation.runners.streaming import Adapting
 from ttt_adapt.model.frames import Preprocess, to_model_input
+from ttt_adapt.model.other_weights import with_other_weights
 
 
 class Modified:
@@ -142,8 +142,8 @@ class ClassBalanced(Modified):
             self.resets += 1
         scores = super().step(frame)
         x = to_model_input(frame, self._preprocess, scores.device, scores.dtype)
-        with torch.no_grad():
-            source = functional_call(self._model, self._source, (x,))
+        with torch.no_grad(), with_other_weights(self._model, self._source):
+            source = self._model(x)
         self.fewer.append(_classes(source) - _classes(scores))
         return scores
 
