@@ -131,7 +131,7 @@ def adapt_video(
             written.write(output, prediction, picture)
             advance(runner.loss)
         written.finish()
-    return written.count
+        return written.count
 
 
 def _colours(checkpoint: Checkpoint) -> dict[str, Any]:
