@@ -1,10 +1,10 @@
-"""What `ttt-adapt run` writes: films with a legend, label maps, raw outputs; and what is kept when it is stopped."""
+"""What `ttt-adapt run` writes: films with a legend, label maps, label videos, raw outputs."""
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
-import signal
 from pathlib import Path
 
 import av
@@ -16,7 +16,7 @@ from PIL import Image
 import ttt_adapt.evaluation.adapt_video as module
 from arm_inputs import CLASSES, SIZE, checkpoint, write_clip
 from colours import write_video
-from command_line import fail, invoke, status, video
+from command_line import fail, invoke, video
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.evaluation.adapt_video import adapt_video
 from ttt_adapt.tasks.checkpoint import load_checkpoint, save_checkpoint
@@ -133,6 +133,61 @@ def test_a_legend_names_the_classes_below_the_film(frames, tmp_path):
     assert height % 2 == 0
 
 
+# ---- a video of labels
+
+
+def test_a_video_of_labels_holds_the_label_maps_exactly_with_names_and_colours(model, frames, tmp_path):
+    film = tmp_path / "labels.mkv"
+    told = run(frames, model, f"--labels-out={film}", "--fps=12.5")
+    assert f"wrote 5 frames to {film}, as label maps\n" in told
+    assert os.listdir(tmp_path) == ["labels.mkv"]  # and no film, since nobody asked for one
+    run(frames, model, f"--labels-out={tmp_path / 'folder'}")
+    expected = [
+        np.asarray(Image.open(tmp_path / "folder" / f"{name}.png")) for name in ("a", "b 1", "b 2", "b 10", "ü")
+    ]
+    with av.open(str(film)) as container:
+        about, stream = container.metadata, container.streams.video[0]
+        assert (stream.codec_context.name, float(stream.average_rate)) == ("ffv1", 12.5)
+        found = [frame.to_ndarray() for frame in container.decode(stream)]
+    assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
+    assert len(np.unique(expected)) > 1
+    assert json.loads(about["CLASSES"]) == list(CLASSES)
+    assert json.loads(about["PALETTE"]) == [list(colour) for colour in PALETTE]
+    assert (about["MADE_BY"], about["SOURCE"]) == ("ttt-adapt run", str(frames))
+
+
+def test_a_video_of_labels_is_written_over_only_when_asked_and_stays_when_a_run_fails(
+    model, frames, tmp_path, capsys, monkeypatch
+):
+    film = tmp_path / "labels.MKV"
+    film.write_bytes(b"precious")
+    call = ["run", frames, f"--checkpoint={model}", "--arm=fixed", f"--labels-out={film}"]
+    assert f"--labels-out is {film}, which exists: choose another name, or set --overwrite" in fail(
+        capsys, monkeypatch, *call
+    )
+    for same in ("--out", "--raw-out"):
+        line = fail(capsys, monkeypatch, *call, f"{same}={film}", "--overwrite")
+        assert "choose a name for each" in line or "the name of a file; expected a folder" in line
+    assert film.read_bytes() == b"precious"
+    invoke(*call, "--overwrite")
+    with av.open(str(film)) as container:
+        assert len(list(container.decode(video=0))) == 5
+    line = fail(capsys, monkeypatch, "run", film, *call[2:], "--overwrite")
+    assert f"--labels-out is {film}, which is an input and would be lost" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [("labels-out", "l.mp4"), ("labels-out", "l.png"), ("raw-out", "raw.mkv"), ("raw-out", "raw.npz")],
+)
+def test_a_name_of_a_file_is_no_name_for_a_folder(option, name, model, frames, tmp_path, capsys, monkeypatch):
+    call = ["run", frames, f"--checkpoint={model}", f"--{option}={tmp_path / name}"]
+    line = fail(capsys, monkeypatch, *call)
+    assert f"--{option} is {tmp_path / name}, the name of a file; expected a folder" in line
+    assert ("a file ending in .mkv for a video of labels" in line) == (option == "labels-out")
+    assert not os.listdir(tmp_path)
+
+
 # ---- what is refused
 
 
@@ -199,69 +254,3 @@ def test_the_same_rules_hold_in_python(model, frames, tmp_path):
     assert out.read_bytes() == b"precious"
     assert adapt_video(str(frames), model, out, arm="fixed", overwrite=True) == 5
     assert video(out)[0] == 5
-
-
-# ---- stopping
-
-
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
-def test_a_signal_ends_a_run_as_ctrl_c_does_and_what_was_written_is_told_as_partial(
-    name, code, model, frames, tmp_path, capsys, monkeypatch
-):
-    number, real = getattr(signal, name), VideoWriter.write
-    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)]
-
-    def write(self, picture):
-        real(self, picture)
-        if self.count == 3:
-            signal.raise_signal(number)
-
-    monkeypatch.setattr(VideoWriter, "write", write)
-    out, labels = tmp_path / "o.mp4", tmp_path / "labels"
-    call = ["run", frames, f"--checkpoint={model}", "--arm=fixed", f"--out={out}", f"--labels-out={labels}"]
-    assert status(monkeypatch, *call) == code
-    told = capsys.readouterr().err
-    assert f"kept in {out}: " in told
-    assert f"kept in {labels}: " in told
-    assert " of 5\n" in told
-    assert told.endswith("interrupted\n" if name == "SIGINT" else f"stopped by {name}\n")
-    assert video(out)[0] == 3
-    assert json.loads((labels / "run.json").read_text())["complete"] is False
-    assert {path.name for path in labels.glob("*.png")} == {"a.png", "b 1.png", "b 2.png"}
-    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)] == before
-
-
-def test_an_interrupted_run_that_may_overwrite_leaves_the_old_film_and_says_so_in_plain_words(
-    model, frames, tmp_path, capsys, monkeypatch
-):
-    real, out = VideoWriter.write, tmp_path / "o.mp4"
-    out.write_bytes(b"precious")
-
-    def write(self, picture):
-        real(self, picture)
-        if self.count == 2:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(VideoWriter, "write", write)
-    call = ["run", frames, f"--checkpoint={model}", "--arm=fixed", f"--out={out}", "--overwrite"]
-    assert status(monkeypatch, *call) == 143
-    told = capsys.readouterr().err
-    partial = tmp_path / "o.partial.mp4"
-    assert f"warning: {out} exists and stays; the 2 new frames are in {partial}.\n" in told
-    assert "UserWarning" not in told
-    assert out.read_bytes() == b"precious"
-    assert video(partial)[0] == 2
-
-
-def test_a_signal_that_is_ignored_stays_ignored(model, frames, tmp_path, monkeypatch):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        real = VideoWriter.write
-        monkeypatch.setattr(
-            VideoWriter, "write", lambda self, picture: (real(self, picture), signal.raise_signal(signal.SIGHUP))
-        )
-        call = ["run", frames, f"--checkpoint={model}", "--arm=fixed", f"--out={tmp_path / 'o.mp4'}"]
-        assert status(monkeypatch, *call) == 0
-    finally:
-        signal.signal(signal.SIGHUP, before)
-    assert video(tmp_path / "o.mp4")[0] == 5

@@ -258,9 +258,40 @@ def test_opaque_video_with_an_alpha_channel_needs_no_word(tmp_path):
     assert (greys(frames), said) == ([0, 1], [])
 
 
-def test_transparency_that_the_decoder_leaves_out_is_said(tmp_path):
+VPX = [("a.webm", "libvpx-vp9", {}), ("a.mkv", "libvpx-vp9", {}), ("a.webm", "libvpx", {"auto-alt-ref": "0"})]
+
+
+@pytest.mark.parametrize(("name", "codec", "options"), VPX)
+def test_transparency_in_a_second_picture_is_read_too(tmp_path, name, codec, options):
+    layers = [np.dstack([np.full((*SIZE, 3), 50, np.uint8), np.full(SIZE, alpha, np.uint8)]) for alpha in (255, 128, 0)]
+    frames, said = read(write(tmp_path / name, layers, codec, "yuva420p", layout="rgba", options=options))
+    assert [float(frame.mean()) for frame in frames] == pytest.approx([50, 152, 255], abs=3)
+    assert said == [f"{name} has transparent pixels: they are shown on white"]
+
+
+def test_an_opaque_second_picture_needs_no_word_and_a_break_is_where_it_is(tmp_path):
+    opaque = [np.dstack([frame, np.full(SIZE, 255, np.uint8)]) for frame in flat(6)]
+    whole = write(tmp_path / "a.webm", opaque, "libvpx-vp9", "yuva420p", layout="rgba", options={"g": "1"})
+    frames, said = read(whole)
+    assert (greys(frames), said) == ([0, 1, 2, 3, 4, 5], [])
+    with av.open(str(whole)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][4]
+        picture = bytes(packet)
+    data = whole.read_bytes()
+    assert data.count(picture) == 1
+    (tmp_path / "b.webm").write_bytes(data.replace(picture, b"\xff" * len(picture)))
+    seen = []
+    with pytest.raises(VideoError, match=r"b\.webm breaks at frame 4:"):  # noqa: PT012
+        for frame in open_video(tmp_path / "b.webm"):
+            seen.append(frame)
+    assert greys(seen) == [0, 1, 2, 3]
+
+
+def test_transparency_that_no_decoder_reads_is_said(tmp_path, monkeypatch):
     layer = np.dstack([np.full((*SIZE, 3), 100, np.uint8), np.full(SIZE, 40, np.uint8)])
-    frames, said = read(write(tmp_path / "a.webm", [layer] * 2, "libvpx-vp9", "yuva420p", layout="rgba"))
+    path = write(tmp_path / "a.webm", [layer] * 2, "libvpx-vp9", "yuva420p", layout="rgba")
+    monkeypatch.setattr("ttt_adapt.video.video_file.alpha_decoder", lambda _stream: None)  # FFmpeg without libvpx
+    frames, said = read(path)
     assert len(frames) == 2
     assert said == ["a.webm keeps its transparency in a second picture, which is not read: frames are opaque"]
 

@@ -144,7 +144,7 @@ def adapt_video(
                 written.write(output, prediction, picture)
                 advance(watching.runner.loss)
         written.finish()
-    return written.count
+        return written.count
 
 
 def _account(video: VideoReader, about: dict[str, Any]) -> None:

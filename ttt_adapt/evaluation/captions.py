@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from ttt_adapt.evaluation.differences import Difference, average_difference, is_uneven, shared_seeds
 from ttt_adapt.evaluation.report import Report
+from ttt_adapt.tasks.base import Metric
 
 UNEVEN = "§"
 """Marks a change that is computed on fewer seeds than the mean beside it."""
@@ -85,7 +86,7 @@ def difference_note(report: Report, blocks: Mapping[str, Sequence[int]]) -> str:
 
 
 def gain_note(report: Report, arm: str, reference: str) -> str:
-    """How much better an arm is than the reference, with its interval, and whether that is certain.
+    """How much better an arm is than the reference, and in plain words whether that is certain.
 
     Args:
         report: of one clip or several.
@@ -93,24 +94,37 @@ def gain_note(report: Report, arm: str, reference: str) -> str:
         reference: the name of the arm that it is compared with.
 
     Returns:
-        One or two sentences, such as "gain of online over fixed: +2.64 points of frame mIoU [-6.60, +11.50]. ...";
-        "" where the two share no run.
+        Two sentences, such as "online is better than fixed by 2.64 points of frame mIoU. This is not certain, and may
+        be chance: over other frames of this kind, online is with 95 % confidence anywhere between 6.60 worse and 11.50
+        better."; "" where the two share no run.
     """
     difference = average_difference(report, arm, reference)
     if difference is None:
         return ""
-    frame = report.task.metrics[1]
-    gain = f"gain of {report.marked(arm)} over {report.marked(reference)}: "
-    gain += f"{frame.signed(frame.better(difference.mean))} {frame.step} of {frame.title}"
+    frame, name = report.task.metrics[1], report.marked(arm)
+    gain = frame.signed(frame.better(difference.mean))
+    if not gain.strip("+-0."):
+        first = f"{name} and {report.marked(reference)} have the same {frame.title}, to {frame.digits} digits"
+    else:
+        than = "better" if gain[0] == "+" else "worse"
+        first = f"{name} is {than} than {report.marked(reference)} by {gain[1:]} {frame.step} of {frame.title}"
     if difference.low is None or difference.high is None:
-        return f"{gain}, without an interval: too little was run to tell how certain it is."
+        return f"{first}. Nobody can say whether this is certain: too little was run to tell."
     low, high = sorted(map(frame.better, (difference.low, difference.high)))
-    interval = f"{gain} [{frame.signed(low)}, {frame.signed(high)}]"
+    ends = f"between {_in_words(frame, low)} and {_in_words(frame, high)}"
+    drawn = "clips" if len(difference.clips) > 1 else "frames"
     if low <= 0 <= high:
         return (
-            f"{interval}. The 95 % interval contains 0: it is not certain that {report.marked(arm)} is better or worse."
+            f"{first}. This is not certain, and may be chance: over other {drawn} of this kind, {name} is with 95 % "
+            f"confidence anywhere {ends}."
         )
-    return f"{interval}, a 95 % interval."
+    return f"{first}. This is certain as far as these {drawn} can tell: with 95 % confidence, it is {ends}."
+
+
+def _in_words(metric: Metric, value: float) -> str:
+    """A difference where larger is better: "2.64 better", "0.10 worse"."""
+    text = metric.signed(value)
+    return f"{text[1:]} {'better' if text[0] == '+' else 'worse'}"
 
 
 def drawn_note(report: Report) -> str:

@@ -119,6 +119,7 @@ def finish_film(film: Path, target: Path) -> None:
     ):
         whole.metadata.update(source.metadata)
         stream = whole.add_stream_from_template(source.streams.video[0])
+        stream.codec_context.framerate = source.streams.video[0].average_rate  # the template lacks it
         for packet in source.demux(source.streams.video[0]):
             if packet.dts is not None:  # the last one is empty
                 packet.stream = stream

@@ -18,11 +18,15 @@ from ttt_adapt.errors import VideoError, missing
 if TYPE_CHECKING:
     from av import Packet, VideoFrame
     from av.container import InputContainer
+    from av.video.codeccontext import VideoCodecContext
     from av.video.stream import VideoStream
 
 
 Kind = Literal["film", "pipe", "live"]
 """What a source is: a film, whose frames are all there; a pipe, whose writer waits; live, which waits for nobody."""
+
+_READ_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+"""Decoders that read the second picture, by the names of those that do not."""
 
 
 class FrameSource(Protocol):
@@ -123,21 +127,56 @@ class BrokenPacketError(Exception):
     """The container marks a packet as damaged or incomplete."""
 
 
-def decode(packets: Iterable[Packet], stream: VideoStream, *, skip_broken: bool = False) -> Iterator[VideoFrame]:
-    """Frames of a stream's packets, in display order.
+def alpha_decoder(stream: VideoStream) -> VideoCodecContext | None:
+    """The decoder of a VP8 or VP9 video that keeps its transparency in a second picture; FFmpeg's own leave it out.
 
-    The error of a broken packet comes after all frames that are shown before it.
+    Returns:
+        None for other videos, and where this FFmpeg build has no libvpx.
     """
+    av, own = import_av(), stream.codec_context
+    if not has_second_picture(stream) or own.name not in _READ_ALPHA:
+        return None
+    try:
+        decoder = av.CodecContext.create(_READ_ALPHA[own.name], "r")
+    except (av.FFmpegError, ValueError):
+        return None
+    decoder.extradata = own.extradata
+    for name in ("color_range", "color_primaries", "color_trc", "colorspace"):  # what the container says of colours
+        setattr(decoder, name, getattr(own, name))
+    return decoder
+
+
+def has_second_picture(stream: VideoStream) -> bool:
+    """Whether a video keeps its transparency in a second picture, as those of WebM do."""
+    return "1" in (stream.metadata.get(key) for key in ("alpha_mode", "ALPHA_MODE"))
+
+
+def decode(
+    packets: Iterable[Packet],
+    stream: VideoStream,
+    *,
+    skip_broken: bool = False,
+    decoder: VideoCodecContext | None = None,
+) -> Iterator[VideoFrame]:
+    """Frames in display order. The error of a broken packet comes after all frames that are shown before it.
+
+    Args:
+        packets: of the stream, in the order of the container.
+        stream: the video.
+        skip_broken: leave broken packets out.
+        decoder: what decodes; None: FFmpeg's choice for the stream.
+    """
+    decoder = decoder or stream.codec_context
     for packet in packets:
         try:
             if packet.is_corrupt:
                 raise BrokenPacketError("the data of this frame are incomplete")
-            frames = packet.decode()
+            frames = decoder.decode(packet if packet.size else None)
         except (av_error(), BrokenPacketError):
             if skip_broken:
                 continue
             if packet.pts is not None:  # the decoder still holds good frames, which it reorders
-                yield from (f for f in stream.decode(None) if f.pts is not None and f.pts < packet.pts)
+                yield from (f for f in decoder.decode(None) if f.pts is not None and f.pts < packet.pts)
             raise
         yield from frames
 

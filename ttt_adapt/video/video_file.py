@@ -16,9 +16,11 @@ from ttt_adapt.video.rgb import ToRGB
 from ttt_adapt.video.sources import (
     BrokenPacketError,
     Kind,
+    alpha_decoder,
     av_error,
     checked,
     decode,
+    has_second_picture,
     import_av,
     local_url,
     rate_of,
@@ -49,7 +51,7 @@ class VideoFile:
             stream = video_stream(container, self.name, self._to_rgb.say)
             self.fps = rate_of(stream)
             self.sounds = len(container.streams.audio)
-            if "1" in (stream.metadata.get(key) for key in ("alpha_mode", "ALPHA_MODE")):
+            if has_second_picture(stream) and alpha_decoder(stream) is None:
                 self._to_rgb.say("keeps its transparency in a second picture, which is not read: frames are opaque")
             try:
                 first = next(self._decode(container, stream), None)
@@ -60,7 +62,8 @@ class VideoFile:
             self.size: tuple[int, int] = self._to_rgb(first).shape[:2]
 
     def _decode(self, container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
-        return deinterlaced(decode(container.demux(stream), stream), stream, self._to_rgb.say)
+        frames = decode(container.demux(stream), stream, decoder=alpha_decoder(stream))
+        return deinterlaced(frames, stream, self._to_rgb.say)
 
     def _open(self) -> InputContainer:
         av = import_av()
