@@ -21,11 +21,9 @@ def test_an_unknown_path_comes_with_the_nearest_names():
         MAEBranch.attach(zoo.UNet(), "encodr")
 
 
-def test_an_empty_path_is_refused_and_the_whole_model_is_named_by_itself():
+def test_an_empty_path_is_the_whole_model():
     model = zoo.resnet_features()
-    with left_as_it_was(model), pytest.raises(EncoderError, match='encoder is "";.*"auto".*pass encoder=model'):
-        MAEBranch.attach(model, encoder="")
-    assert MAEBranch.attach(model, encoder=model).info.module is model
+    assert MAEBranch.attach(model, encoder="").info.module is model
 
 
 def test_an_encoder_that_is_never_reached_is_refused():

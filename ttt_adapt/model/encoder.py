@@ -151,12 +151,6 @@ def _find_encoder(model: nn.Module, encoder: str | nn.Module) -> tuple[str, nn.M
             if module is encoder:
                 return name, module
         raise EncoderError(f"the encoder ({type(encoder).__name__}) is not a module of this {type(model).__name__}")
-    if encoder == "":
-        raise EncoderError(
-            'the encoder is ""; expected "auto", which finds where the encoder ends, or the dotted path of a module of '
-            f"{type(model).__name__}, such as {next(filter(None, modules), 'backbone')!r}. If all of the model is the "
-            "encoder, as where it returns its features, pass encoder=model"
-        )
     if encoder not in modules and f"_orig_mod.{encoder}" in modules:  # the model is wrapped by torch.compile
         encoder = f"_orig_mod.{encoder}"
     if encoder not in modules:

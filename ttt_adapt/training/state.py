@@ -70,7 +70,7 @@ def check_parts(state: Mapping[str, Any], epochs: int, optimizer: Any, schedule:
     rates = list_of(number(0.0), *[len(optimizer.param_groups)] * 2)
     scales = {k: whole() if isinstance(v, int) else number(math.ulp(0.0)) for k, v in scaler.state_dict().items()}
     fields = {"base_lrs": rates, "_last_lr": rates, "last_epoch": whole(), "_step_count": whole()}
-    fields["lr_lambdas"] = list_of(lambda each: "" if each is None else "None", *[len(optimizer.param_groups)] * 2)
+    fields["lr_lambdas"] = list_of(_no_factor, *[len(optimizer.param_groups)] * 2)
     flags = dict.fromkeys({*schedule.state_dict(), "verbose"} - fields.keys(), plain)  # other versions have other flags
     try:
         check_fields({"epoch": state["epoch"]}, {"epoch": whole(0, epochs)}, "it")
@@ -79,3 +79,8 @@ def check_parts(state: Mapping[str, Any], epochs: int, optimizer: Any, schedule:
         check_optimizer_state(optimizer, state["optimizer"])
     except CheckpointError as error:
         raise CheckpointError(f"{file} is damaged ({error}): remove it to start anew") from error
+
+
+def _no_factor(saved: Any) -> str:
+    """Check what a schedule saves of a function without attributes of its own: "" for None or {}."""
+    return "" if saved is None or (type(saved) is dict and not saved) else "None"

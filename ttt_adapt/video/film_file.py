@@ -69,9 +69,11 @@ class FilmFile:
             StateError: the writer is closed.
         """
         if self._closed:
-            raise StateError(f"The writer of {self.path} is closed. Make another one to write another video.")
-        image = self._image(frame)
+            raise StateError(
+                f"The writer of {self.path} is closed. Make another {type(self).__name__} to write another video."
+            )
         with uninterrupted():  # an encoded frame that is not written would leave a gap in the video
+            image = self._image(frame)
             try:
                 if self._film is None:
                     self._partial = _new_partial(self.path)

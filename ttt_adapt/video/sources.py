@@ -166,17 +166,16 @@ def decode(
         skip_broken: leave broken packets out.
         decoder: what decodes; None: FFmpeg's choice for the stream.
     """
-    decoder = decoder or stream.codec_context
     for packet in packets:
         try:
             if packet.is_corrupt:
                 raise BrokenPacketError("the data of this frame are incomplete")
-            frames = decoder.decode(packet if packet.size else None)
+            frames = packet.decode() if decoder is None else decoder.decode(packet if packet.size else None)
         except (av_error(), BrokenPacketError):
             if skip_broken:
                 continue
             if packet.pts is not None:  # the decoder still holds good frames, which it reorders
-                yield from (f for f in decoder.decode(None) if f.pts is not None and f.pts < packet.pts)
+                yield from (f for f in (decoder or stream).decode(None) if f.pts is not None and f.pts < packet.pts)
             raise
         yield from frames
 
