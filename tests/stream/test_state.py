@@ -63,7 +63,7 @@ class Smiles(Part):
         self.count = count
 
 
-@dataclass
+@dataclass(eq=False)
 class SmilingState(StreamState):
     smiles: Smiles = field(default_factory=Smiles)
 
