@@ -154,7 +154,7 @@ class StreamAdapter(OneVideo):
 
     @property
     def state(self) -> StreamState:
-        """All that belongs to the video that is being watched."""
+        """All that belongs to the video of the adapter's own stream."""
         return self._state
 
     @property
