@@ -270,6 +270,6 @@ def test_factors_are_drawn_by_the_seed_and_a_rank_is_at_most_that_of_the_weight(
 
 
 def test_factors_beside_weights_in_half_precision_are_refused_with_the_way_out():
-    model = vit().bfloat16()
+    model = vit().half()
     with left_as_it_was(model), pytest.raises(ConfigError, match=r"half precision.*model\.float\(\)"):
         attached("lora:2", model)

@@ -93,7 +93,6 @@ class StreamAdapter(OneVideo):
         inside = unwrapped(model if branch is None else branch.model)
         calibration = getattr(branch, "calibration", None) if calibration is None else calibration
         config = settled_config(config, calibration)
-        parking = Parking(resident, park)
         self._handed, plain = model, config.norm_stats == "frozen" or unwrapped(model) is not inside
         predict = (model if plain else inside) if predict is None else predict  # no hook reaches what is compiled
         model = model if branch is None else check_attached(model, branch)
@@ -137,7 +136,7 @@ class StreamAdapter(OneVideo):
             outside=outside,
             setting=partial(setting_of, branch, preprocess, digest),
             source=functools.cache(partial(source_of, branch, source, memory.start)),
-            parking=parking,
+            parking=Parking(resident, park),
         )  # fmt: skip
         super().__init__(shared, state)
         self._open = OpenStreams(shared)
@@ -153,7 +152,7 @@ class StreamAdapter(OneVideo):
 
     @property
     def state(self) -> StreamState:
-        """All that belongs to the video that is being watched."""
+        """All that belongs to the video of the adapter's own stream."""
         return self._state
 
     @property

@@ -197,7 +197,7 @@ def test_a_state_of_another_adapter_is_refused_and_changes_nothing():
     adapter, other = attached(), attached()
     adapter.step(clip(1)[0])
     before = adapter.state_dict()
-    for state in (other.state, other.new_state(), None):
+    for state in (other.state, other.new_state(), None, []):
         with pytest.raises(StateError, match="no state of this adapter"):
             adapter.swap(state)
     assert same_bits(adapter.state_dict(), before)

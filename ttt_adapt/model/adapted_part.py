@@ -57,8 +57,8 @@ def _of_norm(module: nn.Module) -> Iterator[nn.Parameter]:
 def _matrices(module: nn.Module) -> Iterator[nn.Parameter]:
     """The weights of a layer that are matrices: of linear layers, attention, and 1x1 convolutions."""
     pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
-    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-    names = names if isinstance(module, nn.MultiheadAttention) else ("weight",)
+    attention = ["in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"]
+    names = attention if isinstance(module, nn.MultiheadAttention) else ["weight"]
     if pointwise or isinstance(module, nn.Linear | nn.MultiheadAttention):
         found = (module._parameters.get(name) for name in names)
         yield from (p for p in found if p is not None)

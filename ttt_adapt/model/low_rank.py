@@ -43,7 +43,7 @@ class LowRank:
                 f"adapt is 'lora:{rank}', and {halves[0]} is in half precision, where small changes of a weight are "
                 "lost: convert the model with model.float(), or adapt another part"
             )
-        self._weights = list(weights.values())
+        self._weights: list[Tensor] = list(weights.values())
         self._sources = [p.detach().clone() for p in self._weights]
         self.factors: dict[str, nn.Parameter] = {}
         generator = torch.Generator().manual_seed(seed)

@@ -101,8 +101,9 @@ class SharedModel:
         self.outside.check()
         if state is self.present:
             return
-        with explained_memory_errors(self.config):
-            self.parking.fetch(state)
+        if isinstance(state, StreamState):  # what else may come, `swap` refuses
+            with explained_memory_errors(self.config):
+                self.parking.fetch(state)
         before, drift = self.present, self.steps.drift()
         try:
             swap(before, state)

@@ -85,7 +85,10 @@ class Parking:
     @torch.inference_mode(False)
     def _park(self, state: StreamState) -> None:
         """Move a video away from the device. One that would not come back as it is stays."""
-        saved = state.state_dict()
+        try:
+            saved = state.state_dict()
+        except StateError:  # the model keeps something of this video that cannot be saved
+            return
         if not _is_finite(saved):  # a load would refuse it
             return
         self._away[state] = self._stored(saved)
