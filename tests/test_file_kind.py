@@ -23,6 +23,7 @@ from ttt_adapt.files import read_small
 from ttt_adapt.tasks.calibrate import calibration_target
 from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint, read_calibration, read_spec, save_checkpoint
 from ttt_adapt.tasks.dense_model import DenseModel
+from ttt_adapt.tasks.pretrained import read_weights
 from ttt_adapt.tasks.spec import ModelSpec
 from ttt_adapt.training.state import read_state
 
@@ -139,6 +140,12 @@ def test_every_reader_takes_its_own_kind_and_names_the_others(files, name):
         with pytest.raises(error) as refused:
             read(files[name])
         assert name in alike or kind_of(files[name]).what in str(refused.value)
+
+
+def test_weights_to_start_from_are_not_looked_for_in_other_files(files):
+    for name in ("stream", "calibration"):
+        with pytest.raises(CheckpointError, match=f"is no file of weights: it is {kind_of(files[name]).what}; "):
+            read_weights(files[name])
 
 
 def test_a_name_that_is_neither_a_file_nor_a_model_is_said_so(tmp_path):
