@@ -60,7 +60,7 @@ TRAINING = FileKind(
 )
 WEIGHTS = FileKind(
     "weights",
-    "weights without a description of their model",
+    "a file of weights without a description of their model",
     "`ttt-adapt train --pretrained FILE` starts from them; in Python, `load_state_dict` of your model loads them",
 )
 OPENMMLAB = FileKind("openmmlab", "a checkpoint of OpenMMLab", "`ttt-adapt mm test CONFIG FILE` runs it")
@@ -68,7 +68,9 @@ PICKLE = FileKind(
     "pickle", "a pickle of Python objects, whose code is not run", "save the model's state_dict() in its place"
 )
 REPORT = FileKind("report", "the report of an evaluation", "`Report.load` of `ttt_adapt.evaluation.report` reads it")
-COCO = FileKind("coco", "annotations in the layout of COCO", "`ttt-adapt eval` takes the folder that holds them")
+COCO = FileKind(
+    "coco", "a file of annotations in the layout of COCO", "`ttt-adapt eval` takes the folder that holds them"
+)
 VIDEO = FileKind("video", "a video", "`ttt-adapt run FILE --checkpoint MODEL.safetensors` adapts a model to it")
 PICTURE = FileKind(
     "picture", "a picture", "`ttt-adapt run FOLDER --checkpoint MODEL.safetensors` takes a folder of pictures"
@@ -78,7 +80,7 @@ PICTURES = FileKind(
     "a folder of pictures",
     "`ttt-adapt run FILE --checkpoint MODEL.safetensors` adapts a model to them",
 )
-ARRAYS = FileKind("arrays", "arrays of NumPy", "`np.load(FILE)` reads them")
+ARRAYS = FileKind("arrays", "a file with arrays of NumPy", "`np.load(FILE)` reads them")
 CONFIG = FileKind("config", "a config of OpenMMLab", "`ttt-adapt mm train FILE` trains by it")
 
 _MAGIC = {
