@@ -7,7 +7,7 @@ import pickle
 import shlex
 import stat
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,17 +27,18 @@ class FileKind(NamedTuple):
         name: by which code asks for it.
         what: in words, such as "a video".
         use: what takes it, with FILE for its path; "" where nothing of this library does.
-        known: whether it can be nothing else.
     """
 
     name: str
     what: str
     use: str = ""
-    known: bool = True
 
 
-NOTHING = FileKind("nothing", "no file", known=False)
-UNKNOWN = FileKind("unknown", "of a kind that is not known here", known=False)
+NOTHING = FileKind("nothing", "no file")
+UNKNOWN = FileKind("unknown", "of a kind that is not known here")
+TEXT = FileKind("text", "a text")
+JSON = FileKind("json", "a JSON text")
+BROKEN = FileKind("safetensors", "a .safetensors file whose header is broken")
 CHECKPOINT = FileKind(
     "checkpoint",
     "a checkpoint of `ttt-adapt train`",
@@ -59,7 +60,7 @@ TRAINING = FileKind(
 )
 WEIGHTS = FileKind(
     "weights",
-    "weights without a description of their model",
+    "a file of weights without a description of their model",
     "`ttt-adapt train --pretrained FILE` starts from them; in Python, `load_state_dict` of your model loads them",
 )
 OPENMMLAB = FileKind("openmmlab", "a checkpoint of OpenMMLab", "`ttt-adapt mm test CONFIG FILE` runs it")
@@ -67,7 +68,9 @@ PICKLE = FileKind(
     "pickle", "a pickle of Python objects, whose code is not run", "save the model's state_dict() in its place"
 )
 REPORT = FileKind("report", "the report of an evaluation", "`Report.load` of `ttt_adapt.evaluation.report` reads it")
-COCO = FileKind("coco", "annotations in the layout of COCO", "`ttt-adapt eval` takes the folder that holds them")
+COCO = FileKind(
+    "coco", "a file of annotations in the layout of COCO", "`ttt-adapt eval` takes the folder that holds them"
+)
 VIDEO = FileKind("video", "a video", "`ttt-adapt run FILE --checkpoint MODEL.safetensors` adapts a model to it")
 PICTURE = FileKind(
     "picture", "a picture", "`ttt-adapt run FOLDER --checkpoint MODEL.safetensors` takes a folder of pictures"
@@ -77,7 +80,7 @@ PICTURES = FileKind(
     "a folder of pictures",
     "`ttt-adapt run FILE --checkpoint MODEL.safetensors` adapts a model to them",
 )
-ARRAYS = FileKind("arrays", "arrays of NumPy", "`np.load(FILE)` reads them")
+ARRAYS = FileKind("arrays", "a file with arrays of NumPy", "`np.load(FILE)` reads them")
 CONFIG = FileKind("config", "a config of OpenMMLab", "`ttt-adapt mm train FILE` trains by it")
 
 _MAGIC = {
@@ -93,20 +96,20 @@ _SUFFIXES = {
 }
 
 
-def refuse_other_kind(path: str | Path, name: str, expected: str, error: type[TTTAdaptError]) -> None:
-    """Refuse a file that is certainly of another kind; where it cannot be told, or is missing, nothing happens.
+def refuse_other_kind(path: str | Path, names: Collection[str], expected: str, error: type[TTTAdaptError]) -> None:
+    """Refuse a file of another kind; where nothing is there, nothing happens.
 
     Args:
         path: the file.
-        name: of the kind that is expected.
-        expected: what it was expected to be, such as "no calibration".
+        names: of the kinds that it may be of; a damaged file may be of several.
+        expected: what it is not, for the message, such as "no calibration".
         error: what to raise.
 
     Raises:
         `error`: it is of another kind; the message says of which, and what takes it.
     """
     kind = kind_of(path)
-    if kind.known and kind.name != name:
+    if kind is not NOTHING and kind.name not in names:
         use = kind.use.replace("FILE", shlex.quote(str(path)) if "`ttt-adapt" in kind.use else repr(str(path)))
         raise error(f"{path} is {expected}: it is {kind.what}" + (f"; {use}" if use else ""))
 
@@ -149,25 +152,26 @@ def _of_content(path: Path, head: bytes, size: int) -> FileKind:
         return _of_torch(path)
     if head.lstrip()[:1] in (b"{", b"[") and size <= HEADER:
         return _of_json(path)
-    if (
-        path.suffix.lower() == ".py"
-        and size <= HEADER
-        and any(word in path.read_bytes() for word in (b"_base_", b"dict("))
-    ):
-        return CONFIG
-    return _SUFFIXES.get(path.suffix.lower(), UNKNOWN)
+    if path.suffix.lower() == ".py" and size <= HEADER:
+        content = path.read_bytes()
+        return CONFIG if b"_base_" in content or b"dict(" in content else TEXT
+    return _SUFFIXES.get(path.suffix.lower(), TEXT if _is_text(head) else UNKNOWN)
+
+
+def _is_text(head: bytes) -> bool:
+    return head.isascii() and head.decode("ascii").replace("\n", "").replace("\t", "").replace("\r", "").isprintable()
 
 
 def _of_safetensors(path: Path, length: int) -> FileKind:
     """The kind of a .safetensors file, by what its header says of the tensors."""
     if length > HEADER:
-        return UNKNOWN
+        return BROKEN
     try:
         with path.open("rb") as file:
             file.seek(8)
             header = json.loads(file.read(length))
     except (ValueError, RecursionError, OSError):
-        return UNKNOWN
+        return BROKEN
     told = header.get("__metadata__") if isinstance(header, dict) else None
     names = told if isinstance(told, dict) else {}
     return CHECKPOINT if "spec" in names else CALIBRATION if "calibration" in names else WEIGHTS
@@ -184,9 +188,9 @@ def _of_archive(path: Path) -> FileKind:
         return FileKind("torchscript", "a model of TorchScript", "this library takes models that are PyTorch modules")
     if any(name.endswith("/data.pkl") for name in names):
         return _of_torch(path, mmap=True)
-    return (
-        ARRAYS if any(name.endswith(".npy") for name in names) else FileKind("zip", "a zip archive", "unpack it first")
-    )
+    if any(name.endswith(".npy") for name in names):
+        return ARRAYS
+    return FileKind("zip", "a zip archive", "unpack it first")
 
 
 def _of_torch(path: Path, mmap: bool = False) -> FileKind:
@@ -196,16 +200,18 @@ def _of_torch(path: Path, mmap: bool = False) -> FileKind:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
-        return PICKLE._replace(known=False)
+        return PICKLE
     except Exception:  # a broken file can raise any error
         return UNKNOWN
     if not isinstance(content, Mapping):
-        return FileKind("torch", f"a {type(content).__name__} that torch.save wrote", known=False)
-    return _of_names(content)
+        return FileKind("torch", f"a {type(content).__name__} that torch.save wrote")
+    return kind_of_dict(content)
 
 
-def _of_names(content: Mapping[Any, Any]) -> FileKind:
-    """The kind of a dict with these names."""
+def kind_of_dict(content: Mapping[Any, Any]) -> FileKind:
+    """The kind of a dict that `torch.save` wrote, by its names."""
+    import torch
+
     for kind, names in (
         (TRAINING, {"config", "origin", "epoch", "optimizer", "schedule"}),
         (STREAM, {"config", "weights", "optimizer", "window"}),
@@ -213,23 +219,21 @@ def _of_names(content: Mapping[Any, Any]) -> FileKind:
     ):
         if names <= content.keys():
             return kind
-    inside = next(
-        (content[name] for name in ("state_dict", "model") if isinstance(content.get(name), Mapping)), content
-    )
-    if inside and all(hasattr(value, "shape") for value in inside.values()):
+    wrapped = [content[name] for name in ("state_dict", "model") if isinstance(content.get(name), Mapping)]
+    inside = wrapped[0] if wrapped else content
+    if inside and all(isinstance(value, torch.Tensor) for value in inside.values()):
         return WEIGHTS
-    return FileKind("torch", "a dict that torch.save wrote", known=False)
+    return FileKind("torch", "a dict that torch.save wrote")
 
 
 def _of_json(path: Path) -> FileKind:
     """The kind of a JSON text."""
-    unknown = FileKind("json", "a JSON text", known=False)
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError, OSError):
-        return unknown
+        return JSON
     if not isinstance(content, dict):
-        return unknown
+        return JSON
     if {"config", "environment", "runs"} <= content.keys():
         return REPORT
-    return COCO if {"images", "annotations"} <= content.keys() else unknown
+    return COCO if {"images", "annotations"} <= content.keys() else JSON

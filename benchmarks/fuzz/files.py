@@ -251,11 +251,23 @@ class Training:
         self._folder = Folder()
         self._data = [(image, torch.zeros((), dtype=torch.int64)) for image in torch.randn(4, 3, 32, 48)]
         file = self._folder.path / "run.state"
-        self._fit(tiny(), file, stop=1)
+        self._begin(0)
+        self._fit(file, stop=1)
         self._bytes, self._good = file.read_bytes(), torch.load(file, weights_only=True)
+        self._begin(1)
 
-    def _fit(self, model: Any, file: Path, stop: int = 0) -> None:
-        branch = MAEBranch.attach(model, "0")
+    def _begin(self, seed: int) -> None:
+        """A model and a branch that no training has changed."""
+        self._model = tiny(seed)
+        self._branch = MAEBranch.attach(self._model, "0")
+        self._before = {name: value.clone() for name, value in self._now().items()}
+
+    def _now(self) -> dict[str, Any]:
+        parts = {"model": self._model, "branch": self._branch}
+        return {f"{part}.{name}": v for part in parts for name, v in parts[part].state_dict().items()}
+
+    def _fit(self, file: Path, stop: int = 0) -> None:
+        model, branch = self._model, self._branch
         config = TrainConfig(epochs=2, batch_size=2)
 
         def on_step(progress: Any) -> None:
@@ -281,15 +293,14 @@ class Training:
                 torch.save(bad, file)
             except Exception:  # not everything can be written
                 return "not written"
-        model = tiny(1)
-        before = {name: value.clone() for name, value in model.state_dict().items()}
         seen = self._folder.seen()
         try:
-            self._fit(model, file)
+            self._fit(file)
         except TTTAdaptError:
-            assert same(before, dict(model.state_dict())), "the refusal changed something"
+            assert same(self._before, self._now()), "the refusal changed something"
             assert self._folder.seen() == seen, "the refusal changed the folder"
             return "refused"
+        self._begin(1)
         return "loaded"
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import json
+import os
 import random
 import resource
 import signal
@@ -25,6 +26,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script, and for the child
@@ -80,9 +82,10 @@ def _too_long(_number: int, _frame: Any) -> None:
 def trials(kind: str, count: int, seed: int = 0) -> Iterator[tuple[int, str, str]]:
     """Seed, outcome and fault of every trial, each in a child process."""
     following, end = seed, seed + count
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # each further thread would take address space of the trial
     while following < end:
         command = [sys.executable, __file__, kind, "--count", str(end - following), "--seed", str(following), "--child"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        with subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True, env=alone) as running:
             assert running.stdout is not None
             assert running.stderr is not None
             began = following

@@ -382,6 +382,30 @@ def test_a_state_of_a_newer_or_unknown_format_is_refused_and_changes_nothing(tmp
     assert same_bits(everything(model, branch), before)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: state["schedule"].update(lr_lambdas=[0] * len(state["schedule"]["lr_lambdas"])),
+        lambda state: state["schedule"].update(lr_lambdas=[torch.zeros(2)] * len(state["schedule"]["lr_lambdas"])),
+        lambda state: state["optimizer"]["param_groups"][0].update(params=torch.arange(3)),
+        lambda state: state["model"].update({next(iter(state["model"])): torch.zeros(1).to_sparse()}),
+    ],
+    ids=["a number as a schedule", "a tensor as a schedule", "a tensor as a list", "a sparse weight"],
+)
+def test_a_damaged_state_is_refused_and_changes_nothing(tmp_path, damage):
+    file = tmp_path / "run.state"
+    interrupted(file)
+    state = torch.load(file, weights_only=True)
+    damage(state)
+    torch.save(state, file)
+    model, branch = attached()
+    before, content = everything(model, branch), file.read_bytes()
+    with pytest.raises(CheckpointError):
+        fit(model, branch, Blocks(), criterion, config(epochs=3), state_file=file)
+    assert same_bits(everything(model, branch), before)
+    assert file.read_bytes() == content
+
+
 def test_a_state_of_other_data_is_refused_and_changes_nothing(tmp_path):
     file = tmp_path / "run.state"
     model, branch = attached()

@@ -184,7 +184,7 @@ class Report:
         Raises:
             DataError: the file is missing, or not such a report.
         """
-        refuse_other_kind(path, "report", "not an evaluation report", DataError)
+        refuse_other_kind(path, ("report", "json", "text"), "not an evaluation report", DataError)
         data = read_json(read_small(path, DataError), str(path), DataError)
         what = f"{path} is not an evaluation report: it"
         check_fields(data, {"format": whole(1)}, what, others=True, error=DataError)

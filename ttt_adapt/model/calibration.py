@@ -230,7 +230,7 @@ class Calibration:
         """
         if not Path(path).exists():
             raise CheckpointError(f"there is no calibration {path}: make one with `ttt-adapt calibrate`")
-        refuse_other_kind(path, "calibration", "no calibration", CheckpointError)
+        refuse_other_kind(path, ("calibration", "safetensors"), "no calibration", CheckpointError)
         return cls.of_bytes(read_small(path, CheckpointError), str(path))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError, ConfigError
+from ttt_adapt.file_kind import OPENMMLAB, TRAINING, WEIGHTS, kind_of_dict
 from ttt_adapt.files import check_format_number
 from ttt_adapt.model.fingerprint import fingerprint
 from ttt_adapt.model.frames import Normalize, Preprocess
@@ -35,7 +36,9 @@ def current_format(state: Any) -> dict[str, Any]:
     """
     if not isinstance(state, Mapping):
         raise CheckpointError(f"the state is a {type(state).__name__}; expected what state_dict() returned")
-    state = dict(state)
+    state, kind = dict(state), kind_of_dict(state)
+    if kind in (TRAINING, WEIGHTS, OPENMMLAB):
+        raise CheckpointError(f"the state is {kind.what}; expected what state_dict() returned")
     if "format" in state:
         check_format_number(state["format"], FORMAT, "the state")
     else:

@@ -327,7 +327,7 @@ def check_is_checkpoint(path: str | Path) -> None:
     """
     if not Path(path).exists():
         raise CheckpointError(f"there is no checkpoint {path}: train one with `ttt-adapt train`")
-    refuse_other_kind(path, "checkpoint", "no checkpoint written by ttt_adapt", CheckpointError)
+    refuse_other_kind(path, ("checkpoint", "safetensors"), "no checkpoint written by ttt_adapt", CheckpointError)
 
 
 def _safetensors() -> Any:

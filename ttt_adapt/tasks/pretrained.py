@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ttt_adapt.errors import CheckpointError, ConfigError, MissingPackageError, missing, nearest
+from ttt_adapt.file_kind import refuse_other_kind
 from ttt_adapt.files import file_digest
 from ttt_adapt.tasks.weight_names import find_naming, known_encoders
 
@@ -142,6 +143,11 @@ def _package_file(given: str, encoder: str) -> Path:
 
 # ---- reading
 
+_MAY_HOLD_WEIGHTS = (
+    "weights", "checkpoint", "openmmlab", "training", "torch", "pickle", "safetensors", "unknown", "empty",
+)  # fmt: skip
+"""Kinds of files that are read; of those that hold none after all, the error says more."""
+
 
 def read_weights(file: Path) -> dict[str, Tensor]:
     """The weights in a file by name, without wrappers and without prefixes that all names have.
@@ -151,6 +157,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     """
     if file.suffix.lower() not in SUFFIXES:
         raise CheckpointError(f"{file} has the suffix {file.suffix!r}; expected weights in {', '.join(SUFFIXES)}")
+    refuse_other_kind(file, _MAY_HOLD_WEIGHTS, "no file of weights", CheckpointError)
     content = _read_safetensors(file) if file.suffix.lower() == ".safetensors" else _read_pickle(file)
     for name in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):

@@ -37,7 +37,7 @@ def read_state(file: str | Path, device: torch.device) -> dict[str, Any]:
     Raises:
         CheckpointError: the file cannot be read, is no training state, or is of a later version.
     """
-    refuse_other_kind(file, "training", "no training state", CheckpointError)
+    refuse_other_kind(file, ("training", "torch", "unknown"), "no training state", CheckpointError)
     try:
         state = torch.load(file, map_location=device, weights_only=True)
     except Exception as error:  # a broken file can raise any error
