@@ -10,7 +10,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.engine.choose import choose_engine
 from ttt_adapt.engine.eager import explained_memory_errors
+from ttt_adapt.engine.frame_size import explained_sizes, known_sizes
 from ttt_adapt.engine.gradient_step import GradientStep
 from ttt_adapt.errors import ConfigError, StateError
 from ttt_adapt.model.calibration import Calibration, settled_config
@@ -190,7 +191,8 @@ class StreamAdapter(Uncopied):
             Exactly what the model (or `predict`) returns.
 
         Raises:
-            FrameTypeError, FrameError: a frame that cannot be used; nothing has changed.
+            FrameTypeError, FrameError: a frame that cannot be used, also where the model does not take its size;
+                nothing has changed.
             EncoderError: the model's weights were replaced by other tensors; nothing has changed.
             StateError: somebody else changed mode, flags, precision, device or values of the model; once this is
                 undone, the stream goes on.
@@ -200,7 +202,7 @@ class StreamAdapter(Uncopied):
                 beginning of a video those of the source.
         """
         taken = self._take(frame)
-        with self._undone_if_it_fails():
+        with self._explained(taken), self._undone_if_it_fails():
             self._adapt(taken)
             return self._predict_frame(taken)
 
@@ -208,7 +210,7 @@ class StreamAdapter(Uncopied):
     def adapt(self, frame: Any) -> StepReport:
         """Take the frame into the window and the gradient steps on it; arguments and errors as in `step`."""
         taken = self._take(frame)
-        with self._undone_if_it_fails():
+        with self._explained(taken), self._undone_if_it_fails():
             report = self._adapt(taken)
         self._answer = None  # `predict` is asked for it anew
         return report
@@ -216,7 +218,9 @@ class StreamAdapter(Uncopied):
     @one_at_a_time
     def predict(self, frame: Any) -> Any:
         """Predict a frame with the weights as they are; it does not enter the stream."""
-        return self._predict_frame(self._take(frame))
+        taken = self._take(frame)
+        with self._explained(taken):
+            return self._predict_frame(taken)
 
     @one_at_a_time
     def forward(self, x: Tensor) -> Any:
@@ -397,6 +401,18 @@ class StreamAdapter(Uncopied):
             output = self._engine.predict(self._predict, taken, self._statistics())
         self._outside.accept_modes()
         return output
+
+    def _explained(self, taken: TakenFrame) -> AbstractContextManager[None]:
+        """Errors inside the block that come from the frame's size say so."""
+        return explained_sizes(taken, partial(known_sizes, self._branch, self._state), self._attempt)
+
+    def _attempt(self, x: Tensor) -> None:
+        """The passes of a step over a frame, which change nothing."""
+        with self._memory.predicting(stays=False):
+            if self._gradient.parameters and self.config.iterations:
+                self._engine.loss(x, torch.Generator(x.device))
+            with nullcontext() if self._correction is not None else self._statistics():  # it would change the drift
+                self._predict(x)
 
     @contextmanager
     def _undone_if_it_fails(self) -> Iterator[None]:

@@ -190,7 +190,10 @@ def channels(count):
         (WithDepth(), r"its forward also needs depth: wrap the model in a module whose forward takes the images alone"),
         (Clips(), r"Conv3d: it takes clips of video \[B, C, T, H, W\]"),
         (channels(1), r"takes 1 channel\(s\), and frames have three \(RGB\): wrap.*x.mean\(1, keepdim=True\)"),
-        (channels(4), r"takes 4 channel\(s\), and frames have three \(RGB\)"),
+        (
+            channels(4),
+            r"takes 4 channel\(s\), and frames have three \(RGB\): wrap.*F.pad\(x, .*, 1\)\).*nothing but RGB",
+        ),
     ],
     ids=["two inputs", "video", "grey", "four channels"],
 )

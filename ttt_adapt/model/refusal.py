@@ -29,10 +29,12 @@ def why_not(model: nn.Module, size: tuple[int, int]) -> str:
         )
     if isinstance(first, nn.Conv2d) and first.in_channels != 3:
         channels = first.in_channels
-        example = ", such as x.mean(1, keepdim=True)" if channels == 1 else ""
+        example = ", such as x.mean(1, keepdim=True); a grey frame has three equal channels then"
+        if channels > 3:
+            example = f", such as F.pad(x, (0, 0, 0, 0, 0, {channels - 3})); nothing but RGB comes with a frame"
         return (
             f"Its first convolution takes {channels} channel(s), and frames have three (RGB): {WRAP} images "
-            f"[B, 3, H, W] and makes {channels} channel(s) of them{example}"
+            f"[B, 3, H, W] and makes {channels} channel(s) of them{example if channels != 2 else ''}"
         )
     return "Pass image_size=(H, W) with a size that it takes"
 
