@@ -92,7 +92,8 @@ class Opaque(nn.Module):
 LAYERS = [Observer, RunningScale, Recurrent, Counting, Shifted, EveryOther, Queue]
 PLACES = {"encoder": (model, "0"), "head": (WithHead, "backbone")}
 KINDS = ("branch", "pseudo-labels", "calibration")
-WAYS = [(layer, place, "branch") for layer in LAYERS for place in PLACES]
+WAYS = [(layer, "head", "branch") for layer in LAYERS]
+WAYS += [(layer, "encoder", "branch") for layer in (Observer, RunningScale, Recurrent, Counting)]
 WAYS += [(layer, "head", kind) for layer in (Recurrent, Counting) for kind in KINDS[1:]]
 ALL = pytest.mark.parametrize(("layer", "place", "kind"), WAYS)
 
@@ -383,9 +384,8 @@ def test_a_named_tuple_is_undone_and_swapped_and_refused_in_a_file():
             adapter.state_dict()
 
 
-@torch.inference_mode()
 def test_a_loop_in_inference_mode_keeps_the_memory_of_a_model_too():
-    with attached(Recurrent) as adapter:
+    with attached(Recurrent) as adapter, torch.inference_mode():
         wanted = [adapter.step(frame) for frame in frames()]
         adapter.reset()
         for frame in frames(2):
