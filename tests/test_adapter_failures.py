@@ -51,7 +51,7 @@ def test_a_first_frame_that_the_model_refuses_does_not_decide_the_size(config):
     with StreamAdapter(net, encoder="down", config=config, preprocess=NORMALIZE) as adapter:
         fresh = adapter.state_dict()
         for odd in ((33, 47), (35, 45)):
-            with pytest.raises(RuntimeError, match="Sizes of tensors"):
+            with pytest.raises(FrameError, match="Sizes of tensors"):
                 adapter.step(image(*odd))
             assert same_bits(adapter.state_dict(), fresh)
         adapter.step(image(32, 48))
@@ -63,6 +63,75 @@ def test_a_first_frame_that_the_model_refuses_does_not_decide_the_size(config):
     with StreamAdapter(net, encoder="down", config=config, preprocess=NORMALIZE) as adapter:
         adapter.step(image(32, 48))
         assert torch.equal(adapter.predict(image(32, 48, seed=5)), after)
+
+
+TOO_SMALL = [
+    (zoo.PlainSeg, "backbone", (1, 40)),
+    (zoo.PlainSeg, "backbone", (1, 1)),
+    (zoo.convnext, "stages", (15, 17)),
+    (zoo.UNet, "encoder", (40, 1)),
+    (zoo.vit, "norm", (33, 31)),
+]
+
+
+@pytest.mark.parametrize(("make", "encoder", "size"), TOO_SMALL)
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_frame_of_a_size_that_the_model_does_not_take_is_refused_with_the_way_and_changes_nothing(
+    make, encoder, size, before
+):
+    torch.manual_seed(9)
+    model = settle_norms(make())
+    with StreamAdapter(model, MAEBranch.attach(model, encoder), config=CONFIG) as adapter:
+        if before:
+            adapter.predict(torch.randn(3, 64, 96))
+        was = adapter.state_dict()
+        for call in (adapter.step, adapter.predict):
+            with pytest.raises(FrameError, match=rf"{size[0]} x {size[1]}.*(resize the frames|use larger frames)"):
+                call(torch.randn(3, *size))
+            assert same_bits(adapter.state_dict(), was)
+        adapter.step(torch.randn(3, 64, 96))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 16)])
+@pytest.mark.parametrize("objective", [lambda m: MAEBranch.attach(m, "backbone"), PseudoLabel])
+def test_a_frame_of_one_patch_is_refused_by_size_patch_and_way(objective, size):
+    torch.manual_seed(9)
+    model = settle_norms(zoo.TinySeg())
+    with StreamAdapter(model, objective(model), config=CONFIG) as adapter:
+        fresh = adapter.state_dict()
+        with pytest.raises(FrameError, match=f"{size[0]} x {size[1]}.*one patch of 16 x 16.*larger frames or crops"):
+            adapter.step(torch.randn(3, *size))
+        assert same_bits(adapter.state_dict(), fresh)
+        adapter.step(torch.randn(3, 32, 48))
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+@pytest.mark.parametrize("times", [1, 100])
+def test_an_error_that_is_not_of_the_size_stays_what_it_is(error, times):
+    calls: list[int] = []
+
+    def predict(x: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) <= times:
+            raise error("my own")
+        return x
+
+    with attached(predict=predict) as adapter, pytest.raises(error, match="^my own$"):
+        adapter.step(image(33, 47))
+
+
+def test_a_size_that_a_stream_without_a_branch_does_not_take_is_refused():
+    torch.manual_seed(9)
+    model = settle_norms(zoo.PlainSeg())
+    branch = MAEBranch.attach(model, "backbone")
+    calibration = branch.calibrate([NORMALIZE(image(32, 48, seed=i))[0] for i in range(8)])
+    with StreamAdapter(model, calibration=calibration) as adapter:
+        adapter.predict(torch.randn(3, 32, 48))
+        drift = adapter.drift
+        with pytest.raises(FrameError, match="2 x 3.*takes 128 x 160"):
+            adapter.step(torch.randn(3, 2, 3))
+        assert adapter.drift == drift
+        assert adapter.state.progress.frame_index == 0
 
 
 def test_a_frame_without_a_gradient_step_that_fails_is_not_counted():

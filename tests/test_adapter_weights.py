@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import linecache
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ import models as zoo
 from conftest import left_as_it_was, same_bits, settle_norms
 from ttt_adapt import MAEBranch, Normalize, StreamAdapter, StreamConfig, TrainConfig, TTTAdaptError, calibrate, fit
 from ttt_adapt.errors import ConfigError, EncoderError, FrameError, StateError
-from ttt_adapt.objectives import Entropy
+from ttt_adapt.objectives import Entropy, PseudoLabel
 
 SIZE = (32, 48)
 CONFIG = StreamConfig(window=3, batch_size=2, lr=1e-3, seed=11)
@@ -339,6 +341,71 @@ def test_a_load_puts_adapted_weights_right_that_somebody_changed():
     assert same_bits(adapter.step(clip()[1]), wanted)
 
 
+def calibrated_stream(model: nn.Module, wrap=lambda net: net) -> StreamAdapter:
+    calibration = branch_on(model).calibrate(clip(8))
+    return StreamAdapter(wrap(model), calibration=calibration)
+
+
+WITHOUT_EFFECT = ("freeze", "freeze a part")
+WRAPS = {
+    "plain": lambda m: m,
+    "compiled": lambda m: torch.compile(m, backend="eager"),
+    "parallel": nn.DataParallel,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("change", [*CHANGES, "half", "empty"])
+def test_a_change_from_outside_is_an_error_in_a_stream_without_a_branch_too(change, wrap):
+    more = {"half": lambda m: m.half(), "empty": lambda m: m.to_empty(device="meta")}
+    model = net()
+    adapter = calibrated_stream(model, WRAPS[wrap])
+    wanted = [adapter.step(frame) for frame in clip()]
+    adapter.reset()
+    found = [adapter.step(frame) for frame in clip()[:2]]
+    kept = copy.deepcopy(model.state_dict())
+    objects = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    {**CHANGES, **more}[change](model)
+    for call in (adapter.step, adapter.adapt, adapter.predict, lambda _: adapter.state_dict()):
+        if change in WITHOUT_EFFECT:  # nothing learns in such a stream
+            call(clip()[0])
+            continue
+        with pytest.raises((StateError, EncoderError)):
+            call(clip()[2])
+    if change in WITHOUT_EFFECT:
+        return
+    for module, parameters, buffers in objects:
+        module._parameters.update(parameters)
+        module._buffers.update(buffers)
+    model.eval().requires_grad_(True).float().load_state_dict(kept)
+    found += [adapter.step(frame) for frame in clip()[2:]]
+    assert same_bits(found, wanted)
+    adapter.detach()
+
+
+@pytest.mark.parametrize("how", ["assign", "module"])
+def test_a_head_that_is_replaced_by_another_one_is_an_error_and_one_with_the_same_values_is_not(how):
+    model = net()
+
+    def replace(change: float) -> None:
+        if how == "assign":
+            model.head.load_state_dict({n: v + change for n, v in model.head.state_dict().items()}, assign=True)
+        else:
+            model.head = copy.deepcopy(model.head)
+            with torch.no_grad():
+                model.head.weight.add_(change)
+
+    with StreamAdapter(model, branch_on(model), config=CONFIG) as adapter:
+        wanted = [adapter.step(frame) for frame in clip()]
+        adapter.reset()
+        replace(0.0)
+        assert same_bits([adapter.step(frame) for frame in clip()], wanted)
+        replace(1.0)
+        for call in (lambda: adapter.step(clip()[0]), adapter.reset):
+            with pytest.raises(StateError, match="does not adapt"):
+                call()
+
+
 def test_running_statistics_that_are_replaced_in_inference_mode_are_put_back():
     torch.manual_seed(9)
     model = settle_norms(zoo.TinySeg())
@@ -351,6 +418,23 @@ def test_running_statistics_that_are_replaced_in_inference_mode_are_put_back():
         norm.running_mean = norm.running_mean + 1
     assert same_bits(adapter.predict(clip()[1]), wanted)
     assert norm.running_mean is own
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_teacher_of_a_model_in_half_precision_moves_as_far_as_in_float32(dtype):
+    ways = {}
+    for kind in (torch.float32, dtype):
+        model = net().to(kind)
+        objective = PseudoLabel(model, threshold=0.0, average=0.99)
+        before = {name: tensor.double() for name, tensor in objective.memory().items()}
+        with StreamAdapter(model, objective, config=CONFIG.replace(lr=1e-2)) as adapter:
+            for frame in clip(6):
+                adapter.step(frame)
+            assert {tensor.dtype for tensor in objective.memory().values()} == {torch.float32}
+            after = {name: tensor.double() for name, tensor in objective.memory().items()}
+        ways[kind] = {name: (after[name] - tensor).abs().mean() for name, tensor in before.items()}
+    for name, way in ways[dtype].items():
+        assert way == pytest.approx(float(ways[torch.float32][name]), rel=0.3), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -429,6 +513,48 @@ def warnings_of(call) -> list[str]:
         warnings.simplefilter("always")
         call()
     return [str(each.message) for each in found if each.category is UserWarning]
+
+
+def places_of(call) -> list[tuple[str, str]]:
+    """File and text of the lines that the library's warnings point at."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        call()
+    own = [each for each in found if each.category is UserWarning]
+    return [(each.filename, linecache.getline(each.filename, each.lineno)) for each in own]
+
+
+def in_a_thread(call) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(call).result()
+
+
+def test_every_warning_points_at_the_line_that_calls_the_library():
+    model = settle_norms(zoo.resnet())
+    branch = branch_on(model, "layer4")
+    dull = [torch.rand(3, *SIZE) for _ in range(2)]
+    alike = [np.full((*SIZE, 3), 9, dtype=np.uint8)] * 16
+    quiet = CONFIG.replace(lr=0.0)
+
+    def warned(call, line: str) -> None:
+        found = places_of(call)
+        assert found
+        assert all(file == __file__ and line in text for file, text in found), found
+
+    calls = {
+        "adapter.step(": lambda adapter: adapter.step(dull[0]),
+        "adapter.adapt(": lambda adapter: adapter.adapt(dull[0]),
+        "adapter.predict(": lambda adapter: adapter.predict(dull[0]),
+        "adapter.stream(": lambda adapter: [*adapter.stream(dull)],
+    }
+    for line, call in calls.items():
+        for run in (lambda work: work(), in_a_thread):
+            with StreamAdapter(model, branch, config=quiet) as adapter:
+                warned(lambda: run(lambda: call(adapter)), line)  # noqa: B023
+    warned(lambda: StreamAdapter(model, branch, config=CONFIG).detach(), "StreamAdapter(")
+    warned(lambda: StreamAdapter(model, encoder="layer4", config=CONFIG).detach(), "StreamAdapter(")
+    warned(lambda: calibrate(model, alike, drifts="night:3"), "calibrate(")
+    warned(lambda: branch.calibrate(alike), "branch.calibrate(")
 
 
 def test_floats_between_0_and_1_for_a_model_of_normalised_frames_get_one_warning():

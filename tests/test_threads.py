@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import models as zoo
-from conftest import hooks_of, settle_norms
+from conftest import hooks_of, same_bits, settle_norms
 from ttt_adapt import MAEBranch, StreamAdapter, StreamConfig
 from ttt_adapt.errors import StateError
 from ttt_adapt.model.features import MapSpec
@@ -131,6 +131,36 @@ def test_a_calibrated_prediction_in_a_worker_thread_is_refused_and_leaves_the_dr
         in_worker.clear()
         adapter.predict(second)
         assert adapter.drift != drift
+    assert hooks_of(model) == 0
+
+
+@pytest.mark.parametrize("stats", ["blend", "batch", "ema"])
+def test_a_frame_that_is_normalised_by_itself_in_a_worker_thread_is_refused_and_changes_nothing(stats):
+    in_worker: list[bool] = []
+
+    def predict(x):
+        if not in_worker:
+            return adapter.branch.model(x)
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(adapter.branch.model, x).result()
+
+    torch.manual_seed(9)
+    model = settle_norms(zoo.TinySeg())
+    branch = MAEBranch.attach(model, "backbone")
+    with StreamAdapter(model, branch, config=STILL.replace(norm_stats=stats), predict=predict) as adapter:
+        first, second = frames(2)
+        adapter.step(first)
+        before = adapter.state_dict()
+        in_worker.append(True)
+        calls = [adapter.step, adapter.adapt] if stats == "ema" else [adapter.step, adapter.predict]
+        for call in calls:
+            with pytest.raises(StateError, match="another thread.*call the model in the thread"):
+                call(second)
+        after = adapter.state_dict()
+        same = before.keys() - {"optimizer"}  # gradient steps that were taken stay; at lr=0 they change no weight
+        assert all(same_bits(after[name], before[name]) for name in same)
+        in_worker.clear()
+        adapter.step(second)
     assert hooks_of(model) == 0
 
 

@@ -24,6 +24,10 @@ class FrameError(TTTAdaptError, ValueError):
     """A frame has the wrong shape, range or content."""
 
 
+class FrameSizeError(FrameError, RuntimeError):
+    """A frame has a size (H, W) that the model does not take."""
+
+
 class FrameTypeError(TTTAdaptError, TypeError):
     """A frame has the wrong type or dtype."""
 

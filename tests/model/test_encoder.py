@@ -8,7 +8,7 @@ from torch import nn
 
 import models as zoo
 from conftest import left_as_it_was, settle_norms
-from ttt_adapt import MAEBranch
+from ttt_adapt import MAEBranch, StreamAdapter
 from ttt_adapt.errors import EncoderError
 from ttt_adapt.model.encoder import inspect_encoder
 from ttt_adapt.model.hooks import hooks
@@ -220,7 +220,10 @@ def channels(count):
         (ClipsOfFrames(), r"^the model takes clips of video \[B, T, C, H, W\], not images.*runs on random clips"),
         (Patches(), r"Linear over 192 numbers, so it takes images that are cut into patches of 8 x 8 already"),
         (channels(1), r"takes 1 channel\(s\), and frames have three \(RGB\): wrap.*x.mean\(1, keepdim=True\)"),
-        (channels(4), r"takes 4 channel\(s\), and frames have three \(RGB\)"),
+        (
+            channels(4),
+            r"takes 4 channel\(s\), and frames have three \(RGB\): wrap.*F.pad.*nothing but RGB",
+        ),
     ],
     ids=["two inputs", "video", "video by frames", "patches", "grey", "four channels"],
 )
@@ -231,17 +234,29 @@ def test_a_model_that_takes_other_inputs_is_refused_with_the_reason_and_the_way_
         MAEBranch.attach(model, encoder)
 
 
-def test_a_grey_model_in_the_wrapper_that_the_refusal_advises_is_taken():
-    class Grey(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = channels(1)
+class OfRGB(nn.Module):
+    """The wrapper that the refusal of a model of other channels advises."""
 
-        def forward(self, x):
-            return self.inner(x.mean(1, keepdim=True))
+    def __init__(self, count):
+        super().__init__()
+        self.count, self.inner = count, channels(count)
 
-    branch = MAEBranch.attach(Grey())
-    assert branch.loss(torch.randn(2, 3, 32, 48)).isfinite()
+    def forward(self, x):
+        more = (0, 0, 0, 0, 0, self.count - 3)
+        return self.inner(x.mean(1, keepdim=True) if self.count == 1 else nn.functional.pad(x, more))
+
+
+@pytest.mark.parametrize("count", [1, 4, 6])
+def test_a_model_of_other_channels_in_the_wrapper_that_the_refusal_advises_trains_calibrates_and_streams(count):
+    torch.manual_seed(0)
+    model = OfRGB(count)
+    branch = MAEBranch.attach(model)
+    branch.loss(torch.randn(2, 3, 32, 48)).backward()
+    assert model.inner[0][0].weight.grad.abs().sum() > 0
+    branch.calibrate(list(torch.randn(8, 3, 32, 48)))
+    with StreamAdapter(model, branch) as adapter:
+        assert adapter.step(torch.randn(3, 32, 48)).isfinite().all()
+        assert adapter.last.adapted
 
 
 def test_a_frozen_encoder_is_found_as_well_and_stays_frozen():

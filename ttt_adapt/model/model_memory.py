@@ -82,6 +82,9 @@ class ModelMemory:
             stays: whether what it changes stays otherwise; False: it is no prediction of the video.
         """
         looks, done = self._looks[stays] > 0, False
+        if not looks and not self.changes:
+            yield
+            return
         self._looks[stays] -= looks
         with torch.inference_mode(False):
             built = structure(self._passes.model) if looks else []

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ttt_adapt.errors import EncoderError, StateError
 from ttt_adapt.model.half import HALF
 from ttt_adapt.model.norms import norm_layers
-from ttt_adapt.model.slots import cloned
+from ttt_adapt.model.slots import cloned, same_values
 
 REPLACED = (
     "they were replaced by others (by load_state_dict(assign=True), for example): detach() the adapter and make a new "
@@ -48,6 +48,7 @@ class OutsideChanges:
         self._paths = {id(m): path for root in reversed(roots) for path, m in root.named_modules()}
         weights = {id(p): (name, p) for root in roots for name, p in root.named_parameters() if not p.is_inference()}
         self._names, self._weights = [name for name, _ in weights.values()], [p for _, p in weights.values()]
+        self._roots = roots
         self._kinds = [(p.dtype, p.device) for p in self._weights]
         self._of_model = {id(p) for p in roots[0].parameters()}
         self._learning, self._flags = list(learning), [p.requires_grad for p in learning]
@@ -122,10 +123,11 @@ class OutsideChanges:
         if absent := [p for p in self._learning if id(p) not in present]:
             whose = "encoder" if id(absent[0]) in self._of_model else "branch"
             raise EncoderError(f"the {whose}'s parameters are not those that are adapted: {REPLACED}")
+        replaced = self._count_replaced()
         self._put_statistics_back()
         self._see()
         adapted, others = self._count_changed()
-        self._refuse_unadapted(others)
+        self._refuse_unadapted(others + replaced)
         if adapted:
             raise StateError(
                 f"{adapted} of {len(self._weights)} weights were changed by somebody else after the last frame: load "
@@ -143,8 +145,24 @@ class OutsideChanges:
             StateError: as for `check`; precision, device or values of weights are others.
         """
         self.check_kinds()
+        replaced = self._count_replaced()
         self._see()
-        self._refuse_unadapted(self._count_changed()[1])
+        self._refuse_unadapted(self._count_changed()[1] + replaced)
+
+    def _count_replaced(self) -> int:
+        """How many weights that the stream does not adapt were replaced by others, with other values."""
+        present = {name: p for root in reversed(self._roots) for name, p in root.named_parameters()}
+        there, count = {id(p) for root in self._roots for p in root.parameters()}, 0
+        learning = {id(p) for p in self._learning}
+        for i, (name, p) in enumerate(zip(self._names, self._weights, strict=True)):
+            if id(p) in there or id(p) in learning:
+                continue
+            now = present.get(name)
+            if now is None or now.device != p.device or now.is_meta or not same_values(now, p):
+                count += 1
+            else:
+                self._weights[i] = now
+        return count
 
     def _count_changed(self) -> tuple[int, int]:
         """How many weights have other values than at the last `accept`: of the adapted ones, and of the others."""

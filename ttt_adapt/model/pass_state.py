@@ -53,6 +53,11 @@ class PassState:
         """What a pass in evaluation mode was seen to change; empty before the first one."""
         return self._known.get(False, [])
 
+    @property
+    def changing(self) -> list[str]:
+        """The names of these places."""
+        return [change.slot.name for change in self.changes]
+
     def learn(self, changes: Iterable[Change]) -> None:
         """Add what else passes in evaluation mode change."""
         known = self._known.setdefault(False, [])

@@ -35,10 +35,12 @@ def why_not(model: nn.Module, sizes: list[tuple[int, int]]) -> str:
         return _takes_clips(f"It runs on random clips of {FRAMES} frames and on no images", clips)
     if isinstance(first, nn.Conv2d) and first.in_channels != 3:
         channels = first.in_channels
-        example = ", such as x.mean(1, keepdim=True)" if channels == 1 else ""
+        example = ", such as x.mean(1, keepdim=True); a grey frame has three equal channels then"
+        if channels > 3:
+            example = f", such as F.pad(x, (0, 0, 0, 0, 0, {channels - 3})); nothing but RGB comes with a frame"
         return (
             f"its first convolution takes {channels} channel(s), and frames have three (RGB): {WRAP} images "
-            f"[B, 3, H, W] and makes {channels} channel(s) of them{example}"
+            f"[B, 3, H, W] and makes {channels} channel(s) of them{example if channels != 2 else ''}"
         )
     if isinstance(first, nn.Linear) and (side := round((first.in_features / 3) ** 0.5)) ** 2 * 3 == first.in_features:
         return (

@@ -41,6 +41,7 @@ from ttt_adapt.objectives.masked_pass import (
 from ttt_adapt.objectives.masking import (
     count_visible,
     denormalise_patches,
+    grid_to_mask,
     hidden_patches,
     pad_to_multiple,
     padded_size,
@@ -147,7 +148,7 @@ class MAEBranch(Attached):
 
     def draw_mask(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One random mask per image: bool [B, ceil(H / patch_size), ceil(W / patch_size)], True = visible."""
-        grid = patch_grid(self.checked(images).shape[-2:], self.patch_size)
+        grid = grid_to_mask(self.checked(images).shape[-2:], self.patch_size)
         return random_mask(len(images), grid, self.mask_ratio, generator=generator, device=images.device)
 
     def _visible_patches(self, mask: Tensor) -> int:

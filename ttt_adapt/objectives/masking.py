@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ttt_adapt.errors import ConfigError
+from ttt_adapt.errors import ConfigError, FrameSizeError
 
 
 def random_mask(
@@ -59,6 +59,21 @@ def hidden_patches(patches: int, ratio: float) -> int:
 def patch_grid(size: tuple[int, int] | torch.Size, patch_size: int) -> tuple[int, int]:
     """Rows and columns of patches in an image of (H, W). A patch that the image fills in part counts too."""
     return -(-size[0] // patch_size), -(-size[1] // patch_size)
+
+
+def grid_to_mask(size: tuple[int, int] | torch.Size, patch_size: int) -> tuple[int, int]:
+    """`patch_grid` of images that are to be masked.
+
+    Raises:
+        FrameSizeError: they have fewer than two patches.
+    """
+    grid = patch_grid(size, patch_size)
+    if grid[0] * grid[1] < 2:
+        raise FrameSizeError(
+            f"images of {size[0]} x {size[1]} (H x W) are one patch of {patch_size} x {patch_size} pixels and cannot "
+            "be masked, at least 2 patches are needed: use larger frames or crops, or a smaller patch_size"
+        )
+    return grid
 
 
 def count_visible(mask: Tensor, expected: tuple[int, int, int]) -> int:

@@ -13,7 +13,7 @@ from ttt_adapt.errors import ConfigError
 from ttt_adapt.model.half import HALF
 from ttt_adapt.model.other_weights import with_other_weights
 from ttt_adapt.objectives.base import OutputObjective
-from ttt_adapt.objectives.masking import patch_grid, random_mask, visible_pixels
+from ttt_adapt.objectives.masking import grid_to_mask, random_mask, visible_pixels
 
 
 class PseudoLabel(OutputObjective):
@@ -105,7 +105,7 @@ class PseudoLabel(OutputObjective):
     def _masked(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         """Images [B, 3, H, W] with 0 in randomly hidden patches."""
         size = images.shape[-2:]
-        grid = patch_grid(size, self._patch)
+        grid = grid_to_mask(size, self._patch)
         mask = random_mask(len(images), grid, self._ratio, generator=generator, device=images.device)
         return images * visible_pixels(mask, self._patch, size)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ttt_adapt.model.frames import TakenFrame
 from ttt_adapt.model.model_memory import ModelMemory
 from ttt_adapt.model.norms import frame_statistics, norm_layers, updating_norms
 from ttt_adapt.model.outside_changes import OutsideChanges
+from ttt_adapt.objectives.base import Objective
 from ttt_adapt.stream.auto_window import gradient_sketch
 from ttt_adapt.stream.optimizer import total_norm
 from ttt_adapt.stream.report import StepReport
@@ -91,6 +92,19 @@ class FrameSteps:
             output = self.engine.predict(self._predict, taken, self.statistics())
         self._outside.accept_modes()
         return output
+
+    def attempt(self, x: Tensor) -> None:
+        """The passes of a step over a frame x [1, 3, H, W], which change nothing; they raise where the step would."""
+        with self._memory.predicting(stays=False):
+            if self._gradient.parameters and self.config.iterations:
+                self.engine.loss(x, torch.Generator(x.device))
+            with nullcontext() if self._correction is not None else self.statistics():  # it would change the drift
+                self._predict(x)
+
+    @property
+    def objective(self) -> Objective:
+        """What the gradient steps are taken on."""
+        return self._gradient.objective
 
     def statistics(self) -> AbstractContextManager[None]:
         """Inside the block, the model normalises a frame as a prediction does."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.engine.eager import explained_memory_errors
+from ttt_adapt.engine.frame_size import explained_sizes, known_sizes
 from ttt_adapt.errors import StateError
 from ttt_adapt.model.frames import FrameIntake, TakenFrame
 from ttt_adapt.model.outside_changes import OutsideChanges
@@ -73,6 +75,11 @@ class SharedModel:
         """
         self.enter(state)
         return self.intake.take(frame, state.window.frame_shape)
+
+    def explained(self, taken: TakenFrame) -> AbstractContextManager[None]:
+        """Errors inside the block that come from the size of a frame of the present video say so."""
+        known = partial(known_sizes, self.steps.objective, self.present)
+        return explained_sizes(taken, known, self.steps.attempt)
 
     @contextmanager
     def undone_if_it_fails(self) -> Iterator[None]:

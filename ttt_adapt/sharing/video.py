@@ -76,7 +76,8 @@ class OneVideo(Uncopied):
             Exactly what the model (or `predict`) returns.
 
         Raises:
-            FrameTypeError, FrameError: a frame that cannot be used; nothing has changed.
+            FrameTypeError, FrameError: a frame that cannot be used, also where the model does not take its size;
+                nothing has changed.
             EncoderError: the model's weights were replaced by other tensors; nothing has changed.
             StateError: somebody else changed mode, flags, precision, device or values of the model; once this is
                 undone, the stream goes on.
@@ -86,7 +87,7 @@ class OneVideo(Uncopied):
                 beginning of a video those of the source.
         """
         taken = self._shared.take(self._state, frame)
-        with self._shared.undone_if_it_fails():
+        with self._shared.explained(taken), self._shared.undone_if_it_fails():
             self._shared.steps.adapt(self._state, taken)
             return self._shared.steps.predict(taken)
 
@@ -94,7 +95,7 @@ class OneVideo(Uncopied):
     def adapt(self, frame: Any) -> StepReport:
         """Take the frame into the window and the gradient steps on it; arguments and errors as in `step`."""
         taken = self._shared.take(self._state, frame)
-        with self._shared.undone_if_it_fails():
+        with self._shared.explained(taken), self._shared.undone_if_it_fails():
             report = self._shared.steps.adapt(self._state, taken)
         self._shared.steps.forget_answer()  # `predict` is asked for it anew
         return report
@@ -102,7 +103,9 @@ class OneVideo(Uncopied):
     @one_at_a_time
     def predict(self, frame: Any) -> Any:
         """Predict a frame with the weights as they are; it does not enter the stream."""
-        return self._shared.steps.predict(self._shared.take(self._state, frame))
+        taken = self._shared.take(self._state, frame)
+        with self._shared.explained(taken):
+            return self._shared.steps.predict(taken)
 
     @one_at_a_time
     def forward(self, x: Tensor) -> Any:
