@@ -118,7 +118,7 @@ def alpha_decoder(stream: VideoStream) -> VideoCodecContext | None:
     decoder.extradata = own.extradata
     for name in ("color_range", "color_primaries", "color_trc", "colorspace"):  # what the container says of colours
         setattr(decoder, name, getattr(own, name))
-    return decoder  # type: ignore[no-any-return]
+    return decoder
 
 
 def has_second_picture(stream: VideoStream) -> bool:
