@@ -458,7 +458,7 @@ BAD_TRAINING = [
     (["street", "--encoder=mixer_s32_224", "--size=64x96"], "cannot take images of (64, 96)"),
     (["street", "--recipe=both"], "expected one of joint, main, probe, branch"),
     (["street", "--precision=fp8"], "'fp8'"),
-    (["street", "--lr=0"], "lr 0.0"),
+    (["street", "--lr=0"], "--lr is 0.0; expected a number above 0"),
     (["street", "--device=gpu9"], "expected auto, cpu or cuda"),
     (["street", *TINY, "--init=none.safetensors"], "no checkpoint none.safetensors"),
     (["street", "--pretrained=imagenet"], 'expected "timm" (it downloads), a file with weights'),

@@ -266,8 +266,8 @@ def test_loader_workers_change_nothing():
         ({"epochs": 0}, "epochs is 0"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"accumulate": 0}, "accumulate is 0"),
-        ({"lr": 0.0}, "lr 0.0"),
-        ({"warmup": 1.0}, "warmup 1.0"),
+        ({"lr": 0.0}, "lr is 0.0; expected a number above 0"),
+        ({"warmup": 1.0}, "warmup is 1.0"),
     ],
 )
 def test_bad_settings_are_named(settings, match):

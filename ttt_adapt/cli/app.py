@@ -117,6 +117,13 @@ def main() -> None:
             line = redacted(" ".join(str(error).split()))
             errors.print(f"[bold red]error:[/] {escape(line)}", highlight=False, soft_wrap=True)
             sys.exit(1)
+        except (MemoryError, RuntimeError) as error:
+            if not (isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)):
+                raise
+            errors.print(
+                "[bold red]error:[/] out of memory: make the frames smaller (--size), or take another --device"
+            )
+            sys.exit(1)
         except SystemExit as stop:
             if stop.code != 130:  # what Typer makes of Ctrl-C
                 raise

@@ -48,7 +48,7 @@ class Command(typer.core.TyperCommand):
             try:
                 return super().invoke(ctx)
             except TTTAdaptError as error:
-                text = in_options(str(error), options)
+                text = with_option(in_options(str(error), options), _typed(ctx))
                 if text == str(error):
                     raise
                 raise type(error)(text) from error
@@ -68,6 +68,48 @@ def _plain_warnings() -> Iterator[None]:
 
         warnings.showwarning = show
         yield
+
+
+def _typed(ctx: Any) -> dict[str, list[str]]:
+    """Option -> its values as the user typed them; options that were left out are not in it."""
+    found = {}
+    for parameter in ctx.command.params:
+        name = next((name for name in parameter.opts if name.startswith("--")), None)
+        source = ctx.get_parameter_source(parameter.name)
+        if name is not None and source is not None and source.name == "COMMANDLINE":
+            value = ctx.params.get(parameter.name)
+            found[name] = [str(each) for each in (value if isinstance(value, list | tuple) else [value])]
+    return found
+
+
+def with_option(text: str, typed: dict[str, list[str]]) -> str:
+    """A message about a value that was typed, with the option in front of it: "--arm: there is no arm 'fixd'".
+
+    Args:
+        text: the message; one that names an option already stays as it is.
+        typed: option -> values as they were typed. Of `NAME=VALUE`, the message may be about either.
+    """
+    if re.search(r"(?<![\w-])--[a-z]", text):
+        return text
+    places = []
+    for option, values in typed.items():
+        for value in values:
+            name, equals, _ = value.partition("=")
+            if equals:
+                found = re.search(rf"^{re.escape(name)} (?=is|are|has)|'{re.escape(name)}'", text)
+            else:
+                parts = {value, *(part.strip() for part in value.split(","))} - {""}
+                either = "|".join(map(re.escape, sorted(parts, key=len, reverse=True)))
+                found = (
+                    re.search(rf"'(?:{either})'|(?<![\w./'-])(?:{re.escape(value)})(?![\w/'-])", text)
+                    if parts
+                    else None
+                )
+                if found and not found[0].startswith("'") and not re.search(r"[a-zA-Z./]", value):
+                    found = None  # a plain number may stand for anything
+            if found:
+                places.append((found.start(), f"{option} {value}" if equals else option))
+    return f"{min(places)[1]}: {text}" if places else text
 
 
 def options_of(parameters: Iterable[Any]) -> dict[str, tuple[str, str]]:

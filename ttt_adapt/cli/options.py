@@ -42,6 +42,10 @@ BranchSettings = Annotated[
 # ---- text to values
 
 
+LONGEST_SIDE = 16384
+"""Pixels; a longer side is a slip of the finger, and would not fit into memory."""
+
+
 def parse_size(text: str | None) -> tuple[int, int] | None:
     """ "144x192" -> (144, 192), height x width; None and "native" -> None.
 
@@ -53,6 +57,8 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     numbers = [whole_number(part) for part in text.lower().split("x")]
     if len(numbers) != 2 or not numbers[0] or not numbers[1]:
         raise ConfigError(f"size is {text!r}; expected HEIGHTxWIDTH, such as 144x192")
+    if max(numbers[0], numbers[1]) > LONGEST_SIDE:
+        raise ConfigError(f"size is {text!r}; expected HEIGHTxWIDTH in pixels, each at most {LONGEST_SIDE}")
     return numbers[0], numbers[1]
 
 
@@ -78,6 +84,17 @@ def whole_number(text: str) -> int | None:
 def parse_names(text: str) -> tuple[str, ...]:
     """ "dusk, noon" -> ("dusk", "noon")."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def parse_classes(text: str) -> tuple[str, ...]:
+    """Names of classes, as `parse_names` reads them.
+
+    Raises:
+        ConfigError: it is the name of a file.
+    """
+    if Path(text).is_file():
+        raise ConfigError(f"classes is {text!r}, a file; expected the names, such as sky,road,car")
+    return parse_names(text)
 
 
 def parse_seeds(text: str, *checkpoints: Sequence[Path]) -> list[int]:
@@ -207,5 +224,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used here ({error}); expected auto, cpu or cuda") from error
+        reason = "there is no such kind" if "device type" in str(error) else str(error).partition(". ")[0]
+        raise ConfigError(
+            f"device is {name!r}, which cannot be used here ({reason}); expected auto, cpu or cuda"
+        ) from error
     return device

@@ -77,7 +77,7 @@ class Targets:
                     raise ConfigError(f"{name} is {path}, and so is `{other}`: choose a name for each")
         for name, path in self.films.items():
             if name == "out":
-                check_format(path, fps)
+                check_format(path, fps, name)
             check_place(path, name)
             refuse_existing(path, self.overwrite, name)
         for name, folder in self.folders.items():

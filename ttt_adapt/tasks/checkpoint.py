@@ -308,11 +308,18 @@ def _raw(path: str | Path, device: torch.device | str) -> tuple[dict[str, Tensor
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         check_format_number(int(metadata.get("format", FORMAT)), FORMAT, path)
+        if "spec" not in metadata:
+            raise CheckpointError(
+                f"{path} is no checkpoint written by ttt_adapt: it holds weights without the description of a model; "
+                "expected a file of `ttt-adapt train`"
+            )
         ModelSpec.of_json(metadata["spec"], f"the description in {path}")
     except CheckpointError:
         raise
     except Exception as error:  # a broken file can raise any error
-        raise CheckpointError(f"{path} is no checkpoint written by ttt_adapt: {error}") from error
+        raise CheckpointError(
+            f"{path} is no checkpoint written by ttt_adapt ({error}); expected a .safetensors file of `ttt-adapt train`"
+        ) from error
     parts = ("model.", "branch.", "calibration.")
     if other := [name for name, value in weights.items() if not name.startswith(parts) or not dense(value)]:
         raise CheckpointError(f"{path} holds {shown(other[0])}, which is no part of a checkpoint: it is damaged")

@@ -88,8 +88,10 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected at least 1")
-        if not self.lr > 0 or not 0 <= self.warmup < 1:
-            raise ConfigError(f"lr {self.lr!r} must be above 0, and warmup {self.warmup!r} in [0, 1)")
+        if not self.lr > 0:
+            raise ConfigError(f"lr is {self.lr!r}; expected a number above 0, such as 1e-3")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"warmup is {self.warmup!r}; expected a share of the training, from 0 to below 1")
 
 
 @dataclass(frozen=True)

@@ -169,17 +169,27 @@ def _exact_rate(fps: float | Fraction) -> Fraction:
     return rate
 
 
-def check_format(path: Path, fps: float | Fraction | None = None) -> None:
+def check_format(path: Path, fps: float | Fraction | None = None, what: str = "path") -> None:
     """Refuse a file name or a frame rate that no video can have.
+
+    Args:
+        path: of the film.
+        fps: frames per second; None: not known yet.
+        what: the name of the argument that names the film.
 
     Raises:
         ConfigError: the suffix names no known container, or the rate is out of range.
         VideoError: `path` is a folder.
     """
     if path.suffix.lower() not in CONTAINERS:
-        raise ConfigError(f"{path} has the suffix {path.suffix!r}, expected one of {', '.join(CONTAINERS)}.")
+        kind = (
+            "a folder" if path.is_dir() else f"with the suffix {path.suffix!r}" if path.suffix else "without a suffix"
+        )
+        raise ConfigError(
+            f"{what} is {path}, {kind}; expected the name of a film, with one of the suffixes {', '.join(CONTAINERS)}"
+        )
     if path.is_dir():
-        raise VideoError(f"{path} is a folder, expected the name of a file.")
+        raise VideoError(f"{what} is {path}, a folder; expected the name of a file")
     if fps is not None:
         _exact_rate(fps)
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from ttt_adapt.errors import DataError, VideoError, warn
-from ttt_adapt.files import PICTURE_SUFFIXES, VIDEO_SUFFIXES, files_in, natural_key
+from ttt_adapt.files import LABEL_FOLDERS, PICTURE_SUFFIXES, VIDEO_SUFFIXES, files_in, natural_key
 from ttt_adapt.video.labels_beside import frame_folder, frames_and_labels
 from ttt_adapt.video.pictures import header, read_pages, read_picture
 from ttt_adapt.video.sources import RESIZE_HINT, Kind
+from ttt_adapt.view.terminal import counted
 
 
 class ImageFolder:
@@ -34,6 +35,11 @@ class ImageFolder:
         files, labels = frames_and_labels(files_in(folder, PICTURE_SUFFIXES))
         if not files:
             raise VideoError(f"{folder} holds no images.{_what_is_there(folder)}")
+        if videos := files_in(folder, VIDEO_SUFFIXES):
+            warn(
+                f"{folder} holds {counted(len(files), 'picture')} and {counted(len(videos), 'video')}, such as "
+                f"{videos[0].name}: the pictures are the frames; name a video itself to read it"
+            )
         if labels:
             warn(
                 f"{folder}: {len(labels)} pictures such as {labels[0].name} lie beside frames as their labels and are "
@@ -77,7 +83,9 @@ def _read(file: Path, index: int) -> np.ndarray:
 def _what_is_there(folder: Path) -> str:
     """What a message says of a folder without pictures."""
     known = f" Known suffixes: {' '.join(sorted(PICTURE_SUFFIXES))}."
-    inner = sorted({f.parent for f in folder.glob("*/*") if f.suffix.lower() in PICTURE_SUFFIXES and f.is_file()})
+    near = (f for depth in ("*/*", "*/*/*") for f in folder.glob(depth))  # CLIP/a.png, CLIP/images/a.png
+    inner = sorted({f.parent for f in near if f.suffix.lower() in PICTURE_SUFFIXES and f.is_file()})
+    inner = [place for place in inner if place.name.lower() not in LABEL_FOLDERS] or inner
     if inner:
         return f" There are some in {' and '.join(map(str, inner[:3]))}: pass that folder.{known}"
     if videos := files_in(folder, VIDEO_SUFFIXES):

@@ -68,7 +68,11 @@ class VideoFile:
     def _open(self) -> InputContainer:
         av = import_av()
         if self._path.is_file() and self._path.stat().st_size == 0:
-            raise VideoError(f"{self._path} is empty (0 bytes).")
+            raise VideoError(f"{self._path} is empty (0 bytes): copy or record it anew.")
+        if self._path.suffix == ".safetensors":
+            raise VideoError(
+                f"{self._path} is a file of weights; expected a video, a picture, or a folder of pictures."
+            )
         try:
             return av.open(local_url(self._path), metadata_errors="replace")
         except (av.FFmpegError, OSError) as error:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 
 import numpy as np
 
-from ttt_adapt.view.overlay import legend
+from ttt_adapt.view.overlay import legend, names_that_fit
 
 LARGEST_SHARE = 0.3
 """Of a picture's height that the strip may add."""
@@ -15,7 +16,7 @@ LARGEST_SHARE = 0.3
 class Legend:
     """Adds a strip with the classes' names and colours to every picture of a film; all pictures stay of one size.
 
-    Where there are too many classes for a small strip, it names those of each frame, the largest first.
+    Where there are too many classes for a small strip, it names the largest of each frame, in the order of their ids.
 
     Args:
         names: of the classes.
@@ -46,6 +47,12 @@ class Legend:
             return np.concatenate([picture, self._strip])
         counts = np.bincount(prediction.ravel(), minlength=len(self._names))
         largest = [index for index in np.argsort(-counts, kind="stable") if counts[index]]
-        names = [self._names[index] for index in largest]
-        strip = legend(names, self._palette[largest], width, height=2 * round(LARGEST_SHARE / 2 * height))
-        return np.concatenate([picture, strip])
+        strip_height = 2 * round(LARGEST_SHARE / 2 * height)
+
+        def too_many(number: int) -> bool:
+            return not names_that_fit([self._names[index] for index in sorted(largest[:number])], width, strip_height)
+
+        # In the order of the ids, so that a name keeps about its place from frame to frame.
+        shown = sorted(largest[: max(bisect_left(range(1, len(largest) + 1), True, key=too_many), 1)])
+        names = [self._names[index] for index in shown]
+        return np.concatenate([picture, legend(names, self._palette[shown], width, height=strip_height)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import colorsys
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -172,10 +172,42 @@ def legend(
         MissingPackageError: Pillow is not installed.
     """
     _need_pillow()
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     if not names or len(names) != len(palette):
         raise ConfigError(f"got {len(names)} names and {len(palette)} colours; expected one colour for each name.")
+    bar, font, places = _places_in_legend(names, width)
+    swatch, gap = round(bar * 0.6), round(bar * 0.4)
+    rows = places[-1][1] // bar + 1 if height is None else max(height // bar, 1)
+    strip = Image.new("RGB", (width, rows * bar if height is None else max(height, bar)), BAR_COLOR)
+    draw = ImageDraw.Draw(strip)
+    for name, colour, (x, y) in zip(names, palette, places, strict=True):
+        if y >= rows * bar:
+            break
+        top = y + (bar - swatch) / 2
+        draw.rectangle((x, top, x + swatch, top + swatch), fill=tuple(int(value) for value in colour))
+        draw.text((x + swatch + gap, y + bar / 2), name, fill=TEXT_COLOR, font=font, anchor="lm")
+    return np.array(strip)
+
+
+def names_that_fit(names: Sequence[str], width: int, height: int) -> bool:
+    """Whether a `legend` of this size has room for all names.
+
+    Raises:
+        ConfigError: no names, or a width too small for the longest name.
+        MissingPackageError: Pillow is not installed.
+    """
+    _need_pillow()
+    if not names:
+        raise ConfigError("got no names; expected at least one.")
+    bar, _, places = _places_in_legend(names, width)
+    return places[-1][1] // bar < max(height // bar, 1)
+
+
+def _places_in_legend(names: Sequence[str], width: int) -> tuple[int, Any, list[tuple[int, int]]]:
+    """Height of a row, font, and the place (x, y) of each name."""
+    from PIL import ImageFont
+
     bar = max(14, round(width * 0.033))
     font = ImageFont.load_default(bar * 0.62)
     swatch, gap = round(bar * 0.6), round(bar * 0.4)
@@ -191,16 +223,7 @@ def legend(
             x, row = gap, row + 1
         places.append((x, row * bar))
         x += size + 3 * gap
-    rows = row + 1 if height is None else max(height // bar, 1)
-    strip = Image.new("RGB", (width, rows * bar if height is None else max(height, bar)), BAR_COLOR)
-    draw = ImageDraw.Draw(strip)
-    for name, colour, (x, y) in zip(names, palette, places, strict=True):
-        if y >= rows * bar:
-            break
-        top = y + (bar - swatch) / 2
-        draw.rectangle((x, top, x + swatch, top + swatch), fill=tuple(int(value) for value in colour))
-        draw.text((x + swatch + gap, y + bar / 2), name, fill=TEXT_COLOR, font=font, anchor="lm")
-    return np.array(strip)
+    return bar, font, places
 
 
 def to_uint8(image: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
