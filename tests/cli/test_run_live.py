@@ -88,6 +88,23 @@ def fail_after_output(capsys, monkeypatch, *arguments: object) -> str:
 
 
 @pytest.mark.parametrize(
+    "arguments",
+    [
+        ["rtsp://viewer:geheim@cam/x?t=t0psecret"],
+        ["run", "a.mp4", "rtsp://viewer:geheim@cam/x?t=t0psecret"],
+        ["run", "a.mp4", "--tries=rtsp://viewer:geheim@cam/x?t=t0psecret"],
+    ],
+)
+def test_an_address_in_a_wrong_place_is_told_without_its_secrets(arguments, monkeypatch, capsys):
+    from command_line import status
+
+    assert status(monkeypatch, *arguments)
+    told = "".join(capsys.readouterr())
+    assert "rtsp://***@cam" in told
+    assert not [secret for secret in SECRETS if secret in told]
+
+
+@pytest.mark.parametrize(
     ("option", "match"),
     [
         ("--tries=often", "--tries is 'often'; expected a whole number, or forever"),

@@ -23,6 +23,7 @@ pytest.importorskip("PIL")
 
 LEVELS = list(range(0, 200, 10))
 QUICK = Reconnect(tries=3, open_timeout=3, read_timeout=0.2, first_pause=0.01, longest_pause=0.05)
+BRIEF = Reconnect(tries=0, read_timeout=0.5)
 LOGIN, QUERY = "viewer:gehe%40im@", "?token=t0psecret&channel=1"
 SECRETS = ("viewer", "gehe", "t0psecret")
 
@@ -130,7 +131,7 @@ def test_a_source_that_starts_late_is_waited_for_where_that_is_asked_for():
 
 
 def test_the_newest_frame_wins_and_the_others_are_counted():
-    with Camera(frames([*LEVELS, 250], stall)) as camera, open_video(camera.url) as video:
+    with Camera(frames([*LEVELS, 250], stall)) as camera, open_video(camera.url, reconnect=BRIEF) as video:
         stream = iter(video)
         next(stream)
         wait_until(lambda: video.stats.read.frames == 21)
@@ -142,7 +143,10 @@ def test_the_newest_frame_wins_and_the_others_are_counted():
 
 
 def test_every_frame_is_kept_where_that_is_asked_for():
-    with Camera(frames(LEVELS, stall)) as camera, open_video(camera.url, keep="every", read_ahead=2) as video:
+    with (
+        Camera(frames(LEVELS, stall)) as camera,
+        open_video(camera.url, keep="every", read_ahead=2, reconnect=BRIEF) as video,
+    ):
         stream = iter(video)
         found = [level(next(stream)) for _ in range(5)]
         time.sleep(0.05)
