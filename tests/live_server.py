@@ -90,6 +90,15 @@ def frames(
     return act
 
 
+def stream(data: bytes, kind: str = "video/mp2t") -> Connection:
+    """Send a stream of unknown length, and end it."""
+
+    def act(camera: Camera, client: socket.socket) -> None:
+        client.sendall(f"HTTP/1.0 200 OK\r\nContent-Type: {kind}\r\nConnection: close\r\n\r\n".encode() + data)
+
+    return act
+
+
 def stall(camera: Camera, client: socket.socket) -> None:
     """Send nothing, and keep the connection."""
     camera.leave.wait(30)

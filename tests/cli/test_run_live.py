@@ -40,7 +40,8 @@ def test_a_run_goes_on_after_a_stall_begins_anew_at_another_size_and_accounts_fo
     assert {name: about[name]["frames"] for name in ("taken", "dropped", "adapted", "predicted")} == {
         "taken": 20, "dropped": 0, "adapted": 10, "predicted": 20,
     }  # fmt: skip
-    assert (about["lost"], about["resized"]) == (1, 1)
+    assert about["resized"] == 1
+    assert about["lost"] >= 1  # the second stall may be noticed before the last frame is predicted
     assert " 0 dropped, 10 adapted to, 20 predicted (" in told
 
 
@@ -59,7 +60,9 @@ def test_nothing_that_a_run_prints_or_writes_has_a_secret(model, tmp_path, monke
             f"--raw-out={tmp_path / 'raw'}",
             f"--labels-out={tmp_path / 'labels'}",
         ]
-        error = fail_after_output(capsys, monkeypatch, "run", camera.url, f"--checkpoint={model}", *LIMITS, *outputs)
+        error = fail_after_output(
+            capsys, monkeypatch, "run", camera.url, f"--checkpoint={model}", "--arm=fixed", *LIMITS, *outputs
+        )
     assert "is lost at frame 10" in error
     assert "--tries sets when it is given up" in error
     for wrong in (

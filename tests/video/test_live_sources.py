@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from film_files import flat, write
-from live_server import Camera, answer, frames, hang_up, stall, wait_until
+from live_server import Camera, answer, frames, hang_up, stall, stream, wait_until
 from ttt_adapt.errors import ConfigError, VideoError
-from ttt_adapt.video import Reconnect, open_video
+from ttt_adapt.video import Reconnect, VideoReader, open_video
+from ttt_adapt.video.stats import FrameCounts
 
 pytest.importorskip("PIL")
 
@@ -98,6 +99,17 @@ def test_a_reset_connection_is_opened_again():
         found, said, _ = read(camera, 25)
     assert len(found) == 25
     assert sum(" is lost: " in line for line in said) == 1
+
+
+def test_a_transport_stream_that_ends_is_opened_again_or_ends_the_video(tmp_path):
+    data = write(tmp_path / "a.ts", flat(12)).read_bytes()
+    with Camera(stream(data)) as camera:
+        found, said, _ = read(camera, 24)
+    assert near(found[:12], found[12:])
+    assert len(set(found)) == 12
+    assert "is lost: the source ended the connection" in said[0]
+    with Camera(stream(data)) as camera:
+        assert near(read(camera, 24, Reconnect(tries=0))[0], found[:12])
 
 
 def test_silence_ends_a_source_that_accepts_and_says_nothing():
@@ -317,3 +329,40 @@ def test_a_program_that_is_interrupted_during_a_stall_ends_soon_and_without_a_cr
             [sys.executable, "-c", code, camera.url], capture_output=True, text=True, timeout=30, env={**os.environ}
         )
     assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\n", "")
+
+
+def test_a_driver_that_hangs_does_not_hang_the_loop_for_longer_than_its_patience(monkeypatch):
+    monkeypatch.setattr("ttt_adapt.video.read_ahead.CLOSING_SECONDS", 0.05)
+    release = threading.Event()
+
+    class Hanging:
+        name, kind, restarts, fps, size, sounds, length, uneven, patience = (
+            "cam",
+            "live",
+            False,
+            None,
+            (4, 4),
+            0,
+            None,
+            False,
+            0.1,
+        )
+
+        def frames(self, any_size=False):
+            yield np.zeros((4, 4, 3), np.uint8)
+            release.wait(30)
+
+        def interrupt(self):
+            pass
+
+        def close(self):
+            pass
+
+    counts = FrameCounts()
+    with VideoReader(Hanging(), 4, keep=None, on_resize=None, counts=counts, say=print) as video:
+        found = iter(video)
+        next(found)
+        with pytest.raises(VideoError, match="cam gave no frame for .* and the read of the next one does not end"):
+            next(found)
+    assert counts.taken.count().frames == 1
+    release.set()
