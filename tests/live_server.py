@@ -94,7 +94,8 @@ def stream(data: bytes, kind: str = "video/mp2t") -> Connection:
     """Send a stream of unknown length, and end it."""
 
     def act(camera: Camera, client: socket.socket) -> None:
-        client.sendall(f"HTTP/1.0 200 OK\r\nContent-Type: {kind}\r\nConnection: close\r\n\r\n".encode() + data)
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n{len(data):x}\r\n"
+        client.sendall(head.encode() + data + b"\r\n0\r\n\r\n")
 
     return act
 
