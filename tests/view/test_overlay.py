@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError, MissingPackageError
-from ttt_adapt.view.overlay import blend, colorize, default_palette, legend, panels, to_uint8
+from ttt_adapt.view.overlay import BAR_COLOR, blend, colorize, default_palette, fitted, legend, panels, to_uint8
 
 PALETTE = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255]], np.uint8)
 LABELS = np.array([[0, 1], [2, 255]], np.uint8)
@@ -202,3 +202,14 @@ class TestToUint8:
     def test_other_shapes_are_refused(self, shape):
         with pytest.raises(FrameError, match=r"\[3, H, W\]"):
             to_uint8(torch.zeros(shape), self.MEAN, self.STD)
+
+
+def test_a_picture_is_fitted_into_another_size_as_a_whole_and_in_the_middle():
+    image = np.full((10, 40, 3), 200, np.uint8)
+    assert fitted(image, (10, 40)) is image
+    wide = fitted(image, (40, 40))
+    assert wide.shape == (40, 40, 3)
+    assert (wide[15:25] == 200).all()
+    assert (wide[:15] == BAR_COLOR).all()
+    assert (wide[25:] == BAR_COLOR).all()
+    assert fitted(image, (1, 1)).shape == (1, 1, 3)

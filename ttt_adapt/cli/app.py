@@ -23,12 +23,13 @@ from ttt_adapt.cli.calibrate import calibrate
 from ttt_adapt.cli.demo import demo
 from ttt_adapt.cli.eval import evaluate
 from ttt_adapt.cli.info import info
-from ttt_adapt.cli.language import Command
+from ttt_adapt.cli.language import Command, Group
 from ttt_adapt.cli.run import run
 from ttt_adapt.cli.train import TrainCommand, train
 from ttt_adapt.video.address import redacted
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

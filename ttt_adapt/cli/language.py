@@ -23,6 +23,7 @@ import typer
 import typer.core
 
 from ttt_adapt.errors import TTTAdaptError
+from ttt_adapt.video.address import redacted
 from ttt_adapt.view.terminal import notice, rewording
 
 ELSEWHERE = {
@@ -34,8 +35,33 @@ ELSEWHERE = {
 """What the library calls otherwise than the command line."""
 
 
+@contextmanager
+def _without_secrets() -> Iterator[None]:
+    """What the parser says of wrong arguments does not show the secrets of an address among them."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(message := getattr(error, "message", None), str):
+            error.message = redacted(message)  # type: ignore[attr-defined]
+        raise
+
+
+class Group(typer.core.TyperGroup):
+    """The commands; a wrong name of one is told without secrets."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that is called."""
+        with _without_secrets():
+            return super().resolve_command(ctx, args)
+
+
 class Command(typer.core.TyperCommand):
     """A command whose errors and notices name its options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the arguments."""
+        with _without_secrets():
+            return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command.

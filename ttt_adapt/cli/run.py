@@ -105,6 +105,13 @@ def run(
     from ttt_adapt.view.terminal import counted
 
     changes = parse_settings(settings)
+    limits = Reconnect(
+        tries=parse_tries("tries", tries),
+        max_silence=max_silence,
+        tries_at_start=parse_tries("tries_at_start", tries_at_start),
+        open_timeout=open_timeout,
+        read_timeout=read_timeout,
+    )
     if arm is not None and preset != "online":
         raise ConfigError(f"--preset {preset} and --arm {arm} both say what runs: give one of them")
     tuned = chosen_settings(checkpoint, changes) if arm is None and preset == "online" else {}
@@ -124,13 +131,7 @@ def run(
         fps=fps,
         keep=keep,  # type: ignore[arg-type]
         on_resize=on_resize,  # type: ignore[arg-type]
-        reconnect=Reconnect(
-            tries=parse_tries("tries", tries),
-            max_silence=max_silence,
-            tries_at_start=parse_tries("tries_at_start", tries_at_start),
-            open_timeout=open_timeout,
-            read_timeout=read_timeout,
-        ),
+        reconnect=limits,
         config=preset_config(preset, **{**tuned, "seed": seed, **changes}),
         arm=arm,
         changes=changes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import threading
 import time
@@ -158,6 +159,8 @@ class LiveStream:
         """The reason of an error of FFmpeg, in words; `late` for one of its timeouts."""
         if isinstance(error, import_av().error.ExitError) or type(error) is TimeoutError:
             return late
+        if getattr(error, "errno", None) == errno.EIO and not self._patient:
+            return "the connection broke off"  # which FFmpeg calls an input/output error, whatever the device
         return redacted(reason(error))
 
     def interrupt(self) -> None:

@@ -175,7 +175,7 @@ class Reconnecting:
                 if frame is not None:
                     self._last, self._index = self._clock(), self._index + 1
                     return frame
-                if stop.is_set() or not self._limits.tries or not self._reopen(why, stop):
+                if stop.is_set() or self._limits.tries == 0 or not self._reopen(why, stop):
                     break
             return None
 

@@ -90,6 +90,16 @@ def frames(
     return act
 
 
+def stream(data: bytes, kind: str = "video/mp2t") -> Connection:
+    """Send a stream of unknown length, and end it."""
+
+    def act(camera: Camera, client: socket.socket) -> None:
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n{len(data):x}\r\n"
+        client.sendall(head.encode() + data + b"\r\n0\r\n\r\n")
+
+    return act
+
+
 def stall(camera: Camera, client: socket.socket) -> None:
     """Send nothing, and keep the connection."""
     camera.leave.wait(30)
