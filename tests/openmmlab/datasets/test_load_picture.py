@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from mmengine.registry import TRANSFORMS
@@ -24,12 +22,6 @@ def turned(number: int) -> bytes:
     return exif.tobytes()
 
 
-def palette() -> Image.Image:
-    image = Image.fromarray(COLOURS[..., 0] % 4, mode="P")
-    image.putpalette([level for colour in COLOURS[0] for level in colour[:3]] * 16)
-    return image
-
-
 KINDS = {
     "turned.jpg": lambda file: Image.fromarray(COLOURS[..., :3]).save(file, exif=turned(6)),
     "turned.tiff": lambda file: Image.fromarray(COLOURS[..., :3]).save(file, exif=turned(3)),
@@ -37,7 +29,6 @@ KINDS = {
     "deep.png": lambda file: Image.fromarray(COLOURS[..., 0].astype(np.uint16) * 257).save(file),
     "transparent.png": lambda file: Image.fromarray(COLOURS).save(file),
     "print.jpg": lambda file: Image.fromarray(COLOURS, mode="CMYK").save(file),
-    "palette.png": lambda file: palette().save(file, transparency=1),
     "grey.png": lambda file: Image.fromarray(COLOURS[..., 0]).save(file),
 }
 
