@@ -282,8 +282,9 @@ def _stream(joint: Any, config: Any, size: tuple[int, int]) -> None:
 def _batch(config: Any, package: str, size: tuple[int, int]) -> dict[str, Any]:
     """Two images with made-up labels, as a data loader gives them."""
     classes = max(2 if package == "mmseg" else 1, min(next(_classes(config.model), 3), 8))
-    with_masks = any(map(_loads_masks, _dicts(config._cfg_dict)))
-    detection = functools.partial(_detection_sample, with_masks=with_masks)
+    nodes = list(_dicts(config._cfg_dict))
+    loaded = {"masks": any(map(_loads_masks, nodes)), "proposals": any(map(_loads_proposals, nodes))}
+    detection = functools.partial(_detection_sample, loaded=loaded)
     make = _segmentation_sample if package == "mmseg" else detection
     generator = torch.Generator().manual_seed(5)
     images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for _ in range(2)]
@@ -292,7 +293,12 @@ def _batch(config: Any, package: str, size: tuple[int, int]) -> dict[str, Any]:
 
 def _loads_masks(node: Any) -> bool:
     """Whether a dict of a config is a transform that loads masks."""
-    return node.get("with_mask", str(node.get("type", "")).endswith("LoadPanopticAnnotations"))
+    return bool(node.get("with_mask", str(node.get("type", "")).endswith("LoadPanopticAnnotations")))
+
+
+def _loads_proposals(node: Any) -> bool:
+    """Whether a dict of a config is a transform that loads the proposals of another model."""
+    return str(node.get("type", "")).endswith("LoadProposals")
 
 
 def _classes(model: Any) -> Iterator[int]:
@@ -318,8 +324,8 @@ def _segmentation_sample(classes: int, seed: int, size: tuple[int, int]) -> Any:
     return sample
 
 
-def _detection_sample(classes: int, seed: int, size: tuple[int, int], with_masks: bool) -> Any:
-    """Two or three boxes, their masks if the config asks for them, and a label map."""
+def _detection_sample(classes: int, seed: int, size: tuple[int, int], loaded: dict[str, bool]) -> Any:
+    """Two or three boxes, a label map, and what else the config's pipeline loads."""
     from mmdet.structures import DetDataSample
     from mmdet.structures.bbox import HorizontalBoxes
     from mmdet.structures.mask import BitmapMasks
@@ -331,7 +337,9 @@ def _detection_sample(classes: int, seed: int, size: tuple[int, int], with_masks
         mask[top:bottom, left:right] = 1
     sample = DetDataSample(metainfo=_metainfo(size))
     sample.gt_instances = InstanceData(bboxes=HorizontalBoxes(boxes), labels=torch.arange(len(boxes)) % classes)
-    if with_masks:
+    if loaded["proposals"]:
+        sample.proposals = InstanceData(bboxes=boxes + 4)
+    if loaded["masks"]:
         sample.gt_instances.masks = BitmapMasks(masks, *size)
     sample.ignored_instances = InstanceData(bboxes=HorizontalBoxes(torch.zeros(0, 4)))
     sample.gt_sem_seg = PixelData(sem_seg=_label_map(classes, seed, size))
