@@ -13,6 +13,8 @@ from ttt_adapt.model.features import Features
 from ttt_adapt.model.measure import LEAST_STILLS
 from ttt_adapt.tasks.colorization.score import psnr
 from ttt_adapt.tasks.colorization.task import AB_SCALE
+from ttt_adapt.video.pictures import header as picture_header
+from ttt_adapt.video.pictures import read_picture
 
 __all__ = [
     "AB_SCALE",
@@ -28,7 +30,9 @@ __all__ = [
     "folders_in",
     "natural_key",
     "parse_drift",
+    "picture_header",
     "psnr",
+    "read_picture",
     "rgb_to_lab",
     "shuffled_epochs",
     "to_grey",

@@ -11,7 +11,7 @@ camvid_train_dataloader = dict(
         data_root=camvid_root,
         clips=["0006R0_train_a", "0016E5_train_a", "0016E5_train_b", "0016E5_train_d"],
         pipeline=[
-            dict(type="LoadImageFromFile"),
+            dict(type="LoadPicture"),
             dict(type="LoadAnnotations"),
             dict(type="RandomResize", scale=camvid_size, ratio_range=(1.0, 1.5), keep_ratio=True),
             dict(type="RandomCrop", crop_size=(96, 128), cat_max_ratio=0.9),
@@ -22,7 +22,7 @@ camvid_train_dataloader = dict(
     ),
 )
 camvid_test_pipeline = [  # for an image in a script; the pipeline of the data loader also loads labels
-    dict(type="LoadImageFromFile"),
+    dict(type="LoadPicture"),
     dict(type="Resize", scale=camvid_size, keep_ratio=False),
     dict(type="PackSegInputs"),
 ]
@@ -37,7 +37,7 @@ camvid_test_dataloader = dict(
         clips=["0016E5_val_c", "0001TP_train_a"],
         test_mode=True,
         pipeline=[
-            dict(type="LoadImageFromFile"),
+            dict(type="LoadPicture"),
             dict(type="Resize", scale=camvid_size, keep_ratio=False),
             dict(type="LoadAnnotations"),
             dict(

@@ -3,7 +3,7 @@
 coco_panoptic_test_dataloader = dict(
     dataset=dict(
         pipeline=[
-            dict(type="LoadImageFromFile", to_float32=True),
+            dict(type="LoadPicture", to_float32=True),
             dict(type="Resize", scale=(1333, 800), keep_ratio=True),
             dict(
                 type="PackDetInputs",
@@ -23,7 +23,7 @@ coco_panoptic_test_dataloader = dict(
 coco_panoptic_train_dataloader = dict(
     dataset=dict(
         pipeline=[
-            dict(type="LoadImageFromFile", to_float32=True),
+            dict(type="LoadPicture", to_float32=True),
             dict(type="LoadPanopticSegments"),
             dict(type="RandomFlip", prob=0.5),
             dict(type="RandomResize", scale=(1024, 1024), ratio_range=(0.1, 2.0), keep_ratio=True),

@@ -1,7 +1,7 @@
 # COCO Videos as streams: frames of at most 800 x 1333, one at a time, video after video. A config that inherits from a
 # COCO config uses the entries by name: `test_dataloader = _base_.coco_videos_instance_dataloader`.
 _load = [
-    dict(type="LoadImageFromFile", to_float32=True),
+    dict(type="LoadPicture", to_float32=True),
     dict(type="Resize", scale=(1333, 800), keep_ratio=True),
 ]
 _meta_keys = (

@@ -11,7 +11,7 @@ colour_train_dataloader = dict(
         type="ColourPictures",
         data_root=colour_root,
         pipeline=[
-            dict(type="LoadImageFromFile"),
+            dict(type="LoadPicture"),
             dict(type="Resize", scale=(256, 256), keep_ratio=False),
             dict(type="RandomCrop", crop_size=(224, 224)),
             dict(type="RandomFlip", prob=0.5),
@@ -20,7 +20,7 @@ colour_train_dataloader = dict(
     ),
 )
 colour_test_pipeline = [
-    dict(type="LoadImageFromFile"),
+    dict(type="LoadPicture"),
     dict(type="Resize", scale=(448, 256), keep_ratio=False),
     dict(type="PackColours"),
 ]

@@ -14,7 +14,7 @@ kitti_step_dataloader = dict(
         task="semantic",
         test_mode=True,
         pipeline=[
-            dict(type="LoadImageFromFile"),
+            dict(type="LoadPicture"),
             dict(type="Resize", scale=(2048, 1024), keep_ratio=True),
             dict(type="LoadKittiStepAnnotations"),
             dict(

@@ -44,7 +44,7 @@ train_dataloader = dict(
     dataset=dict(
         **dataset,
         pipeline=[
-            dict(type="LoadImageFromFile", to_float32=True),
+            dict(type="LoadPicture", to_float32=True),
             dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
             dict(type="RandomFlip", prob=0.5),
             dict(type="RandomResize", scale=size, ratio_range=(0.8, 1.6), keep_ratio=True),
@@ -60,7 +60,7 @@ test_dataloader = dict(
     dataset=dict(
         **dataset,
         pipeline=[
-            dict(type="LoadImageFromFile", to_float32=True),
+            dict(type="LoadPicture", to_float32=True),
             dict(type="Resize", scale=size, keep_ratio=False),  # one size: the images come as one stream
             dict(
                 type="PackDetInputs",

@@ -22,6 +22,7 @@ from ttt_adapt_openmmlab.datasets import (  # noqa: E402
     KittiStep,
     LoadKittiStepAnnotations,
     LoadPanopticSegments,
+    LoadPicture,
 )
 from ttt_adapt_openmmlab.datasets.check import check_tree  # noqa: E402
 from ttt_adapt_openmmlab.datasets.frame_order import video_of  # noqa: E402
@@ -45,6 +46,7 @@ __all__ = [
     "KittiStep",
     "LoadKittiStepAnnotations",
     "LoadPanopticSegments",
+    "LoadPicture",
     "OnlineTTTHook",
     "PackColours",
     "StreamAPMetric",

@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import mmcv
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 
 from ttt_adapt import Calibration, MAEBranch
 from ttt_adapt import calibrate as calibrate_model
-from ttt_adapt.errors import FrameError
 from ttt_adapt_openmmlab.frames import Frames
 from ttt_adapt_openmmlab.joint import find_branch, plain_model
 
@@ -44,8 +42,8 @@ def calibrate(
 
     Args:
         model: a segmentor or detector with its config in `.cfg`, or a `JointMAE` around one.
-        images: at least 8, better some 40: paths, or uint8 BGR [H, W, 3] as `cv2` reads them, of ordinary scenes in
-            ordinary weather.
+        images: at least 8, better some 40, of ordinary scenes in ordinary weather: paths, whose files are read as
+            the test pipeline reads them, or uint8 BGR [H, W, 3] as `cv2` reads them.
         labels: of a segmentor, class ids [H, W] of every image; they make a better choice.
         branch: on the plain model; by default the branch of the `JointMAE`, if there is one.
         cfg: the config, if the model has none in `.cfg`.
@@ -54,14 +52,14 @@ def calibrate(
 
     Raises:
         ConfigError: too few images, a model that cannot be calibrated, or no config.
-        FrameError, FrameTypeError, FileNotFoundError: an image cannot be used; nothing has changed.
+        FrameError, FrameTypeError, DataError, FileNotFoundError: an image cannot be used; nothing has changed.
     """
     plain = plain_model(model)
     frames = Frames(plain, getattr(model, "cfg", None) if cfg is None else cfg)
     scores = _Scores(plain, whole=labels is not None)
     return calibrate_model(
         plain,
-        map(_rgb, images),
+        (_rgb(image, frames) for image in images),
         labels,
         branch=find_branch(model) if branch is None else branch,
         preprocess=lambda rgb: frames(rgb[..., ::-1]),
@@ -70,12 +68,10 @@ def calibrate(
     )
 
 
-def _rgb(image: Any) -> Any:
+def _rgb(image: Any, frames: Frames) -> Any:
     """RGB of a BGR image or of a file, because drifts are defined in RGB."""
     if isinstance(image, str | os.PathLike):
-        path, image = image, mmcv.imread(str(image))
-        if image is None:
-            raise FrameError(f"{path} cannot be decoded; expected an image file, such as JPEG or PNG")
+        image = frames.read(image)
     image = image.cpu().numpy() if isinstance(image, Tensor) else image
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3:
         return np.ascontiguousarray(image[..., ::-1])

@@ -74,7 +74,7 @@ class ColourPictures(BaseDataset):
 class PackColours(BaseTransform):
     """Ends a pipeline: packs the grey picture as the input and its colours as the label.
 
-    Reads `img`, uint8 BGR [H, W, 3], as `LoadImageFromFile` gives it. Returns `inputs`, uint8 [3, H, W] with three
+    Reads `img`, uint8 BGR [H, W, 3], as `LoadPicture` gives it. Returns `inputs`, uint8 [3, H, W] with three
     equal channels, and a data sample with `grey`, the same picture, and `gt_ab`, float [2, H, W], a and b of CIE Lab.
 
     Args:

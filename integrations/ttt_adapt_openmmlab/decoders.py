@@ -126,7 +126,13 @@ def branch_settings(branch: Any, *others: str) -> dict[str, Any]:
     return dict(branch)
 
 
-def branch_for(model: nn.Module, *, encoder: str = "backbone", decoder: Any = "auto", **settings: Any) -> MAEBranch:
+def encoder_name(model: nn.Module) -> str:
+    """The attribute of `model` that is its encoder: "backbone", or "image_encoder" beside a text encoder (SAN)."""
+    found = (name for name in ("backbone", "image_encoder") if isinstance(getattr(model, name, None), nn.Module))
+    return next(found, "backbone")
+
+
+def branch_for(model: nn.Module, *, encoder: str | None = None, decoder: Any = "auto", **settings: Any) -> MAEBranch:
     """Attach a branch to a model of mmsegmentation or mmdetection.
 
     Like `MAEBranch.attach`, and decoder="copy_head" knows the heads of OpenMMLab. Where a head cannot be copied
@@ -136,7 +142,7 @@ def branch_for(model: nn.Module, *, encoder: str = "backbone", decoder: Any = "a
 
     Args:
         model: the plain model, not a `JointMAE`.
-        encoder: dotted path of the module where the encoder ends.
+        encoder: dotted path of the module where the encoder ends; by default `encoder_name`.
         decoder: as in `MAEBranch.attach`.
         **settings: the other keywords of `MAEBranch.attach`.
 
@@ -144,6 +150,7 @@ def branch_for(model: nn.Module, *, encoder: str = "backbone", decoder: Any = "a
         EncoderError: the model has no such encoder, or the encoder cannot be used; nothing was changed.
         ConfigError: a setting out of range.
     """
+    encoder = encoder_name(model) if encoder is None else encoder
     settings.setdefault("norm_pix_loss", _takes_large_pixels(model))
     if decoder != "copy_head":
         return MAEBranch.attach(model, encoder, decoder, **settings)

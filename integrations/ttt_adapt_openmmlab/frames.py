@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,13 @@ from mmengine.dataset import Compose
 from mmengine.registry import TRANSFORMS, init_default_scope
 from torch import Tensor, nn
 
-from ttt_adapt.errors import ConfigError, FrameError
+from ttt_adapt.errors import ConfigError, FrameError, TTTAdaptError
 from ttt_adapt_openmmlab.batches import only_sample, predicted
 from ttt_adapt_openmmlab.datasets.loaders import check_transform
 from ttt_adapt_openmmlab.joint import data_preprocessor_of
 
+LOADERS = ("LoadPicture", "LoadImageFromFile", "LoadImageFromNDArray")
+"""Transforms that a test pipeline may begin with."""
 NO_IMAGE = (
     "a {} frame {} came; expected a uint8 BGR frame [H, W, 3]. A prediction needs the size of the image before the "
     "test pipeline, which a float tensor does not tell: pass the image itself"
@@ -41,7 +44,10 @@ class Frames:
         self._model = model
         self._preprocessor = data_preprocessor_of(model)
         self._scope = _scope(model, cfg)
-        self._pipeline = _pipeline(cfg, self._scope)
+        first, rest = _transforms(cfg, self._scope)
+        self._loader = first
+        in_memory = {**first, "type": f"{self._scope}.LoadImageFromNDArray"}
+        self._pipeline = Compose([_built(transform, self._scope) for transform in (in_memory, *rest)])
 
     def __call__(self, frame: np.ndarray | Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Preprocess a frame.
@@ -58,6 +64,23 @@ class Frames:
         only_sample(batch)
         data = dict(self._preprocessor(batch, False))
         return data.pop("inputs").to(next(self._model.parameters()).dtype), data
+
+    def read(self, path: str | os.PathLike[str]) -> np.ndarray:
+        """A picture as the first transform of the test pipeline loads it, uint8 BGR [H, W, 3].
+
+        Raises:
+            FrameError, DataError, FileNotFoundError: the file is missing or no picture.
+        """
+        in_memory = _name(self._loader) == "LoadImageFromNDArray"  # loads no file
+        loader = {"type": "LoadPicture"} if in_memory else {**self._loader, "to_float32": False}
+        try:
+            loaded = _built(loader, self._scope).transform({"img_path": os.fspath(path)})
+        except (TTTAdaptError, FileNotFoundError):
+            raise
+        except Exception as error:  # broken files make decoders raise whatever they stumble over
+            raise FrameError(f"{path} cannot be decoded; expected an image file, such as JPEG or PNG") from error
+        image: np.ndarray = loaded["img"]
+        return image
 
     def predict(self, x: Tensor, data: dict[str, Any] | None = None) -> Any:
         """What `model.test_step` returns for the frame that became `x`.
@@ -86,16 +109,15 @@ def _scope(model: nn.Module, cfg: Config) -> str:
     return scope
 
 
-def _pipeline(cfg: Config, scope: str) -> Compose:
-    """The test pipeline for images in memory: as the config has it, without files and annotations."""
+def _transforms(cfg: Config, scope: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The configs of the test pipeline's transforms: the one that loads images, and the rest without annotations."""
     found = cfg.get("test_pipeline") if scope == "mmseg" else None
     found = (
         found or _dataset_pipeline((cfg.get("test_dataloader") or {}).get("dataset", {})) or cfg.get("test_pipeline")
     )
-    if not found or _name(found[0]) not in ("LoadImageFromFile", "LoadImageFromNDArray"):
+    if not found or _name(found[0]) not in LOADERS:
         begin = _name(found[0]) if found else "nothing"
-        raise ConfigError(f"the config's test pipeline begins with {begin}; expected LoadImageFromFile")
-    first = {**found[0], "type": f"{scope}.LoadImageFromNDArray"}
+        raise ConfigError(f"the config's test pipeline begins with {begin}; expected LoadPicture or LoadImageFromFile")
     if any(_name(transform) == "LoadProposals" for transform in found):
         raise ConfigError(
             "the test pipeline loads the proposals of another model from a file (LoadProposals), and a stream has "
@@ -104,8 +126,13 @@ def _pipeline(cfg: Config, scope: str) -> Compose:
     rest = [transform for transform in found[1:] if not _name(transform).startswith("Load")]  # annotations
     for transform in rest:
         check_transform(_name(transform), transform.get("prob"), transform.get("test_mode"))
+    return dict(found[0]), rest
+
+
+def _built(transform: dict[str, Any], scope: str) -> Any:
+    """A transform of a config, by the names of `scope`."""
     init_default_scope(scope)
-    return Compose([TRANSFORMS.build(dict(transform)) for transform in (first, *rest)])
+    return TRANSFORMS.build(dict(transform))
 
 
 def _dataset_pipeline(dataset: Any) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ttt_adapt import Calibration, MAEBranch
 from ttt_adapt.errors import ConfigError
-from ttt_adapt_openmmlab.decoders import ATTACH, branch_for, branch_settings
+from ttt_adapt_openmmlab.decoders import ATTACH, branch_for, branch_settings, encoder_name
 from ttt_adapt_openmmlab.refused_models import refuse_model
 
 INNER = "model."  # prefix of the plain model's parameters; the keys of a state_dict are without it
@@ -44,7 +44,8 @@ class JointMAE(BaseModel):
 
     Args:
         model: the model, or its config.
-        branch: keywords of `MAEBranch.attach`; `encoder` is "backbone" by default.
+        branch: keywords of `MAEBranch.attach`; `encoder` is by default "backbone", or "image_encoder" for a model that
+            has a text encoder beside it.
         data_preprocessor: for a model config that has none; one inside of `model` wins.
         init_cfg: as in every MMEngine module.
         **inherited: entries that the config inherits from the config of the plain model, and entries that `init_model`
@@ -70,7 +71,7 @@ class JointMAE(BaseModel):
                 f"JointMAE got {', '.join(map(repr, misplaced))}, which belong to the branch: write branch=dict(...)"
             )
         plain = _built(model, data_preprocessor, inherited)
-        encoder = settings.setdefault("encoder", "backbone")
+        encoder = settings.setdefault("encoder", encoder_name(plain))
         _check_model(plain, encoder)
         with torch.random.fork_rng(devices=[]):  # the model gets the same random numbers as without a branch
             attached = branch_for(plain, **settings)

@@ -9,8 +9,7 @@ from typing import Any
 from mmengine.registry import DATASETS
 
 from ttt_adapt.errors import ConfigError
-from ttt_adapt.integration import LEAST_STILLS
-from ttt_adapt_openmmlab.datasets.label_images import header
+from ttt_adapt.integration import LEAST_STILLS, picture_header
 from ttt_adapt_openmmlab.datasets.samplers import frame_infos
 
 CANDIDATES = 10
@@ -41,7 +40,7 @@ def training_images(cfg: Any, count: int) -> list[str]:
             f"stills={count} takes images of the training set, and a {dataset.type} does not tell their files: "
             "calibrate in a script and name the file by calibration='FILE.safetensors'"
         )
-    sizes = {path: header(Path(path))[1] for path in _spaced(paths, CANDIDATES * count)}
+    sizes = {path: picture_header(Path(path)).size for path in _spaced(paths, CANDIDATES * count)}
     usual = Counter(sizes.values()).most_common(1)[0][0]
     found = _spaced([path for path, size in sizes.items() if size == usual], count)
     if len(found) < LEAST_STILLS:

@@ -104,12 +104,12 @@ def patches(x: Tensor, stride: int, channels: int) -> Tensor:
         (lambda x: patches(x, 4, 16).permute(0, 2, 3, 1), [(0, "nhwc", 16, 4)]),
         (lambda x: [patches(x, 16, 9), patches(x, 4, 5)], [(1, "nchw", 5, 4), (0, "nchw", 9, 16)]),
         (lambda x: (patches(x, 4, 5), (patches(x, 8, 9), x.mean((2, 3)))), [(0, "nchw", 5, 4), (1, "nchw", 9, 8)]),
-        (lambda x: {"a": patches(x, 8, 5), "b": patches(x, 8, 6)}, [(1, "nchw", 6, 8)]),
+        (lambda x: {"a": patches(x, 8, 5), "b": patches(x, 8, 6)}, [(0, "nchw", 5, 8), (1, "nchw", 6, 8)]),
         (lambda x: patches(x[..., 8:-8, 8:-8], 8, 5), [(0, "nchw", 5, 8)]),
     ],
     ids=["nchw", "nhwc", "as many channels as rows", "and last", "list", "nested", "one stride twice", "no padding"],
 )
-def test_maps_are_found_in_any_nesting_one_for_each_stride(run, expected):
+def test_maps_are_found_in_any_nesting_the_finest_first(run, expected):
     assert [each[:4] for each in found(run)] == expected
 
 

@@ -98,6 +98,41 @@ def test_a_palette_that_does_not_tell_the_classes_apart_is_none(colours, tmp_pat
     assert found(painted(tmp_path, colours)) == ()
 
 
+def coco(root: Path, *colours) -> Path:
+    """One image of COCO's panoptic format with a category for each colour; None leaves the colour out."""
+    for name in ("images", "panoptic"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (1, 0, 0)).save(root / name / "0.png")
+    categories = [
+        {"id": 7 - number, "name": f"c{number}", **({} if colour is None else {"color": colour})}
+        for number, colour in enumerate(colours)
+    ]
+    note = {"image_id": 1, "file_name": "0.png", "segments_info": [{"id": 1, "category_id": 7}]}
+    images = [{"id": 1, "file_name": "0.png", "height": 8, "width": 8}]
+    content = {"images": images, "categories": categories, "annotations": [note]}
+    (root / "panoptic.json").write_text(json.dumps(content))
+    return root
+
+
+def test_categories_of_coco_bring_their_colours(tmp_path):
+    assert found(coco(tmp_path, [10, 20, 30], [200, 0, 0], "#0000fA")) == COLOURS
+    (tmp_path / "index.json").write_text(json.dumps({"classes": CLASSES, "palette": [[1, 2, 3], [4, 5, 6], [7, 8, 9]]}))
+    assert found(tmp_path) == ((1, 2, 3), (4, 5, 6), (7, 8, 9))
+
+
+@pytest.mark.parametrize("colours", [(None, None), ([10, 20, 30], None)])
+def test_categories_without_a_colour_each_have_none(colours, tmp_path):
+    assert found(coco(tmp_path, *colours)) == ()
+
+
+@pytest.mark.parametrize("colour", ["red", [1, 2], [1, 2, 300], [0.1, 0.2, 0.3], "#12345", {"r": 1}, 5])
+def test_a_category_with_a_colour_that_is_none_is_named(colour, tmp_path):
+    with pytest.raises(
+        DataError, match=r"panoptic\.json gives category 'c1' the color .*expected \[red, green, blue\]"
+    ):
+        found(coco(tmp_path, [1, 2, 3], colour))
+
+
 def test_grey_label_images_have_none(tmp_path):
     write_clip(tmp_path / "a", 1)
     assert found(tmp_path) == ()

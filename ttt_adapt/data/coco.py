@@ -7,12 +7,13 @@
 
 Frames lie in `images/` or `raw_images/`; where there are several videos, each has its folder. The classes are the
 categories of the JSON in their order, without category 255. Pixels of no segment, of category 255 and of unknown
-categories are void.
+categories are void. Categories may have a `color`, [red, green, blue] as in COCO's panoptic files, or "#rrggbb".
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from ttt_adapt.data.classes import class_names
 from ttt_adapt.data.clip import Clip
 from ttt_adapt.data.coco_masks import draw_mask
 from ttt_adapt.data.images import read_rgb
+from ttt_adapt.data.index import Palette, is_colour
 from ttt_adapt.data.labelled import ImageClip
 from ttt_adapt.errors import DataError
 from ttt_adapt.files import natural_key
@@ -88,7 +90,34 @@ def _open(name: str, root: Path, file: Path, size: tuple[int, int] | None, class
     else:
         labels, read = frames, _instances(file, data, images, frames, ids)
     pairs = list(zip(frames, labels, strict=True))
-    return ImageClip(name, pairs, read, classes=classes or names, size=size, sources=[file])
+    palette = _palette(file, categories)
+    return ImageClip(name, pairs, read, classes=classes or names, size=size, sources=[file], palette=palette)
+
+
+def _palette(file: Path, categories: Sequence[dict[str, Any]]) -> Palette:
+    """The colours of the categories; () unless each has one.
+
+    Raises:
+        DataError: what a category has is no colour.
+    """
+    given = [category.get("color") for category in categories]
+    colours = [
+        _colour(file, category, colour)
+        for category, colour in zip(categories, given, strict=True)
+        if colour is not None
+    ]
+    return tuple(colours) if len(colours) == len(categories) else ()
+
+
+def _colour(file: Path, category: dict[str, Any], given: Any) -> tuple[int, int, int]:
+    if isinstance(given, str) and re.fullmatch("#[0-9a-fA-F]{6}", given):
+        given = list(bytes.fromhex(given[1:]))
+    if not is_colour(given):
+        raise DataError(
+            f"{file} gives category {category['name']!r} the color {str(given)[:60]!r}; expected [red, green, blue] "
+            "from 0 to 255, or '#rrggbb': mend it, or leave it out"
+        )
+    return given[0], given[1], given[2]
 
 
 def _read(file: Path) -> dict[str, list[dict[str, Any]]]:

@@ -56,7 +56,7 @@ class Index:
             if missing := [name for name in classes if name not in given]:
                 raise DataError(f"the palette in {self._file} has no colour for {', '.join(missing)}; {expected}")
             given = [given[name] for name in classes]
-        if not isinstance(given, list) or len(given) != len(classes) or not all(map(_is_colour, given)):
+        if not isinstance(given, list) or len(given) != len(classes) or not all(map(is_colour, given)):
             raise DataError(f"the palette in {self._file} is {_short(given)}; {expected}")
         return tuple((colour[0], colour[1], colour[2]) for colour in given)
 
@@ -109,7 +109,8 @@ def read_index(root: Path) -> Index | None:
     return Index(file, index) if isinstance(index, dict) and "classes" in index else None
 
 
-def _is_colour(value: Any) -> bool:
+def is_colour(value: Any) -> bool:
+    """Whether JSON holds a colour here: a list of red, green and blue, whole numbers from 0 to 255."""
     return (
         isinstance(value, list) and len(value) == 3 and all(type(level) is int and 0 <= level <= 255 for level in value)
     )

@@ -17,7 +17,7 @@ from ttt_adapt.data.images import (
     read_ids,
     read_mask,
 )
-from ttt_adapt.data.index import Index, read_index
+from ttt_adapt.data.index import Index, Palette, read_index
 from ttt_adapt.errors import DataError
 from ttt_adapt.files import FRAME_FOLDERS, PICTURE_SUFFIXES, files_in
 from ttt_adapt.video.labels_beside import frames_and_labels
@@ -29,6 +29,9 @@ BINARY_CLASSES = ("background", "foreground")
 class ImageClip(Clip):
     """A clip whose frames and labels are image files, read from disk when they are asked for.
 
+    Attributes:
+        palette: the colours that the files of the labels give the classes; () where they give none.
+
     Args:
         name: the clip's name.
         files: the (frame, label) files.
@@ -39,6 +42,7 @@ class ImageClip(Clip):
         fps: labelled frames per second.
         times: seconds of every frame.
         sources: other files that the labels are made from, such as COCO's JSON.
+        palette: one colour for each class; () where there are none.
 
     Raises:
         ConfigError: `size` is no pair. Reading raises DataError for a broken file, labels of another size than their
@@ -57,9 +61,11 @@ class ImageClip(Clip):
         fps: float | None = None,
         times: tuple[float, ...] | None = None,
         sources: Sequence[Path] = (),
+        palette: Palette = (),
     ) -> None:
         super().__init__(name, classes=classes, ignore=ignore, size=size, fps=fps, times=times)
         self._files, self._read, self._sources = list(files), read, tuple(sources)
+        self.palette = palette
 
     def __len__(self) -> int:
         return len(self._files)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from ttt_adapt.model.hooks import (
     uncompiled,
     without_checkpointing,
 )
+from ttt_adapt.model.map_choice import choose_maps, learning
 from ttt_adapt.model.norms import norm_layers
 from ttt_adapt.model.pass_state import undone_if_it_fails
 from ttt_adapt.model.probe import along, evaluating, other_sizes, probe_images, probe_sizes
@@ -242,7 +244,8 @@ def _examine(model: nn.Module, path: str, module: nn.Module, size: tuple[int, in
     trace = _trace(model, (path, module), size)
     with torch.no_grad():
         others = _not_resized(model, (path, module), trace, other_sizes(size))
-        maps = find_maps(lambda x: run_encoder(model, module, x), images, others)
+        run = partial(run_encoder, model, module)
+        maps = choose_maps(model, run, images, find_maps(run, images, others))
     stem: tuple[str, nn.Module, MapSpec | None] | None = None
     stem = find_stem(model, module, images) if trace.stem is None else (trace.stem_path, trace.stem, None)
     norms = {name: m for name, m in model.named_modules(remove_duplicate=False) if m in trace.norms}
@@ -290,14 +293,10 @@ def _used_parameters(
 ) -> dict[str, nn.Parameter]:
     """Name -> parameter, for those with a gradient from the feature maps. Frozen parameters count too."""
     named = dict(model.named_parameters())
-    frozen = [p for p in named.values() if not p.requires_grad]
-    try:
-        for p in frozen:
-            p.requires_grad_(True)
-        with torch.enable_grad():
-            images = images.clone().requires_grad_(True)
-            leaves = list(tensors(run_encoder(model, module, images)))
-            total = sum(leaves[spec.index].float().square().sum() for spec in maps)
+    with learning(model):
+        images = images.clone().requires_grad_(True)
+        leaves = list(tensors(run_encoder(model, module, images)))
+        total = sum(leaves[spec.index].float().square().sum() for spec in maps)
         if not (isinstance(total, Tensor) and total.requires_grad):
             raise EncoderError(
                 "the encoder's features have no gradient: it runs under torch.no_grad() or has no parameters to adapt"
@@ -307,9 +306,6 @@ def _used_parameters(
             raise EncoderError("the encoder's features do not depend on the images: name a module that sees them")
         if all(gradient is None for gradient in gradients):
             raise EncoderError("the encoder's features have no gradient by any parameter: there is nothing to adapt")
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
     return {name: p for (name, p), g in zip(named.items(), gradients, strict=True) if g is not None}
 
 

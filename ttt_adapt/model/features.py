@@ -44,6 +44,7 @@ class MapSpec:
         middle: the same for tokens that stand between the first half of the patches and the second.
         suffix: the same for tokens behind the patches.
         by_columns: the patches come column by column, not row by row.
+        own: the stride is small, and parameters act on this map that act on no coarser one.
     """
 
     index: int
@@ -54,6 +55,7 @@ class MapSpec:
     middle: int = 0
     suffix: int = 0
     by_columns: bool = False
+    own: bool = False
 
 
 class Features(NamedTuple):

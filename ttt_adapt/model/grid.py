@@ -46,7 +46,7 @@ class Seen:
 
 
 def find_maps(run: Callable[[Tensor], Any], images: Tensor, others: Iterable[Size]) -> list[MapSpec]:
-    """Find the feature maps in an encoder's output: finest first, one per stride.
+    """Find the feature maps in an encoder's output: finest first; of one stride in the order of the output.
 
     Args:
         run: images [1, C, H, W] -> what the encoder returns.
@@ -58,7 +58,7 @@ def find_maps(run: Callable[[Tensor], Any], images: Tensor, others: Iterable[Siz
     """
     output = list(tensors(run(images)))
     seen = [Seen(_size(images), [tuple(x.shape) for x in output]), *_second(run, images, others, len(output))]
-    found: dict[int, MapSpec] = {}
+    found: list[MapSpec] = []
     for index, plain in enumerate(output):
         pairs = [(each.size, each.shapes[index]) for each in seen]
         fixed = len(pairs) > 1 and pairs[0][1] == pairs[1][1]  # the same grid over images of any size, or no grid
@@ -68,10 +68,10 @@ def find_maps(run: Callable[[Tensor], Any], images: Tensor, others: Iterable[Siz
         else:
             spec = Squares(run, images, plain, specs[0]).place(specs, certain=fixed)
         if spec is not None:
-            found[spec.stride] = spec
+            found.append(spec)
     if not found:
         raise FeatureMapError(_no_map(seen))
-    return [found[stride] for stride in sorted(found)]
+    return sorted(found, key=lambda spec: spec.stride)
 
 
 def _size(images: Tensor) -> Size:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ttt_adapt.errors import ConfigError
 from ttt_adapt.model.features import Features, MapSpec
+from ttt_adapt.model.map_choice import FINE
 from ttt_adapt.objectives.head_copy import HeadCopy
 
 
@@ -57,7 +58,8 @@ def _conv_block(width: int) -> tuple[nn.Module, ...]:
 class ConvDecoder(nn.Module):
     """A `Pyramid` with 3 * s * s output channels, rearranged to pixels.
 
-    s is the finest stride of at least 4. Finer maps would take most of the time, and a patch does not need them.
+    s is the finest stride of at least 4. Finer maps would take most of the time, and a patch does not need them; where
+    parameters act on a finer map alone (U-Net), it is read all the same.
 
     Args:
         specs: the encoder's maps, finest first.
@@ -189,8 +191,11 @@ def build_decoder(
 
 
 def finest_decoded(specs: Sequence[MapSpec]) -> int:
-    """Which map is the finest that `ConvDecoder` reads: the first with a stride of at least 4, or the last one."""
-    return next((i for i, spec in enumerate(specs) if spec.stride >= 4), len(specs) - 1)
+    """Which map is the finest that `ConvDecoder` reads: the first with a stride of at least 4, or the last one.
+
+    A finer one is read where parameters act on it that act on no coarser one.
+    """
+    return next((i for i, spec in enumerate(specs) if spec.stride >= FINE or spec.own), len(specs) - 1)
 
 
 def padding_multiple(specs: Sequence[MapSpec], decoder: nn.Module, patch_size: int) -> int:

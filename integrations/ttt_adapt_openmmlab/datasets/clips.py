@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ttt_adapt.errors import DataError
-from ttt_adapt.integration import folders_in, natural_key
-from ttt_adapt_openmmlab.datasets.label_images import header
+from ttt_adapt.integration import folders_in, natural_key, picture_header
 
 _Key = TypeVar("_Key")
 
@@ -56,34 +55,34 @@ class Clip:
             yield from self._header_problems()
 
     def size(self) -> tuple[int, int]:
-        """(height, width) of the first frame."""
-        return header(self.frames[0])[1]
+        """(height, width) of the first frame, turned upright."""
+        return picture_header(self.frames[0]).size
 
     def _header_problems(self) -> Iterator[str]:
-        heads: dict[Path, tuple[str, tuple[int, int]]] = {}
+        heads = {}
         broken = []
         for file in (*self.frames, *self.labels):
             try:
-                heads[file] = header(file)
+                heads[file] = picture_header(file)
             except DataError as error:
                 broken.append(str(error))
         if broken:
             yield f"video {self.name} has {len(broken)} unreadable files: {broken[0]}"
             return
-        modes = [file for file in self.labels if heads[file][0] not in self.mode]
+        modes = [file for file in self.labels if heads[file].mode not in self.mode]
         if modes:
             yield (
-                f"video {self.name} has {len(modes)} labels in mode {heads[modes[0]][0]}: {listed(modes)}; "
+                f"video {self.name} has {len(modes)} labels in mode {heads[modes[0]].mode}: {listed(modes)}; "
                 f"expected {' or '.join(self.mode)}, {self.encoding}. Use the original PNG files, not converted ones"
             )
         pairs = zip(self.frames, self.labels, strict=True)
-        unequal = [label for frame, label in pairs if heads[frame][1] != heads[label][1]]
+        unequal = [label for frame, label in pairs if heads[frame].size != heads[label].size]
         if unequal:
             yield f"video {self.name} has {len(unequal)} labels of another size than their frame: {listed(unequal)}"
-        sizes = Counter(heads[file][1] for file in self.frames)
+        sizes = Counter(heads[file].size for file in self.frames)
         if self.same_size and len(sizes) > 1:
             usual = sizes.most_common(1)[0][0]
-            odd = [file for file in self.frames if heads[file][1] != usual]
+            odd = [file for file in self.frames if heads[file].size != usual]
             yield (
                 f"video {self.name} mixes frame sizes: {len(odd)} of {len(self.frames)} frames are not {usual[0]} x "
                 f"{usual[1]} (height x width): {listed(odd)}. Resize them, or put them into a video of their own"

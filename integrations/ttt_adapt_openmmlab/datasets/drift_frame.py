@@ -14,7 +14,8 @@ from ttt_adapt.integration import parse_drift
 class DriftFrame(BaseTransform):
     """Puts a frame under a drift of `ttt_adapt.data.drift`, such as "night:3"; labels stay.
 
-    It belongs behind LoadImageFromFile. The drift of a frame depends on its `frame_id`, 0 where there is none.
+    It belongs behind LoadPicture or LoadImageFromFile. The drift of a frame depends on its `frame_id`, 0 where there
+    is none.
 
     Args:
         drift: NAME or NAME:SEVERITY.
@@ -32,7 +33,7 @@ class DriftFrame(BaseTransform):
         """Change `img`, BGR [H, W, 3] with values 0 to 255; its type stays."""
         image = results.get("img")
         if image is None:
-            raise DataError("there is no image to drift: put DriftFrame behind LoadImageFromFile")
+            raise DataError("there is no image to drift: put DriftFrame behind LoadPicture or LoadImageFromFile")
         pixels = np.ascontiguousarray(image.round().clip(0, 255).astype(np.uint8)[..., ::-1])
         changed = self.drift.apply(pixels, int(results.get("frame_id") or 0))
         results["img"] = np.ascontiguousarray(changed[..., ::-1]).astype(image.dtype)

@@ -1,4 +1,4 @@
-"""Images of labels and their headers: class ids, and segment ids of panoptic images.
+"""Images of labels: class ids, and segment ids of panoptic images.
 
 A panoptic image numbers every pixel's segment as R + 256 G + 65536 B; a list beside it names the category of every
 segment. Pixels of no listed segment are void.
@@ -12,22 +12,10 @@ import numpy as np
 from PIL import Image
 
 from ttt_adapt.errors import DataError
+from ttt_adapt.integration import picture_header
 
 VOID = 255
 """The label of void pixels and the category of ignored segments."""
-
-
-def header(file: Path) -> tuple[str, tuple[int, int]]:
-    """Pillow's mode and (height, width) of an image, without decoding it.
-
-    Raises:
-        DataError: the file is missing or is no image.
-    """
-    try:
-        with Image.open(file) as image:
-            return image.mode, (image.height, image.width)
-    except OSError as error:
-        raise DataError(f"{file} cannot be read as an image: {error}") from error
 
 
 def read_labels(file: str | Path, classes: int) -> np.ndarray:
@@ -92,6 +80,8 @@ def read_segment_ids(file: str | Path) -> np.ndarray:
 
 
 def _decode(file: str | Path, modes: tuple[str, ...], encoding: str) -> np.ndarray:
+    if (turned := picture_header(Path(file)).orientation) > 1:  # OpenMMLab's own readers of labels would not turn it
+        raise DataError(f"{file} has the EXIF orientation {turned}; expected a label image that is stored upright")
     try:
         with Image.open(file) as image:
             if image.mode not in modes:

@@ -2,6 +2,10 @@
 
 Both libraries have the offsets of a place in one order: (dy, dx) for each element of the kernel, row by row, for each
 deformable group.
+
+The modulated convolution of mmcv reads offsets and mask by the size of its own output, h x w, and does not look at
+theirs. From larger fields it takes the first numbers of each image, as if they were [channels, h, w]. DyHead (Dai et
+al. 2021) of mmdet is trained with this: it applies the offsets of one level to the next smaller one.
 """
 
 from __future__ import annotations
@@ -139,6 +143,17 @@ def _modulated(geometry: dict[str, int]) -> Callable[..., Tensor]:
     )
 
     def convolve(x: Tensor, weight: Tensor, offset: Tensor, mask: Tensor, bias: Tensor | None = None) -> Tensor:
+        sides = zip(x.shape[-2:], weight.shape[-2:], stride, padding, dilation, strict=True)
+        size = [(side + 2 * pad - far * (kernel - 1) - 1) // step + 1 for side, kernel, step, pad, far in sides]
+        offset, mask = (_first_numbers(fields, size) for fields in (offset, mask))
         return ops.deform_conv2d(x, offset, weight, bias, stride, padding, dilation, mask)
 
     return convolve
+
+
+def _first_numbers(fields: Tensor, size: list[int]) -> Tensor:
+    """Fields [B, C, H, W] as mmcv reads them for an output of `size` (h, w): the first C * h * w numbers per image."""
+    count = fields.shape[1] * size[0] * size[1]
+    if list(fields.shape[-2:]) == size or fields[0].numel() < count:  # too few numbers: torchvision says so
+        return fields
+    return fields.flatten(1)[:, :count].unflatten(1, (fields.shape[1], *size))

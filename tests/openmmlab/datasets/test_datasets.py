@@ -276,7 +276,7 @@ BAD = [
     ("CamVidStream", "camvid", lambda r: miniatures.picture(r / "one_a/frames/1_one_a.jpg", size=(12, 16)),
      "labels of another size than their frame.*1_one_a.png"),
     ("CamVidStream", "camvid", lambda r: (r / "one_a/frames/1_one_a.jpg").write_bytes(b"no image"),
-     "1_one_a.jpg cannot be read as an image"),
+     "1_one_a.jpg cannot be read as a picture"),
     ("KittiStep", "kitti_step", lambda r: (r / "images/val/0002/000001.png").unlink(), "0002 lacks 1 of 3 frames"),
     ("KittiStep", "kitti_step", lambda r: grey(r / "panoptic_maps/val/0006/000001.png"),
      "mode L.*0006/000001.png; expected RGB, semantic id in red"),

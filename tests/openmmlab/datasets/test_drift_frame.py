@@ -27,5 +27,5 @@ def test_no_drift_leaves_the_frame_and_a_wrong_one_is_named():
     assert np.array_equal(TRANSFORMS.build({"type": "DriftFrame", "drift": "none"})({"img": frame})["img"], frame)
     with pytest.raises(ConfigError, match="nearest: 'night'"):
         TRANSFORMS.build({"type": "DriftFrame", "drift": "nigth:3"})
-    with pytest.raises(DataError, match="behind LoadImageFromFile"):
+    with pytest.raises(DataError, match="behind LoadPicture or LoadImageFromFile"):
         TRANSFORMS.build({"type": "DriftFrame", "drift": "fog"})({})

@@ -234,6 +234,24 @@ def test_deformable_convolution_has_the_gradients_of_its_formula(settings):
     assert torch.autograd.gradcheck(weights_only, (weight,))
 
 
+def test_modulated_convolution_takes_the_first_numbers_of_larger_fields_as_mmcv_does():
+    from mmcv.ops import modulated_deform_conv2d
+
+    settings = CONVOLUTIONS[1]
+    x, offset, weight, mask, bias = convolution_inputs(settings)
+    x, offset, mask = (torch.cat([tensor, tensor.flip(1)]) for tensor in (x, offset, mask))  # two images
+    larger = [F.pad(fields.flatten(1), (0, 5 * fields.shape[1])) for fields in (offset, mask)]
+    shapes = [(2, fields.shape[1], fields[0, 0].numel() + 5, 1) for fields in (offset, mask)]
+    larger = [fields.view(shape).requires_grad_() for fields, shape in zip(larger, shapes, strict=True)]
+    made = modulated_deform_conv2d(x, *larger, weight, bias, *settings.values())
+    torch.testing.assert_close(made, plain.deform_conv(x, offset, weight, mask, bias, **settings))
+    found = torch.autograd.grad(made.square().sum(), larger)
+    inputs = offset.requires_grad_(), mask.requires_grad_()
+    made = modulated_deform_conv2d(x, *inputs, weight, bias, *settings.values())
+    for large, small in zip(found, torch.autograd.grad(made.square().sum(), inputs), strict=True):
+        torch.testing.assert_close(large.flatten(1), F.pad(small.flatten(1), (0, 5 * small.shape[1])))
+
+
 def test_the_gradient_of_a_deformable_convolution_can_be_taken_twice():
     from mmcv.ops import deform_conv2d
 

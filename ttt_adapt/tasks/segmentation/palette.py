@@ -1,4 +1,4 @@
-"""The colours that a data set gives its classes: in its `index.json`, or in the palettes of its label images."""
+"""The colours that a data set gives its classes: in `index.json`, in COCO's JSON, or in palettes of label images."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 
 from ttt_adapt.data.clip import Clip
 from ttt_adapt.data.index import Palette, read_index
-from ttt_adapt.data.labelled import LabelledClip
+from ttt_adapt.data.labelled import ImageClip, LabelledClip
 
 
 def find_palette(data: str | Path, clips: Sequence[Clip]) -> Palette:
     """One colour for each class of labelled clips; () where the data set says none.
 
-    The `palette` of `index.json` comes first, if it has as many classes as the clips, and then the palette of the first
-    label image. The latter counts if its ids are the class ids, and if it tells the classes apart: a label image of
-    greys has no colours.
+    The `palette` of `index.json` comes first, then the colours of COCO's categories, each if it has as many classes as
+    the clips, and then the palette of the first label image. The latter counts if its ids are the class ids, and if it
+    tells the classes apart: a label image of greys has no colours.
 
     Args:
         data: the folder that the clips were opened from.
@@ -30,7 +30,9 @@ def find_palette(data: str | Path, clips: Sequence[Clip]) -> Palette:
     first = clips[0]
     index = first.index if isinstance(first, LabelledClip) else read_index(Path(data))
     palette = () if index is None else index.palette()
-    return palette if palette and len(palette) == len(first.classes) else _of_image(first, len(first.classes))
+    listed = first.palette if isinstance(first, ImageClip) else ()
+    found = (colours for colours in (palette, listed) if colours and len(colours) == len(first.classes))
+    return next(found, None) or _of_image(first, len(first.classes))
 
 
 def _of_image(clip: Clip, count: int) -> Palette:
