@@ -268,6 +268,9 @@ def test_no_message_error_or_traceback_has_a_secret(caplog, capfd):
     with pytest.raises(VideoError) as caught:
         open_video(f"rtsp:/{LOGIN}127.0.0.1/x{QUERY}")  # a slash is missing
     texts.append(str(caught.value))
+    with pytest.raises(VideoError, match="source is b'http") as caught:
+        open_video(refused.url.encode())  # type: ignore[arg-type]
+    texts.append(str(caught.value))
     assert "is lost" in caplog.text  # by default, a logger is told
     assert all("127.0.0.1" in text for text in texts[:3])
     assert not [secret for secret in SECRETS for text in texts if secret in text]

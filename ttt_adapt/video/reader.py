@@ -99,7 +99,7 @@ def _open_source(
     source: str | int | os.PathLike[str], limits: Reconnect, counts: FrameCounts, say: Callable[[str], None]
 ) -> FrameSource:
     if isinstance(source, bool) or not isinstance(source, (str, int, os.PathLike)) or source == "":
-        raise VideoError(f"source is {source!r}, expected a path, a camera index or a URL.")
+        raise VideoError(f"source is {redacted(repr(source))}, expected a path, a camera index or a URL.")
     if isinstance(source, int) or (isinstance(source, str) and re.fullmatch(r"0|[1-9][0-9]*", source)):
         return _live(partial(camera, int(source), *limits.timeouts), limits, counts, say)
     path = Path(source)
