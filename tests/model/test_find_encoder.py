@@ -235,7 +235,7 @@ class Windowed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed = nn.Conv2d(3, 16, 16, 16)
+        self.embed = nn.Conv2d(3, 16, 4, 4)
         self.layers = nn.ModuleList(nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True) for _ in range(6))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -252,34 +252,28 @@ def test_a_model_whose_layers_show_no_map_but_at_its_end_is_the_encoder_itself()
 
 
 class Queries(nn.Module):
-    """Encoder and decoder of a detector with queries; with `features`, it returns the encoder's map, too.
+    """Encoder and decoder of a detector with queries."""
 
-    Beside that map, it returns three times as many queries in training as in evaluation.
-    """
-
-    def __init__(self, features: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.features, self.queries = features, nn.Parameter(torch.randn(1, 6, 16))
+        self.queries = nn.Parameter(torch.randn(1, 6, 16))
         self.body = nn.Sequential(nn.Conv2d(3, 16, 8, 8), nn.GELU(), nn.Conv2d(16, 16, 2, 2), nn.GELU())
         self.decoder = nn.MultiheadAttention(16, 2, batch_first=True)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        features = self.body(x)
-        memory = features.flatten(2).transpose(1, 2)
-        queries = self.queries.repeat(len(x), 3 if self.training and self.features else 1, 1)
-        found = self.decoder(queries, memory, memory)[0]
-        return (found, features) if self.features else (found,)
+    def forward(self, x: Tensor) -> Tensor:
+        memory = self.body(x).flatten(2).transpose(1, 2)
+        return self.decoder(self.queries.expand(len(x), -1, -1), memory, memory)[0]
 
 
 class QueryDetector(nn.Module):
     """As detectors of Hugging Face: the heads lie beside the part that holds encoder and decoder."""
 
-    def __init__(self, features: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.model, self.classes, self.boxes = Queries(features), nn.Linear(16, 5), nn.Linear(16, 4)
+        self.model, self.classes, self.boxes = Queries(), nn.Linear(16, 5), nn.Linear(16, 4)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        found = self.model(x)[0]
+        found = self.model(x)
         start = self.model.queries.sigmoid()[..., :4].expand(len(x), -1, -1)  # the same for all images
         return {"classes": self.classes(found), "boxes": self.boxes(found), "start": start}
 
@@ -288,5 +282,49 @@ def test_the_decoder_of_queries_is_a_head_and_outputs_without_an_image_have_no_s
     assert inspect_encoder(QueryDetector().eval()).path == "model.body"
 
 
-def test_a_candidate_that_is_refused_makes_way_for_the_next_one():
-    assert inspect_encoder(QueryDetector(features=True).eval()).path == "model.body"
+class LearnedPositions(nn.Module):
+    """A map of the size of its input that does not depend on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(1, 16, 2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(self.weight, x.shape[-2:])
+
+
+def test_a_map_that_does_not_depend_on_the_images_makes_way_for_the_next_one():
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.GELU(), nn.Conv2d(8, 16, 2, 2))
+            self.positions, self.head = LearnedPositions(), nn.Conv2d(16, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            features = self.trunk(x)
+            return self.head(features + self.positions(features))
+
+    assert inspect_encoder(Net().eval()).path == "trunk"
+
+
+def test_a_mask_beside_the_features_is_no_map():
+    class WithMask(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.GELU(), nn.Conv2d(8, 16, 2, 2))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            features = self.body(x)
+            return features, torch.ones(features[:, 0].shape, dtype=torch.bool)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = WithMask(), nn.Conv2d(16, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            features, mask = self.backbone(x)
+            return self.head(features * mask[:, None])
+
+    info = inspect_encoder(Net().eval())
+    assert (info.path, [spec.index for spec in info.maps]) == ("backbone", [0])

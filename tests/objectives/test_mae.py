@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import models as zoo
@@ -252,3 +253,34 @@ def test_a_detached_branch_does_not_keep_the_model_alive(decoder, used):
     assert alive() is None
     assert branch.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in branch.state_dict().items())
+
+
+class OfOneSize(nn.Module):
+    """As SSD300: images are resized to a size that is no whole number of patches; the cells at its end reach beyond."""
+
+    def __init__(self, side: int = 36, padding: int = 2) -> None:
+        super().__init__()
+        self.side, self.head = side, nn.Conv2d(8, 4, 1)
+        self.backbone = nn.Sequential(nn.Conv2d(3, 8, 8, 8, padding), nn.GELU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if tuple(x.shape[-2:]) != (self.side, self.side):
+            x = F.interpolate(x, (self.side, self.side))
+        return self.head(self.backbone(x))
+
+
+def test_a_model_of_one_size_that_is_no_whole_number_of_patches_is_masked_at_this_size():
+    branch = MAEBranch.attach(OfOneSize())
+    assert (branch.info.probe_size, branch.info.maps[0].stride) == ((36, 36), 8)
+    images = branch.info.probe_images()
+    shown = branch.reconstruct(images)
+    assert shown.prediction.shape == images.shape
+    hidden = branch.reconstruct(torch.where(shown.mask, images, 7.0), mask=shown.mask[:, 0, ::16, ::16])
+    assert torch.equal(hidden.prediction, shown.prediction)
+    with pytest.raises(EncoderError, match="resizes its images inside"):
+        branch.loss(torch.randn(1, 3, 48, 64))
+
+
+def test_a_model_of_one_size_whose_maps_leave_out_a_border_is_refused():
+    with pytest.raises(EncoderError):
+        MAEBranch.attach(OfOneSize(padding=0))

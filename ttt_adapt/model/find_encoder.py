@@ -129,7 +129,8 @@ def _traced(model: nn.Module, images: Tensor, gradients: bool) -> Call:
             call = open_calls.pop()
         leaves = list(tensors(output))
         call.end, ended = ended, ended + 1
-        call.shapes, call.nodes = [tuple(x.shape) for x in leaves], [x.grad_fn for x in leaves]
+        call.shapes = [tuple(x.shape) if x.is_floating_point() else () for x in leaves]  # a mask is no map
+        call.nodes = [x.grad_fn for x in leaves]
         call.addresses = [x.data_ptr() for x in leaves]
         kept.extend(leaves)  # so that no other tensor gets their addresses
 
@@ -218,8 +219,9 @@ def _heads(root: Call, shared: list[Call]) -> tuple[list[Call], list[Call]]:
         before = [call for call in top.children if call.end < head.end and known & set(_walk(call))]
         if before[-1] in known:
             break
-        top, head = _head(before[-1], shared)
-        if head is None or head in known:
+        part = before[-1]
+        top, head = _head(part, shared)
+        if head is None or head in known or known & _above(part, top):  # no head, but the end of an encoder
             break
         tops.append(top)
         heads.append(head)

@@ -60,6 +60,8 @@ def find_maps(run: Callable[[Tensor], Any], images: Tensor, others: Iterable[Siz
     seen = [Seen(_size(images), [tuple(x.shape) for x in output]), *_second(run, images, others, len(output))]
     found: list[MapSpec] = []
     for index, plain in enumerate(output):
+        if not plain.is_floating_point():  # a mask beside the features
+            continue
         pairs = [(each.size, each.shapes[index]) for each in seen]
         fixed = len(pairs) > 1 and pairs[0][1] == pairs[1][1]  # the same grid over images of any size, or no grid
         specs = layouts(pairs[:1] if fixed else pairs, index)
