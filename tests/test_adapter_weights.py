@@ -384,7 +384,7 @@ def test_a_change_from_outside_is_an_error_in_a_stream_without_a_branch_too(chan
 
 
 @pytest.mark.parametrize("how", ["assign", "module"])
-def test_a_head_that_is_replaced_by_another_one_is_an_error_and_one_with_the_same_values_is_not(how):
+def test_a_stream_without_a_branch_refuses_another_head_and_takes_one_with_the_same_values(how):
     model = net()
 
     def replace(change: float) -> None:
@@ -395,7 +395,7 @@ def test_a_head_that_is_replaced_by_another_one_is_an_error_and_one_with_the_sam
             with torch.no_grad():
                 model.head.weight.add_(change)
 
-    with StreamAdapter(model, branch_on(model), config=CONFIG) as adapter:
+    with calibrated_stream(model) as adapter:
         wanted = [adapter.step(frame) for frame in clip()]
         adapter.reset()
         replace(0.0)

@@ -23,6 +23,20 @@ def tiny(seed: int = 0) -> nn.Module:
     return nn.Sequential(encoder, nn.Conv2d(8, 4, 1)).eval()
 
 
+class Recurrent(nn.Module):
+    """Keeps the features of the frame before, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before: Tensor | None = None
+        self.count, self.seen = 0, [0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if self.before is None else 0.5 * x + 0.5 * self.before
+        self.before, self.count, self.seen = x.detach(), self.count + 1, [*self.seen[-3:], self.count]
+        return x
+
+
 def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """An optimizer that a user may bring."""
     return torch.optim.SGD(groups, momentum=0.9)
@@ -31,13 +45,15 @@ def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
 def adapters() -> list[StreamAdapter]:
     """Streams with all parts that a state may have."""
     normalize, few = Normalize((0.5,) * 3, (0.5,) * 3), {"window": 3, "batch_size": 2, "lr": 1e-3}
-    models = [tiny() for _ in range(4)]
+    models = [tiny() for _ in range(5)]
+    models[4].insert(1, Recurrent())
     branches = [MAEBranch.attach(model, "0") for model in models[:3]]
     return [
         StreamAdapter(models[0], branches[0], config=StreamConfig(**few), preprocess=normalize),
         StreamAdapter(models[1], branches[1], config=StreamConfig(**{**few, "window": "auto"}, norm_stats="ema")),
         StreamAdapter(models[2], branches[2], config=StreamConfig(**few, gate="surprise"), optimizer=sgd),
         StreamAdapter(models[3], PseudoLabel(models[3], average=0.9), config=StreamConfig(**few)),
+        StreamAdapter(models[4], MAEBranch.attach(models[4], "0"), config=StreamConfig(**few)),
     ]
 
 
@@ -65,6 +81,7 @@ def taken_whole(state: dict[str, Any], given: dict[str, Any]) -> bool:
     moments, theirs = state["optimizer"]["state"]["state"], given["optimizer"]["state"]["state"]
     parts = [name for name in ("weights", "window", "random", "gate", "progress") if state[name] is not None]
     parts += ["auto"] if state["auto"] is not None else []
+    parts += ["passes"] if "passes" in given else []
     return same(moments, theirs) and all(same(state[name], given[name]) for name in parts)
 
 

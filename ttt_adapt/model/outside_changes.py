@@ -150,12 +150,16 @@ class OutsideChanges:
         self._refuse_unadapted(self._count_changed()[1] + replaced)
 
     def _count_replaced(self) -> int:
-        """How many weights that the stream does not adapt were replaced by others, with other values."""
+        """How many weights of a stream that adapts none were replaced by others, with other values.
+
+        A stream that adapts weights goes on with a new head.
+        """
+        if self._learning:
+            return 0
         present = {name: p for root in reversed(self._roots) for name, p in root.named_parameters()}
         there, count = {id(p) for root in self._roots for p in root.parameters()}, 0
-        learning = {id(p) for p in self._learning}
         for i, (name, p) in enumerate(zip(self._names, self._weights, strict=True)):
-            if id(p) in there or id(p) in learning:
+            if id(p) in there:
                 continue
             now = present.get(name)
             if now is None or now.device != p.device or now.is_meta or not same_values(now, p):
