@@ -115,6 +115,7 @@ def main() -> None:
     options = parser.parse_args()
     wanted = [(name, seed) for name in options.models for seed in options.seeds]
     trainings = [Training(name, seed, options.data, options.weights / f"{name}-{seed}") for name, seed in wanted]
+    options.out.mkdir(parents=True, exist_ok=True)
     found = dict(zip(wanted, checkpoints(trainings), strict=True))
     pairs = [[found[name, seed] for seed in options.seeds] for name in options.models]
     with side_by_side() as pool:

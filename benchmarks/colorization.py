@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=Path("runs/colorization"))
     parser.add_argument("--out", type=Path, default=Path("runs/colorization"), help="folder for the reports")
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     streams = clips(options.data, STREAMS)
     trainings = [
         Training("vit", seed, options.data, options.weights / f"vit-{seed}", TRAIN, SIZE, "colorization", EPOCHS)

@@ -164,7 +164,8 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=Path("runs/drifts"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "drifts")
     options = parser.parse_args()
-    options.weights.mkdir(parents=True, exist_ok=True)
+    for folder in (options.weights, options.out):
+        folder.mkdir(parents=True, exist_ok=True)
     for name in options.models:
         reports: dict[str, list[Report]] = {fold: [] for fold in FOLDS}
         for seed in options.seeds:
