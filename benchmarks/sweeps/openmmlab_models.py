@@ -110,7 +110,9 @@ def check(name: str) -> dict[str, Any]:
             config = _small_config(file, group(name), size)
             plain = _built(config, file)
         except Exception as error:
-            failures.append(found | {"reason": told(error)} | _refused(file))
+            if refusal := _refused(file):
+                return found | refusal
+            failures.append(found | {"reason": told(error)})
             continue
         return found | _checked(_stages(config, plain, group(name), size), found["checks"])
     return failures[0]
