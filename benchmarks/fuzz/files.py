@@ -255,6 +255,8 @@ class Training:
         self._fit(file, stop=1)
         self._bytes, self._good = file.read_bytes(), torch.load(file, weights_only=True)
         self._begin(1)
+        self._fit(file)  # it raises where a whole state is refused
+        self._begin(1)
 
     def _begin(self, seed: int) -> None:
         """A model and a branch that no training has changed."""

@@ -31,6 +31,11 @@ _FIELDS = {
 }
 
 
+def _of_function(value: Any) -> str:
+    """What a schedule keeps of a function: None, or of one that is an object, its attributes, which are none here."""
+    return "" if value is None or (isinstance(value, dict) and not value) else "None"
+
+
 def read_state(file: str | Path, device: torch.device) -> dict[str, Any]:
     """What a training wrote into `file`, its tensors on `device`.
 
@@ -70,7 +75,7 @@ def check_parts(state: Mapping[str, Any], epochs: int, optimizer: Any, schedule:
     rates = list_of(number(0.0), *[len(optimizer.param_groups)] * 2)
     scales = {k: whole() if isinstance(v, int) else number(math.ulp(0.0)) for k, v in scaler.state_dict().items()}
     fields = {"base_lrs": rates, "_last_lr": rates, "last_epoch": whole(), "_step_count": whole()}
-    fields["lr_lambdas"] = list_of(_no_factor, *[len(optimizer.param_groups)] * 2)
+    fields["lr_lambdas"] = list_of(_of_function, *[len(optimizer.param_groups)] * 2)
     flags = dict.fromkeys({*schedule.state_dict(), "verbose"} - fields.keys(), plain)  # other versions have other flags
     try:
         check_fields({"epoch": state["epoch"]}, {"epoch": whole(0, epochs)}, "it")
@@ -79,8 +84,3 @@ def check_parts(state: Mapping[str, Any], epochs: int, optimizer: Any, schedule:
         check_optimizer_state(optimizer, state["optimizer"])
     except CheckpointError as error:
         raise CheckpointError(f"{file} is damaged ({error}): remove it to start anew") from error
-
-
-def _no_factor(saved: Any) -> str:
-    """Check what a schedule saves of a function without attributes of its own: "" for None or {}."""
-    return "" if saved is None or (type(saved) is dict and not saved) else "None"
