@@ -42,9 +42,18 @@ def everything(root: Path) -> dict[Path, bytes]:
 MODEL = ("--checkpoint", "m.safetensors")
 FIXED = (*MODEL, "--arm", "fixed")
 SLIPS = [
-    (("run", "m.safetensors", "--checkpoint", "v.mp4"), "--checkpoint: v.mp4 is no checkpoint written by ttt_adapt ("),
-    (("run", "v.mp4", "--checkpoint", "v.mp4"), "expected a .safetensors file of `ttt-adapt train`"),
-    (("run", "v.mp4", "--checkpoint", "clips"), "--checkpoint: clips is a folder; expected a checkpoint"),
+    (
+        ("run", "m.safetensors", "--checkpoint", "v.mp4"),
+        "--checkpoint: v.mp4 is no checkpoint written by ttt_adapt: it is a video",
+    ),
+    (
+        ("run", "v.mp4", "--checkpoint", "v.mp4"),
+        "--checkpoint: v.mp4 is no checkpoint written by ttt_adapt: it is a video",
+    ),
+    (
+        ("run", "v.mp4", "--checkpoint", "clips"),
+        "--checkpoint: clips is no checkpoint written by ttt_adapt: it is a folder",
+    ),
     (("run", "v.mp4", "--checkpoint", "m.safetensor"), "--checkpoint: there is no checkpoint m.safetensor: train one"),
     (("run", "m.safetensors", *FIXED), "m.safetensors is a file of weights; expected a video, a picture, or a folder"),
     (("run", "zero.mp4", *FIXED), "zero.mp4 is empty (0 bytes): copy or record it anew"),

@@ -209,7 +209,7 @@ class Patches(nn.Module):
 
 
 def channels(count):
-    return nn.Sequential(nn.Sequential(nn.Conv2d(count, 8, 4, 4), nn.GELU()), nn.Conv2d(8, 4, 1))
+    return nn.Sequential(nn.Sequential(nn.Conv2d(count, 8, 4, 4), nn.BatchNorm2d(8), nn.GELU()), nn.Conv2d(8, 4, 1))
 
 
 @pytest.mark.parametrize(

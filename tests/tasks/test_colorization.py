@@ -81,12 +81,15 @@ def streamed(out: Path, **options) -> list[np.ndarray]:
         def __exit__(self, *exc):
             pass
 
+        def close(self):
+            self.finished = True
+
         def write(self, frame):
             self.count += 1
             written.append(frame)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ttt_adapt.evaluation.adapt_video.VideoWriter", Writer)
+        patch.setattr("ttt_adapt.evaluation.run_outputs.VideoWriter", Writer)
         adapt_video(out=out, config=CONFIG, **options)
     return written
 
@@ -325,7 +328,8 @@ def test_run_does_not_claim_to_have_kept_what_could_not_be_written(trained, tmp_
     call = ["run", source, f"--checkpoint={trained}", f"--out={tmp_path / 'o.mp4'}", "--set=batch_size=2"]
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("the disk is gone")))
     line = fail(capsys, monkeypatch, *call)
-    assert line.startswith(f"error: {tmp_path / 'o.mp4'} cannot be finished: the disk is gone. The frames so far can ")
+    told = f"error: --out: {tmp_path / 'o.mp4'} cannot be finished: the disk is gone. The frames so far can "
+    assert line.startswith(told)
     assert not (tmp_path / "o.mp4").exists()
     assert len(decoded(tmp_path / "o.partial.mp4")) == 2
 

@@ -115,7 +115,7 @@ def with_option(text: str, typed: dict[str, list[str]]) -> str:
         text: the message; one that names an option already stays as it is.
         typed: option -> values as they were typed. Of `NAME=VALUE`, the message may be about either.
     """
-    if re.search(r"(?<![\w-])--[a-z]", text):
+    if re.search(r"(?<![\w-])--[a-z]", re.sub("`[^`]*`", "", text)):  # a command that helps may have options
         return text
     places = []
     for option, values in typed.items():

@@ -132,7 +132,7 @@ def adapt_video(
             remarks = _Remarks(video, source, out, rate, _how_it_runs(model, watching.runner))
             total = video.length if limit is None else min(video.length or limit, limit)
             written.expect(rate, video.names, total)
-            stack.callback(_account, video, written, about)
+            stack.callback(_account, video, about)
             advance = stack.enter_context(progress_bar(video.name, total))
             for frame in islice(video, limit):
                 seen = model.task.see(frame)
@@ -147,10 +147,10 @@ def adapt_video(
         return written.count
 
 
-def _account(video: VideoReader, written: Outputs, about: dict[str, Any]) -> None:
-    """Say what became of the source's frames, and put it into what `run.json` gets."""
+def _account(video: VideoReader, about: dict[str, Any]) -> None:
+    """Put what became of the source's frames into what `run.json` gets, and say it of a live one."""
     about["frames_of_source"] = video.stats.as_dict()
-    if written.count:
+    if video.live:
         notice(f"{video.name}: {video.stats}")
 
 
