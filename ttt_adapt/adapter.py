@@ -123,7 +123,7 @@ class StreamAdapter(OneVideo):
         digest = calibration.digest if calibration is not None and correction is not None else None
         shared = SharedModel(
             config, lock_of(inside), state, begin, intake,
-            steps=FrameSteps(engine, predict, correction, limit, outside),
+            steps=FrameSteps(engine, predict, correction, limit, outside, start),
             passes=step.pass_state,
             start=start,
             outside=outside,

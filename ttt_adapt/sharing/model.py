@@ -18,6 +18,7 @@ from ttt_adapt.model.pass_state import PassState
 from ttt_adapt.model.start_state import StartState
 from ttt_adapt.sharing.frame import FrameSteps
 from ttt_adapt.stream.check_saved import FORMAT, check_compatible, check_source, current_format
+from ttt_adapt.stream.frame_look import thumbnail
 from ttt_adapt.stream.state import StreamState, swap
 
 
@@ -73,7 +74,8 @@ class SharedModel:
             StateError, EncoderError: see `enter`.
         """
         self.enter(state)
-        return self.intake.take(frame, state.window.frame_shape)
+        taken = self.intake.take(frame, state.window.frame_shape)
+        return taken if state.guards is None else taken._replace(small=thumbnail(frame))
 
     @contextmanager
     def undone_if_it_fails(self) -> Iterator[None]:
