@@ -186,28 +186,30 @@ class FrameSteps:
         state.weights.pull(self.config.pull_fraction)
         if self.config.pull_fraction:
             self._gradient.half.round()  # the pull moves the float32 copies, and these are the weights
-        spoilt = self._move_statistics(state, taken)
+        moved = self._move_statistics(taken)
         if self.config.restart_optimizer or self.config.pull_fraction == 1.0:
             self.engine.restart(state.optimizer)
         found = [self._gradient_step(state, i) for i in range(steps)]
         numbers = torch.stack([row for row, _ in found])
-        if spoilt is not None and state.guards is not None:
-            numbers[0, 2] += 2.0 * spoilt
+        if state.guards is not None and moved:
+            numbers[0, 2] += 2.0 * torch.stack([each.to(numbers.device) for each in moved]).all().logical_not()
         return numbers, found[0][1]
 
     @torch.no_grad()
-    def _move_statistics(self, state: StreamState, taken: TakenFrame) -> Tensor | None:
+    def _move_statistics(self, taken: TakenFrame) -> list[Tensor]:
         """Let the clean frame into the running statistics of BatchNorm, if the configuration says so.
 
         Returns:
-            Whether guards took them back, a bool scalar on the device; None where nothing moves.
+            Whether they moved; see `updating_norms`.
         """
         if self.config.norm_stats != "ema" or not self._norms:
-            return None
-        put_back = self._guarding.kept_statistics(state, [buffer for norm in self._norms for buffer in norm.buffers()])
-        with self._gradient.pass_state.kept(learn=False), updating_norms(self._norms, self.config.frame_share):
+            return []
+        with (
+            self._gradient.pass_state.kept(learn=False),
+            updating_norms(self._norms, self.config.frame_share) as moved,
+        ):
             self._predict(taken.x, *taken.context)
-        return put_back()
+        return moved
 
     def _gradient_step(self, state: StreamState, iteration: int) -> tuple[Tensor, Tensor | None]:
         """Draw a batch, and step if nothing speaks against it: a row of numbers, and a sketch of the gradient."""

@@ -6,14 +6,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ttt_adapt.engine.eager import EagerEngine
 from ttt_adapt.model.frames import TakenFrame
 from ttt_adapt.model.start_state import StartState
 from ttt_adapt.stream.guards import Guards
-from ttt_adapt.stream.optimizer import total_norm
 from ttt_adapt.stream.prediction_look import shows, signals
 from ttt_adapt.stream.state import StreamState
 from ttt_adapt.stream.tally import ROLLED_BACK
@@ -69,26 +67,6 @@ class Guarding:
         """Whether a gradient step is taken, a bool scalar on the device of its loss and gradient norm."""
         finite = norm.isfinite()
         return finite if state.guards is None else finite & state.guards.losses.fits(loss).to(finite.device)
-
-    def kept_statistics(self, state: StreamState, statistics: list[Tensor]) -> Callable[[], Tensor]:
-        """Remember running statistics before they move.
-
-        Returns:
-            A function that puts them back where they became infinite or NaN. It returns whether it did, a bool scalar
-            on their device.
-        """
-        before = [] if state.guards is None else [each.clone() for each in statistics]
-
-        def put_back() -> Tensor:
-            floats = [each for each in statistics if each.is_floating_point()]
-            if not before or not floats:
-                return torch.zeros((), dtype=torch.bool, device=self._gradient.device)
-            sound = total_norm(floats).isfinite()
-            for now, kept in zip(statistics, before, strict=True):
-                now.copy_(torch.where(sound.to(now.device), now, kept))
-            return ~sound
-
-        return put_back
 
     # ---- behind a step
 
