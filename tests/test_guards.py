@@ -62,7 +62,17 @@ class Spoiling(torch.optim.SGD):
         if self.taken == self.at:
             for group in self.param_groups:
                 for p in group["params"] if group["name"].startswith("encoder") else ():
-                    p.fill_(self.value)
+                    p.fill_(self.spoilt(p))
+
+    def spoilt(self, _parameter) -> float:
+        return self.value
+
+
+class Collapsing(Spoiling):
+    """Features that are the same everywhere."""
+
+    def spoilt(self, parameter) -> float:
+        return 0.0 if parameter.ndim > 1 else self.value
 
 
 # ---- an ordinary video
@@ -260,7 +270,7 @@ def test_a_frame_that_spoils_running_statistics_leaves_them_as_they_were():
     assert same_bits([norm.running_mean, norm.running_var], before)
     for frame in frames[6:]:
         assert adapter.step(frame).isfinite().all()
-        assert adapter.last.reason == ""
+        assert "non-finite statistics" not in adapter.last.reason
     assert not same_bits([norm.running_mean, norm.running_var], before)
 
 
@@ -282,8 +292,10 @@ def test_weights_that_are_not_finite_never_reach_a_prediction(value):
 def test_weights_that_are_not_finite_are_noticed_without_a_prediction():
     adapter = attached(optimizer=lambda groups: Spoiling(groups, 20, math.nan))
     reports = [adapter.adapt(frame) for frame in video(40)]
-    back = [report for report in reports if report.reason.startswith("rolled back")]
-    assert [report.reason for report in back] == ["rolled back: non-finite weights"]
+    assert [report.reason for report in reports[:20]] == [""] * 20
+    assert {report.reason for report in reports[20:31]} == {"non-finite gradient"}
+    assert reports[31].reasons == ("non-finite gradient", "rolled back: non-finite weights")
+    assert all(report.adapted for report in reports[32:])
     assert all(t.isfinite().all() for t in adapter.state_dict()["weights"].values())
 
 
@@ -344,7 +356,7 @@ def two_classes(optimizer) -> StreamAdapter:
 
 
 def test_a_collapse_to_one_class_is_taken_back():
-    adapter = two_classes(lambda groups: Spoiling(groups, 20, 0.0))  # a tie everywhere: the first class
+    adapter = two_classes(lambda groups: Collapsing(groups, 20, 5.0))
     found = run(adapter, video(60))
     shares = [prediction.argmax(1).float().mean().item() for prediction, _ in found]
     assert all(0.1 < share < 0.9 for share in shares[:19])

@@ -23,10 +23,9 @@ from ttt_adapt.model.start_state import StartState
 from ttt_adapt.sharing.guarding import Guarding
 from ttt_adapt.stream.auto_window import gradient_sketch
 from ttt_adapt.stream.optimizer import total_norm
-from ttt_adapt.stream.report import StepReport
+from ttt_adapt.stream.report import ROLLED_BACK, StepReport
 from ttt_adapt.stream.schedule import is_due
 from ttt_adapt.stream.state import StreamState
-from ttt_adapt.stream.tally import ROLLED_BACK
 
 
 class FrameSteps:
@@ -64,7 +63,7 @@ class FrameSteps:
             with self._stepping():
                 mended = self._guarding.mended(state, taken, kind, self.predict)
             if mended is not None:
-                report.take_back(f"{ROLLED_BACK}: {kind}")
+                report.add_remark(f"{ROLLED_BACK}: {kind}")
                 output = mended
         state.tally.count(report)
         return output

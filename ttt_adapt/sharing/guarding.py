@@ -13,8 +13,8 @@ from ttt_adapt.model.frames import TakenFrame
 from ttt_adapt.model.start_state import StartState
 from ttt_adapt.stream.guards import Guards
 from ttt_adapt.stream.prediction_look import shows, signals
+from ttt_adapt.stream.report import ROLLED_BACK
 from ttt_adapt.stream.state import StreamState
-from ttt_adapt.stream.tally import ROLLED_BACK
 
 Predict = Callable[[TakenFrame], Any]
 

@@ -34,7 +34,8 @@ class Budget(Part):
     def __init__(self, max_ms: float, device: torch.device) -> None:
         self.clock: Callable[[], float] = time.perf_counter
         self._max_ms, self._device = max_ms, device
-        self.reset()
+        self._debt = self._other_ms = self._adapting_ms = 0.0  # milliseconds
+        self._step_ms: float | None = None
 
     def steps(self, wanted: int) -> int:
         """How many gradient steps the frame that comes gets, at most `wanted`."""
@@ -78,7 +79,7 @@ class Budget(Part):
     def reset(self) -> None:
         """No debt, and nothing known of what steps take."""
         self._debt = self._other_ms = self._adapting_ms = 0.0
-        self._step_ms: float | None = None
+        self._step_ms = None
 
     def state_dict(self) -> None:
         """Nothing: it is about one machine at one time."""

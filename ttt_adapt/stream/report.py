@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ttt_adapt.stream.late import Late
 
+ROLLED_BACK = "rolled back"
+"""How the reason of a frame begins after which the video went back to its last good state, or to the source."""
+
 
 class StepReport:
     """What `adapt` did with one frame.
@@ -54,14 +57,14 @@ class StepReport:
         remarks: tuple[str, ...] = (),
     ) -> None:
         self._frame_index, self._skipped, self._ms = frame_index, skipped, ms
-        self._surprise, self._remarks, self._taken_back = surprise, remarks, False
+        self._surprise, self._remarks = surprise, remarks
         self._read: list[list[float]] | None = None
         self._numbers = None if numbers is None else Late(numbers)
         self.on_device = numbers is not None and numbers.device.type != "cpu"
 
-    def take_back(self, reason: str) -> None:
-        """Note that what the frame did to the weights was taken back."""
-        self._taken_back, self._remarks = True, (*self._remarks, reason)
+    def add_remark(self, remark: str) -> None:
+        """Note what a guard did after the step."""
+        self._remarks = (*self._remarks, remark)
 
     @property
     def frame_index(self) -> int:
@@ -83,7 +86,8 @@ class StepReport:
     @property
     def adapted(self) -> bool:
         """Whether the weights were updated, by at least one of the steps, and not taken back."""
-        return self._numbers is not None and not self._taken_back and not all(map(_left_out, self._values()))
+        taken_back = any(remark.startswith(ROLLED_BACK) for remark in self._remarks)
+        return self._numbers is not None and not taken_back and not all(map(_left_out, self._values()))
 
     @property
     def reason(self) -> str:

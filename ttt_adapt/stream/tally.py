@@ -12,15 +12,13 @@ from typing import Any
 import numpy as np
 
 from ttt_adapt.schema import check_fields, dict_of, whole
-from ttt_adapt.stream.report import StepReport
+from ttt_adapt.stream.report import ROLLED_BACK, StepReport
 from ttt_adapt.stream.state_part import Part
 
 LATENCIES = 512
 """So many of the last steps are in the percentiles."""
 LOG_SECONDS = 60.0
 """A kind of intervention is logged once in this time."""
-ROLLED_BACK = "rolled back"
-"""How the reason of a frame begins after which the video went back to its last good state."""
 _ASKED_FOR = ("every", "gate", "iterations", "no branch")  # by the configuration: no intervention
 _DELAY = 2  # frames, on a device
 _log = logging.getLogger("ttt_adapt")
