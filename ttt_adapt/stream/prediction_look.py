@@ -74,8 +74,8 @@ class PredictionLook(Part):
 
     @property
     def sound(self) -> bool:
-        """Whether the last predictions show nothing."""
-        return self._same == 0
+        """Whether the last predictions show nothing, or only what the source weights do too."""
+        return self._same == 0 or self._excused[COLLAPSE] > 0
 
     def trouble(self, output: Any) -> str:
         """What is wrong with the predictions, the one of the next frame included: a kind, or ""."""
