@@ -109,8 +109,8 @@ class FrameLook(Part):
         before, self._before = self._before, small
         now = small.float()
         contrast = now.flatten(1).std(1, correction=0).amax()
-        known = before is not None and before.shape == small.shape and before.device == small.device
-        change = (now - before.float()).abs() if known and before is not None else torch.full_like(now, -1.0)
+        known = before is not None and before.shape == small.shape
+        change = (now - before.to(now)).abs() if known and before is not None else torch.full_like(now, -1.0)
         found = self._numbers.push(torch.stack([contrast, change.mean(), change.amax()]))
         return Sight() if found is None else self._judge(*found, bytewise=small.dtype == torch.uint8)
 
