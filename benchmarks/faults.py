@@ -267,7 +267,7 @@ def white(camera: Camera) -> Iterator[np.ndarray]:
 
 def frozen(camera: Camera) -> Iterator[np.ndarray]:
     """A camera that hangs."""
-    yield from [camera.read()] * 29
+    yield from [camera.read()] * 105
 
 
 def cut(watched: Watched) -> bool:
@@ -364,7 +364,7 @@ def run(faults: int, streams: int, untouched: int, seed: int, over: str = "many"
     for number, name in enumerate(names):
         target = watched[random.integers(streams)]
         for i in random.permutation(len(watched)):
-            watched[i].ordinary(int(random.integers(3)))
+            watched[i].ordinary(int(random.integers(2)))
         if not FAULTS[name](target):
             last = target.stream.last
             missed.append(f"fault {number}, {name} at {target.name}: {last and last.reason!r}")

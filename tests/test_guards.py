@@ -159,10 +159,10 @@ def test_500_times_the_same_frame_teach_for_a_moment_only():
     adapter, frames = attached(), video(12)
     run(adapter, frames[:8])
     reasons = [reason for _, reason in run(adapter, [frames[8]] * 500)]
-    assert reasons[:25] == [""] * 25
-    assert set(reasons[25:]) == {"frozen"}
+    assert reasons[:101] == [""] * 101
+    assert set(reasons[101:]) == {"frozen"}
     assert run(adapter, frames[9:])[0][1] == ""
-    assert adapter.stats().skipped == {"frozen": 475}
+    assert adapter.stats().skipped == {"frozen": 399}
 
 
 def test_every_frame_twice_as_in_a_slower_film_is_an_ordinary_video():
@@ -395,10 +395,10 @@ def test_weights_that_drift_too_far_are_moved_back_to_the_limit():
 
 
 def test_a_stream_that_is_saved_while_the_camera_is_covered_goes_on_with_the_same_decisions():
-    frames = [*video(12), *[BLACK] * 12, *video(20)[12:], *[video(1)[0]] * 30]
+    frames = [*video(12), *[BLACK] * 12, *video(20)[12:], *[video(1)[0]] * 110]
     whole = attached(CONFIG.replace(on_cut="shrink"))
     expected = run(whole, frames)
-    for at in (3, 14, 20, 27, 45):
+    for at in (3, 14, 20, 100):
         first, second = attached(CONFIG.replace(on_cut="shrink")), attached(CONFIG.replace(on_cut="shrink"))
         run(first, frames[:at])
         second.load_state_dict(first.state_dict())
@@ -407,17 +407,22 @@ def test_a_stream_that_is_saved_while_the_camera_is_covered_goes_on_with_the_sam
 
 
 def test_a_rollback_behind_a_saved_state_goes_to_the_same_moment():
-    frames, states = video(75), []
+    frames, states, spoilt = video(75), [], []
+
+    def predicting(x):
+        return x + spoilt.pop() if spoilt else x
+
     for saved in (False, True):
-        adapter = attached()
+        adapter = attached(predict=predicting)
         run(adapter, frames[:70])
         if saved:
             state = adapter.state_dict()
-            adapter = attached()
+            adapter = attached(predict=predicting)
             adapter.load_state_dict(state)
-        with torch.no_grad():
-            adapter.state.guards.restore()
-        states.append(adapter.state_dict())
+        spoilt.append(math.nan)
+        adapter.step(frames[70])
+        assert adapter.last.reason == "rolled back: non-finite prediction"
+        states.append((adapter.state_dict(), run(adapter, frames[71:])))
     assert same_bits(*states)
 
 

@@ -20,7 +20,7 @@ SIDE = 64
 """Pixels of a thumbnail at most, in height and in width."""
 BLANK = 4
 """So many blank frames in a row are taken as they come, such as a flash or a fade; then the camera is covered."""
-FROZEN = 24
+FROZEN = 100
 """So many equal frames in a row are taken as they come, such as those of a slower film; then the camera hangs."""
 _SETTLED = 8  # frames until a usual change is known
 _RATE = 0.05  # of the averages
