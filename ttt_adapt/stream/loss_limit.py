@@ -29,10 +29,17 @@ class LossLimit(Part):
         device: of the losses.
     """
 
-    @torch.inference_mode(False)
     def __init__(self, device: torch.device) -> None:
-        self._numbers = torch.zeros(3, device=device)  # mean, mean deviation, count
-        self._endless = torch.full((), torch.inf, device=device)
+        self._device = device
+        self._made: Tensor | None = None
+
+    @property
+    def _numbers(self) -> Tensor:
+        """Mean, mean deviation and count, [3]; made when they are needed first, and never replaced."""
+        if self._made is None:
+            with torch.inference_mode(False):
+                self._made = torch.zeros(3, device=self._device)
+        return self._made
 
     @torch.no_grad()
     def fits(self, loss: Tensor) -> Tensor:
@@ -40,7 +47,7 @@ class LossLimit(Part):
         loss = loss.to(self._numbers)
         mean, spread, count = self._numbers.unbind()
         limit = torch.maximum(_TIMES * mean, mean + _SPREADS * spread)
-        limit = torch.where(count < SETTLED, self._endless, limit)
+        limit = torch.where(count < SETTLED, torch.inf, limit)
         finite = loss.isfinite()
         value = torch.where(finite, torch.minimum(loss, limit), mean)
         rate = (1.0 / (count + 1.0)).clamp_min(_RATE)
@@ -51,11 +58,12 @@ class LossLimit(Part):
 
     def reset(self) -> None:
         """Forget all losses."""
-        self._numbers.zero_()
+        if self._made is not None:
+            self._made.zero_()
 
     def state_dict(self) -> Tensor:
         """Mean, mean deviation and count, [3]."""
-        return self._numbers.clone()
+        return torch.zeros(3, device=self._device) if self._made is None else self._made.clone()
 
     def prepare_load(self, saved: Any) -> Callable[[], None]:
         """See `Part`."""
@@ -66,8 +74,8 @@ class LossLimit(Part):
 
     def mark(self) -> Callable[[], None]:
         """See `Part`."""
-        before = self._numbers.clone()
-        return lambda: self._put_back(before)
+        before = None if self._made is None else self._made.clone()
+        return lambda: self.reset() if before is None else self._put_back(before)
 
     def _put_back(self, numbers: Tensor) -> None:
         self._numbers.copy_(numbers)
