@@ -443,6 +443,7 @@ def test_damaged_guards_are_refused_and_change_nothing():
     for wrong in (
         3, {**guards, "fresh": -1}, {**guards, "losses": torch.zeros(2)}, {**guards, "good": {"weights": {}}},
         {**guards, "frames": None}, {**guards, "frames": {**guards["frames"], "contrast": math.nan}},
+        {**guards, "frames": {**guards["frames"], "thumbnail": torch.zeros(3, 0, 4)}},
         {**guards, "predictions": {"same": 0}}, {**guards, "drift": [[1.0]] * 9},
     ):  # fmt: skip
         with pytest.raises(CheckpointError):

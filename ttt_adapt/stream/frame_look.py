@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttt_adapt.errors import CheckpointError
-from ttt_adapt.schema import check_fields, flag, number, optional, whole
+from ttt_adapt.model.parameters import dense
+from ttt_adapt.schema import check_fields, flag, number, shown, whole
 from ttt_adapt.stream.late import Delayed
 from ttt_adapt.stream.state_part import Part
 
@@ -88,7 +89,7 @@ class _Seen:
 
 
 _FIELDS = {
-    "thumbnail": optional(lambda value: "" if isinstance(value, Tensor) and value.ndim == 3 else "a tensor [3, h, w]"),
+    "thumbnail": lambda value: "",
     "frames": whole(), "blank": whole(), "same": whole(), "held": flag, "contrast": number(0.0), "coarse": number(0.0),
     "change": number(0.0), "waiting": lambda value: "",
 }  # fmt: skip
@@ -155,8 +156,8 @@ class FrameLook(Part):
         """See `Part`."""
         check_fields(saved, _FIELDS, "the state's look at frames")
         small = saved["thumbnail"]
-        if small is not None and ((small.dtype != torch.uint8 and not small.is_floating_point()) or len(small) != 3):
-            raise CheckpointError(f"the state's thumbnail is {small.dtype} {tuple(small.shape)}; expected [3, h, w]")
+        if small is not None and not _is_thumbnail(small):
+            raise CheckpointError(f"the state's thumbnail is {shown(small)}; expected [3, h, w], uint8 or float")
         waiting = self._numbers.prepare_load(saved["waiting"])
         seen = _Seen(**{name: saved[name] for name in vars(_Seen())})
         small = None if small is None else small.detach().clone()
@@ -176,6 +177,14 @@ class FrameLook(Part):
             self._before, self._seen = before, seen
 
         return undo
+
+
+def _is_thumbnail(small: Any) -> bool:
+    """Whether a value can be what `thumbnail` returns."""
+    if not isinstance(small, Tensor) or not dense(small):
+        return False
+    fits = small.ndim == 3 and len(small) == 3 and 0 < min(small.shape[1:]) <= max(small.shape[1:]) <= SIDE
+    return fits and (small.dtype == torch.uint8 or small.is_floating_point())
 
 
 def _toward(average: float, value: float, rate: float) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ttt_adapt.errors import CheckpointError
+from ttt_adapt.model.parameters import dense
 from ttt_adapt.schema import shown
 from ttt_adapt.stream.state_part import Part
 
@@ -67,7 +68,7 @@ class LossLimit(Part):
 
     def prepare_load(self, saved: Any) -> Callable[[], None]:
         """See `Part`."""
-        fits = isinstance(saved, Tensor) and saved.shape == (3,) and saved.dtype == torch.float32
+        fits = isinstance(saved, Tensor) and dense(saved) and saved.shape == (3,) and saved.dtype == torch.float32
         if not fits or not bool(saved.isfinite().all()) or float(saved[2]) < 0.0:
             raise CheckpointError(f"the state's limit of the loss is {shown(saved)}; expected 3 finite float32 numbers")
         return lambda: self._put_back(saved)
