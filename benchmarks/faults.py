@@ -331,7 +331,7 @@ FAULTS: dict[str, Fault] = {
     "infinite loss": seen("infinite loss", "non-finite loss"),
     "loss spike": seen("loss spike", "loss spike", least_calm=14),
     "spoilt statistics": seen("spoilt statistics", "non-finite statistics"),
-    "NaN weights": seen("NaN weights", "rolled back: non-finite"),  # seen in weights, every 16 frames, or in a prediction
+    "NaN weights": seen("NaN weights", "rolled back: non-finite"),  # of weights or of a prediction
     "collapsed weights": collapsed,
     "mode changed outside": changed("mode"),
     "weights changed outside": changed("weights"),
