@@ -112,10 +112,12 @@ MODIFIERS = {
 """What may stand behind a "+"."""
 
 _CARRIED = {"carry_weights": True}
-_FROZEN = {"norm_stats": "frozen"}
-"""The paper's ablation of memory has no calibrated statistics."""
+_ABLATION = {"norm_stats": "frozen", "guards": False}
+"""The paper's ablation of memory has no calibrated statistics and no guards."""
 _OFFLINE = {**_CARRIED, "iterations": 1, "source_pull": 0.0, "every": 1, "gate": "none"}
-_PUBLISHED = {"source_pull": 0.0}
+_UNGUARDED = {"guards": False}
+"""The paper's recipes have no guards."""
+_PUBLISHED = {"source_pull": 0.0, **_UNGUARDED}
 """Methods of others run as they were published: weights are carried, and only `+class` takes them back."""
 
 # Everything but what depends on the data and the machine: crops, seed, precision, engine, memory savings.
@@ -180,11 +182,11 @@ ARMS = {
         _forward_only("norm-blend", "BatchNorm statistics, blend 0.5", "norm-blend", "BatchNorm", share=0.5),
         _forward_only("calibrated", "Calibrated statistics", "calibrated", "calibration"),
         _forward_only("ln-adapt", "LN Adapt", "layer-norm", "LayerNorm", momentum=0.05, share=0.1),
-        _mae("no-memory", "TTT-MAE No Memory", {"window": 1, "carry_weights": False}, 1, defaults=_FROZEN),
-        _mae("implicit", "Implicit Memory Only", {"window": 1, **_CARRIED}, 1, defaults=_FROZEN),
-        _mae("explicit", "Explicit Memory Only", {"carry_weights": False}, defaults=_FROZEN),
+        _mae("no-memory", "TTT-MAE No Memory", {"window": 1, "carry_weights": False}, 1, defaults=_ABLATION),
+        _mae("implicit", "Implicit Memory Only", {"window": 1, **_CARRIED}, 1, defaults=_ABLATION),
+        _mae("explicit", "Explicit Memory Only", {"carry_weights": False}, defaults=_ABLATION),
         _mae("online", "Online TTT-MAE", _CARRIED),
-        _mae("paper", "Online TTT-MAE, optimizer settings of the paper's code", _PAPER),
+        _mae("paper", "Online TTT-MAE, optimizer settings of the paper's code", _PAPER, defaults=_UNGUARDED),
         _mae(
             "online-norm-ema",
             "Online TTT-MAE + BatchNorm EMA",
@@ -216,7 +218,7 @@ ARMS = {
             options={"threshold": 0.0, "mask_ratio": 0.0},
         ),
         _baseline("ema-teacher", "EMA teacher", "ema-teacher", options={"average": 0.99}),
-        Arm("rotation", "TTT-Rotation", "rotation", _CARRIED, needs=("rotation head",)),
+        Arm("rotation", "TTT-Rotation", "rotation", _CARRIED, _UNGUARDED, needs=("rotation head",)),
     )
 }
 """Every arm by name."""

@@ -66,6 +66,15 @@ class StreamConfig:
             encoder learn: "norms", weights and biases of layers that normalise; "bias", all biases; "last:N", the last
             N of its repeated blocks, and layers that normalise behind them; "lora:R", factors of rank R on its linear
             layers and 1x1 convolutions (`ttt_adapt.model.low_rank`).
+        guards: a stream is watched over, see "Leave it running" in the docs: a frame without contrast, a camera that
+            hangs, a loss that is a spike or not finite, weights, statistics and predictions that are not finite, and
+            predictions that collapse to one class. An ordinary video gets the same bits without them.
+        on_cut: what a guard does where another scene begins: "keep" (nothing), "shrink" (draws see frames from the cut
+            on only), or "reset" (weights and optimizer begin anew as well).
+        max_drift: how far the adapted weights may be from the source weights, in parts of the norm of the source
+            weights; a guard looks every 16 frames, and moves them back to this distance. None: any distance.
+        max_ms: time per frame, in milliseconds, such as 40 for 25 frames per second: a stream that falls behind leaves
+            gradient steps out until it has caught up. The host then waits for the device. None: no limit.
         seed: of masks, draws and crops.
     """
 
@@ -90,6 +99,10 @@ class StreamConfig:
     every: int = 1
     gate: str = "none"
     adapt: str = "all"
+    guards: bool = True
+    on_cut: str = "keep"
+    max_drift: float | None = 1.0
+    max_ms: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -115,16 +128,15 @@ class StreamConfig:
             self._settle("norm_momentum", _number("norm_momentum", self.norm_momentum, 0.0, 1.0))
         for name in ("lr", "encoder_lr_scale", "weight_decay"):
             self._settle(name, _number(name, getattr(self, name), 0.0, float("inf")))
-        for name in ("carry_weights", "restart_optimizer", "grad_checkpointing", "drop_path"):
+        for name in ("carry_weights", "restart_optimizer", "grad_checkpointing", "drop_path", "guards"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected True or False")
         if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed!r}; expected a whole number from 0 on")
         self._settle("seed", int(self.seed))
-        if self.grad_clip is not None:
-            self._settle("grad_clip", _number("grad_clip", self.grad_clip, 0.0, float("inf")))
-            if self.grad_clip == 0:
-                raise ConfigError(f"grad_clip is {self.grad_clip!r}; expected a positive number, or None for no limit")
+        for name in ("grad_clip", "max_drift", "max_ms"):
+            if getattr(self, name) is not None:
+                self._settle(name, _positive(name, getattr(self, name)))
         if self.precision == "fp16":
             raise ConfigError(
                 "precision is 'fp16'; expected 'fp32', 'tf32' or 'bf16': half precision would need a loss scale, and "
@@ -138,6 +150,9 @@ class StreamConfig:
                 'gate="calibrated" asks how far calibrated statistics find a frame: expected norm_stats="calibrated", '
                 f"got {self.norm_stats!r}"
             )
+        _check_choice("on_cut", self.on_cut, ("keep", "shrink", "reset"))
+        if self.on_cut != "keep" and not self.guards:
+            raise ConfigError(f"on_cut is {self.on_cut!r}; expected 'keep' without guards, which notice a cut")
         _check_choice("engine", self.engine, ("auto", "eager", "compile", "cudagraph"))
         if self.crop_size is not None:
             self._settle("crop_size", _pair(self.crop_size))
@@ -266,6 +281,13 @@ def _number(name: str, value: Any, low: float, high: float) -> float:
         limit = f"between {low:g} and {high:g}" if high < float("inf") else f"of at least {low:g}"
         raise ConfigError(f"{name} is {value!r}; expected a number {limit}")
     return int(value) if isinstance(value, Integral) else float(value)
+
+
+def _positive(name: str, value: Any) -> float:
+    found = _number(name, value, 0.0, float("inf"))
+    if found == 0:
+        raise ConfigError(f"{name} is {value!r}; expected a positive number, or None for no limit")
+    return found
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

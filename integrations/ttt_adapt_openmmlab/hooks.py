@@ -295,6 +295,8 @@ class OnlineTTTHook(Hook):
             config = self.config
             if found is not None and self.arm == "online":
                 config = stream_config(self.arm, {**found.settings_beside(self._given), **self._given})
+            if self.arm == "offline":
+                config = config.replace(guards=False, on_cut="keep")  # frames in random order are no camera's
             self._adapter = StreamAdapter(
                 model, self._objective, config=config, calibration=found, predict=self._predict_current
             )

@@ -149,11 +149,13 @@ class TakenFrame(NamedTuple):
         x: float [1, 3, H, W], as the model takes it.
         pixels: uint8 [H, W, 3], as it came, where the window may keep that instead; else None.
         context: (what `preprocess` returned beside x,), or () where it returned x alone.
+        small: a thumbnail of the frame as it came, for those who look at cameras; else None.
     """
 
     x: Tensor
     pixels: Tensor | None = None
     context: tuple[Any, ...] = ()
+    small: Tensor | None = None
 
 
 class FrameIntake:

@@ -57,30 +57,40 @@ def frozen_norms(norms: list[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def updating_norms(norms: list[nn.Module], momentum: float) -> Iterator[None]:
+def updating_norms(norms: list[nn.Module], momentum: float) -> Iterator[list[Tensor]]:
     """Inside the block, passes move the running statistics toward their own by the share `momentum`, in [0, 1].
 
     A layer that sees one value per channel, for example after global pooling, uses its running statistics. If any of
     the statistics is not finite after the block, none has moved; the host does not wait to know.
+
+    Yields:
+        A list. After the block it holds bool scalars on the devices of the statistics, all of them true if these moved.
     """
+    moved: list[Tensor] = []
     moving = [t for norm in norms for t in (norm.running_mean, norm.running_var)]
     before = [t.clone() for t in moving]  # type: ignore[operator]
     with _training(norms, momentum=momentum):
-        yield
-    _undo_if_not_finite(moving, before)  # type: ignore[arg-type]
+        yield moved
+    moved += _undo_if_not_finite(moving, before)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
-def _undo_if_not_finite(tensors: list[Tensor], before: list[Tensor]) -> None:
-    """Give tensors their values of before, all of them, if any of them holds NaN or infinite values."""
-    kinds = dict.fromkeys((t.device, t.dtype) for t in tensors)
+def _undo_if_not_finite(tensors: list[Tensor], before: list[Tensor]) -> list[Tensor]:
+    """Give tensors their values of before, all of them, if any of them holds NaN or infinite values.
+
+    Returns:
+        For each kind of tensors, whether they hold none: bool scalars on their devices.
+    """
+    kinds, sound = dict.fromkeys((t.device, t.dtype) for t in tensors), []
     for kind in kinds:
         own = [t for t in tensors if (t.device, t.dtype) == kind]
         old = [b for t, b in zip(tensors, before, strict=True) if (t.device, t.dtype) == kind]
         flat = torch.cat([t.flatten() for t in own])
-        kept = torch.where(flat.isfinite().all(), flat, torch.cat([t.flatten() for t in old]))
+        sound.append(flat.isfinite().all())
+        kept = torch.where(sound[-1], flat, torch.cat([t.flatten() for t in old]))
         values = [v.view_as(t) for v, t in zip(kept.split([t.numel() for t in own]), own, strict=True)]
         torch._foreach_copy_(own, values)
+    return sound
 
 
 @contextmanager

@@ -21,9 +21,10 @@ from ttt_adapt.model.model_memory import ModelMemory
 from ttt_adapt.model.norms import frame_statistics, norm_layers, updating_norms
 from ttt_adapt.model.outside_changes import OutsideChanges
 from ttt_adapt.objectives.base import Objective
+from ttt_adapt.sharing.guarding import Guarding
 from ttt_adapt.stream.auto_window import gradient_sketch
 from ttt_adapt.stream.optimizer import total_norm
-from ttt_adapt.stream.report import StepReport
+from ttt_adapt.stream.report import ROLLED_BACK, StepReport
 from ttt_adapt.stream.schedule import is_due
 from ttt_adapt.stream.state import StreamState
 
@@ -54,33 +55,63 @@ class FrameSteps:
         self._memory, self._outside = memory, outside
         self._norms = norm_layers(self._gradient.objective.model)
         self._answer: tuple[TakenFrame, Any] | None = None
+        self._guarding = Guarding(engine, memory)
+
+    def step(self, state: StreamState, taken: TakenFrame) -> Any:
+        """Adapt to a frame, and predict it; the guards look at the prediction."""
+        report = self.adapt(state, taken)
+        output = self.predict(taken)
+        if kind := self._guarding.trouble(state, output):
+            with self._stepping():
+                mended = self._guarding.mended(state, taken, kind, self.predict)
+            if mended is not None:
+                report.add_remark(f"{ROLLED_BACK}: {kind}")
+                output = mended
+        state.tally.count(report)
+        return output
 
     def adapt(self, state: StreamState, taken: TakenFrame) -> StepReport:
         """Take a frame into the window, and the gradient steps on it."""
         started = time.perf_counter()
         if not self._gradient.parameters or not self.config.iterations:
             return _only_count(state, started, "iterations" if self._gradient.parameters else "no branch")
-        numbers, sketch = None, None
+        numbers, sketch, surprise = None, None, None
         self._answer = None
         with self._stepping():
             self.engine.check()
-            state.window.stage(taken.x[0], taken.pixels)
-            skipped, surprise = self._decide(state, taken)
+            skipped, remarks = self._guarding.look(state, taken)
+            in_window = not skipped
+            if in_window:
+                state.window.stage(taken.x[0], taken.pixels)
+                skipped, surprise = self._decide(state, taken)
             if not skipped:
-                try:
-                    numbers, sketch = self.engine.update(lambda frame: self._update(state, frame), state, taken)
-                finally:  # not in `_update`: a replayed one runs no Python
-                    state.weights.moved = True
-            state.window.commit()
+                numbers, sketch, more = self._take_steps(state, taken)
+                remarks += more
+            if in_window:
+                state.window.commit()
             if surprise is not None:
                 state.gate.record(surprise)
             if state.auto is not None and sketch is not None and numbers is not None and bool(numbers[0, 1].isfinite()):
                 state.auto.update(sketch.tolist())
+            if state.guards is not None:
+                remarks += self._guarding.look_at_weights(state)
+                state.guards.count(in_window)
             ms = (time.perf_counter() - started) * 1e3
             index, shut = state.progress.frame_index, surprise if skipped == "gate" else None
-            report = StepReport(index, skipped, ms, numbers, shut)
+            report = StepReport(index, skipped, ms, numbers, shut, remarks)
             state.progress.count(report)
         return report
+
+    def _take_steps(self, state: StreamState, taken: TakenFrame) -> tuple[Tensor, Tensor | None, tuple[str, ...]]:
+        """What `_update` returns, with as many gradient steps as there is time for, and whether these are fewer."""
+        wanted, budget = self.config.iterations, state.budget
+        steps = wanted if budget is None or self.engine.recorded else budget.steps(wanted)
+        with nullcontext() if budget is None else budget.adapting(steps):
+            try:
+                numbers, sketch = self.engine.update(lambda frame: self._update(state, frame, steps), state, taken)
+            finally:  # not in `_update`: a replayed one runs no Python
+                state.weights.moved = True
+        return numbers, sketch, () if steps == wanted else ("max_ms",)
 
     def predict(self, taken: TakenFrame) -> Any:
         """Predict a frame with the weights that are in the model."""
@@ -131,12 +162,15 @@ class FrameSteps:
     def _decide(self, state: StreamState, taken: TakenFrame) -> tuple[str, float | None]:
         """Whether to adapt to this frame: why not, or "" for yes; and the loss that the surprise gate compared."""
         due = is_due(state.progress.frame_index, self.config.every)
-        if due and self.config.gate == "none":
+        late = due and state.budget is not None and not state.budget.steps(self.config.iterations)
+        if due and not late and self.config.gate == "none":
             return "", None
         if self.config.pull_fraction == 1.0:  # without memory, a frame that is skipped is predicted by the source too
             state.weights.pull(1.0)
         if not due:
             return "every", None
+        if late:
+            return "max_ms", None
         if self.config.gate == "calibrated":
             return "gate" if self._is_usual(state, taken) else "", None
         batch = state.draw(self.config)
@@ -157,31 +191,40 @@ class FrameSteps:
             self._answer = taken, output  # of the source weights, which are in the model now
         return True
 
-    def _update(self, state: StreamState, taken: TakenFrame) -> tuple[Tensor, Tensor | None]:
+    def _update(self, state: StreamState, taken: TakenFrame, steps: int) -> tuple[Tensor, Tensor | None]:
         """What a frame does to the weights; nothing here waits for the device.
 
         Returns:
-            [iterations, 2], the loss and gradient norm of each step; and for the automatic window a sketch of the
-            frame's first gradient.
+            The numbers of a `StepReport`; and for the automatic window a sketch of the frame's first gradient.
         """
         state.weights.pull(self.config.pull_fraction)
         if self.config.pull_fraction:
             self._gradient.half.round()  # the pull moves the float32 copies, and these are the weights
-        self._move_statistics(taken)
+        moved = self._move_statistics(taken)
         if self.config.restart_optimizer or self.config.pull_fraction == 1.0:
             self.engine.restart(state.optimizer)
-        steps = [self._gradient_step(state, i) for i in range(self.config.iterations)]
-        return torch.stack([numbers for numbers, _ in steps]), steps[0][1]
+        found = [self._gradient_step(state, i) for i in range(steps)]
+        numbers = torch.stack([row for row, _ in found])
+        if state.guards is not None and moved:
+            numbers[0, 2] += 2.0 * torch.stack([each.to(numbers.device) for each in moved]).all().logical_not()
+        return numbers, found[0][1]
 
     @torch.no_grad()
-    def _move_statistics(self, taken: TakenFrame) -> None:
-        """Let the clean frame into the running statistics of BatchNorm, if the configuration says so."""
-        if self.config.norm_stats == "ema" and self._norms:
-            with self._memory.predicting(stays=False), updating_norms(self._norms, self.config.frame_share):
-                self._predict(taken.x, *taken.context)
+    def _move_statistics(self, taken: TakenFrame) -> list[Tensor]:
+        """Let the clean frame into the running statistics of BatchNorm, if the configuration says so.
+
+        Returns:
+            Whether they moved; see `updating_norms`.
+        """
+        if self.config.norm_stats != "ema" or not self._norms:
+            return []
+        updating = updating_norms(self._norms, self.config.frame_share)
+        with self._memory.predicting(stays=False), updating as moved:
+            self._predict(taken.x, *taken.context)
+        return moved
 
     def _gradient_step(self, state: StreamState, iteration: int) -> tuple[Tensor, Tensor | None]:
-        """Draw a batch and step if the gradient is finite: the loss and gradient norm, and a sketch of the gradient."""
+        """Draw a batch, and step if nothing speaks against it: a row of numbers, and a sketch of the gradient."""
         parameters = self._gradient.parameters
         batch = state.draw(self.config)
         with self._gradient.learning(state.progress.frame_index * self.config.iterations + iteration):
@@ -190,8 +233,10 @@ class FrameSteps:
             sketch = gradient_sketch(parameters) if iteration == 0 and state.auto is not None else None
             if self.config.grad_clip is not None:
                 nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
-            self.engine.take_step(state.optimizer, norm.isfinite())
-        return torch.stack([loss.float(), norm.float()]), sketch
+            taken = self._guarding.allows(state, loss, norm)
+            self.engine.take_step(state.optimizer, taken)
+        row = [loss.float(), norm.float()] if state.guards is None else [loss.float(), norm.float(), taken.float()]
+        return torch.stack(row), sketch
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:

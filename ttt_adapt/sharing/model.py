@@ -21,6 +21,7 @@ from ttt_adapt.model.ownership import Ownership
 from ttt_adapt.sharing.frame import FrameSteps
 from ttt_adapt.sharing.parking import Parking
 from ttt_adapt.stream.check_saved import FORMAT, check_compatible, check_source, current_format
+from ttt_adapt.stream.frame_look import thumbnail
 from ttt_adapt.stream.state import StreamState, swap
 
 
@@ -74,7 +75,8 @@ class SharedModel:
             StateError, EncoderError: see `enter`.
         """
         self.enter(state)
-        return self.intake.take(frame, state.window.frame_shape)
+        taken = self.intake.take(frame, state.window.frame_shape)
+        return taken if state.guards is None else taken._replace(small=thumbnail(frame))
 
     def explained(self, taken: TakenFrame) -> AbstractContextManager[None]:
         """Errors inside the block that come from the size of a frame of the present video say so."""

@@ -16,6 +16,7 @@ from ttt_adapt.model.uncopied import Uncopied
 from ttt_adapt.sharing.model import SharedModel
 from ttt_adapt.stream.report import StepReport
 from ttt_adapt.stream.state import StreamState
+from ttt_adapt.stream.tally import StreamStats
 
 
 class OneVideo(Uncopied):
@@ -66,6 +67,11 @@ class OneVideo(Uncopied):
         return self._state.window_length
 
     @one_at_a_time
+    def stats(self) -> StreamStats:
+        """What became of the frames of this video so far, and how long steps take; on a GPU it waits for the device."""
+        return self._state.tally.stats()
+
+    @one_at_a_time
     def step(self, frame: Any) -> Any:
         """Adapt to a frame, then predict it.
 
@@ -86,32 +92,39 @@ class OneVideo(Uncopied):
                 the last finished iteration (pulled toward the source, if `source_pull` asks for it), and at the
                 beginning of a video those of the source.
         """
-        taken = self._shared.take(self._state, frame)
-        with self._shared.explained(taken), self._shared.undone_if_it_fails():
-            self._shared.steps.adapt(self._state, taken)
-            return self._shared.steps.predict(taken)
+        state, begun = self._state, self._state.tally.clock()
+        with state.frame_time():
+            taken = self._shared.take(state, frame)
+            with self._shared.explained(taken), self._shared.undone_if_it_fails():
+                output = self._shared.steps.step(state, taken)
+        state.tally.took(begun)
+        return output
 
     @one_at_a_time
     def adapt(self, frame: Any) -> StepReport:
         """Take the frame into the window and the gradient steps on it; arguments and errors as in `step`."""
-        taken = self._shared.take(self._state, frame)
-        with self._shared.explained(taken), self._shared.undone_if_it_fails():
-            report = self._shared.steps.adapt(self._state, taken)
+        with self._state.frame_time():
+            taken = self._shared.take(self._state, frame)
+            with self._shared.explained(taken), self._shared.undone_if_it_fails():
+                report = self._shared.steps.adapt(self._state, taken)
+                self._state.tally.count(report)
         self._shared.steps.forget_answer()  # `predict` is asked for it anew
         return report
 
     @one_at_a_time
     def predict(self, frame: Any) -> Any:
         """Predict a frame with the weights as they are; it does not enter the stream."""
-        taken = self._shared.take(self._state, frame)
-        with self._shared.explained(taken):
-            return self._shared.steps.predict(taken)
+        with self._state.call_time():
+            taken = self._shared.take(self._state, frame)
+            with self._shared.explained(taken):
+                return self._shared.steps.predict(taken)
 
     @one_at_a_time
     def forward(self, x: Tensor) -> Any:
         """What the model (or `predict`) returns for x [1, 3, H, W], as it takes it, of any size; x is not checked."""
-        self._shared.enter(self._state)
-        return self._shared.steps.predict(TakenFrame(x))
+        with self._state.call_time():
+            self._shared.enter(self._state)
+            return self._shared.steps.predict(TakenFrame(x))
 
     @contextmanager
     def statistics(self) -> Iterator[None]:

@@ -105,6 +105,10 @@ class AdaptedWeights(Part):
         self._source.pull(fraction)
         self.moved = self.moved and fraction < 1.0
 
+    def distance(self) -> Tensor:
+        """How far the weights are from the source, in parts of the norm of the source: a scalar on their device."""
+        return self._source.distance()
+
     def release(self) -> None:
         """Let go of the model: it was given back. What is called after this raises a StateError."""
         self._source.release()

@@ -23,6 +23,7 @@ FORMAT = 1
 """Version of the layout of a saved stream. States without a number are of version 0."""
 
 _HOW = ("engine", "micro_batch", "grad_checkpointing")  # how a step is computed, not what
+_WATCHING = ("guards", "on_cut", "max_drift", "max_ms")  # what is done where something is wrong
 
 
 def current_format(state: Any) -> dict[str, Any]:
@@ -47,9 +48,11 @@ def current_format(state: Any) -> dict[str, Any]:
         raise CheckpointError("this is no state of a StreamAdapter: config missing")
     check_fields(state, _FIELDS, "the state", required=("config",), others=True)
     state.setdefault("passes", {})  # early versions did not save what a model keeps of a video
-    return state
+    return {**dict.fromkeys(_LATER), **state}
 
 
+_LATER = ("tally", "guards", "budget")
+"""Parts that early versions of format 1 do not have; each of them takes None, and begins."""
 _FIELDS = {"config": dict_of(plain), "setting": dict_of(plain), "source": dict_of(text)}
 """What a saved stream holds beside the parts of `StreamState`."""
 
@@ -140,7 +143,7 @@ def check_compatible(state: Mapping[str, Any], config: StreamConfig, setting: Ma
     """
     own = asdict(config)
     saved = {**asdict(StreamConfig()), **state["config"]}  # an early version lacks fields that came later
-    other = {k: v for k, v in saved.items() if k not in _HOW and own.get(k) != v}
+    other = {k: v for k, v in saved.items() if k not in (*_HOW, *_WATCHING) and own.get(k) != v}
     if [*other] == ["norm_momentum"] and _share(saved) == config.frame_share:  # its default, or not used
         del other["norm_momentum"]
     if other:

@@ -102,6 +102,16 @@ class SourceWeights:
             torch._foreach_lerp_(self._pulled, self._targets, fraction)
             self.derive()
 
+    @torch.no_grad()
+    def distance(self) -> Tensor:
+        """The norm of the difference of live tensors and copies, over that of the copies; without those of `whole`."""
+        if not self._pulled:
+            return torch.zeros(())
+        pairs = list(zip(self._pulled, self._targets, strict=True))
+        found = [[torch.dist(live, copy), torch.linalg.vector_norm(copy)] for live, copy in pairs]
+        norms = torch.stack([torch.stack(pair).to(found[0][0].device, torch.float32) for pair in found]).norm(dim=0)
+        return norms[0] / norms[1].clamp_min(torch.finfo(torch.float32).tiny)
+
 
 def copied(value: Any) -> Any:
     """A nested state with every tensor cloned."""

@@ -8,7 +8,7 @@ methods of `StreamState` go through the fields. States that were saved without t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -24,12 +24,15 @@ from ttt_adapt.model.uncopied import Uncopied
 from ttt_adapt.schema import check_fields, shown, whole
 from ttt_adapt.stream.adapted_weights import AdaptedTensors, AdaptedWeights
 from ttt_adapt.stream.auto_window import AutoWindow
+from ttt_adapt.stream.budget import Budget
+from ttt_adapt.stream.guards import Guards
 from ttt_adapt.stream.optimizer import StreamOptimizer
 from ttt_adapt.stream.pass_memory import PassMemory
 from ttt_adapt.stream.report import StepReport
 from ttt_adapt.stream.schedule import SurpriseGate
 from ttt_adapt.stream.source import SourceWeights
 from ttt_adapt.stream.state_part import Part
+from ttt_adapt.stream.tally import Tally
 from ttt_adapt.stream.window import FrameWindow
 
 Self = TypeVar("Self", bound="StreamState")
@@ -136,6 +139,9 @@ class StreamState(Uncopied):
         auto: chooses the length of the window; None where the configuration fixes it.
         passes: what the model's own passes keep of the video.
         progress: the position in the video, and the last report.
+        tally: what became of its frames.
+        guards: watches over it; None where the configuration has none.
+        budget: the time of a frame; None where it is not limited.
     """
 
     instead = "`StreamAdapter.new_state()` makes another video, and `state_dict()` a copy of one in plain values"
@@ -148,6 +154,9 @@ class StreamState(Uncopied):
     auto: AutoWindow | None
     passes: PassMemory
     progress: Progress
+    tally: Tally
+    guards: Guards | None
+    budget: Budget | None
 
     @classmethod
     def begin(
@@ -170,15 +179,23 @@ class StreamState(Uncopied):
             memory: what the model itself keeps of a video.
         """
         normalize = scaling(intake.preprocess, intake.dtype)
+        gone_back: dict[str, Part] = {
+            "weights": AdaptedWeights(adapted.everything, source, undone=list(adapted.statistics)),
+            "optimizer": StreamOptimizer(make_optimizer),
+            "random": RandomState(config.seed, intake.device),
+            "gate": SurpriseGate(),
+            "passes": PassMemory(memory),
+        }
+        auto = AutoWindow(config.capacity, draws=config.batch_size) if config.window == "auto" else None
+        together = gone_back if auto is None else {**gone_back, "auto": auto}
         return cls(
-            weights=AdaptedWeights(adapted.everything, source, undone=list(adapted.statistics)),
-            optimizer=StreamOptimizer(make_optimizer),
+            **gone_back,  # type: ignore[arg-type]
             window=FrameWindow(config.capacity, normalize, intake.dtype, intake.device),
-            random=RandomState(config.seed, intake.device),
-            gate=SurpriseGate(),
-            auto=AutoWindow(config.capacity, draws=config.batch_size) if config.window == "auto" else None,
-            passes=PassMemory(memory),
+            auto=auto,
             progress=Progress(),
+            tally=Tally(),
+            guards=Guards(intake.device, together) if config.guards else None,
+            budget=None if config.max_ms is None else Budget(config.max_ms, intake.device),
         )
 
     @property
@@ -194,7 +211,9 @@ class StreamState(Uncopied):
     @property
     def window_length(self) -> int:
         """How many of the last frames a draw sees at most, the current one included."""
-        return self.window.capacity if self.auto is None else self.auto.length
+        length = self.window.capacity if self.auto is None else self.auto.length
+        newest = None if self.guards is None else self.guards.newest
+        return length if newest is None else min(length, newest)
 
     def draw(self, config: StreamConfig) -> Tensor:
         """A batch [B, 3, H, W] from the staged frame and the window."""
@@ -205,6 +224,14 @@ class StreamState(Uncopied):
         """Move the video out of the model: its weights, and what the model keeps of it."""
         self.weights.leave()
         self.passes.leave()
+
+    def frame_time(self) -> AbstractContextManager[None]:
+        """Around all that is done with a frame: where its time is limited, it goes by."""
+        return nullcontext() if self.budget is None else self.budget.frame()
+
+    def call_time(self) -> AbstractContextManager[None]:
+        """Around a prediction by itself: its time goes by too."""
+        return nullcontext() if self.budget is None else self.budget.spent()
 
     def reset(self) -> None:
         """Begin a new video."""
