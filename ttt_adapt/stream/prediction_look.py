@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -58,7 +59,7 @@ def shows(kind: str, found: list[float], limit: float = _MOST) -> bool:
         limit: share of the largest class from which on it is one.
     """
     if kind == NOT_FINITE:
-        return not torch.tensor(found[0]).isfinite()
+        return not math.isfinite(found[0])
     return found[1] >= limit
 
 
