@@ -107,22 +107,35 @@ class SharedModel:
                 has changed.
         """
         self.check_attached()
+        self._finish_undo()
         self.outside.check()
         if state is self.present:
             return
         if isinstance(state, StreamState):  # what else may come, `swap` refuses
             with explained_memory_errors(self.config):
                 self.parking.fetch(state)
+        self._exchange(state)
+        self.parking.make_room(state)
+
+    def _exchange(self, state: StreamState) -> None:
+        """Put a video into the model, in place of the one that is there; where it fails, that one stays."""
         before, drift = self.present, self.steps.drift()
-        try:
-            swap(before, state)
-            self.present = state
-        finally:
-            self.outside.accept()
-        self.steps.forget_passes()
         if drift is not None:
             self._drifts[before] = drift
-        self.parking.make_room(state)
+        self.steps.forget_passes()
+        try:
+            with explained_memory_errors(self.config):
+                swap(before, state)
+        finally:
+            self.present = state if isinstance(state, StreamState) and state.inside else before
+            self.outside.accept()
+
+    def _finish_undo(self) -> None:
+        """Bring the present video back whole, where an exchange failed and its undo did too, for want of memory."""
+        if not self.present.inside:
+            with explained_memory_errors(self.config):
+                self.present.enter()
+            self.outside.accept()
 
     def drift(self, state: StreamState) -> Tensor | None:
         """How far the frame that was predicted last of a video is from the source; see `FrameSteps.drift`."""

@@ -90,6 +90,11 @@ class AdaptedWeights(Part):
         """Where the values are now: in the model, in copies, or with the source."""
         return self._live if self._present else self._parked or self._source.values
 
+    @property
+    def inside(self) -> bool:
+        """Whether the values are in the model."""
+        return self._present
+
     def shares_model_with(self, other: AdaptedWeights) -> bool:
         """Whether both are of the same adapter."""
         return self._source is other._source
@@ -100,8 +105,7 @@ class AdaptedWeights(Part):
         Raises:
             StateError: the values of this video are not in the model.
         """
-        if not self._present:
-            raise StateError("this video is not in the model: swap(state) puts it in")
+        self._check_inside()
         self._source.pull(fraction)
         self.moved = self.moved and fraction < 1.0
 
@@ -116,7 +120,12 @@ class AdaptedWeights(Part):
     @torch.inference_mode(False)
     @torch.no_grad()
     def leave(self) -> None:
-        """Move the values out of the model, into copies; nothing is copied that is as in the source."""
+        """Move the values out of the model, into copies; nothing is copied that is as in the source.
+
+        Raises:
+            StateError: they are not in the model.
+        """
+        self._check_inside()
         copies = self._copies() if self.moved else []
         if copies:  # a stream without an objective changes nothing
             torch._foreach_copy_(copies, self._live)
@@ -135,6 +144,21 @@ class AdaptedWeights(Part):
                 self._source.restore()
             self._present = True
             torch.clear_autocast_cache()
+
+    def place(self) -> Callable[[], None]:
+        """Remember whether the values are in the model.
+
+        Returns:
+            A function that brings them back there, or calls those in the copies the valid ones again.
+        """
+        return self.enter if self._present else self._stay_out
+
+    def _stay_out(self) -> None:
+        self._present = False
+
+    def _check_inside(self) -> None:
+        if not self._present:
+            raise StateError("this video is not in the model: swap(state) puts it in")
 
     @contextmanager
     def as_source(self) -> Iterator[None]:

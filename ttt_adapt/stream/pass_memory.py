@@ -22,6 +22,19 @@ class PassMemory(Part):
         self._memory = memory
         self._kept: Values | None = None  # where this video is not in the model
 
+    @property
+    def inside(self) -> bool:
+        """Whether the memory is in the model."""
+        return self._kept is None
+
+    def place(self) -> Callable[[], None]:
+        """Remember whether the memory is in the model; returns a function that brings it back to where it is now."""
+        kept = self._kept
+        return self.enter if kept is None else lambda: self._keep(kept)
+
+    def _keep(self, values: Values) -> None:
+        self._kept = values
+
     def leave(self) -> None:
         """Move the memory out of the model, into copies."""
         if self._kept is None:

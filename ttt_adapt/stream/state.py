@@ -220,10 +220,24 @@ class StreamState(Uncopied):
         crop: Any = config.crop_size
         return self.window.draw(config.batch_size, self.random.generator, crop, self.window_length)
 
+    @property
+    def inside(self) -> bool:
+        """Whether the video is in the model."""
+        return self.weights.inside and self.passes.inside
+
     def leave(self) -> None:
-        """Move the video out of the model: its weights, and what the model keeps of it."""
-        self.weights.leave()
+        """Copy the video out of the model: what the model keeps of it, and its weights.
+
+        Raises:
+            StateError: it is not in the model.
+        """
         self.passes.leave()
+        self.weights.leave()
+
+    def enter(self) -> None:
+        """Move the video into the model, as far as it is not there."""
+        self.weights.enter()
+        self.passes.enter()
 
     def frame_time(self) -> AbstractContextManager[None]:
         """Around all that is done with a frame: where its time is limited, it goes by."""
@@ -315,17 +329,18 @@ def _writing() -> Iterator[None]:
 def swap(old: StreamState, new: StreamState) -> None:
     """Put the weights and the memory of another video into the model, in place of those that are there.
 
+    Where anything raises (out of memory, Ctrl-C), the old video is in the model again, and the new one is not.
+
     Raises:
         StateError: the videos are not of the same model.
     """
     if not isinstance(new, StreamState) or not new.weights.shares_model_with(old.weights):
         raise StateError("this is no state of this adapter: expected one from new_state() or swap() of this adapter")
-    if old is not new:
-        try:
-            old.weights.leave()
-            new.weights.enter()
-        except BaseException:
-            old.weights.enter()
-            raise
-        old.passes.leave()
-        new.passes.enter()
+    if old is new:
+        return
+    with ExitStack() as undo:
+        for each in (old.passes, old.weights, new.passes, new.weights):  # undone from the last to the first
+            undo.callback(each.place())
+        old.leave()
+        new.enter()
+        undo.pop_all()  # nothing to undo
