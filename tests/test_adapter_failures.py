@@ -120,6 +120,51 @@ def test_an_error_that_is_not_of_the_size_stays_what_it_is(error, times):
         adapter.step(image(33, 47))
 
 
+@pytest.mark.parametrize("before", [0, 1])
+@pytest.mark.parametrize("call", ["step", "predict"])
+def test_an_error_of_what_is_in_a_frame_stays_what_it_is(before, call):
+    def predict(x: Tensor) -> Tensor:
+        if (x > 0.9).any():  # a frame in another size may have lost this pixel
+            raise ValueError("no object was found")
+        return x
+
+    frame = torch.zeros(3, 256, 320)
+    frame[0, 1, 1], frame[0, 0, 0] = 1, -1
+    with attached(predict=predict) as adapter:
+        if before:
+            adapter.step(torch.zeros(3, 256, 320))
+        with pytest.raises(ValueError, match="^no object was found$"):
+            getattr(adapter, call)(frame)
+
+
+def test_an_error_that_an_image_without_content_has_in_every_size_stays_what_it_is():
+    def predict(x: Tensor) -> Tensor:
+        if (x > 0.9).sum() != 1:
+            raise ValueError("expected one object")
+        return x
+
+    frame = torch.zeros(3, 256, 320)
+    frame[0, 0, 0], frame[0, 1, 1], frame[0, 3, 3] = 1, 1, -1  # in half the size, one of them is left
+    with attached(predict=predict) as adapter, pytest.raises(ValueError, match="^expected one object$"):
+        adapter.step(frame)
+
+
+def test_a_frame_of_the_size_of_the_stream_that_fails_is_predicted_once():
+    calls: list[int] = []
+
+    def predict(x: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("the disk is full")
+        return x
+
+    with attached(predict=predict) as adapter:
+        adapter.step(image(32, 48))
+        with pytest.raises(RuntimeError, match="^the disk is full$"):
+            adapter.step(image(32, 48))
+    assert len(calls) == 2
+
+
 def test_a_size_that_a_stream_without_a_branch_does_not_take_is_refused():
     torch.manual_seed(9)
     model = settle_norms(zoo.PlainSeg())

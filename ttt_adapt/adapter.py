@@ -62,7 +62,8 @@ class StreamAdapter(OneVideo):
             calibrated statistics alone.
         preprocess: uint8 RGB [H, W, 3] -> float [1, 3, H, W] as the model takes it; for timm models the model's own. It
             may return a tuple (that, context): then `predict(x, context)` is called for this frame.
-        predict: how the model is called on one preprocessed frame [1, 3, H, W]; `model(x)` by default.
+        predict: how the model is called on one preprocessed frame [1, 3, H, W]; `model(x)` by default. After an error
+            at the first frame it may be called again, on images of this and other sizes: is their size the reason?
         optimizer: parameter groups -> optimizer; AdamW by default. The groups carry `lr`, `weight_decay` and `name`.
         resident: how many of the streams of `open_stream` keep their state on the device at most; None: all. Of the
             others, those that were idle the longest, it is parked, and comes back bit for bit with their next frame.

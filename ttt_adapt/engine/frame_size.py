@@ -23,15 +23,19 @@ _OF_A_SIZE = (RuntimeError, AssertionError, ValueError, IndexError, ZeroDivision
 
 @contextmanager
 def explained_sizes(
-    taken: TakenFrame, others: Callable[[], Iterable[Size]], attempt: Callable[[Tensor], object]
+    taken: TakenFrame,
+    worked: tuple[int, ...] | None,
+    others: Callable[[], Iterable[Size]],
+    attempt: Callable[[Tensor], object],
 ) -> Iterator[None]:
     """Turn an error inside the block into one of the frame's size, where the size is the reason.
 
-    It is where the same frame fails again, and the frame in another size does not. Nothing of this is run where nothing
-    fails.
+    It is where the same frame fails again, an image without content in the same size fails too, and both pass in
+    another size. Nothing of this is run where nothing fails, nor where frames of this size worked before.
 
     Args:
         taken: the frame. One with a context is not tried again: the context may hold the size.
+        worked: the shape [..., H, W] of frames that the model takes, if one is known: of the stream so far.
         others: returns sizes (H, W) to compare with, best those that are known to work.
         attempt: does what the block does with a frame, and leaves nothing behind.
 
@@ -44,9 +48,12 @@ def explained_sizes(
         raise
     except _OF_A_SIZE as error:
         x, size = taken.x, (taken.x.shape[-2], taken.x.shape[-1])
-        again = not taken.context and not _works(attempt, x)
-        works = next((s for s in others() if s != size and _works(attempt, x, s)), None) if again else None
-        if works is None:
+        known = taken.context or (worked is not None and tuple(worked[-2:]) == size)
+        pictures = (x, torch.zeros_like(x))
+        if known or any(_works(attempt, picture) for picture in pictures):
+            raise
+        both = (s for s in others() if s != size and all(_works(attempt, picture, s) for picture in pictures))
+        if (works := next(both, None)) is None:
             raise
         raise FrameSizeError(
             f"the model does not take frames of {size[0]} x {size[1]} (H x W): {type(error).__name__}: {error}. It "

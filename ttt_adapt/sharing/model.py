@@ -81,7 +81,7 @@ class SharedModel:
     def explained(self, taken: TakenFrame) -> AbstractContextManager[None]:
         """Errors inside the block that come from the size of a frame of the present video say so."""
         known = partial(known_sizes, self.steps.objective, self.present)
-        return explained_sizes(taken, known, self.steps.attempt)
+        return explained_sizes(taken, self.present.window.frame_shape, known, self.steps.attempt)
 
     @contextmanager
     def undone_if_it_fails(self) -> Iterator[None]:
