@@ -76,13 +76,19 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+_HOW = ("fused", "foreach")
+"""Settings of an optimizer that say how a step runs, not what it does."""
+
+
 def taken_whole(state: dict[str, Any], given: dict[str, Any]) -> bool:
     """Whether a stream's state is what it was given; its optimizer may add flags that an earlier one lacks."""
-    moments, theirs = state["optimizer"]["state"]["state"], given["optimizer"]["state"]["state"]
+    own, theirs = state["optimizer"]["state"], given["optimizer"]["state"]
+    pairs = zip(own["param_groups"], theirs["param_groups"], strict=True)
+    settings = all(same(mine[key], value) for mine, other in pairs for key, value in other.items() if key not in _HOW)
     parts = [name for name in ("weights", "window", "random", "gate", "progress") if state[name] is not None]
     parts += ["auto"] if state["auto"] is not None else []
     parts += ["passes"] if "passes" in given else []
-    return same(moments, theirs) and all(same(state[name], given[name]) for name in parts)
+    return settings and same(own["state"], theirs["state"]) and all(same(state[n], given[n]) for n in parts)
 
 
 class States:

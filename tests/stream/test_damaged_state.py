@@ -85,3 +85,54 @@ def test_what_compares_by_elements_is_refused_where_one_value_is_expected(stream
     with pytest.raises(TTTAdaptError):
         stream.load_state_dict(state)
     assert same_bits(stream.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr", 1e6), ("lr", 2e-3), ("weight_decay", 50.0), ("betas", (0.0, 0.999)), ("eps", 1e9)]
+)
+def test_a_state_with_other_settings_of_the_optimizer_is_refused_by_their_name(stream, name, value):
+    before = stream.state_dict()
+    state = copy.deepcopy(before)
+    for group in state["optimizer"]["state"]["param_groups"]:
+        group[name] = value
+    with pytest.raises(CheckpointError, match=f"as {name} in its group"):
+        stream.load_state_dict(state)
+    assert same_bits(stream.state_dict(), before)
+
+
+class Halving(torch.optim.SGD):
+    """Halves its rate in every step."""
+
+    def step(self, closure=None):
+        done = super().step(closure)
+        for group in self.param_groups:
+            group["lr"] *= 0.5
+        return done
+
+
+def scheduled(groups):
+    """An optimizer that came with a schedule, which has already changed its rate when a state is saved."""
+    optimizer = torch.optim.SGD(groups)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    return optimizer
+
+
+@pytest.mark.parametrize("make", [Halving, scheduled, None])
+def test_a_rate_that_was_changed_on_the_way_goes_on_after_a_load(make):
+    torch.manual_seed(0)
+    model = settle_norms(zoo.TinySeg())
+    config = StreamConfig(window=2, batch_size=1, lr=1e-3)
+    with StreamAdapter(model, encoder="backbone", config=config, optimizer=make) as adapter:
+        frames = torch.randn(3, 3, *SIZE)
+        adapter.step(frames[0])
+        groups = adapter.state.optimizer.optimizer.param_groups
+        if make is not Halving:
+            groups[0]["lr"] *= 0.25
+        state = adapter.state_dict()
+        rate = groups[0]["lr"]
+        expected = [adapter.step(x) for x in frames[1:]]
+        if make is Halving:
+            adapter.reset()
+        adapter.load_state_dict(state)
+        assert adapter.state.optimizer.optimizer.param_groups[0]["lr"] == rate
+        assert same_bits([adapter.step(x) for x in frames[1:]], expected)

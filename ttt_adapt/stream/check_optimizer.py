@@ -6,7 +6,7 @@ another shape ends the process.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,15 +29,26 @@ _FACTORS = {"row_var", "col_var"}
 """What Adafactor keeps in the place of a whole mean of squares."""
 
 
-def check_optimizer_state(optimizer: torch.optim.Optimizer, saved: Any) -> None:
+_BY_SCHEDULE = {"lr", "initial_lr", "momentum", "betas", "max_lr", "min_lr", "base_momentum", "max_momentum"}
+"""Settings that schedules of PyTorch change."""
+
+
+def check_optimizer_state(
+    optimizer: torch.optim.Optimizer, saved: Any, changed: Sequence[Mapping[str, Any]] | None = None
+) -> None:
     """Check what `optimizer.state_dict()` of another optimizer of this kind returned.
+
+    An optimizer of PyTorch or of this library keeps its settings, so they must be the same in the state. Only a
+    schedule changes some of them, and it leaves an "initial_lr" in the groups. An optimizer of the user's own may
+    change its settings by itself; theirs must be of the same kind.
 
     Args:
         optimizer: of the parameters that the state is for; it does not change.
         saved: its "state" and "param_groups".
+        changed: settings of the groups that are right as well, such as those that a user changed by hand.
 
     Raises:
-        CheckpointError: `optimizer` could not go on from it.
+        CheckpointError: `optimizer` could not go on from it, or would go on with other settings.
     """
     if not isinstance(saved, Mapping) or saved.keys() != {"state", "param_groups"}:
         raise CheckpointError(f"the state's optimizer is {shown(saved)}; expected its state and its param_groups")
@@ -45,8 +56,11 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, saved: Any) -> None:
     theirs = saved["param_groups"]
     if not isinstance(theirs, list) or len(theirs) != len(groups):
         raise CheckpointError(f"the state's optimizer has {shown(theirs)} as groups; expected {len(groups)} of them")
-    for own, other in zip(groups, theirs, strict=True):
+    keeps = type(optimizer).__module__.startswith(("torch.optim", "ttt_adapt."))
+    for own, by_hand, other in zip(groups, changed or groups, theirs, strict=True):
         _check_group(own, other)
+        if keeps:
+            _check_settings(own, by_hand, other)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     entries = saved["state"]
     if not isinstance(entries, Mapping) or any(whole(0, len(parameters) - 1)(key) for key in entries):
@@ -81,6 +95,23 @@ def _check_group(own: Mapping[str, Any], other: Any) -> None:
         raise CheckpointError(
             f"the state's optimizer has {shown(unknown[0])} in its group {name!r}, which is no setting"
         )
+
+
+def _check_settings(own: Mapping[str, Any], by_hand: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Refuse a group with other settings than `own` and `by_hand`, those that a schedule changes aside."""
+    free = {"params", "fused", "foreach", *(_BY_SCHEDULE if "initial_lr" in own else ())}
+    for key in other.keys() & own.keys() - free:
+        if not any(_equal(other[key], group[key]) for group in (own, by_hand) if key in group):
+            raise CheckpointError(
+                f"the state's optimizer has {other[key]!r} as {key} in its group {own.get('name', '')!r}, here it is "
+                f"{own[key]!r}: make the adapter with the optimizer and the rates that the stream began with"
+            )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two settings are the same, also where one is a list and the other a tuple, or one a tensor."""
+    a, b = (value.item() if isinstance(value, Tensor) else value for value in (a, b))
+    return bool(list(a) == list(b)) if isinstance(a, list | tuple) and isinstance(b, list | tuple) else bool(a == b)
 
 
 def _like(value: Any) -> Check:

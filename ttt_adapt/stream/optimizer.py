@@ -229,7 +229,7 @@ class StreamOptimizer(Part):
                 kinds = [type(optimizer).__name__] + ["AdamW"] * isinstance(optimizer, FusedAdamW)
                 if saved["kind"] not in kinds:
                     raise ValueError(f"the optimizer was {saved['kind']}, here it is {kinds[0]}")
-                check_optimizer_state(optimizer, saved["state"])
+                check_optimizer_state(optimizer, saved["state"], self._optimizer.param_groups)
                 optimizer.load_state_dict(copied(dict(saved["state"])))
         except CheckpointError:
             raise
