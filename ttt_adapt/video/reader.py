@@ -148,6 +148,7 @@ class VideoReader:
         sounds: number of sound tracks of a file, which are not read.
         names: a name for every frame, of the files of a folder; None where frames have no names.
         live: whether the source waits for nobody.
+        film: whether all frames are there, so that the source begins at frame 0 whenever it is opened.
         counts: what became of the frames. A consumer that wants it in `stats` calls `counts.adapted.add()` and
             `counts.predicted.add()`.
 
@@ -177,7 +178,7 @@ class VideoReader:
         self.fps = source.fps
         self.sounds = source.sounds
         self.names: tuple[str, ...] | None = getattr(source, "names", None)
-        self.live = source.kind == "live"
+        self.live, self.film = source.kind == "live", source.kind == "film"
         self.counts = counts
         self._source, self._say = source, say
         self._newest = self.live if keep is None else keep == "newest"
