@@ -102,7 +102,7 @@ class Film:
 
 
 def join_films(films: Sequence[Path], target: Path, rate: Fraction) -> None:
-    """Write closed `Film`s, one behind the other, as an ordinary file with its index in front. No frame is encoded anew.
+    """Write closed `Film`s, one behind the other, as an ordinary file with its index in front; nothing is encoded anew.
 
     `target` stays as it is until the new file is complete. It may be one of the films; the others stay.
 

@@ -1,7 +1,7 @@
 """A film that grows in several files, so that a run that was killed can go on with it: `NAME.part-000.mp4`, ...
 
-Each part is a whole film of its own. A run closes one when it saves its state, so that the parts of a state hold exactly
-the frames before it. At the end they are joined without encoding anything anew.
+Each part is a whole film of its own. A run closes one when it saves its state, so that the parts of a state hold
+exactly the frames before it. At the end they are joined without encoding anything anew.
 """
 
 from __future__ import annotations
