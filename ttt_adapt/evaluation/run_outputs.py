@@ -220,7 +220,7 @@ class Outputs:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
+        if error is None or (self._states.earlier is not None and not self._begun):  # nothing was touched
             return
         with uninterrupted():
             if self._states.kept:
