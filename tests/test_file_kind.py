@@ -18,8 +18,9 @@ from ttt_adapt import Calibration, MAEBranch, StreamAdapter, StreamConfig, Train
 from ttt_adapt.errors import CheckpointError, ConfigError, DataError, TTTAdaptError
 from ttt_adapt.evaluation.model_info import inspect_model
 from ttt_adapt.evaluation.report import Report
-from ttt_adapt.file_kind import kind_of
+from ttt_adapt.file_kind import RUN_STATE, kind_of
 from ttt_adapt.files import read_small
+from ttt_adapt.sharing.state_file import write_state
 from ttt_adapt.tasks.calibrate import calibration_target
 from ttt_adapt.tasks.checkpoint import Checkpoint, load_checkpoint, read_calibration, read_spec, save_checkpoint
 from ttt_adapt.tasks.dense_model import DenseModel
@@ -31,7 +32,7 @@ safetensors = pytest.importorskip("safetensors.torch")
 NAMES = (
     "checkpoint", "calibration", "stream", "training", "weights", "openmmlab", "pickle", "torch", "report", "coco",
     "json", "text", "config", "picture", "pictures", "video", "arrays", "zip", "pdf", "onnx", "empty", "folder",
-    "device", "unknown", "safetensors", "nothing",
+    "device", "unknown", "safetensors", "nothing", "stream-file", "run-state",
 )  # fmt: skip
 
 
@@ -61,6 +62,9 @@ def files(tmp_path_factory) -> dict[str, Path]:
     branch.calibrate(list(torch.randn(8, 3, 64, 64))).save(folder / "calibration.safetensors")
     with StreamAdapter(model, branch, config=StreamConfig(window=2, batch_size=1)) as adapter:
         torch.save(adapter.state_dict(), found["stream"])
+        adapter.save(folder / "stream.safetensors")
+    write_state(folder / "run.safetensors", {}, RUN_STATE)
+    found |= {"stream-file": folder / "stream.safetensors", "run-state": folder / "run.safetensors"}
     found |= {"calibration": folder / "calibration.safetensors", "training": folder / "training.state"}
     spec = ModelSpec("resnet18", ("a", "b"), (32, 32), {"channels": (4, 4, 8, 8)}, None, width=8)
     made = DenseModel("resnet18", 2, width=8, encoder_options=spec.encoder_options).eval()
@@ -112,6 +116,8 @@ def test_the_error_says_what_takes_the_file(files):
     table = {
         "calibration": f"StreamAdapter(model, calibration=Calibration.load('{files['calibration']}'))",
         "stream": f"`load_state_dict(torch.load('{files['stream']}'))` of a StreamAdapter",
+        "stream-file": f"`load('{files['stream-file']}')` of a StreamAdapter",
+        "run-state": f"`ttt-adapt run` with --state {files['run-state']} --resume",
         "training": "`ttt-adapt train --resume`",
         "weights": f"`ttt-adapt train --pretrained {files['weights']}`",
         "openmmlab": f"`ttt-adapt mm test CONFIG {files['openmmlab']}`",

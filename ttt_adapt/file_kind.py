@@ -55,6 +55,14 @@ STREAM = FileKind(
     "the state of a stream",
     "`load_state_dict(torch.load(FILE))` of a StreamAdapter goes on with it, over the model that it was saved over",
 )
+STREAM_FILE = FileKind(
+    "stream-file",
+    "the state of a stream, as `save` wrote it",
+    "`load(FILE)` of a StreamAdapter goes on with it, over the model that it was saved over",
+)
+RUN_STATE = FileKind(
+    "run-state", "the state of a run", "the same command of `ttt-adapt run` with --state FILE --resume goes on with it"
+)
 TRAINING = FileKind(
     "training", "the state of a training that was stopped", "`ttt-adapt train --resume`, or `fit`, goes on with it"
 )
@@ -174,6 +182,8 @@ def _of_safetensors(path: Path, length: int) -> FileKind:
         return BROKEN
     told = header.get("__metadata__") if isinstance(header, dict) else None
     names = told if isinstance(told, dict) else {}
+    if {"kind", "sha256", "state"} <= names.keys():
+        return RUN_STATE if names["kind"] == RUN_STATE.name else STREAM_FILE
     return CHECKPOINT if "spec" in names else CALIBRATION if "calibration" in names else WEIGHTS
 
 

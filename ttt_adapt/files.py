@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import os
 import re
@@ -110,6 +111,12 @@ def read_small(path: str | Path, error: type[TTTAdaptError]) -> bytes:
 def part_file(path: Path) -> Path:
     """The name of the temporary file beside `path`, of this process alone: `.NAME.PROCESS.part`."""
     return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def abandoned_parts(folder: Path, name: str = "*") -> list[Path]:
+    """Temporary files of `atomic_write` for the file `name`, or for any, in a folder where nobody writes now."""
+    pattern = f".{name if name == '*' else glob.escape(name)}.[0-9]*.part"
+    return [path for path in folder.glob(pattern) if path.name.split(".")[-2].isdecimal()]
 
 
 @contextmanager

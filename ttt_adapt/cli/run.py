@@ -24,6 +24,7 @@ from ttt_adapt.cli.output import say
 from ttt_adapt.errors import ConfigError
 
 LIVE = "Cameras and streams"
+RESTART = "Going on after a stop"
 
 
 def run(
@@ -88,6 +89,17 @@ def run(
     read_timeout: Annotated[
         float, typer.Option(metavar="S", rich_help_panel=LIVE, help="Seconds without a frame after which it is lost.")
     ] = 10.0,
+    state: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", rich_help_panel=RESTART, help="Keep the state of the run in a .safetensors file."),
+    ] = None,
+    state_every: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, rich_help_panel=RESTART, help="Frames between two states; by default 500."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", rich_help_panel=RESTART, help="Go on from --state; begin where there is none.")
+    ] = False,
     preset: Preset = "online",
     arm: Annotated[
         str | None,
@@ -137,6 +149,9 @@ def run(
         changes=changes,
         branch=parse_settings(branch, "mask_ratio=0.75"),
         device=pick_device(device),
+        state=state,
+        state_every=state_every,
+        resume=resume,
     )
     for written, what in ((film, ""), (labels_out, ", as label maps"), (raw_out, ", as raw outputs")):
         if written is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +19,13 @@ from ttt_adapt.calibration.describe import describe_rule
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError, ConfigError
 from ttt_adapt.evaluation.run_outputs import Outputs
+from ttt_adapt.evaluation.run_state import RunStates
 from ttt_adapt.evaluation.run_targets import Targets
 from ttt_adapt.evaluation.runners.base import Runner, device_of
 from ttt_adapt.evaluation.runners.start import start
 from ttt_adapt.evaluation.runners.streaming import Adapting
 from ttt_adapt.evaluation.watching import Watching, unmodified
-from ttt_adapt.files import exists
+from ttt_adapt.files import exists, file_digest
 from ttt_adapt.objectives.forward_only import ForwardOnly
 from ttt_adapt.objectives.mae import MAEBranch
 from ttt_adapt.tasks import find_task
@@ -62,6 +64,9 @@ def adapt_video(
     branch: Mapping[str, Any] | None = None,
     task: str | None = None,
     device: torch.device | str = "cpu",
+    state: Path | None = None,
+    state_every: int | None = None,
+    resume: bool = False,
 ) -> int:
     """Adapt to a video frame by frame, and write what the model sees: a film, label maps, or its raw outputs.
 
@@ -98,12 +103,19 @@ def adapt_video(
         branch: what the branch hides and scores at test time, see `MAEBranch.using`.
         task: what the checkpoint is expected to be trained for; None: whatever it is.
         device: where to run.
+        state: the file that keeps the state of the run, so that it can go on after anything that ends the process.
+            Films grow in parts, `NAME.part-000.mp4`, which are joined at the end.
+        state_every: frames between two states; None: 500. The run's last frame has one, too, unless it is killed.
+        resume: go on from the state, or begin where there is none. A film is read up to the frame of the state; live
+            sources go on with the next frame. All targets go on, too: what is newer than the state is written again.
+            `limit` counts the frames of all runs.
 
     Returns:
-        The number of frames written.
+        The number of frames written, those before the state included.
 
     Raises:
-        ConfigError, CheckpointError: the arguments do not fit together, or a target exists already; nothing is written.
+        ConfigError, CheckpointError: the arguments do not fit together, a target exists already, or the state is
+            damaged, or of another model, configuration or video; nothing is written.
         VideoError: the video cannot be read, or the new one cannot be written.
     """
     if view not in ("overlay", "panels"):
@@ -111,40 +123,90 @@ def adapt_video(
     targets = Targets(out, labels_out, raw_out, overwrite)
     if (out is None and (legend or view != "overlay")) or (fps is not None and not targets.films):
         raise ConfigError("`legend`, `view` and `fps` are of a film, and none is written: name one with `out`")
-    targets.check(tuple(path for path in (Path(source), checkpoint) if exists(path)), fps)
+    states = RunStates(state, state_every, resume, overwrite)
+    targets.check(tuple(path for path in (Path(source), checkpoint) if exists(path)), fps, states)
     model = _load(checkpoint, task, arm, device)
     targets.check_task(model)
+    if states.kept:
+        how = {
+            "arm": arm,
+            "changes": changes,
+            "branch": branch,
+            "size": size,
+            "view": view,
+            "legend": legend,
+            "fps": fps,
+        }
+        states.check(_settings(checkpoint, config, targets, how))
     about = {"source": redacted(source), "checkpoint": str(checkpoint), **_colours(model)}
     # The outputs end last, so that a signal finds them in order while the rest is closed.
-    with Outputs(targets, model, about) as written:
+    with Outputs(targets, model, about, states) as written:
         with ExitStack() as stack:
             if branch or (arm is None and model.calibration is None):
                 stack.enter_context(model.mae_branch.using(**(branch or {})))  # it raises where there is none
             video = stack.enter_context(
                 open_video(source, keep=keep, on_resize=on_resize, reconnect=reconnect, say=notice)
             )
+            if states.kept and video.film and keep == "newest":
+                raise ConfigError(
+                    f"keep is 'newest', and the clock decides which frames of {video.name} that leaves out, so that no "
+                    "state can go on with them: leave keep out, or `state`"
+                )
+            frames = stack.enter_context(closing(_iterated(video)))
+            states.find(video, frames)
             rate = video.fps if fps is None else fps
+            if states.earlier is not None and states.frames:
+                rate = states.earlier.rate
             watching = stack.enter_context(
                 closing(Watching(model, size, video, lambda: _start(model, config, arm, changes)))
             )
             fixed = load_checkpoint(checkpoint, device).model if view == "panels" and out is not None else None
             pictures = _Pictures(model, fixed, watching, legend)
+            if states.earlier is not None and states.earlier.runner is not None:
+                watching.go_on(states.earlier.runner, states.earlier.size)
+                pictures.go_on(states.earlier.picture)
             remarks = _Remarks(video, source, out, rate, _how_it_runs(model, watching.runner))
             total = video.length if limit is None else min(video.length or limit, limit)
             written.expect(rate, video.names, total)
             stack.callback(_account, video, about)
-            advance = stack.enter_context(progress_bar(video.name, total))
-            for frame in islice(video, limit):
-                seen = model.task.see(frame)
-                output = watching.step(seen)
-                prediction = model.task.predict(output, seen)
-                picture = None if out is None else pictures.draw(seen, prediction)
-                written.begin(output)
-                remarks.look(frame, seen, picture)
-                written.write(output, prediction, picture)
+
+            def save(last: bool = False) -> None:
+                if states.is_whole(written.count) and (last or states.due(written.count)):
+                    outputs = {**written.state(), "picture": pictures.size}
+                    states.save(written.count, video, watching.state_dict(), outputs)
+
+            stack.callback(save, last=True)
+            advance = stack.enter_context(progress_bar(video.name, total, done=written.count))
+            for frame in islice(frames, None if limit is None else max(limit - written.count, 0)):
+                with states.frame(frame):
+                    seen = model.task.see(frame)
+                    output = watching.step(seen)
+                    prediction = model.task.predict(output, seen)
+                    picture = None if out is None else pictures.draw(seen, prediction)
+                    written.begin(output)
+                    remarks.look(frame, seen, picture)
+                    written.write(output, prediction, picture)
+                save()
                 advance(watching.runner.loss)
         written.finish()
         return written.count
+
+
+def _iterated(video: VideoReader) -> Generator[np.ndarray, None, None]:
+    yield from video
+
+
+def _settings(
+    checkpoint: Path, config: StreamConfig | None, targets: Targets, how: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a run depends on, beside its video, in plain values."""
+    plain = {name: dict(value) if isinstance(value, Mapping) else value for name, value in how.items()}
+    return {
+        "checkpoint": file_digest(checkpoint),
+        "config": None if config is None else asdict(config),
+        "outputs": targets.kinds,
+        **plain,
+    }
 
 
 def _account(video: VideoReader, about: dict[str, Any]) -> None:
@@ -274,6 +336,15 @@ class _Pictures:
                 f"legend is set, and {checkpoint.task.name} has no classes that it could name: leave legend out"
             )
         self._legend = Legend(checkpoint.spec.classes, palette) if legend and palette is not None else None
+
+    @property
+    def size(self) -> list[int]:
+        """(height, width) of the film; [] before its first picture."""
+        return [] if self._size is None else list(self._size)
+
+    def go_on(self, size: Sequence[int]) -> None:
+        """Go on with a film of this (height, width)."""
+        self._size = (size[0], size[1]) if size else None
 
     def draw(self, frame: np.ndarray, prediction: np.ndarray) -> np.ndarray:
         """The picture of one frame, uint8 RGB [H, W, 3]: the prediction, or the four panels."""

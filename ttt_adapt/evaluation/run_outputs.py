@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ttt_adapt.evaluation.run_targets import ABOUT, MAKER, Targets
-from ttt_adapt.files import atomic_write, files_in, output_folder
+from ttt_adapt.errors import TTTAdaptError, warn
+from ttt_adapt.evaluation.run_state import FilmState, RunStates
+from ttt_adapt.evaluation.run_targets import ABOUT, MAKER, Targets, check_whole
+from ttt_adapt.files import abandoned_parts, atomic_write, files_in, output_folder
 from ttt_adapt.tasks.checkpoint import Checkpoint
 from ttt_adapt.video import LabelVideoWriter, VideoWriter
 from ttt_adapt.video.film import uninterrupted
@@ -36,11 +38,12 @@ class Outputs:
         targets: where to write; checked.
         checkpoint: the model.
         about: of the run, for `run.json` and the video of labels.
+        states: of the run; where it goes on from one, so do the outputs.
     """
 
-    def __init__(self, targets: Targets, checkpoint: Checkpoint, about: dict[str, Any]) -> None:
-        self.count = 0
-        self._targets, self._checkpoint, self._about = targets, checkpoint, about
+    def __init__(self, targets: Targets, checkpoint: Checkpoint, about: dict[str, Any], states: RunStates) -> None:
+        self.count = states.frames
+        self._targets, self._checkpoint, self._about, self._states = targets, checkpoint, about, states
         self._rate: float | None = None
         self._names: Sequence[str] | None = None
         self._total: int | None = None
@@ -57,6 +60,8 @@ class Outputs:
             total: number of frames; None where that is unknown.
         """
         self._rate, self._names, self._total = rate, names, total
+        if self.count:
+            check_whole(self._targets, self._states, [f"{self._name(index)}" for index in range(self.count)])
 
     def begin(self, output: Tensor) -> None:
         """Make the folders, when the first output is there, and say how much raw outputs take; later do nothing.
@@ -69,14 +74,18 @@ class Outputs:
             return
         self._begun = True
         with uninterrupted():
+            self._states.begin()
+            if self._states.earlier is not None:
+                self._remove_abandoned()
             for name, path in {**self._targets.films, **self._targets.folders}.items():
                 is_folder = name in self._targets.folders
                 made = path if is_folder else path.parent
                 if not made.exists():
                     self._made.append(made)
                 output_folder(path, name, folder=is_folder)
-            for name, path in self._targets.films.items():
-                self._films[name] = self._film(name, path)
+            if self.count:
+                self._clear()
+            self._begin_films()
         if self._targets.raw_out is not None:
             megabytes = output[0].numel() * 4 / 1e6
             every = "" if self._total is None else f", {megabytes * self._total / 1e3:.3g} GB in all"
@@ -111,7 +120,7 @@ class Outputs:
 
     def _write_files(self, files: list[Path], output: Tensor, prediction: np.ndarray) -> None:
         """Write the files of one frame, and add them to `files`."""
-        name = self._names[self.count] if self._names and self.count < len(self._names) else f"{self.count:06d}"
+        name = self._name(self.count)
         folders = self._targets.folders
         if "labels_out" in folders:
             files.append(folders["labels_out"] / f"{name}.png")
@@ -122,6 +131,18 @@ class Outputs:
             with atomic_write(files[-1]) as part, part.open("wb") as file:
                 np.savez(file, output=output[0].detach().float().cpu().numpy())
 
+    def _name(self, index: int) -> str:
+        """The name of a frame, without a suffix."""
+        return self._names[index] if self._names and index < len(self._names) else f"{index:06d}"
+
+    def state(self) -> dict[str, Any]:
+        """Complete the parts of the films, and say what `RunState` has of them.
+
+        Raises:
+            VideoError: a part cannot be completed.
+        """
+        return {"films": {name: FilmState(film.cut()) for name, film in self._films.items()}, "rate": self._rate}
+
     def finish(self) -> None:
         """Complete everything: all frames are there.
 
@@ -129,10 +150,40 @@ class Outputs:
             VideoError: a film has no frame, or cannot be completed.
         """
         with uninterrupted():
-            for film in self._films.values():
-                film.close()
+            if not self._begun and not self._states.is_joined:  # no frame came behind the state
+                self._begin_films()
+            self._close_films()
             self._finished = True
             self._describe()
+
+    def _remove_abandoned(self) -> None:
+        """Remove what a process that was killed in the middle of a file has left."""
+        for path in (*self._targets.films.values(), self._states.path):
+            for part in abandoned_parts(path.parent, path.name) if path is not None else ():
+                part.unlink(missing_ok=True)
+        for folder in self._targets.folders.values():
+            for part in abandoned_parts(folder) if folder.is_dir() else ():
+                part.unlink(missing_ok=True)
+
+    def _begin_films(self) -> None:
+        earlier = self._states.earlier
+        for name, path in self._targets.films.items():
+            self._films[name] = film = self._film(name, path)
+            if self._states.kept:
+                before = FilmState([]) if earlier is None or not self.count else earlier.films[name]
+                film.go_on_in_parts(before.sizes, self.count, before.joined)
+
+    def _close_films(self) -> None:
+        """Complete the films; where the run keeps its state, it knows at any time which files they are in."""
+        if self._states.kept and self._films:
+            self._states.change(may_replace=True)  # from now on, a file that is there may be the new one
+        for film in self._films.values():
+            film.close()
+        if self._states.kept and self._films:
+            sizes = {name: [film.path.stat().st_size] for name, film in self._films.items()}
+            self._states.change(films={name: FilmState(each, joined=True) for name, each in sizes.items()})
+            for film in self._films.values():
+                film.remove_parts()
 
     def _film(self, name: str, path: Path) -> FilmFile:
         if name == "out":
@@ -142,10 +193,12 @@ class Outputs:
         return LabelVideoWriter(path, self._rate, len(self._checkpoint.spec.classes), about)
 
     def _clear(self) -> None:
-        """Remove the files of the run that this one replaces, and say that a run has begun."""
+        """Remove files of the run that this one replaces, or what is newer than the state; say that a run goes on."""
+        kept = {self._name(index) for index in range(self.count)}
         for folder in self._targets.folders.values():
             for file in files_in(folder, {".png", ".npz"}):
-                file.unlink()
+                if file.stem not in kept:
+                    file.unlink()
         self._describe()
 
     def _describe(self) -> None:
@@ -167,10 +220,12 @@ class Outputs:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
+        if error is None or (self._states.earlier is not None and not self._begun):  # nothing was touched
             return
         with uninterrupted():
-            for film in self._films.values():
+            if self._states.kept:
+                self._end_films()
+            for film in () if self._states.kept else self._films.values():
                 film.__exit__(kind, error, trace)
             if self.count:
                 with suppress(OSError):  # such as a full disk, which is what ended the run
@@ -180,8 +235,24 @@ class Outputs:
                 with suppress(OSError):  # it holds something of somebody else
                     folder.rmdir()
 
+    def _end_films(self) -> None:
+        """Join the films of a run that was stopped, where its state is of this moment; otherwise their parts stay."""
+        free = not any(film.path.exists() for film in self._films.values())
+        try:
+            if self._films and free and self._states.saved == self.count > 0:
+                self._close_films()
+            for film in self._films.values():
+                film.cut()
+        except TTTAdaptError as error:  # must not hide the exception that ended the run
+            warn(str(error))
+
     def _tell(self) -> None:
-        """Say how many frames are kept, and where."""
+        """Say how many frames are kept, and where, and how the run goes on."""
+        if self._states.saved is not None:
+            notice(
+                f"the state of frame {self._states.saved} is in {self._states.path}: the same command with --resume "
+                "goes on"
+            )
         kept = [(film.path, film.count) for film in self._films.values() if film.finished]
         kept += [(folder, self.count) for folder in self._targets.folders.values()]
         for path, number in kept:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from ttt_adapt.evaluation.runners.base import Runner
+from ttt_adapt.evaluation.runners.base import Runner, SavedRunner
 from ttt_adapt.evaluation.runners.modifiers import Modified
 from ttt_adapt.evaluation.runners.streaming import Adapting
 from ttt_adapt.model.frames import Normalize
@@ -54,6 +54,26 @@ class Watching:
         if _adapted(self.runner):
             self._video.counts.adapted.add()
         return output
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the runner has of the stream so far."""
+        assert isinstance(self.runner, SavedRunner)  # those of streaming arms are
+        return self.runner.state_dict()
+
+    def go_on(self, saved: Mapping[str, Any], size: Sequence[int]) -> None:
+        """Go on where a runner was saved.
+
+        Args:
+            saved: from `state_dict`.
+            size: (height, width) of the last frame then. A frame of another one begins a new stream.
+
+        Raises:
+            CheckpointError: it does not fit.
+        """
+        assert isinstance(self.runner, SavedRunner)
+        self.runner.load_state_dict(saved)
+        self._frame_size = (size[0], size[1])
+        self.normalize = normalizer(self._checkpoint, self._size, self._frame_size)
 
     def close(self) -> None:
         """Give the model back as it was."""

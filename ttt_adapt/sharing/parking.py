@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
 import weakref
@@ -14,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttt_adapt.errors import ConfigError, StateError
-from ttt_adapt.sharing.state_file import check_library, read_state, write_state
+from ttt_adapt.errors import CheckpointError, ConfigError, StateError
+from ttt_adapt.sharing.state_file import check_library, is_finite, read_state, write_state
 from ttt_adapt.stream.state import StreamState
 
 Fetch = Callable[[], dict[str, Any]]
@@ -89,7 +88,7 @@ class Parking:
             saved = state.state_dict()
         except StateError:  # the model keeps something of this video that cannot be saved
             return
-        if not _is_finite(saved):  # a load would refuse it
+        if not is_finite(saved):  # a load would refuse it
             return
         self._away[state] = self._stored(saved)
         del self._here[state]
@@ -103,7 +102,7 @@ class Parking:
         self._files += 1
         file = self._folder / f"{self._files}.safetensors"
         try:
-            write_state(file, saved)
+            write_state(file, saved, lasting=False)
         except OSError as error:
             raise StateError(
                 f'an idle stream cannot be parked in {file.parent} ({error}): make room there, or use park="cpu"'
@@ -123,8 +122,15 @@ class _File:
         weakref.finalize(self, path.unlink, missing_ok=True)
 
     def __call__(self) -> dict[str, Any]:
-        """The state."""
-        return read_state(self._path)
+        """The state.
+
+        Raises:
+            CheckpointError: the file is gone or damaged.
+        """
+        try:
+            return read_state(self._path)
+        except CheckpointError as error:
+            raise CheckpointError(f"a parked stream cannot be read ({error}): close() it, and open another") from error
 
 
 def _own_folder(place: str | Path) -> Path:
@@ -136,17 +142,6 @@ def _own_folder(place: str | Path) -> Path:
         return Path(tempfile.mkdtemp(prefix="parked-", dir=folder))
     except (OSError, TypeError) as error:
         raise ConfigError(f'park is {place!r}; expected "cpu", or a folder that can be written ({error})') from error
-
-
-def _is_finite(value: Any) -> bool:
-    """Whether a nested state has neither NaN nor infinite numbers."""
-    if isinstance(value, Tensor):
-        return bool(value.isfinite().all())
-    if isinstance(value, dict):
-        return all(map(_is_finite, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(_is_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _on_cpu(value: Any) -> Any:

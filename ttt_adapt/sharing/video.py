@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ttt_adapt.config import StreamConfig
+from ttt_adapt.errors import CheckpointError, StateError
 from ttt_adapt.model.frames import TakenFrame
 from ttt_adapt.model.threads import one_at_a_time
 from ttt_adapt.model.uncopied import Uncopied
 from ttt_adapt.sharing.model import SharedModel
+from ttt_adapt.sharing.state_file import is_finite, read_state, write_state
 from ttt_adapt.stream.report import StepReport
 from ttt_adapt.stream.state import StreamState
 from ttt_adapt.stream.tally import StreamStats
@@ -174,3 +178,33 @@ class OneVideo(Uncopied):
             StateError: somebody else changed the model, as for `reset`.
         """
         self._shared.load(self._state, state)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the stream's state into a .safetensors file, without pickle: `state_dict` as a file.
+
+        It is written whole or not at all: an existing file stays until the new one is complete, and outlives what kills
+        the process in the middle. It has its version, a hash of its content, and what it belongs to.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+            StateError: as for `state_dict`; or the state holds numbers that are not finite, which `load` would refuse.
+        """
+        saved = self.state_dict()
+        if not is_finite(saved):
+            raise StateError(
+                f"the stream holds numbers that are not finite, so {path} is not written: reset() begins it anew"
+            )
+        try:
+            write_state(Path(path), saved)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Go on exactly where `save` wrote the file; one that is damaged, or does not fit, changes nothing.
+
+        Raises:
+            CheckpointError: there is no such file, it is torn, changed by as little as a bit, or of another kind; or as
+                for `load_state_dict`.
+            StateError: as for `load_state_dict`.
+        """
+        self.load_state_dict(read_state(Path(path)))

@@ -2,7 +2,7 @@
 
 An ordinary mp4 has its index at the end, and a process that is killed never writes it. This film waits for no end:
 every frame is a fragment of its own (of Matroska: a cluster), which is on disk as soon as the encoder has made it. The
-encoder looks one frame ahead and has no B-frames: a killed process loses three or four frames. `finish_film` makes an
+encoder looks one frame ahead and has no B-frames: a killed process loses three or four frames. `join_films` makes an
 ordinary file of the fragments once all frames are there.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -21,7 +21,7 @@ from ttt_adapt.files import atomic_write
 from ttt_adapt.video.sources import import_av
 
 if TYPE_CHECKING:
-    from av import VideoFrame
+    from av import Packet, VideoFrame
     from av.video.stream import VideoStream
 
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
@@ -101,31 +101,50 @@ class Film:
             self._container.mux(packet)
 
 
-def finish_film(film: Path, target: Path) -> None:
-    """Write a closed `Film` as an ordinary file with its index in front, and remove it. No frame is encoded anew.
+def join_films(films: Sequence[Path], target: Path, rate: Fraction) -> None:
+    """Write closed `Film`s, one behind the other, as an ordinary file with its index in front; nothing is encoded anew.
 
-    `target` stays as it is until the new file is complete; the film stays until then. Both may be one file.
+    `target` stays as it is until the new file is complete. It may be one of the films; the others stay.
+
+    Args:
+        films: of one size and encoding.
+        target: the file.
+        rate: frames per second.
 
     Raises:
-        av.FFmpegError, OSError: the target cannot be written.
+        av.FFmpegError, OSError: the target cannot be written, or the films do not fit together.
     """
     av = import_av()
     container_format = CONTAINERS[target.suffix.lower()]
     options = {} if container_format == "matroska" else {"movflags": "+faststart"}
     with (
         atomic_write(target) as part,
-        av.open(_local(film)) as source,
+        av.open(_local(films[0])) as first,
         av.open(_local(part), "w", format=container_format, options=options) as whole,
     ):
-        whole.metadata.update(source.metadata)
-        stream = whole.add_stream_from_template(source.streams.video[0])
-        stream.codec_context.framerate = source.streams.video[0].average_rate  # the template lacks it
-        for packet in source.demux(source.streams.video[0]):
-            if packet.dts is not None:  # the last one is empty
-                packet.stream = stream
-                whole.mux(packet)
-    if film != target:
-        film.unlink()
+        whole.metadata.update(first.metadata)
+        stream = whole.add_stream_from_template(first.streams.video[0])
+        stream.codec_context.framerate = rate  # the template lacks it
+        head = first.streams.video[0].codec_context.extradata
+        for index, packet in enumerate(_packets(films, head)):
+            packet.stream, packet.time_base = stream, 1 / rate
+            packet.pts = packet.dts = (
+                index  # no frame refers to a later one, so that packets come in the order of frames
+            )
+            packet.duration = 1
+            whole.mux(packet)
+
+
+def _packets(films: Sequence[Path], head: bytes | None) -> Iterator[Packet]:
+    """The encoded frames of films, in order. `head` is what a decoder needs to know of them."""
+    for film in films:
+        with import_av().open(_local(film)) as source:
+            video = source.streams.video[0]
+            if video.codec_context.extradata != head:
+                raise OSError(
+                    f"{film} was encoded otherwise than {films[0]}: by another version of FFmpeg, or in another size"
+                )
+            yield from (packet for packet in source.demux(video) if packet.dts is not None)  # the last one is empty
 
 
 def _local(path: Path) -> str:

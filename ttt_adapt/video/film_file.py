@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from fractions import Fraction
 from itertools import count
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ttt_adapt.errors import ConfigError, StateError, VideoError, warn
-from ttt_adapt.video.film import CONTAINERS, Encoding, Film, finish_film, uninterrupted
+from ttt_adapt.video.film import CONTAINERS, Encoding, Film, join_films, uninterrupted
+from ttt_adapt.video.film_parts import go_on_in_parts, part_path, remove_parts
 from ttt_adapt.video.sources import import_av
 
 if TYPE_CHECKING:
@@ -48,7 +50,8 @@ class FilmFile:
         self.path = Path(path)
         self.count, self.finished = 0, False
         self._rate = _exact_rate(DEFAULT_FPS if fps is None else fps)
-        self._partial: Path | None = None  # the film so far
+        self._files: list[Path] = []  # the film so far
+        self._in_parts = False
         self._film: Film | None = None
         self._closed = False
 
@@ -76,12 +79,47 @@ class FilmFile:
             image = self._image(frame)
             try:
                 if self._film is None:
-                    self._partial = _new_partial(self.path)
-                    self._film = Film(self._partial, self._rate, (image.height, image.width), self.encoding)
+                    self._files.append(self._new_file())
+                    self._film = Film(self._files[-1], self._rate, (image.height, image.width), self.encoding)
                 self._film.write(image)
             except (import_av().FFmpegError, OSError) as error:
                 raise VideoError(f"Frame {self.count} of {self.path} cannot be written: {error}") from error
             self.count += 1
+
+    def go_on_in_parts(self, sizes: Sequence[int] = (), frames: int = 0, joined: bool = False) -> None:
+        """Grow in parts, `NAME.part-000.SUFFIX`, ..., from which another process can go on; before the first frame.
+
+        Parts behind those that are kept are removed. `close` joins the parts, and leaves them for `remove_parts`.
+
+        Args:
+            sizes: bytes of the parts that are there, from `cut`.
+            frames: how many frames they have.
+            joined: whether they were joined into the target.
+        """
+        self._in_parts, self.count = True, frames
+        self._files = go_on_in_parts(self.path, sizes, joined)
+
+    def cut(self) -> list[int]:
+        """Complete the part that is written: the next frame begins another one. Returns the bytes of each part.
+
+        Raises:
+            VideoError: it cannot be completed.
+        """
+        film, self._film = self._film, None
+        try:
+            if film is not None:
+                with uninterrupted():
+                    film.close()
+            return [file.stat().st_size for file in self._files]
+        except (import_av().FFmpegError, OSError) as error:
+            raise VideoError(f"{self._files[-1]} cannot be completed: {error}") from error
+
+    def remove_parts(self) -> None:
+        """Remove the parts, after `close` has joined them."""
+        remove_parts(self.path)
+
+    def _new_file(self) -> Path:
+        return part_path(self.path, len(self._files)) if self._in_parts else _new_partial(self.path)
 
     def close(self) -> None:
         """Finish the file and put it at `path`. Idempotent.
@@ -112,10 +150,9 @@ class FilmFile:
             self._keep_partial()
 
     def _keep_partial(self) -> None:
-        assert self._partial is not None
         target = self.path
         if target.exists():
-            target = self._partial
+            target = self._files[0]
             warn(f"{self.path} exists and stays; the {self.count} new frames are in {target}.")
         try:
             self._finish(target)
@@ -124,17 +161,19 @@ class FilmFile:
 
     def _finish(self, target: Path) -> None:
         """Make the film so far the file `target`; if that fails, the film stays under its partial name."""
-        assert self._film is not None
-        assert self._partial is not None
         self._closed = True
         with uninterrupted():
             try:
-                self._film.close()
-                finish_film(self._partial, target)
+                if self._film is not None:
+                    self._film.close()
+                join_films(self._files, target, self._rate)
+                if not self._in_parts and self._files[0] != target:
+                    self._files[0].unlink()
             except (import_av().FFmpegError, OSError) as error:
-                self.path = self._partial
+                self.path = self._files[0]
                 raise VideoError(
-                    f"{target} cannot be finished: {error}. The frames so far can be played: {self._partial}"
+                    f"{target} cannot be finished: {error}. The frames so far can be played: {self._files[0]}"
+                    + (" and those of the numbers behind it" if len(self._files) > 1 else "")
                 ) from error
             self.path, self.finished = target, True
 
@@ -145,8 +184,8 @@ class FilmFile:
         with suppress(import_av().FFmpegError, OSError):  # it is thrown away, so it need not be complete
             if film is not None:
                 film.close()
-        if self._partial is not None:
-            self._partial.unlink(missing_ok=True)
+        for file in self._files:
+            file.unlink(missing_ok=True)
 
 
 def _new_partial(path: Path) -> Path:

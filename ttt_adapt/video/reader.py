@@ -148,6 +148,8 @@ class VideoReader:
         sounds: number of sound tracks of a file, which are not read.
         names: a name for every frame, of the files of a folder; None where frames have no names.
         live: whether the source waits for nobody.
+        any_size: whether the size of the frames may change.
+        film: whether all frames are there, so that the source begins at frame 0 whenever it is opened.
         counts: what became of the frames. A consumer that wants it in `stats` calls `counts.adapted.add()` and
             `counts.predicted.add()`.
 
@@ -177,11 +179,11 @@ class VideoReader:
         self.fps = source.fps
         self.sounds = source.sounds
         self.names: tuple[str, ...] | None = getattr(source, "names", None)
-        self.live = source.kind == "live"
+        self.live, self.film = source.kind == "live", source.kind == "film"
         self.counts = counts
         self._source, self._say = source, say
         self._newest = self.live if keep is None else keep == "newest"
-        self._any_size = self.live if on_resize is None else on_resize == "reset"
+        self.any_size = self.live if on_resize is None else on_resize == "reset"
         self._depth = 1 if self._newest else read_ahead
         self._running: set[ReadAhead[np.ndarray]] = set()
         self._closed = False
@@ -230,7 +232,7 @@ class VideoReader:
     def _ahead(self) -> ReadAhead[np.ndarray]:
         """A thread that reads the frames of one iteration."""
         stop = threading.Event()
-        frames = self._counted(self._source.frames(self._any_size))
+        frames = self._counted(self._source.frames(self.any_size))
         if self._newest and self._source.kind == "film" and self.fps:
             frames = _paced(frames, self.fps, stop)
 

@@ -94,6 +94,11 @@ class FrameCounter:
             self._last.append(now)
             self._forget(now)
 
+    def go_on_from(self, frames: int) -> None:
+        """Count these, too, which came in an earlier process; they have no part in the rate."""
+        with self._lock:
+            self._frames += frames
+
     def count(self) -> Count:
         """The frames so far, and their rate now."""
         with self._lock:

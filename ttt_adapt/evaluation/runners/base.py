@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -52,6 +52,23 @@ class ClipRunner(Runner, Protocol):
         Args:
             frames: all frames of the clip, in order; read by index, as often as needed.
             score: for an oracle arm only.
+        """
+        ...
+
+
+@runtime_checkable
+class SavedRunner(Runner, Protocol):
+    """A runner of a streaming arm: it can go on where another one stopped."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it has of the stream so far: tensors and plain values, which share nothing with it."""
+        ...
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken of a runner of the same arm, model and configuration.
+
+        Raises:
+            CheckpointError: it does not fit.
         """
         ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ttt_adapt.errors import ConfigError
-from ttt_adapt.evaluation.runners.base import ClipRunner, Runner, Score, log_scores
+from ttt_adapt.evaluation.runners.base import ClipRunner, Runner, SavedRunner, Score, log_scores
 from ttt_adapt.evaluation.runners.streaming import Adapting
 from ttt_adapt.model.frames import Preprocess, to_model_input
 from ttt_adapt.model.other_weights import with_other_weights
@@ -45,6 +45,16 @@ class Modified:
         """The other's class scores."""
         return self.runner.predict(x)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The other's."""
+        assert isinstance(self.runner, SavedRunner)
+        return {"runner": self.runner.state_dict()}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Let the other one go on."""
+        assert isinstance(self.runner, SavedRunner)
+        self.runner.load_state_dict(saved["runner"])
+
     def close(self) -> None:
         """Give the model back."""
         self.runner.close()
@@ -66,8 +76,19 @@ class Smoothed(Modified):
 
     def step(self, frame: Any) -> Tensor:
         """Class scores whose softmax is the mean."""
-        self._last.append(super().step(frame).softmax(1))
-        return log_scores(torch.stack(tuple(self._last)).mean(0))
+        now = super().step(frame).softmax(1)
+        self._last.append(now)
+        return log_scores(torch.stack([each.to(now.device) for each in self._last]).mean(0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The distributions that are averaged, and the other's state."""
+        return {**super().state_dict(), "last": [each.clone() for each in self._last]}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on with these."""
+        super().load_state_dict(saved)
+        self._last.clear()
+        self._last.extend(saved["last"])
 
 
 class Voting(Modified):
@@ -146,6 +167,17 @@ class ClassBalanced(Modified):
             source = self._model(x)
         self.fewer.append(_classes(source) - _classes(scores))
         return scores
+
+    def state_dict(self) -> dict[str, Any]:
+        """The buffer, and the other's state."""
+        return {**super().state_dict(), "fewer": list(self.fewer), "resets": self.resets}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on with these."""
+        super().load_state_dict(saved)
+        self.fewer.clear()
+        self.fewer.extend(saved["fewer"])
+        self.resets = saved["resets"]
 
 
 def _classes(scores: Tensor) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ttt_adapt.model.calibration import Calibration, settled_config
 from ttt_adapt.model.frames import Preprocess, to_model_input
 from ttt_adapt.model.hooks import hooks
 from ttt_adapt.model.norms import blended_statistics, norm_layers, updating_norms
+from ttt_adapt.model.parameters import check_state
 from ttt_adapt.objectives import Objective
 from ttt_adapt.stream.source import SourceWeights
 
@@ -40,6 +41,13 @@ class Fixed:
         with torch.no_grad():
             return self.model(x)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: it has no memory of the stream."""
+        return {}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Nothing to take over."""
+
     def close(self) -> None:
         """Nothing to undo."""
 
@@ -59,13 +67,25 @@ class NormAverage(Fixed):
     def __init__(self, model: nn.Module, preprocess: Preprocess, momentum: float) -> None:
         super().__init__(model, preprocess)
         self._norms, self._momentum = norm_layers(model), momentum
-        self._source = SourceWeights({f"{i}.{n}": b for i, m in enumerate(self._norms) for n, b in m.named_buffers()})
+        self._buffers = {f"{i}.{n}": b for i, m in enumerate(self._norms) for n, b in m.named_buffers()}
+        self._source = SourceWeights(self._buffers)
 
     def step(self, frame: Any) -> Tensor:
         """Update the statistics with the frame, then predict with them."""
         with updating_norms(self._norms, self._momentum):
             super().step(frame)
         return super().step(frame)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running statistics."""
+        return {name: buffer.detach().clone() for name, buffer in self._buffers.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Put the running statistics back."""
+        check_state(self._buffers, saved, "this model's running statistics")
+        for name, buffer in self._buffers.items():
+            buffer.copy_(saved[name])
 
     def close(self) -> None:
         """Restore the source statistics."""
@@ -131,6 +151,15 @@ class LayerStatistics(Fixed):
     def predict(self, x: Tensor) -> Tensor:
         """Class scores with the averages as they are."""
         return self._run(x, 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages of the layers that have any, by number."""
+        return {str(i): self._average[norm].clone() for i, norm in enumerate(self._norms) if norm in self._average}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Put the averages back."""
+        device = next(self.model.parameters()).device
+        self._average = {self._norms[int(i)]: average.to(device) for i, average in saved.items()}
 
     def _run(self, x: Tensor, momentum: float) -> Tensor:
         with hooks(norm.register_forward_hook(self._renormalise(momentum)) for norm in self._norms):
@@ -201,6 +230,14 @@ class Adapting:
     def predict(self, x: Tensor) -> Tensor:
         """Class scores with the weights as they are."""
         return self.adapter.forward(x)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stream's."""
+        return self.adapter.state_dict()
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Let the stream go on; errors as `StreamAdapter.load_state_dict`."""
+        self.adapter.load_state_dict(saved)
 
     def close(self) -> None:
         """Detach the adapter; the source weights are back."""
