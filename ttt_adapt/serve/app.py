@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from ttt_adapt.errors import TTTAdaptError, missing
 from ttt_adapt.serve.access import Door
@@ -77,6 +77,7 @@ def make_app(service: Service, token: str | None = None) -> Any:
 
 def _answer_errors_alike(app: Any) -> None:
     """Give all errors the one shape."""
+    from fastapi import Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
     from starlette.exceptions import HTTPException
@@ -94,10 +95,12 @@ def _answer_errors_alike(app: Any) -> None:
         return refused(Refusal(422, "bad_request", "; ".join(wrong)))
 
     @app.exception_handler(HTTPException)
-    async def _http(_: Any, error: HTTPException) -> JSONResponse:
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
         code = {404: "not_found", 405: "no_such_method"}.get(error.status_code, "bad_request")
         answered = refused(Refusal(error.status_code, code, str(error.detail)))
-        answered.headers.update(error.headers or {})
+        if error.status_code == 405:  # each method has a route of its own, and knows of no other
+            known = app.openapi()["paths"].get(request.scope["route"].path, {})
+            answered.headers["Allow"] = ", ".join(sorted(method.upper() for method in known))
         return answered
 
 
@@ -129,12 +132,10 @@ def _watching_routes(app: Any, service: Service, needed: list[Any]) -> None:
 
 def _stream_routes(router: Any, service: Service) -> None:
     """Opening, looking, beginning anew, closing."""
-    from fastapi import Path as InPath
     from fastapi import Request
     from fastapi.responses import JSONResponse, Response
 
     streams = service.streams
-    Name = Annotated[str, InPath(pattern=f"^{NAME}$")]  # noqa: N806 - a type
 
     @router.get("", responses={**answer(200, "names", application__json=NAMES), **errors(401, 403, 429)})
     async def list_streams() -> Response:
@@ -153,22 +154,20 @@ def _stream_routes(router: Any, service: Service) -> None:
         served = await service.run(partial(streams.open, name))
         return JSONResponse(served.stats, 201, {"Location": f"/v1/streams/{name}"})
 
-    @router.get("/{name}", responses={**_STATS, **errors(401, 403, 404, 422, 429)})
-    async def stream_stats(name: Name) -> Response:
+    @router.get("/{name}", responses={**_STATS, **errors(401, 403, 404, 429)})
+    async def stream_stats(name: str) -> Response:
         """What became of the stream's frames."""
         return JSONResponse(streams.find(name).stats)
 
-    @router.post("/{name}/reset", responses={**_STATS, **errors(*_ASKED, 404, 409, 422)})
-    async def reset_stream(name: Name) -> Response:
+    @router.post("/{name}/reset", responses={**_STATS, **errors(*_ASKED, 404, 409)})
+    async def reset_stream(name: str) -> Response:
         """Begin a new video, with the source weights."""
         return JSONResponse((await service.run(partial(streams.reset, name))).stats)
 
     closed = answer(204, "it is closed")
 
-    @router.delete(
-        "/{name}", status_code=204, response_class=Response, responses={**closed, **errors(*_ASKED, 404, 422)}
-    )
-    async def close_stream(name: Name) -> Response:
+    @router.delete("/{name}", status_code=204, response_class=Response, responses={**closed, **errors(*_ASKED, 404)})
+    async def close_stream(name: str) -> Response:
         """Let go of the stream, and of what it learned."""
         await service.run(partial(streams.close, name))
         return Response(status_code=204)
@@ -176,12 +175,10 @@ def _stream_routes(router: Any, service: Service) -> None:
 
 def _frame_routes(router: Any, service: Service) -> None:
     """Frames in, predictions out."""
-    from fastapi import Path as InPath
     from fastapi import Request
     from fastapi.responses import Response
 
     streams, limits = service.streams, service.limits
-    Name = Annotated[str, InPath(pattern=f"^{NAME}$")]  # noqa: N806 - a type
 
     def in_time(served: Served) -> None:
         wait = served.rate.wait(asyncio.get_running_loop().time())
@@ -193,7 +190,7 @@ def _frame_routes(router: Any, service: Service) -> None:
         responses={**_PREDICTION, **errors(*_ASKED, 400, 404, 408, 409, 413, 415, 422)},
         openapi_extra=takes(PICTURES, BINARY),
     )  # fmt: skip
-    async def post_frame(request: Request, name: Name, answer: Form = "png", adapt: bool = True) -> Response:
+    async def post_frame(request: Request, name: str, answer: Form = "png", adapt: bool = True) -> Response:
         """Adapt to a frame and predict it; with adapt=false predict it only."""
         served = streams.find(name)
         check_media_type(request, PICTURES)
@@ -203,8 +200,10 @@ def _frame_routes(router: Any, service: Service) -> None:
         made = await service.run(partial(streams.post, name, picture, answer, adapt))
         return Response(made.content, media_type=MEDIA_TYPES[answer], headers=_about(made))
 
-    @router.get("/{name}/prediction", response_class=Response, responses={**_PREDICTION, **errors(*_ASKED, 404, 422)})
-    async def latest_prediction(name: Name, answer: Form = "png") -> Response:
+    @router.get(
+        "/{name}/prediction", response_class=Response, responses={**_PREDICTION, **errors(*_ASKED, 404, 409, 422)}
+    )
+    async def latest_prediction(name: str, answer: Form = "png") -> Response:
         """The prediction for the last frame of the stream's source."""
         content = await service.run(partial(streams.latest, name, answer))
         return Response(content, media_type=MEDIA_TYPES[answer])
@@ -220,12 +219,10 @@ def _about(made: Prediction) -> dict[str, str]:
 
 def _state_routes(router: Any, service: Service) -> None:
     """The state of a stream, to keep and to go on from."""
-    from fastapi import Path as InPath
     from fastapi import Request
     from fastapi.responses import FileResponse, JSONResponse, Response
 
     streams, limits = service.streams, service.limits
-    Name = Annotated[str, InPath(pattern=f"^{NAME}$")]  # noqa: N806 - a type
 
     class Once(FileResponse):
         """A file that goes with its folder when it was sent, or could not be."""
@@ -239,7 +236,7 @@ def _state_routes(router: Any, service: Service) -> None:
     saved = answer(200, "its state", application__octet_stream=BINARY)
 
     @router.get("/{name}/state", response_class=FileResponse, responses={**saved, **errors(*_ASKED, 404, 409, 422)})
-    async def get_state(name: Name) -> Response:
+    async def get_state(name: str) -> Response:
         """All that the stream learned, to go on from it later: a safetensors file."""
         folder = tempfile.TemporaryDirectory(prefix="ttt-adapt-", ignore_cleanup_errors=True)
         path = Path(folder.name) / "state.safetensors"
@@ -256,7 +253,7 @@ def _state_routes(router: Any, service: Service) -> None:
         "/{name}/state", responses={**_STATS, **errors(*_ASKED, 400, 404, 408, 409, 413, 415, 422)},
         openapi_extra=takes([STATE_TYPE], BINARY),
     )  # fmt: skip
-    async def put_state(request: Request, name: Name) -> Response:
+    async def put_state(request: Request, name: str) -> Response:
         """Go on from a state that was kept; one that does not fit changes nothing."""
         streams.find(name)
         check_media_type(request, [STATE_TYPE])
@@ -271,25 +268,23 @@ def _state_routes(router: Any, service: Service) -> None:
 
 def _source_routes(router: Any, service: Service) -> None:
     """Sources that the server reads itself."""
-    from fastapi import Path as InPath
     from fastapi import Request
     from fastapi.responses import JSONResponse, Response
 
-    Name = Annotated[str, InPath(pattern=f"^{NAME}$")]  # noqa: N806 - a type
     begun = answer(202, "it is being opened", application__json=STATS)
 
     @router.put(
         "/{name}/source", status_code=202, responses={**begun, **errors(*_ASKED, 400, 404, 408, 409, 413, 415, 422)},
-        openapi_extra=takes(["application/json"], fields(source=text(minLength=1, maxLength=2048))),
+        openapi_extra=takes(["application/json"], fields(source=text(pattern=f"^{SOURCE}$"))),
     )  # fmt: skip
-    async def put_source(request: Request, name: Name) -> Response:
+    async def put_source(request: Request, name: str) -> Response:
         """Let the server read a file or an address, as far as it was allowed when it was started."""
         service.streams.find(name)
         source = await text_field(request, "source", SOURCE, service.limits.body_seconds)
         served = await service.run(partial(service.watch, name, source))
         return JSONResponse(served.stats, 202)
 
-    @router.delete("/{name}/source", responses={**_STATS, **errors(*_ASKED, 404, 422)})
-    async def stop_source(name: Name) -> Response:
+    @router.delete("/{name}/source", responses={**_STATS, **errors(*_ASKED, 404)})
+    async def stop_source(name: str) -> Response:
         """Stop reading; the stream stays."""
         return JSONResponse((await service.run(partial(service.streams.unwatch, name))).stats)

@@ -73,7 +73,7 @@ async def text_field(request: Any, name: str, pattern: str, seconds: float) -> s
     except (ValueError, RecursionError) as error:
         raise Refusal(422, "bad_request", f"the body is no JSON ({error})") from error
     value = found.get(name) if isinstance(found, dict) and set(found) == {name} else None
-    if not isinstance(value, str) or not re.fullmatch(pattern, value):
+    if not isinstance(value, str) or not re.fullmatch(pattern, value) or re.search("[\ud800-\udfff]", value):
         raise Refusal(422, "bad_request", f'expected a body {{"{name}": TEXT}}, and TEXT like {pattern}')
     return value
 
@@ -86,11 +86,8 @@ def check_media_type(request: Any, known: Sequence[str]) -> None:
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind not in known:
-        raise Refusal(
-            415,
-            "wrong_media_type",
-            f"the body is {repr(kind) if kind else 'of no kind'}; expected Content-Type {' or '.join(known)}",
-        )
+        came = repr(kind) if kind else "of no kind"
+        raise Refusal(415, "wrong_media_type", f"the body is {came}; expected Content-Type {' or '.join(known)}")
 
 
 def _too_large(most: int) -> Refusal:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
-"""Names of streams: they stand in paths and in labels of metrics."""
+"""Names of streams that can be opened: they stand in paths and in labels of metrics."""
 SOURCE = r"[^\x00-\x1f\x7f]{1,2048}"
+"""What clients may name as a source."""
 BINARY = {"type": "string", "format": "binary"}
 STATE_TYPE = "application/octet-stream"
 

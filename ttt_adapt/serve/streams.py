@@ -197,7 +197,7 @@ class ServedStreams:
         """
         latest = self.find(name).latest
         if latest is None:
-            raise Refusal(404, "no_prediction", f"stream {name!r} has no source, or no frame of it came so far")
+            raise Refusal(409, "no_prediction", f"stream {name!r} has no source, or no frame of it came so far")
         return encoded(form, self._checkpoint.task, *latest)
 
     def reset(self, name: str) -> Served:
@@ -230,15 +230,10 @@ class ServedStreams:
         return served
 
     def unwatch(self, name: str) -> Served:
-        """Stop the source of a stream.
-
-        Raises:
-            Refusal: it has none.
-        """
+        """Stop the source of a stream, if it has one."""
         served = self.find(name)
-        if served.source is None:
-            raise Refusal(404, "no_source", f"stream {name!r} has no source")
-        served.source.stop()
+        if served.source is not None:
+            served.source.stop()
         return served
 
     def stop_sources(self) -> None:

@@ -98,11 +98,8 @@ def decode_picture(data: bytes, kinds: Sequence[str], pixels: int) -> np.ndarray
     except TTTAdaptError:
         raise
     except Exception as error:  # broken pictures make decoders raise whatever they stumble over
-        reason = (
-            "it is something else"
-            if type(error).__name__ == "UnidentifiedImageError"
-            else str(error) or type(error).__name__
-        )
+        other = type(error).__name__ == "UnidentifiedImageError"
+        reason = "it is something else" if other else str(error) or type(error).__name__
         raise DataError(f"the picture cannot be read as {' or '.join(kinds)}: {reason}") from error
 
 
