@@ -37,7 +37,7 @@ def check_access(host: str, token: str | None) -> None:
         if not is_loopback(host):
             raise ConfigError(
                 f"host is {host!r}, which others can reach, and there is no token: write one into a file and name it "
-                "with token_file, or use 127.0.0.1"
+                "with `token_file`, or use 127.0.0.1"
             )
         return
     if len(token) < SHORTEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
