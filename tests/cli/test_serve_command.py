@@ -31,7 +31,6 @@ def test_a_missing_package_is_told_with_the_command_that_installs_it(monkeypatch
     ("options", "told"),
     [
         (["--rate=-1"], "rate is -1.0"),
-        (["--frame-mb=0"], "frame_bytes is 0"),
         (["--arm=online", "--preset=paper"], "give one of them"),
         (["--arm=fixed"], "keeps one video only"),
         (["--sources=absent"], "is no folder"),

@@ -29,8 +29,10 @@ def serve(
     rate: Annotated[
         float | None, typer.Option(rich_help_panel=LIMITS, help="Frames a second of one stream; by default no limit.")
     ] = None,
-    frame_mb: Annotated[float, typer.Option(rich_help_panel=LIMITS, help="MB of one picture as it comes.")] = 16.0,
-    state_mb: Annotated[float, typer.Option(rich_help_panel=LIMITS, help="MB of a saved state.")] = 1024.0,
+    frame_mb: Annotated[
+        float, typer.Option(min=0.001, rich_help_panel=LIMITS, help="MB of one picture as it comes.")
+    ] = 16.0,
+    state_mb: Annotated[float, typer.Option(min=0.001, rich_help_panel=LIMITS, help="MB of a saved state.")] = 1024.0,
     sources: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", rich_help_panel=SOURCES, help="Clients may name files in this folder."),
