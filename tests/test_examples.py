@@ -20,8 +20,12 @@ SHOWS = {
 }
 
 
+SERVED = {"serve_client.py"}
+"""Needs a server: `tests/serve/test_process.py` runs it."""
+
+
 def test_every_example_is_tested():
-    assert {path.name for path in FOLDER.glob("*.py")} == set(SHOWS)
+    assert {path.name for path in FOLDER.glob("*.py")} == set(SHOWS) | SERVED
 
 
 @pytest.mark.slow

@@ -17,12 +17,13 @@ ROOT = Path(ttt_adapt.__file__).parent
 ORDER = [
     "errors", "schema", "files", "file_kind", "colour", "theory", "arms", "config", "model", "objectives", "stream",
     "engine", "sharing", "adapter", "view", "video", "data", "calibration", "tasks", "training", "evaluation",
-    "integration",
+    "integration", "serve",
     "cli", "__main__",
 ]  # fmt: skip
 OUTSIDE = [
     "timm", "torchvision", "mmengine", "mmcv", "mmseg", "mmdet", "decord", "av", "matplotlib", "PIL", "torchmetrics",
-    "typer", "rich", "transformers", "cv2", "safetensors", "einops",
+    "typer", "rich", "transformers", "cv2", "safetensors", "einops", "fastapi",
+    "starlette", "uvicorn", "prometheus_client",
 ]  # fmt: skip
 
 

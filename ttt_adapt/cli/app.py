@@ -25,6 +25,7 @@ from ttt_adapt.cli.eval import evaluate
 from ttt_adapt.cli.info import info
 from ttt_adapt.cli.language import Command, Group
 from ttt_adapt.cli.run import run
+from ttt_adapt.cli.serve import serve
 from ttt_adapt.cli.train import TrainCommand, train
 from ttt_adapt.video.address import redacted
 
@@ -40,6 +41,7 @@ for _name, _command in (
     ("train", train),
     ("calibrate", calibrate),
     ("run", run),
+    ("serve", serve),
     ("eval", evaluate),
     ("info", info),
 ):

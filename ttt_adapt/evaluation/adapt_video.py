@@ -125,7 +125,7 @@ def adapt_video(
         raise ConfigError("`legend`, `view` and `fps` are of a film, and none is written: name one with `out`")
     states = RunStates(state, state_every, resume, overwrite)
     targets.check(tuple(path for path in (Path(source), checkpoint) if exists(path)), fps, states)
-    model = _load(checkpoint, task, arm, device)
+    model = loaded(checkpoint, task, arm, device)
     targets.check_task(model)
     if states.kept:
         how = {
@@ -158,7 +158,7 @@ def adapt_video(
             if states.earlier is not None and states.frames:
                 rate = states.earlier.rate
             watching = stack.enter_context(
-                closing(Watching(model, size, video, lambda: _start(model, config, arm, changes)))
+                closing(Watching(model, size, video, lambda: start_runner(model, config, arm, changes)))
             )
             fixed = load_checkpoint(checkpoint, device).model if view == "panels" and out is not None else None
             pictures = _Pictures(model, fixed, watching, legend)
@@ -222,8 +222,12 @@ def _colours(checkpoint: Checkpoint) -> dict[str, Any]:
     return {} if palette is None else {"classes": list(checkpoint.spec.classes), "palette": palette.tolist()}
 
 
-def _load(file: Path, task: str | None, arm: str | None, device: torch.device | str) -> Checkpoint:
-    """The checkpoint, if it is for the task and there is something to run it by."""
+def loaded(file: Path, task: str | None, arm: str | None, device: torch.device | str) -> Checkpoint:
+    """The checkpoint, if it is for the task and there is something to run it by.
+
+    Raises:
+        CheckpointError: it is not, or cannot be read.
+    """
     if task is not None:
         find_task(task)
     checkpoint = load_checkpoint(file, device)
@@ -239,7 +243,7 @@ def _load(file: Path, task: str | None, arm: str | None, device: torch.device | 
     return checkpoint
 
 
-def _start(
+def start_runner(
     checkpoint: Checkpoint, config: StreamConfig | None, arm: str | None, changes: Mapping[str, Any] | None
 ) -> Runner:
     """What runs the stream.

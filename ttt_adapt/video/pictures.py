@@ -13,7 +13,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -73,6 +74,33 @@ def read_picture(file: Path) -> np.ndarray:
         if getattr(image, "is_animated", False):
             _say_once(file, "holds several pictures: the first is used")
         return rgb8(image, file)
+
+
+def decode_picture(data: bytes, kinds: Sequence[str], pixels: int) -> np.ndarray:
+    """A picture that came as bytes, as `read_picture` gives one of a file.
+
+    Args:
+        data: all of it.
+        kinds: Pillow's names of the formats that are taken, such as "JPEG".
+        pixels: how many it has at most; this is checked before they are decoded.
+
+    Raises:
+        DataError: it is broken, of another kind, too large, or `rgb8` refuses it.
+    """
+    what, library = Path("the picture"), pillow()
+    try:
+        with library.open(io.BytesIO(data), formats=kinds) as image:
+            if image.width * image.height > pixels:
+                raise DataError(
+                    f"the picture has {image.height} x {image.width} pixels; expected {pixels} at most: make it smaller"
+                )
+            return rgb8(image, what)
+    except TTTAdaptError:
+        raise
+    except Exception as error:  # broken pictures make decoders raise whatever they stumble over
+        other = type(error).__name__ == "UnidentifiedImageError"
+        reason = "it is something else" if other else str(error) or type(error).__name__
+        raise DataError(f"the picture cannot be read as {' or '.join(kinds)}: {reason}") from error
 
 
 def read_pages(file: Path) -> Iterator[np.ndarray]:

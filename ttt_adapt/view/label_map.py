@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -12,11 +13,11 @@ from ttt_adapt.errors import ConfigError, missing
 LARGEST_PALETTE = 256
 
 
-def write_label_map(path: Path, labels: np.ndarray, palette: np.ndarray | Sequence[Sequence[int]]) -> None:
+def write_label_map(path: Path | BinaryIO, labels: np.ndarray, palette: np.ndarray | Sequence[Sequence[int]]) -> None:
     """Write class ids without loss: as a palette PNG, or as 16-bit grey where there are more than 256 classes.
 
     Args:
-        path: the file to write; a PNG whatever its suffix is.
+        path: the file to write, by its name or open; a PNG whatever its suffix is.
         labels: class ids, integers [H, W] from 0.
         palette: RGB colours of the classes, [n, 3] in 0 to 255.
 
