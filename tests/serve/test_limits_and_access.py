@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import threading
 import time
@@ -11,6 +12,7 @@ import pytest
 from serving import PNG, TOKEN, encoded, frames, opened, refused, scores, served
 from ttt_adapt.errors import ConfigError, MissingPackageError
 from ttt_adapt.serve.access import check_access
+from ttt_adapt.serve.bodies import body
 from ttt_adapt.serve.limits import Limits, Rate
 from ttt_adapt.serve.refusal import Refusal
 from ttt_adapt.serve.server import read_token, serve
@@ -133,6 +135,23 @@ def test_frames_that_come_too_fast_are_refused():
 def test_limits_that_are_none_are_refused(wrong):
     with pytest.raises(ConfigError, match=f"{next(iter(wrong))} is"):
         Limits(**wrong)
+
+
+def test_a_body_that_does_not_come_in_time_or_is_cut_short_is_given_up():
+    from starlette.requests import Request
+
+    async def stalled() -> dict:
+        await asyncio.sleep(60)
+        return {"type": "http.request"}
+
+    async def gone() -> dict:
+        return {"type": "http.disconnect"}
+
+    for receive, status, code in ((stalled, 408, "too_slow"), (gone, 400, "cut_short")):
+        request = Request({"type": "http", "method": "POST", "headers": []}, receive)
+        with pytest.raises(Refusal) as refusal:
+            asyncio.run(body(request, 100, 0.05))
+        assert (refusal.value.status, refusal.value.code) == (status, code)
 
 
 # ---- who may come in

@@ -227,6 +227,8 @@ def _state_routes(router: Any, service: Service) -> None:
     class Once(FileResponse):
         """A file that goes with its folder when it was sent, or could not be."""
 
+        folder: tempfile.TemporaryDirectory[str]
+
         async def __call__(self, *arguments: Any) -> None:
             try:
                 await super().__call__(*arguments)
