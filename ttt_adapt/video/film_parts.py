@@ -37,6 +37,8 @@ def missing_part(path: Path, sizes: Sequence[int], joined: bool) -> Path | None:
     if joined and _has(path, sizes[0]):
         return None
     parts = [part_path(path, number) for number in range(len(sizes))]
+    if joined and not parts[0].exists():
+        return path
     return next((part for part, size in zip(parts, sizes, strict=True) if not _has(part, size)), None)
 
 
