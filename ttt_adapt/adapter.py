@@ -220,6 +220,7 @@ class StreamAdapter(OneVideo):
         if not self._shared.ownership.ended:
             self._shared.steps.engine.forget()
             self._shared.steps.forget_passes()
+            self._shared.outside.undo_rounding()
             self._open.close()
             self._branch.train(self._branch_training)  # first: a decoder may hold layers of the model's own
             self._shared.ownership.give_back(keep_adapted)
