@@ -7,6 +7,7 @@ is in `ttt_adapt/sharing/video.py`. Here a model is taken, and given back.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from ttt_adapt.model.model_memory import ModelMemory
 from ttt_adapt.model.norms import norm_layers
 from ttt_adapt.model.outside_changes import OutsideChanges
 from ttt_adapt.model.ownership import Ownership, check_unowned, check_unshared
+from ttt_adapt.model.preprocess import check_preprocess
 from ttt_adapt.model.threads import lock_of, one_at_a_time
 from ttt_adapt.model.wrappers import unwrapped
 from ttt_adapt.objectives.base import Objective
@@ -89,7 +91,8 @@ class StreamAdapter(OneVideo):
         park: str | Path = "cpu",
         **attach: Any,
     ) -> None:
-        check_objective(model, branch, attach, needed=calibration is None)
+        check_objective(model, branch, attach, calibration is None, _own_keywords())
+        check_preprocess(preprocess)
         inside = unwrapped(model if branch is None else branch.model)
         calibration = getattr(branch, "calibration", None) if calibration is None else calibration
         config = settled_config(config, calibration)
@@ -215,9 +218,15 @@ class StreamAdapter(OneVideo):
         """Give the model back as it was, with its source weights; may be called twice.
 
         Args:
-            keep_adapted: keep the adapted weights instead, in the model and in the branch.
+            keep_adapted: keep the adapted weights of the adapter's own stream instead, in the model and in the branch;
+                never those of a stream that `open_stream` opened.
+
+        Raises:
+            StateError: with `keep_adapted`, another stream was called last, and somebody else changed the model since.
         """
         if not self._shared.ownership.ended:
+            if keep_adapted and self._state is not self._shared.present:
+                self._shared.enter(self._state)
             self._shared.steps.engine.forget()
             self._shared.steps.forget_passes()
             self._shared.outside.undo_rounding()
@@ -234,6 +243,11 @@ class StreamAdapter(OneVideo):
 
     def __exit__(self, *exc: object) -> None:
         self.detach()
+
+
+def _own_keywords() -> list[str]:
+    """Names of what `StreamAdapter` takes beside the model and the keywords of `MAEBranch.attach`."""
+    return [name for name in inspect.signature(StreamAdapter).parameters if name not in ("model", "attach")]
 
 
 def _fresh(make: Callable[[ParamGroups], torch.optim.Optimizer], groups: ParamGroups) -> torch.optim.Optimizer:
