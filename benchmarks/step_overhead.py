@@ -5,7 +5,7 @@
 
 The hand-written loop uses no hooks and none of the adapter: it runs the model's own modules one after the other, with
 the same masks, loss and optimizer (restarted at every frame, or carried on), and a plain list as window. torch-ttt
-(pip install "ttt-adapt[bench]") is the other library of online adaptation on the package index: its `TTTEngine` runs
+(pip install -e ".[bench]") is the other library of online adaptation on the package index: its `TTTEngine` runs
 with its own defaults, with and without the copy of the model that it makes per call, on the same network and the same
 frames, one at a time. All loops are interleaved frame by frame and medians are reported, of processor time with
 OMP_NUM_THREADS=1. `--memory` measures peak memory of the process instead, each loop in a process of its own.

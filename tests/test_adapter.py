@@ -874,6 +874,25 @@ def test_an_unknown_keyword_is_an_error_of_the_library():
         StreamAdapter(zoo.PlainSeg(), encoder="backbone", mask_ration=0.8)
 
 
+@pytest.mark.parametrize(
+    ("typo", "meant"), [("calibratoin", "calibration"), ("cofig", "config"), ("encodr", "encoder")]
+)
+def test_the_nearest_keyword_of_the_adapter_or_of_attach_is_named(typo, meant):
+    with pytest.raises(ConfigError, match=f"'{typo}': unknown keyword; nearest: '{meant}'"):
+        StreamAdapter(zoo.PlainSeg(), **{typo: None})
+
+
+def test_a_preprocess_that_cannot_be_called_is_refused_when_the_adapter_is_made():
+    model = zoo.TinySeg()
+    with left_as_it_was(model), pytest.raises(ConfigError, match="preprocess is 'imagenet'; expected a function"):
+        StreamAdapter(model, encoder="backbone", preprocess="imagenet")
+
+
+def test_a_stream_of_nothing_is_refused_at_once():
+    with pytest.raises(FrameTypeError, match="frames is None; expected frames one by one"):
+        attached().stream(None)
+
+
 def test_an_optimizer_factory_that_fails_leaves_no_trace():
     model = zoo.TinySeg().train()
 

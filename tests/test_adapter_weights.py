@@ -383,6 +383,40 @@ def test_a_change_from_outside_is_an_error_in_a_stream_without_a_branch_too(chan
     adapter.detach()
 
 
+@pytest.mark.parametrize("branch", [True, False])
+@pytest.mark.parametrize("then", ["step", "reset", "detach"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_way_to_half_precision_and_back_loses_nothing(dtype, then, branch):
+    model = net()
+    model.register_buffer("table", torch.rand(5))
+    source = copy.deepcopy(model.state_dict())
+    adapter = StreamAdapter(model, branch_on(model), config=CONFIG) if branch else calibrated_stream(model)
+    wanted = [adapter.step(frame) for frame in clip()[:2]]
+    adapter.reset()
+    found = [adapter.step(clip()[0])]
+    model.to(dtype)
+    with pytest.raises(StateError, match="convert the model back"):
+        adapter.step(clip()[1])
+    model.to(torch.float32)
+    if then == "reset":
+        adapter.reset()
+        found = [adapter.step(clip()[0])]
+    if then != "detach":
+        assert same_bits([*found, adapter.step(clip()[1])], wanted)
+    adapter.detach()
+    assert same_bits(model.state_dict(), source)
+
+
+def test_weights_that_were_rounded_in_place_are_others():
+    model = net()
+    with calibrated_stream(model) as adapter:
+        adapter.step(clip()[0])
+        with torch.no_grad():
+            model.head.weight.copy_(model.head.weight.half())
+        with pytest.raises(StateError, match="load what they were"):
+            adapter.step(clip()[1])
+
+
 @pytest.mark.parametrize("how", ["assign", "module"])
 def test_a_stream_without_a_branch_refuses_another_head_and_takes_one_with_the_same_values(how):
     model = net()

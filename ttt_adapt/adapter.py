@@ -7,6 +7,7 @@ is in `ttt_adapt/sharing/video.py`. Here a model is taken, and given back.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from ttt_adapt.model.model_memory import ModelMemory
 from ttt_adapt.model.norms import norm_layers
 from ttt_adapt.model.outside_changes import OutsideChanges
 from ttt_adapt.model.ownership import Ownership, check_unowned, check_unshared
+from ttt_adapt.model.preprocess import check_preprocess
 from ttt_adapt.model.threads import lock_of, one_at_a_time
 from ttt_adapt.model.wrappers import unwrapped
 from ttt_adapt.objectives.base import Objective
@@ -90,7 +92,8 @@ class StreamAdapter(OneVideo):
         park: str | Path = "cpu",
         **attach: Any,
     ) -> None:
-        check_objective(model, branch, attach, needed=calibration is None)
+        check_objective(model, branch, attach, calibration is None, _own_keywords())
+        check_preprocess(preprocess)
         inside = unwrapped(model if branch is None else branch.model)
         calibration = getattr(branch, "calibration", None) if calibration is None else calibration
         config = settled_config(config, calibration)
@@ -227,6 +230,7 @@ class StreamAdapter(OneVideo):
                 self._shared.enter(self._state)
             self._shared.steps.engine.forget()
             self._shared.steps.forget_passes()
+            self._shared.outside.undo_rounding()
             self._open.close()
             self._branch.train(self._branch_training)  # first: a decoder may hold layers of the model's own
             self._shared.ownership.give_back(keep_adapted)
@@ -240,6 +244,11 @@ class StreamAdapter(OneVideo):
 
     def __exit__(self, *exc: object) -> None:
         self.detach()
+
+
+def _own_keywords() -> list[str]:
+    """Names of what `StreamAdapter` takes beside the model and the keywords of `MAEBranch.attach`."""
+    return [name for name in inspect.signature(StreamAdapter).parameters if name not in ("model", "attach")]
 
 
 def _fresh(make: Callable[[ParamGroups], torch.optim.Optimizer], groups: ParamGroups) -> torch.optim.Optimizer:

@@ -22,6 +22,11 @@ PICTURE_SUFFIXES = PHOTO_SUFFIXES | {
     ".png", ".bmp", ".webp", ".avif", ".jp2", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".gif",
 }  # fmt: skip
 """Pictures: frames of clips, stills, and labels."""
+UNREAD_SUFFIXES = frozenset({
+    ".heic", ".heif", ".hif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".psd", ".exr",
+    ".hdr", ".svg", ".tga", ".dds",
+})  # fmt: skip
+"""Pictures that are not read."""
 VIDEO_SUFFIXES = frozenset({
     ".mp4", ".mkv", ".mov", ".avi", ".webm", ".m4v", ".mpg", ".mpeg", ".ogv", ".mts", ".m2ts", ".wmv", ".flv", ".3gp",
     ".qt",
@@ -50,6 +55,21 @@ def natural_key(name: str) -> NaturalKey:
     """
     parts = re.findall(r"\d+|\D+", name)
     return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts)
+
+
+def check_path(path: object, what: str, error: type[TTTAdaptError]) -> None:
+    """Refuse what is no path.
+
+    Args:
+        path: what came.
+        what: what should be read, for the message.
+        error: what to raise.
+
+    Raises:
+        `error`: it is no path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise error(f"the path of the {what} is {path!r}; expected a string or a pathlib.Path")
 
 
 def exists(path: Path) -> bool:

@@ -298,3 +298,19 @@ def test_agreement_of_dense_regression_falls_with_the_difference():
     assert agree([clean + 0.5]) == pytest.approx(1 / (1 + 0.5 / deviation))
     with pytest.raises(ConfigError, match="no tensors of one size"):
         agree([torch.zeros(1, 1, 1, 5)])
+
+
+@pytest.mark.parametrize(
+    "model", [None, "resnet18", lambda x: x, stills(8)], ids=["None", "text", "function", "stills"]
+)
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(ConfigError, match=f"the model is a {type(model).__name__}; expected a torch.nn.Module"):
+        calibrate(model, stills(8))
+
+
+def test_a_preprocess_that_raises_is_told_with_the_number_of_the_still():
+    def mine(frame):
+        raise ValueError("mine")
+
+    with pytest.raises(FrameError, match="still 0: preprocess raised ValueError: mine"):
+        calibrate(zoo.resnet(), stills(8), preprocess=mine)

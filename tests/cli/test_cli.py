@@ -598,6 +598,11 @@ def test_brackets_in_messages_are_printed_as_they_are(capsys, monkeypatch):
     assert 'pip install "ttt-adapt[video]"' in fail(capsys, monkeypatch, "info", "resnet18")
 
 
+def test_a_camera_below_0_is_told_that_cameras_are_numbers_from_0(capsys, monkeypatch):
+    assert status(monkeypatch, "run", "-1") == 2
+    assert "Cameras are numbers from 0" in capsys.readouterr().err
+
+
 def test_usage_errors_have_status_2_and_name_the_option(capsys, monkeypatch):
     for arguments, name in ((["train", "street", "--epochs=0"], "--epochs"), (["eval", "clips"], "--checkpoint")):
         assert status(monkeypatch, *arguments) == 2

@@ -58,8 +58,19 @@ def test_a_saved_calibration_is_loaded_as_it_was(calibration, tmp_path):
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one(calibration, tmp_path):
-    with pytest.raises(CheckpointError, match="cannot be written"):
-        calibration.save(tmp_path / "there is no such folder" / "c.safetensors")
+    absent = tmp_path / "there is no such folder"
+    for path in (absent / "c.safetensors", absent / "nor this" / "c.safetensors"):
+        with pytest.raises(CheckpointError, match=rf"cannot be written: .*there is no folder {absent}") as caught:
+            calibration.save(path)
+        assert ".part" not in str(caught.value)
+    assert not absent.exists()
+
+
+@pytest.mark.parametrize("path", [None, 3])
+def test_what_is_no_path_is_refused(calibration, path):
+    for call in (Calibration.load, calibration.save):
+        with pytest.raises(CheckpointError, match=f"path of the calibration is {path}; expected a string"):
+            call(path)
 
 
 def test_every_broken_file_is_an_error_of_the_library(calibration, tmp_path):

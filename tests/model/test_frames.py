@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import models as zoo
 from ttt_adapt import Normalize, TTTAdaptError
 from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError
-from ttt_adapt.model.frames import default_preprocess, to_model_input
+from ttt_adapt.model.frames import FrameIntake, default_preprocess, to_model_input
 
 CPU = torch.device("cpu")
 NORMALIZE = Normalize()
@@ -113,6 +113,9 @@ def test_a_preprocess_of_the_users_own_gets_the_frame_as_it_came():
         (np.empty((6, 9, 3), object), FrameTypeError, "dtype object"),
         (np.array(["a"]), FrameTypeError, "dtype <U1"),
         (torch.zeros(3, 6, 9, dtype=torch.complex64), FrameTypeError, "complex64"),
+        (torch.zeros(3, 6, 9, device="meta"), FrameTypeError, "meta device, which keeps no values"),
+        (torch.zeros(6, 9, 3, dtype=torch.uint8, device="meta"), FrameTypeError, "meta device, which keeps no values"),
+        (torch.zeros(3, 6, 9).to_sparse(), FrameTypeError, "pass frame.to_dense"),
         (torch.zeros(3, 6, 9).short(), FrameTypeError, "int16"),
         (np.zeros((3, 6, 9), np.uint8), FrameError, r"\(3, 6, 9\).*\[H, W, 3\] RGB: transpose it"),
         (np.zeros((6, 9), np.uint8), FrameError, r"\(6, 9\); expected \[H, W, 3\].*grey, repeat it"),
@@ -154,16 +157,79 @@ def test_a_uint8_frame_without_a_known_normalisation_says_how_to_give_one():
         take(picture(), None)
 
 
-@pytest.mark.parametrize("made", [torch.zeros(3, 6, 9), torch.zeros(1, 1, 6, 9), torch.zeros(1, 3, 6, 9).byte()])
+@pytest.mark.parametrize("made", [torch.zeros(2, 3, 6, 9), torch.zeros(1, 1, 6, 9), torch.zeros(1, 3, 6, 9).byte()])
 def test_a_preprocess_that_returns_no_image_is_refused(made):
     with pytest.raises(FrameError, match="preprocess returned.*expected float"):
         take(picture(), lambda frame: made)
 
 
+def test_a_preprocess_may_leave_the_batch_axis_out():
+    x = torch.rand(3, 6, 9)
+    assert torch.equal(take(picture(), lambda frame: x), x[None])
+
+
+@pytest.mark.parametrize("error", [TypeError, ZeroDivisionError, RuntimeError])
+def test_a_preprocess_that_raises_is_told_what_it_gets_and_returns(error):
+    def mine(frame):
+        raise error("mine")
+
+    wanted = FrameTypeError if error is TypeError else FrameError
+    with pytest.raises(wanted, match=rf"preprocess raised {error.__name__}: mine. preprocess gets a uint8 RGB frame"):
+        take(picture(), mine)
+
+
+@pytest.mark.parametrize("wrong", ["imagenet", 3, [0.5] * 3])
+def test_a_preprocess_that_cannot_be_called_is_refused_before_the_first_frame(wrong):
+    with pytest.raises(ConfigError, match="preprocess is .*expected a function or Normalize"):
+        FrameIntake(wrong, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_transforms_of_torchvision_take_frames(as_tensor):
+    from torchvision.transforms import Compose, Normalize, Resize, ToPILImage, ToTensor, v2
+    from torchvision.transforms._presets import ImageClassification
+
+    frame = torch.from_numpy(picture(24, 32)) if as_tensor else picture(24, 32)
+    wanted = by_hand(picture(24, 32))
+    norm = Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    for made in (
+        Compose([ToPILImage(), ToTensor(), norm]),
+        Compose([ToTensor(), norm]),
+        Compose([Resize(24), ToTensor(), norm]),
+        v2.Compose([v2.ToDtype(torch.float32, scale=True), norm]),
+    ):
+        torch.testing.assert_close(take(frame, made), wanted)
+    assert take(frame, ImageClassification(crop_size=20, resize_size=24)).shape == (1, 3, 20, 20)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: take(picture(), lambda frame: torch.zeros(1, 1, 6, 9)),
+        lambda: take(picture(), lambda frame: torch.zeros(1, 6, 9)),
+        lambda: take(torch.zeros(1, 6, 9)),
+        lambda: Normalize([0.5], [0.25]),
+    ],
+)
+def test_the_way_of_a_model_of_one_channel_is_told(call):
+    with pytest.raises(TTTAdaptError, match=r"wrap the model in a module .*x.mean\(1, keepdim=True\)"):
+        call()
+
+
 # ---- Normalize
 
 
-@pytest.mark.parametrize("wrong", [{"std": (0.2, 0.2, 0.0)}, {"mean": (0.5, 0.5)}, {"std": (0.2,)}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"std": (0.2, 0.2, 0.0)},
+        {"mean": (0.5, 0.5)},
+        {"std": (0.2,)},
+        {"mean": None, "std": None},
+        {"mean": 0.5},
+        {"std": ["a"] * 3},
+    ],
+)
 def test_a_normalisation_that_is_none_is_refused(wrong):
     with pytest.raises(ConfigError, match="three finite numbers each, std above 0"):
         Normalize(**wrong)

@@ -296,3 +296,39 @@ def test_a_model_that_a_stream_adapts_is_not_calibrated():
 def test_a_model_without_parameters_is_refused():
     with pytest.raises(ConfigError, match="Identity has no parameters: there is nothing to calibrate"):
         take_stills(nn.Identity(), stills())
+
+
+class Flat(nn.Module):
+    """What its norm returns is constant over space, with one of some tiny powers of two for every still."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(1, 4)
+        self.norm.register_forward_hook(lambda _module, args, _output: args[0])
+
+    def forward(self, x):
+        tiny = 2.0 ** (8 * x.abs().mean()).floor() * 2.0**-24
+        return self.norm(tiny.expand_as(self.stem(x)))
+
+
+def test_a_layer_that_is_constant_over_space_has_no_scale_and_is_left_out():
+    model = Flat().eval()
+    found = measure(model, take_stills(model, stills()))
+    assert list(found.statistics) == ["input"]
+    assert torch.isfinite(found.statistics["input"]["stem"].usual).all()
+
+
+def test_an_error_of_values_that_are_not_finite_names_the_first_layer():
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(1, 4)]
+    model = nn.Sequential(*layers).eval()
+    with torch.no_grad():
+        model[2].weight.fill_(float("inf"))
+    with pytest.raises(ConfigError, match=r"values at 3 \(GroupNorm\) are not finite"):
+        measure(model, take_stills(model, stills()))
+
+
+def test_stills_of_one_colour_each_say_so():
+    model = zoo.PlainSeg()
+    frames = [torch.full((3, *SIZE), 0.5 * i) for i in range(LEAST_STILLS)]
+    with pytest.raises(ConfigError, match="each still is one colour"):
+        measure(model, take_stills(model, frames))

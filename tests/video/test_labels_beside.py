@@ -121,3 +121,17 @@ def test_a_folder_of_videos_or_of_heif_pictures_is_refused_with_what_to_do(tmp_p
     (tmp_path / "a.mp4").touch()
     with pytest.raises(VideoError, match=r"There are videos, such as .*a\.mp4: pass one of them"):
         open_video(tmp_path)
+
+
+def test_pictures_of_a_format_that_is_not_read_are_left_out_and_this_is_said(tmp_path):
+    save(tmp_path, "0.jpg", "1.jpg")
+    (tmp_path / "IMG_1.HEIC").touch()
+    with pytest.warns(UserWarning, match=r"1 picture of a format that is not read, such as IMG_1\.HEIC: left out"):
+        video = open_video(tmp_path)
+    assert video.length == 2
+
+
+def test_a_single_label_is_spoken_of_as_one(tmp_path):
+    save(tmp_path, "0.jpg", "1.jpg", "0.png")
+    with pytest.warns(UserWarning, match=r"1 picture such as 0\.png lies beside a frame as its label and is left out"):
+        open_video(tmp_path)

@@ -27,7 +27,7 @@ from ttt_adapt.model.measure import LEAST_STILLS, TakenStills, measure, take_sti
 from ttt_adapt.model.pass_state import PassState
 from ttt_adapt.model.probe import evaluating
 from ttt_adapt.model.rule import Rule
-from ttt_adapt.model.wrappers import unwrapped
+from ttt_adapt.model.wrappers import check_module, unwrapped
 from ttt_adapt.objectives.check_objective import check_attached
 from ttt_adapt.objectives.mae import MAEBranch
 
@@ -98,6 +98,7 @@ def calibrate(
         FrameError, FrameTypeError: a still cannot be used.
         StateError: the model has a StreamAdapter, so its weights may be others than its own.
     """
+    check_module(model)
     chosen_on = [parse_drift(text, seed) for text in (drifts.split(",") if isinstance(drifts, str) else drifts)]
     if branch is not None:
         check_attached(model, branch)
@@ -106,7 +107,9 @@ def calibrate(
     taken = take_stills(model, stills, preprocess)
     truth = None if labels is None else list(labels)
     if truth is not None and len(truth) != len(taken):
-        raise ConfigError(f"got {len(truth)} labels for {len(taken)} stills; expected one for each")
+        raise ConfigError(
+            f"got {len(truth)} label{'s' * (len(truth) != 1)} for {len(taken)} stills; expected one for each"
+        )
     hindrance = _no_choice(taken, choose)
     if steps:
         _check_steps(branch, hindrance)

@@ -60,8 +60,13 @@ class Command(typer.core.TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the arguments."""
-        with _without_secrets():
-            return super().parse_args(ctx, args)
+        try:
+            with _without_secrets():
+                return super().parse_args(ctx, args)
+        except Exception as error:
+            if re.fullmatch(r"-\d", getattr(error, "option_name", "")):
+                error.message += ". Cameras are numbers from 0"  # type: ignore[attr-defined]
+            raise
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ttt_adapt.config import StreamConfig
 from ttt_adapt.errors import CheckpointError, ConfigError, missing
 from ttt_adapt.file_kind import refuse_other_kind
-from ttt_adapt.files import atomic_write, read_small
+from ttt_adapt.files import atomic_write, check_path, check_place, read_small
 from ttt_adapt.model.calibration_file import FORMAT, TENSORS, read_saved
 from ttt_adapt.model.fingerprint import is_same_model
 from ttt_adapt.model.rule import PointStatistics, Rule
@@ -214,7 +214,15 @@ class Calibration:
         Raises:
             CheckpointError: the file cannot be written.
         """
+        check_path(path, "calibration", CheckpointError)
         data = self.to_bytes()
+        folder = Path(path).parent
+        try:
+            check_place(Path(path), "path")
+        except ConfigError as error:
+            raise CheckpointError(f"{path} cannot be written: {error}") from error
+        if not folder.exists():
+            raise CheckpointError(f"{path} cannot be written: there is no folder {folder}; make it first")
         try:
             with atomic_write(path) as part:
                 part.write_bytes(data)
@@ -228,6 +236,7 @@ class Calibration:
         Raises:
             CheckpointError: there is no such file, or it holds something else.
         """
+        check_path(path, "calibration", CheckpointError)
         if not Path(path).exists():
             raise CheckpointError(f"there is no calibration {path}: make one with `ttt-adapt calibrate`")
         refuse_other_kind(path, ("calibration", "safetensors"), "no calibration", CheckpointError)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ttt_adapt.errors import ConfigError, FrameError, FrameTypeError, warn
 from ttt_adapt.model.frame_hints import from_float_layout, from_layout, from_object, to_bytes
+from ttt_adapt.model.preprocess import ONE_CHANNEL, check_made, check_preprocess, preprocessed
 from ttt_adapt.model.probe import data_config
 
 Preprocess = Callable[[Any], Any]
@@ -44,8 +45,12 @@ class Normalize:
         size: tuple[int, int] | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        if len(mean) != 3 or len(std) != 3 or not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
-            raise ConfigError(f"mean {mean!r} and std {std!r} must be three finite numbers each, std above 0")
+        if not (_three_numbers(mean) and _three_numbers(std)) or min(std) <= 0:
+            grey = all(isinstance(each, (list, tuple)) and len(each) == 1 for each in (mean, std))
+            raise ConfigError(
+                f"mean {mean!r} and std {std!r} must be three finite numbers each, std above 0"
+                f"{': frames are RGB; ' + ONE_CHANNEL if grey else ''}"
+            )
         if max(map(abs, mean)) > 3 or max(std) > 3:
             raise ConfigError(
                 f"mean {tuple(mean)} and std {tuple(std)} are for images in 0..255; expected those for images in 0..1: "
@@ -65,6 +70,10 @@ class Normalize:
 
     def __call__(self, frame: Any) -> Tensor:
         """[H, W, 3] uint8 -> [1, 3, H, W] float32, on the normaliser's device, or without one where the frame is."""
+        if not isinstance(frame, np.ndarray | Tensor):
+            raise FrameTypeError(
+                f"the frame is of type {type(frame).__name__}; expected {ACCEPTED}{from_object(frame)}"
+            )
         x = self.scaled(to_device(frame, self._device).permute(2, 0, 1)[None])
         if self.size is not None and tuple(x.shape[-2:]) != self.size:
             x = F.interpolate(x, self.size, mode="bicubic", antialias=True, align_corners=False)
@@ -75,6 +84,13 @@ class Normalize:
         if self._scale.device != pixels.device:
             self._shift, self._scale = self._shift.to(pixels.device), self._scale.to(pixels.device)
         return torch.addcmul(self._shift, pixels.float(), self._scale)
+
+
+def _three_numbers(values: Any) -> bool:
+    try:
+        return len(values) == 3 and all(map(math.isfinite, values))
+    except TypeError:  # no sequence, or not of numbers
+        return False
 
 
 def to_device(frame: Any, device: torch.device | None) -> Tensor:
@@ -178,6 +194,7 @@ class FrameIntake:
         crop_size: tuple[int, int] | None = None,
         expects: Normalize | None = None,
     ) -> None:
+        check_preprocess(preprocess)
         self.preprocess, self.device, self.dtype, self._crop = preprocess, device, dtype, crop_size
         known = preprocess if isinstance(preprocess, Normalize) else expects
         self._limits = None if known is None or known.limits == (0.0, 1.0) else known.limits
@@ -254,11 +271,7 @@ def _model_input(
     x = _from_float(frame) if is_float else _from_uint8(frame, preprocess)
     if isinstance(x, tuple) and len(x) == 2:
         x, context = x[0], (x[1],)
-    if not isinstance(x, Tensor):
-        raise FrameTypeError(f"preprocess returned a {type(x).__name__}; expected a float tensor [1, 3, H, W]")
-    x = x.detach()
-    if x.ndim != 4 or x.shape[0] != 1 or x.shape[1] != 3 or 0 in x.shape or not x.is_floating_point():
-        raise FrameError(f"preprocess returned {tuple(x.shape)} {x.dtype}; expected float [1, 3, H, W]")
+    x = check_made(x)
     values = None
     if is_float or (x.device.type == "cpu" and type(preprocess) is not Normalize):  # which makes finite values
         values = _value_range(x, x.dtype if dtype is None else dtype, "" if is_float else " behind preprocess")
@@ -290,12 +303,27 @@ def _check_layout(frame: Any) -> None:
 
     Raises:
         FrameError: it is not; the message has the way there.
+        FrameTypeError: a tensor without values, or a sparse one.
     """
+    if isinstance(frame, Tensor):
+        _check_dense(frame)
     shape = tuple(frame.shape)
     if len(shape) != 3 or shape[2] != 3:
         raise FrameError(f"the uint8 frame is {shape}; expected [H, W, 3] RGB{from_layout(frame)}")
     if 0 in shape:
         raise FrameError(f"the frame is empty: {shape}")
+
+
+def _check_dense(frame: Tensor) -> None:
+    """Refuse a tensor without values, or a sparse one.
+
+    Raises:
+        FrameTypeError: it is one.
+    """
+    if frame.is_meta:
+        raise FrameTypeError(f"the frame is on the meta device, which keeps no values; expected {ACCEPTED}")
+    if frame.layout is not torch.strided:
+        raise FrameTypeError(f"the frame has the layout {frame.layout}; expected {ACCEPTED}: pass frame.to_dense()")
 
 
 def _from_uint8(frame: Any, preprocess: Preprocess | None) -> Any:
@@ -305,7 +333,7 @@ def _from_uint8(frame: Any, preprocess: Preprocess | None) -> Any:
             "a uint8 frame came, and this model says nothing of its normalisation: pass preprocess=Normalize(mean, "
             "std) (from ttt_adapt), or frames as float [3, H, W] already normalised as the model takes them"
         )
-    return preprocess(np.require(frame, requirements=["C", "W"]) if isinstance(frame, np.ndarray) else frame)
+    return preprocessed(preprocess, frame)
 
 
 def _from_float(frame: Any) -> Tensor:
@@ -313,8 +341,11 @@ def _from_float(frame: Any) -> Tensor:
         raise FrameTypeError(f"the frame has dtype {frame.dtype}; expected {ACCEPTED}{to_bytes(frame)}")
     x = to_device(frame, None).detach()
     shape = tuple(x.shape)
+    _check_dense(x)
     if x.ndim == 3:
         x = x[None]
+    if x.ndim == 4 and x.shape[:2] == (1, 1):
+        raise FrameError(f"the float frame is {shape}; expected [3, H, W] or [1, 3, H, W]: {ONE_CHANNEL}")
     if x.ndim != 4 or x.shape[0] != 1 or x.shape[1] != 3:
         raise FrameError(f"the float frame is {shape}; expected [3, H, W] or [1, 3, H, W]{from_float_layout(frame)}")
     if 0 in shape:

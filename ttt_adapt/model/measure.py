@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ttt_adapt.model.ownership import check_unowned
 from ttt_adapt.model.pass_state import PassState
 from ttt_adapt.model.points import Point, first_tensor, points_of_pass
 from ttt_adapt.model.probe import evaluating
-from ttt_adapt.model.rule import PointStatistics
+from ttt_adapt.model.rule import PointStatistics, varies
 from ttt_adapt.model.threads import in_this_thread
 
 ALIKE = 0.15
@@ -70,15 +70,7 @@ def measure(
     for name, seen in moments.items():
         means, variances = zip(*seen, strict=True)
         pairs[name] = torch.stack(means), torch.stack(variances)
-    statistics = {
-        kind: {point.name: PointStatistics.of(point, *pairs[point.name]) for point in members if point.name in pairs}
-        for kind, members in kinds.items()
-    }
-    statistics = {kind: members for kind, members in statistics.items() if members}
-    if not all(bool(each.layer_usual.isfinite()) for members in statistics.values() for each in members.values()):
-        raise ConfigError(
-            "the values inside of the model are not finite on these stills: look at its weights and at preprocess"
-        )
+    statistics = _statistics(kinds, pairs)
     height, width = stills[0].x.shape[-2:]
     spread = torch.stack(losses) if losses else None
     return Calibration(
@@ -90,6 +82,42 @@ def measure(
         size=(int(height), int(width)),
         loss=None if spread is None else (float(spread.mean()), float(spread.std())),
     )
+
+
+def _statistics(
+    kinds: Mapping[str, Sequence[Point]], pairs: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, dict[str, PointStatistics]]:
+    """What all points are like, by kind; a point that is constant over space on every still has no scale, and none.
+
+    Args:
+        kinds: the points.
+        pairs: name of a point -> means and variances of the stills.
+
+    Raises:
+        ConfigError: the model is not finite at a point, or constant at all of them.
+    """
+    found: dict[str, dict[str, PointStatistics]] = {}
+    for kind, members in kinds.items():
+        for point in members:
+            if point.name not in pairs:
+                continue
+            means, variances = pairs[point.name]
+            finite = bool(means.isfinite().all() & variances.isfinite().all())
+            if finite and point.side != "statistics" and not varies(means, variances):
+                continue
+            statistics = PointStatistics.of(point, means, variances)
+            if not (finite and statistics.layer_usual.isfinite()):
+                raise ConfigError(
+                    f"the values at {point.name or 'the model'} ({type(point.module).__name__}) are not finite on "
+                    "these stills: look at the model's weights up to there, and at preprocess"
+                )
+            found.setdefault(kind, {})[point.name] = statistics
+    if not found:
+        raise ConfigError(
+            "each still is one colour, for the model: at no layer does it vary over space. There is nothing to "
+            "calibrate: take stills of real scenes, and look at preprocess"
+        )
+    return found
 
 
 def with_drifts(
@@ -167,8 +195,8 @@ def take_stills(
     taken = TakenStills(list(stills), FrameIntake(preprocess, like.device, like.dtype))
     if len(taken) < least:
         raise ConfigError(
-            f"got {len(taken)} stills; expected at least {least}, better some 40, of the scenes that the model will "
-            "see and in ordinary weather"
+            f"got {len(taken)} still{'s' * (len(taken) != 1)}; expected at least {least}, better some 40, of the "
+            "scenes that the model will see and in ordinary weather"
         )
     before: Tensor | None = None
     repeated = 0

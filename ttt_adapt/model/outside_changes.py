@@ -29,6 +29,9 @@ class OutsideChanges:
     A look costs one Python attribute per module and two per weight. Values are compared only where PyTorch counts a
     write: one number of every weight, which a load of other weights changes.
 
+    `model.half()` and its kin put new tensors in place of the old ones, which are held here. So what a way to half
+    precision and back has rounded can be put back, without a copy.
+
     Args:
         roots: the model and the objective, as far as they are modules.
         learning: the parameters that the stream trains.
@@ -119,6 +122,7 @@ class OutsideChanges:
             StateError: precision, device or values of weights are others.
         """
         self.check_kinds()
+        self.undo_rounding()
         present = {id(p) for module in self._modules for p in module._parameters.values()}
         if absent := [p for p in self._learning if id(p) not in present]:
             whose = "encoder" if id(absent[0]) in self._of_model else "branch"
@@ -145,9 +149,23 @@ class OutsideChanges:
             StateError: as for `check`; precision, device or values of weights are others.
         """
         self.check_kinds()
+        self.undo_rounding()
         replaced = self._count_replaced()
         self._see()
         self._refuse_unadapted(self._count_changed()[1] + replaced)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def undo_rounding(self) -> None:
+        """Put back what was rounded by a way to half precision and back, bit for bit, as far as it is that alone."""
+        moved = [(p, held) for p, held in self._held if not p.is_meta and p.data_ptr() != held.data_ptr()]
+        for p, held in moved:
+            if _is_rounded(p, held):
+                p.copy_(held)
+        for module, name, held in self._buffers if moved else ():  # otherwise the model's own passes replace them
+            now = module._buffers.get(name)
+            if now is not None and now is not held and _is_rounded(now, held):
+                module._buffers[name] = held
 
     def _count_replaced(self) -> int:
         """How many weights of a stream that adapts none were replaced by others, with other values.
@@ -226,16 +244,28 @@ class OutsideChanges:
                 place = p.storage_offset() + sum(s * (n // 2) for n, s in zip(p.shape, p.stride(), strict=True))
                 view = torch.empty(0, dtype=p.dtype, device=p.device).set_(p.untyped_storage(), place, (1,), (1,))
                 found.setdefault((p.device, p.dtype), []).append((view, id(p) in adapted))
+        strided = (p for p in self._weights if p.layout is torch.strided and not p.is_meta)
+        self._held = [(p, p.detach()) for p in strided if p.is_floating_point()]
+        self._buffers = [
+            (module, name, buffer)
+            for module in self._modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.is_floating_point()
+        ]
         self._views = [[view for view, _ in group] for group in found.values()]
         self._adapted = [[learns for _, learns in group] for group in found.values()]
 
 
 def _changed(now: Tensor, before: Tensor) -> Tensor:
-    """Which numbers are others than before, and than before in half precision, which is a way there and back."""
-    same = (now == before) | ((now != now) & (before != before))
-    for dtype in HALF:
-        same |= now == before.to(dtype).to(now)
-    return same.logical_not()
+    """Which numbers are others than before."""
+    return ((now == before) | ((now != now) & (before != before))).logical_not()
+
+
+def _is_rounded(now: Tensor, held: Tensor) -> bool:
+    """Whether a tensor is another one, rounded to half precision, in the kind of the other."""
+    if (now.shape, now.dtype, now.device) != (held.shape, held.dtype, held.device) or same_values(now, held):
+        return False
+    return any(same_values(now, held.to(dtype).to(held.dtype)) for dtype in HALF)
 
 
 def _kind(dtype: torch.dtype, device: torch.device) -> str:

@@ -139,6 +139,17 @@ def running_moments(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     return mean.clone(), (variance + norm.eps).sqrt()
 
 
+def varies(means: Tensor, variances: Tensor) -> bool:
+    """Whether a point varies over space on some still, by more than rounding; otherwise it has no scale.
+
+    Args:
+        means: [stills, C], of the image [stills, C, LEVELS].
+        variances: [stills, C].
+    """
+    rounding = torch.finfo(means.dtype).eps * means.abs().max()
+    return bool(variances.sqrt().mean(0).max() > rounding)
+
+
 def divergence(mean: Tensor, variance: Tensor, source_mean: Tensor, source_std: Tensor) -> Tensor:
     """d of every channel, [..., C]; formula in this module's docstring."""
     std = above_zero(source_std)

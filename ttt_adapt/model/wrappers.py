@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
+
+from ttt_adapt.errors import ConfigError
+
+
+def check_module(model: Any) -> None:
+    """Refuse what is no model.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"the model is a {type(model).__name__}; expected a torch.nn.Module")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
 
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.errors import ConfigError, warn
-from ttt_adapt.model.wrappers import outermost
+from ttt_adapt.errors import ConfigError, nearest, warn
+from ttt_adapt.model.wrappers import check_module, outermost
 from ttt_adapt.objectives.base import Objective
 from ttt_adapt.objectives.mae import MAEBranch
 
 
-def check_objective(model: nn.Module, branch: Objective | None, attach: Mapping[str, Any], needed: bool = True) -> None:
+def check_objective(
+    model: nn.Module,
+    branch: Objective | None,
+    attach: Mapping[str, Any],
+    needed: bool = True,
+    others: Collection[str] = (),
+) -> None:
     """Check what `StreamAdapter` was given, before anything changes.
 
     Args:
@@ -23,26 +29,29 @@ def check_objective(model: nn.Module, branch: Objective | None, attach: Mapping[
         branch: an objective on it, or None.
         attach: keywords of `MAEBranch.attach` for a new branch; they belong with `branch=None`.
         needed: whether the stream cannot do without an objective.
+        others: the keywords that `StreamAdapter` takes beside these.
 
     Raises:
         ConfigError: no model, neither (where one is needed) or both of `branch` and keywords for a new one, a branch
             of another model, or an unknown keyword.
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    check_module(model)
     if branch is not None and not isinstance(branch, Objective):
         raise ConfigError(
             f"branch is a {type(branch).__name__}; expected an MAEBranch or another Objective. To name the encoder, "
             "write StreamAdapter(model, encoder=...)"
+        )
+    known = [name for name in inspect.signature(MAEBranch.attach).parameters if name != "model"]
+    for name in sorted(set(attach) - set(known)):
+        raise ConfigError(
+            f"{name!r}: unknown keyword; {nearest(name, [*others, *known])}. StreamAdapter takes keywords of its own "
+            "and those of MAEBranch.attach"
         )
     if branch is None and not attach and needed:
         raise ConfigError(
             'pass a branch from MAEBranch.attach(model), or encoder="auto" to attach one here, or '
             "calibration=calibrate(model, stills) to go without one"
         )
-    unknown = set(attach) - set(inspect.signature(MAEBranch.attach).parameters)
-    if unknown:
-        raise ConfigError(f"{', '.join(map(repr, sorted(unknown)))}: unknown; expected keywords of MAEBranch.attach")
     if branch is not None and attach:
         raise ConfigError(
             f"a branch was given, and {', '.join(attach)} for MAEBranch.attach, which makes a new branch: pass only one"

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ttt_adapt.config import StreamConfig
-from ttt_adapt.errors import CheckpointError, StateError
+from ttt_adapt.errors import CheckpointError, FrameTypeError, StateError
 from ttt_adapt.model.frames import TakenFrame
 from ttt_adapt.model.threads import one_at_a_time
 from ttt_adapt.model.uncopied import Uncopied
@@ -143,9 +143,16 @@ class OneVideo(Uncopied):
                 yield
 
     def stream(self, frames: Iterable[Any]) -> Iterator[Any]:
-        """Predictions for `frames`, one by one as they come: lazy, only the window is kept."""
-        for frame in frames:
-            yield self.step(frame)
+        """Predictions for `frames`, one by one as they come: lazy, only the window is kept.
+
+        Raises:
+            FrameTypeError: frames is nothing to go through.
+        """
+        if not isinstance(frames, Iterable) and not hasattr(frames, "__getitem__"):
+            raise FrameTypeError(
+                f"frames is {frames!r}; expected frames one by one, in a list or from open_video(path)"
+            )
+        return (self.step(frame) for frame in frames)
 
     @one_at_a_time
     def reset(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ttt_adapt.errors import CheckpointError, ConfigError, TTTAdaptError, missing, warn
 from ttt_adapt.file_kind import refuse_other_kind
-from ttt_adapt.files import atomic_write, check_format_number
+from ttt_adapt.files import atomic_write, check_format_number, check_path
 from ttt_adapt.model.calibration import Calibration
 from ttt_adapt.model.calibration_file import OUTDATED, is_outdated
 from ttt_adapt.model.parameters import check_state, dense
@@ -301,6 +301,7 @@ def _read(path: str | Path, device: torch.device | str) -> tuple[dict[str, Tenso
 
 def _raw(path: str | Path, device: torch.device | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a checkpoint as they are in the file; the description can be read."""
+    check_path(path, "checkpoint", CheckpointError)
     check_is_checkpoint(path)
     library = _safetensors()
     try:

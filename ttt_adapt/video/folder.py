@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ttt_adapt.errors import DataError, VideoError, warn
-from ttt_adapt.files import LABEL_FOLDERS, PICTURE_SUFFIXES, VIDEO_SUFFIXES, files_in, natural_key
+from ttt_adapt.files import LABEL_FOLDERS, PICTURE_SUFFIXES, UNREAD_SUFFIXES, VIDEO_SUFFIXES, files_in, natural_key
 from ttt_adapt.video.labels_beside import frame_folder, frames_and_labels
 from ttt_adapt.video.pictures import header, read_pages, read_picture
 from ttt_adapt.video.sources import RESIZE_HINT, Kind
@@ -41,9 +41,16 @@ class ImageFolder:
                 f"{videos[0].name}: the pictures are the frames; name a video itself to read it"
             )
         if labels:
+            one = len(labels) == 1
+            lie = "lies beside a frame as its label and is" if one else "lie beside frames as their labels and are"
             warn(
-                f"{folder}: {len(labels)} pictures such as {labels[0].name} lie beside frames as their labels and are "
-                "left out; put them into a folder of their own if they are frames"
+                f"{folder}: {counted(len(labels), 'picture')} such as {labels[0].name} {lie} left out; put frames "
+                "into a folder of their own"
+            )
+        if unread := files_in(folder, UNREAD_SUFFIXES):
+            warn(
+                f"{folder}: {counted(len(unread), 'picture')} of a format that is not read, such as {unread[0].name}: "
+                "left out; convert to JPEG or PNG what should be frames"
             )
         # Unlike the order of files_in, this one ignores upper case and compares suffixes: a.jpg, a.png, B.jpg.
         self._files = sorted(files, key=lambda file: (natural_key(file.name.lower()), file.name))
