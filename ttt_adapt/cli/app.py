@@ -5,9 +5,11 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points, version
+from types import TracebackType
 from typing import Annotated
 
 from ttt_adapt.errors import TTTAdaptError, missing
@@ -23,7 +25,7 @@ from ttt_adapt.cli.calibrate import calibrate
 from ttt_adapt.cli.demo import demo
 from ttt_adapt.cli.eval import evaluate
 from ttt_adapt.cli.info import info
-from ttt_adapt.cli.language import Command, Group
+from ttt_adapt.cli.language import Command, Group, typed_words
 from ttt_adapt.cli.run import run
 from ttt_adapt.cli.serve import serve
 from ttt_adapt.cli.train import TrainCommand, train
@@ -107,6 +109,12 @@ def _stop_as_ctrl_c() -> Iterator[list[int]]:
             signal.signal(number, signal.SIG_DFL)
 
 
+def _traceback_without_secrets(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the traceback of an error that nobody expected, without the secrets of addresses."""
+    lines = "".join(traceback.format_exception(kind, error, trace)).split("\n")
+    sys.stderr.write("\n".join(redacted(line, typed_words()) for line in lines))
+
+
 def main() -> None:
     """Entry point: an expected error is one line on standard error and exit status 1.
 
@@ -117,11 +125,12 @@ def main() -> None:
         try:
             app()
         except (TTTAdaptError, OSError) as error:
-            line = redacted(" ".join(str(error).split()))
+            line = redacted(" ".join(redacted(str(error), typed_words()).split()))
             errors.print(f"[bold red]error:[/] {escape(line)}", highlight=False, soft_wrap=True)
             sys.exit(1)
         except (MemoryError, RuntimeError) as error:
             if not (isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)):
+                sys.excepthook = _traceback_without_secrets
                 raise
             errors.print(
                 "[bold red]error:[/] out of memory: make the frames smaller (--size), or take another --device"
@@ -132,6 +141,9 @@ def main() -> None:
                 raise
             errors.print(f"stopped by {signal.Signals(came[0]).name}" if came else "interrupted")
             sys.exit(128 + came[0] if came else 130)
+        except Exception:
+            sys.excepthook = _traceback_without_secrets
+            raise
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ Words that are no option of the command stay as they are.
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,11 @@ ELSEWHERE = {
 """What the library calls otherwise than the command line."""
 
 
+def typed_words() -> list[str]:
+    """The arguments of this process, and the values of those of the form `--option=value`."""
+    return [word for typed in sys.argv[1:] for word in (typed, typed.partition("=")[2])]
+
+
 @contextmanager
 def _without_secrets() -> Iterator[None]:
     """What the parser says of wrong arguments does not show the secrets of an address among them."""
@@ -42,7 +48,7 @@ def _without_secrets() -> Iterator[None]:
         yield
     except Exception as error:
         if isinstance(message := getattr(error, "message", None), str):
-            error.message = redacted(message)  # type: ignore[attr-defined]
+            error.message = redacted(message, typed_words())  # type: ignore[attr-defined]
         raise
 
 

@@ -31,8 +31,9 @@ from ttt_adapt.view.terminal import counted, notice
 class Outputs:
     """Writes the frames of a run, for use in a `with` block; nothing is there before the first frame.
 
-    A frame is written to all targets or to none: Ctrl-C waits for it. When an exception ends the block, what was
-    written stays, and the user is told how much that is.
+    A frame is written to all folders or to none, and Ctrl-C waits for it. Where writing to the film `out` fails, a
+    video of labels has this frame already, one more than the others. When an exception ends the block, what was written
+    stays, and the user is told how much that is.
 
     Args:
         targets: where to write; checked.

@@ -80,6 +80,7 @@ class LiveStream:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name or redacted(url)
+        self._url = url
         self._open_timeout, self._read_timeout, self._clock = open_timeout, read_timeout, clock
         self._patient = url.startswith("file:")
         self._in_use, self._closing = threading.Lock(), False
@@ -161,7 +162,7 @@ class LiveStream:
             return late
         if getattr(error, "errno", None) == errno.EIO and not self._patient:
             return "the connection broke off"  # which FFmpeg calls an input/output error, whatever the device
-        return redacted(reason(error))
+        return redacted(reason(error), [self._url])
 
     def interrupt(self) -> None:
         """Do nothing: FFmpeg's reads end by themselves."""
