@@ -328,3 +328,45 @@ def test_a_mask_beside_the_features_is_no_map():
 
     info = inspect_encoder(Net().eval())
     assert (info.path, [spec.index for spec in info.maps]) == ("backbone", [0])
+
+
+class Gated(nn.Module):
+    """A block whose gate is coarser than its map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.gate = nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate(F.avg_pool2d(x, 2)).sigmoid()
+        return x + self.body(x) * F.interpolate(gate, scale_factor=2)
+
+
+class AttentionPool(nn.Module):
+    """Reads all tokens with one query."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kv, self.query = nn.Linear(8, 16), nn.Parameter(torch.randn(1, 1, 8))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        keys, values = self.kv(tokens).chunk(2, -1)
+        return F.scaled_dot_product_attention(self.query.expand(len(tokens), -1, -1), keys, values)[:, 0]
+
+
+class GatedNet(nn.Module):
+    def __init__(self, pool: bool) -> None:
+        super().__init__()
+        self.stem, self.blocks = nn.Conv2d(3, 8, 8, 8), nn.Sequential(Gated(), Gated())
+        self.norm, self.pool, self.head = nn.LayerNorm(8), AttentionPool() if pool else None, nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(self.blocks(self.stem(x)).flatten(2).transpose(1, 2))
+        return self.head(tokens.mean(1) if self.pool is None else self.pool(tokens))
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_a_part_of_a_block_or_of_a_pooling_is_no_end_of_an_encoder(pool):
+    info = inspect_encoder(GatedNet(pool).eval())
+    assert info.path == "norm"
+    assert not any(part in path for path in info.alternatives for part in ("gate", "body", "kv"))

@@ -147,3 +147,20 @@ def test_what_is_no_feature_map_is_refused_with_its_shapes(shapes):
     assert isinstance(caught.value, ValueError)
     for shape in shapes:
         assert str(shape) in str(caught.value)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda x: nn.functional.pad(x, (8, 8, 8, 8)), "4 cells more than the image .* pads"),
+        (lambda x: x[..., 8:-8, 8:-8], "4 cells fewer than the image .* crops"),
+    ],
+)
+def test_a_map_with_a_wide_border_is_refused_with_the_number_of_its_cells(change, reason, channels_last):
+    def run(x: Tensor) -> Tensor:
+        cells = patches(change(x), 4, 5)
+        return cells.permute(0, 2, 3, 1) if channels_last else cells
+
+    with pytest.raises(FeatureMapError, match=reason):
+        find_maps(run, torch.randn(1, 3, 128, 160), [(192, 128)])

@@ -289,3 +289,23 @@ def test_images_of_one_size_are_looked_at_once():
     for _ in range(3):
         branch.loss(images)
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("axes", [(3,), (2,), (2, 3)])
+def test_images_that_are_averaged_with_their_mirror_images_are_refused(axes):
+    model = Padded(lambda x: (x + x.flip(axes)) / 2).eval()
+    with left_as_it_was(model), pytest.raises(EncoderError, match="averages them with turned ones"):
+        MAEBranch.attach(model, "encoder", image_size=(64, 128))
+
+
+@pytest.mark.parametrize(
+    "normalise",
+    [
+        lambda x: (x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), keepdim=True),
+        lambda x: x / x.amax((1, 2, 3), keepdim=True),
+        lambda x: x - F.avg_pool2d(x, 5, 1, 2),
+    ],
+)
+def test_images_that_are_normalised_each_by_itself_are_taken(normalise):
+    model = Padded(normalise).eval()
+    assert MAEBranch.attach(model, "encoder", image_size=(64, 128)).masking == "pixels"

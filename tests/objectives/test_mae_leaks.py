@@ -183,6 +183,17 @@ def test_a_memory_of_all_patches_is_masked_with_the_tokens():
     assert moved_by_hidden_pixels(branch) == 0.0
 
 
+@pytest.mark.parametrize("special", [lambda x: x.mean() > 1, lambda x: x.mean() < -1, lambda x: x.abs().amax() > 50])
+def test_a_model_that_treats_bright_dark_or_large_images_apart_gets_pixel_masking(special):
+    class Conditional(Vit):
+        def forward(self, images):
+            return super().forward(images + special(images).float())
+
+    branch = attach(Conditional().eval())
+    assert branch.masking == "pixels"
+    assert "hidden pixels reach" in branch.info.no_tokens
+
+
 def test_the_tokens_that_are_kept_are_those_of_the_visible_pixels():
     model = Vit().eval()
     branch, kept = attach(model), []

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from ttt_adapt.model.features import MapSpec, tensors
-from ttt_adapt.model.grid import Size, layouts
+from ttt_adapt.model.grid import Size, layouts, tiled
 from ttt_adapt.model.hooks import hooks
+from ttt_adapt.model.map_choice import learning
 
 NAMES = ("backbone", "encoder", "image_encoder", "vision_encoder", "vision_tower", "vision_model", "visual", "trunk")
 """What models call the part whose features all heads share."""
@@ -82,10 +83,10 @@ def encoder_paths(model: nn.Module, images: Tensor, others: list[Size]) -> list[
     shared = _shared_by_all_outputs(root)
     tops, heads = _heads(root, shared)
     inside = {call for head in heads for call in _walk(head)}
-    outside = inside.union(*(_above(root, top) for top in tops))
+    layers = _Layers(call for call in _walk(root) if call not in inside)
+    outside = inside.union(*(_above(root, top) for top in tops), _parts(root, set(shared) - inside, layers))
     candidates = _one_for_each_map([call for call in shared if call not in outside])
     coarsest = max((call.coarsest for call in candidates), default=0)
-    layers = _Layers(call for call in _walk(root) if call not in inside)
 
     def rank(call: Call) -> tuple[bool, bool, bool, int]:
         cell = min(spec.stride for spec in call.maps)  # images of a fixed size cannot be padded to whole cells
@@ -134,16 +135,9 @@ def _traced(model: nn.Module, images: Tensor, gradients: bool) -> Call:
         call.addresses = [x.data_ptr() for x in leaves]
         kept.extend(leaves)  # so that no other tensor gets their addresses
 
-    frozen = [p for p in model.parameters() if gradients and not p.requires_grad and p.is_floating_point()]
     handles = [m.register_forward_pre_hook(enter) for m in names] + [m.register_forward_hook(leave) for m in names]
-    try:
-        for p in frozen:
-            p.requires_grad_(True)
-        with torch.set_grad_enabled(gradients), hooks(handles):
-            model(images.clone().requires_grad_(gradients))
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
+    with learning(model) if gradients else torch.no_grad(), hooks(handles):
+        model(images.clone().requires_grad_(gradients))
     return root[0]
 
 
@@ -153,9 +147,8 @@ def _find_grids(root: Call, sizes: list[Size], model: nn.Module, images: Tensor)
     second: list[Call] = []
     size = sizes[0]
     for size in sizes[1:]:
-        repeats = (1, 1, -(-size[0] // images.shape[2]), -(-size[1] // images.shape[3]))
         try:
-            second = list(_walk(_traced(model, images.repeat(repeats)[..., : size[0], : size[1]], gradients=False)))
+            second = list(_walk(_traced(model, tiled(images, size), gradients=False)))
         except Exception:  # the model does not take this size
             continue
         break
@@ -277,6 +270,35 @@ class _Layers:
         return bisect_right(self._ends, call.end) / max(len(self._ends), 1)
 
 
+def _parts(root: Call, shared: set[Call], layers: _Layers) -> set[Call]:
+    """The calls inside of blocks and of poolings: gates, projections and the like, which are no end of an encoder.
+
+    A block returns a map itself; one inside of another, as in a stage, may be an end. A pooling follows a map behind
+    which at most half of the layers are left, and returns none.
+    """
+    found = set[Call]()
+    for call in _walk(root):
+        if call in shared and _is_block(call, root):
+            found |= {part for part in _walk(call) if part is not call and not _is_block(part, root)}
+        late = False
+        for child in call.children:
+            if late and not child.maps:
+                found |= set(_walk(child))
+            late = late or (child in shared and layers.share(child) >= 0.5)
+    return found
+
+
+def _is_block(call: Call, root: Call) -> bool:
+    """Whether a call is that of a module of parts, in a list that has another member of its class."""
+    parent = call.path.rpartition(".")[0]
+    group = root.module.get_submodule(parent)
+    if not isinstance(group, nn.ModuleList | nn.Sequential) or isinstance(call.module, nn.Sequential):
+        return False
+    if not any(True for _ in call.module.children()):
+        return False
+    return sum(type(member) is type(call.module) for member in group) > 1
+
+
 def _above(root: Call, top: Call) -> set[Call]:
     """`top` and the calls that it runs in: they hold the head."""
     return {call for call in _walk(root) if call is top or (call.start < top.start and call.end > top.end)}
@@ -284,13 +306,15 @@ def _above(root: Call, top: Call) -> set[Call]:
 
 def _one_for_each_map(calls: list[Call]) -> list[Call]:
     """Of the calls that return the same map, the outermost with weights."""
-    found: dict[int, Call] = {}
+    found: dict[tuple[int, tuple[int, ...]], Call] = {}
     for call in calls:  # in the order in which they began: the outermost comes first
-        if not any(True for _ in call.module.parameters()):
-            continue
-        for spec in call.maps[-1:]:
-            found.setdefault(call.addresses[spec.index], call)
-    weightless = [call for call in calls if call.addresses[call.maps[-1].index] not in found]
+        if any(True for _ in call.module.parameters()):
+            index = call.maps[-1].index
+            found.setdefault(
+                (call.addresses[index], call.shapes[index]), call
+            )  # a part of a map may begin where it does
+    known = {address for address, _ in found}
+    weightless = [call for call in calls if call.addresses[call.maps[-1].index] not in known]
     return [*dict.fromkeys(found.values()), *weightless]
 
 

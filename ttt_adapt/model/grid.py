@@ -24,8 +24,8 @@ Shape = tuple[int, ...]
 MAX_EXTRA = 512
 """More tokens beside the patches than this are not looked for (class, registers, detection tokens of YOLOS)."""
 
-MAX_BORDER = 3.5
-"""Cells by which a map may be smaller than the image, where convolutions have no padding."""
+BORDER, WIDEST = (-1.5, 3.5), (-64.0, 64.0)
+"""Cells by which a map may be smaller than the image, as without padding; and the same where it is refused for that."""
 
 SQUARES = 4
 """How many squares of an image are changed, one after the other, to see where tokens lie."""
@@ -80,12 +80,17 @@ def _size(images: Tensor) -> Size:
     return images.shape[-2], images.shape[-1]
 
 
+def tiled(images: Tensor, size: Size) -> Tensor:
+    """Images [B, C, H, W] beside and below each other, cut to `size` (H, W)."""
+    repeats = (1, 1, -(-size[0] // images.shape[2]), -(-size[1] // images.shape[3]))
+    return images.repeat(repeats)[..., : size[0], : size[1]]
+
+
 def _second(run: Callable[[Tensor], Any], images: Tensor, others: Iterable[Size], count: int) -> Iterator[Seen]:
     """What the encoder returns for the first of the other sizes that the model takes; nothing where it takes none."""
     for size in others:
-        repeats = (1, 1, -(-size[0] // images.shape[2]), -(-size[1] // images.shape[3]))
         try:
-            shapes = [tuple(x.shape) for x in tensors(run(images.repeat(repeats)[..., : size[0], : size[1]]))]
+            shapes = [tuple(x.shape) for x in tensors(run(tiled(images, size)))]
         except Exception:  # the model does not take this size
             continue
         if len(shapes) == count:
@@ -96,6 +101,15 @@ def _second(run: Callable[[Tensor], Any], images: Tensor, others: Iterable[Size]
 def _no_map(seen: list[Seen]) -> str:
     """Why nothing in the output is a feature map, and what to do."""
     size, shapes = seen[0].size, seen[0].shapes
+    if border := _border(seen):
+        stride, cells = border
+        more, acts = ("more", "pads") if cells > 0 else ("fewer", "crops")
+        return (
+            f"the encoder returned {shapes} for images of {size[0]} x {size[1]}: a map with cells of {stride} pixels "
+            f"that has {abs(cells)} cells {more} than the image along each axis, so the model {acts} its images inside "
+            f"by more than can be placed; expected a map over the image itself: let the model take images as it {acts} "
+            "them"
+        )
     same = len(seen) > 1 and shapes == seen[1].shapes and any(len(shape) > 2 for shape in shapes)
     why = f", and the same for {seen[1].size[0]} x {seen[1].size[1]}: they are no grid over the image" if same else ""
     return (
@@ -103,6 +117,21 @@ def _no_map(seen: list[Seen]) -> str:
         "expected feature maps [B, C, h, w] or [B, h, w, C], or tokens [B, N, C]: "
         "name an earlier module, before the features are pooled"
     )
+
+
+def _border(seen: list[Seen]) -> tuple[int, int] | None:
+    """Pixels of a cell, and by how many cells a map is larger than the image; None without a map of that kind."""
+    for shapes in zip(*(each.shapes for each in seen), strict=True):
+        for rows in (2, 1):
+            if len(seen) < 2 or any(len(shape) != 4 or shape[0] != 1 for shape in shapes):
+                continue
+            sizes = [(each.size, shape[rows : rows + 2]) for each, shape in zip(seen, shapes, strict=True)]
+            sides = [pair for size, grid in sizes for pair in zip(size, grid, strict=True)]
+            cells = [count for _, count in sides]
+            stride = _fitting_stride(sides, WIDEST) if max(cells) - min(cells) > 1 else None
+            if stride is not None:
+                return stride, round(sum(count - side / stride for side, count in sides) / len(sides))
+    return None
 
 
 def layouts(seen: list[tuple[Size, Shape]], index: int = 0) -> list[MapSpec]:
@@ -133,7 +162,7 @@ def _map(seen: list[tuple[Size, Shape]], index: int, layout: Layout, rows: int, 
     return MapSpec(index, layout, seen[0][1][channels], stride) if stride else None
 
 
-def _fitting_stride(sides: list[tuple[int, int]]) -> int | None:
+def _fitting_stride(sides: list[tuple[int, int]], border: tuple[float, float] = BORDER) -> int | None:
     """The pixels of a cell, from pairs of an image side and a number of cells; None if they do not belong together.
 
     The number of cells is side / stride less a border, the same for all sides up to rounding. Of strides that fit
@@ -145,7 +174,7 @@ def _fitting_stride(sides: list[tuple[int, int]]) -> int | None:
         mean = sum(missing) / len(missing)
         spread = max(missing) - min(missing)
         whole = all(cells in (side // stride, -(-side // stride)) for side, cells in sides)
-        if whole or (len(sides) > 2 and spread <= 1 and -1.5 < mean < MAX_BORDER):
+        if whole or (len(sides) > 2 and spread <= 1 and border[0] < mean < border[1]):
             costs[stride] = sum((m - mean) ** 2 for m in missing) / len(missing) + 0.01 * mean**2
     if not costs:
         return None

@@ -21,6 +21,8 @@ from ttt_adapt.model.threads import in_this_thread
 
 KEPT = 16
 """For how many sizes of the images the places are kept."""
+NEAR, SMALL = 16, 0.02
+"""A picture may mix pixels up to the first apart; from farther ones the second share of their change may come."""
 
 
 def find_places(see: Callable[[Tensor], Tensor], images: Tensor) -> Tensor | None:
@@ -169,9 +171,9 @@ class StemViews:
         h, w = images.shape[-2:]
         if found is not None:
             return None if shows_all_in_place(found, (h, w)) else found
-        if seen.shape[-2:] == (h, w):  # every pixel depends on all, as where a model normalises each image by itself
-            return None
-        raise _refused((h, w), tuple(seen.shape))
+        if seen.shape[-2:] == (h, w) and _stay_near(lambda x: self._seen(x)[call], images, seen):
+            return None  # every pixel depends on all, as where a model normalises each image by itself
+        raise _refused((h, w), tuple(seen.shape[-2:]))
 
     def _covered(self, axis: int, before: int, side: int, seen: int) -> tuple[int, int]:
         """Where the image begins along one axis in what the features cover, and how long that is.
@@ -187,11 +189,32 @@ class StemViews:
         return before, seen
 
 
+def _stay_near(see: Callable[[Tensor], Tensor], images: Tensor, plain: Tensor) -> bool:
+    """Whether pixels that change places in a square move the picture there, and not far from there.
+
+    Sums over the image, its extremes and its order of values stay as they are, so normalising moves nothing far away.
+
+    Args:
+        see: makes the picture [1, C', H, W] of an image [1, C, H, W].
+        images: random images [1, C, H, W].
+        plain: the picture of these.
+    """
+    h, w = images.shape[-2:]
+    rows, columns = slice(h // 8, h // 4), slice(w // 8, w // 4)  # its mirror images lie elsewhere
+    other = images.clone()
+    other[..., rows, columns] = images[..., rows, columns].roll((1, 1), (2, 3))
+    moved = (see(other) - plain).abs().float().amax((0, 1))  # [H, W]
+    far = torch.ones_like(moved, dtype=torch.bool)
+    far[: h // 4 + NEAR, : w // 4 + NEAR] = False
+    inside = moved[rows, columns]
+    return not (inside.numel() and far.any()) or bool(moved[far].max() <= SMALL * inside.max())
+
+
 def _refused(size: tuple[int, int], seen: tuple[int, ...]) -> EncoderError:
     return EncoderError(
         f"the stem sees {seen} of an image of {size} (H, W), and not the whole image with padding around it: a model "
-        "that resizes its images inside, crops them or turns them around cannot be masked by pixels; let it take "
-        "images as the stem sees them"
+        "that resizes its images inside, crops them, turns them around or averages them with turned ones cannot be "
+        "masked by pixels; let it take images as the stem sees them"
     )
 
 

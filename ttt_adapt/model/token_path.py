@@ -35,6 +35,8 @@ OTHER_PIXELS = (
     "visible tokens"
 )
 PADS = "it pads or resizes its images inside, so their size does not tell how many tokens they have"
+HIDDEN_CHANGES = ((-3.0, 1.0), (0.0, 10.0), (0.0, -10.0), (100.0, 0.0))
+"""What hidden pixels become in the trials, a factor and an offset: a model may look at large or bright images alone."""
 LEAK = "hidden pixels reach its features on another way than through its blocks"
 
 
@@ -149,9 +151,11 @@ class _Trial:
         order = torch.randperm(self._patches, generator=self._generator, device="cpu").to(self._images.device)
         for visible, hidden in ((order[: self._half], order[self._half :]), (order[self._half :], order[: self._half])):
             chosen = torch.zeros(self._patches, dtype=torch.bool, device=order.device).scatter_(0, hidden, True)
-            plain, other = (self._outputs(x, visible) for x in (self._images, self._changed(chosen)))
-            if any(_moved(a, b).any() for a, b in zip(plain, other, strict=True)):
-                return False
+            plain = self._outputs(self._images, visible)
+            for factor, offset in HIDDEN_CHANGES:
+                other = self._outputs(self._changed(chosen, factor, offset), visible)
+                if any(_moved(a, b).any() for a, b in zip(plain, other, strict=True)):
+                    return False
         return True
 
     def _tokens_follow_the_size(self) -> bool:
@@ -177,11 +181,11 @@ class _Trial:
         with visible_tokens(self._path, order[None], self._patches, self._fill):
             return list(tensors(run_encoder(self._call, self._encoder, images)))
 
-    def _changed(self, chosen: Tensor) -> Tensor:
-        """The images with other pixels in the chosen patches, bool [patches]."""
+    def _changed(self, chosen: Tensor, factor: float = -3.0, offset: float = 1.0) -> Tensor:
+        """The images with other pixels, `factor` times moved ones plus `offset`, in the chosen patches, [patches]."""
         side = self._path.patch_size
         pixels = chosen.view(self._grid).repeat_interleave(side, 0).repeat_interleave(side, 1)  # [H, W]
-        return torch.where(pixels, self._images.roll((side // 2 + 1, 1), (2, 3)) * -3 + 1, self._images)
+        return torch.where(pixels, self._images.roll((side // 2 + 1, 1), (2, 3)) * factor + offset, self._images)
 
 
 def _moved(a: Tensor, b: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ al. 2021) of mmdet is trained with this: it applies the offsets of one level to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -154,6 +155,6 @@ def _modulated(geometry: dict[str, int]) -> Callable[..., Tensor]:
 def _first_numbers(fields: Tensor, size: list[int]) -> Tensor:
     """Fields [B, C, H, W] as mmcv reads them for an output of `size` (h, w): the first C * h * w numbers per image."""
     count = fields.shape[1] * size[0] * size[1]
-    if list(fields.shape[-2:]) == size or fields[0].numel() < count:  # too few numbers: torchvision says so
+    if list(fields.shape[-2:]) == size or math.prod(fields.shape[1:]) < count:  # too few numbers: torchvision says so
         return fields
     return fields.flatten(1)[:, :count].unflatten(1, (fields.shape[1], *size))

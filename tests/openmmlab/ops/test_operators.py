@@ -252,6 +252,18 @@ def test_modulated_convolution_takes_the_first_numbers_of_larger_fields_as_mmcv_
         torch.testing.assert_close(large.flatten(1), F.pad(small.flatten(1), (0, 5 * small.shape[1])))
 
 
+def test_modulated_convolution_of_no_images_reads_its_fields_by_their_shapes():
+    from ttt_adapt_openmmlab.ops.deformable_conv import modulated_deform_conv_forward
+
+    x, weight = torch.zeros(0, 4, 8, 8), torch.zeros(4, 4, 3, 3)
+    geometry = {f"{name}_{axis}": 1 for name in ("stride", "pad", "dilation") for axis in "hw"}
+    for side in (8, 9):
+        offset, mask, out = torch.zeros(0, 18, side, side), torch.zeros(0, 9, side, side), torch.ones(0, 4, 8, 8)
+        given = x, weight, torch.zeros(4), torch.zeros(0), offset, mask, out, torch.zeros(0)
+        modulated_deform_conv_forward(*given, **geometry, group=1, deformable_group=1, with_bias=False)
+        assert out.shape == (0, 4, 8, 8)
+
+
 def test_the_gradient_of_a_deformable_convolution_can_be_taken_twice():
     from mmcv.ops import deform_conv2d
 
