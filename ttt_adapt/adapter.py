@@ -215,15 +215,9 @@ class StreamAdapter(OneVideo):
         """Give the model back as it was, with its source weights; may be called twice.
 
         Args:
-            keep_adapted: keep the adapted weights of the adapter's own stream instead, in the model and in the branch;
-                never those of a stream that `open_stream` opened.
-
-        Raises:
-            StateError: with `keep_adapted`, another stream was called last, and somebody else changed the model since.
+            keep_adapted: keep the adapted weights instead, in the model and in the branch.
         """
         if not self._shared.ownership.ended:
-            if keep_adapted and self._state is not self._shared.present:
-                self._shared.enter(self._state)
             self._shared.steps.engine.forget()
             self._shared.steps.forget_passes()
             self._open.close()
