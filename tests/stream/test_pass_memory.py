@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import itertools
 from collections import OrderedDict, deque, namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +17,9 @@ from torch import Tensor, nn
 
 from conftest import same_bits
 from memories import Counting, Memory, Observer, Recurrent, RunningScale, model
+from tape import TapeRecorder
 from ttt_adapt import MAEBranch, StreamAdapter, StreamConfig
+from ttt_adapt.engine.graphs import GraphEngine
 from ttt_adapt.errors import CheckpointError, StateError
 from ttt_adapt.objectives import PseudoLabel
 
@@ -394,3 +400,206 @@ def test_a_loop_in_inference_mode_keeps_the_memory_of_a_model_too():
         adapter.step(frames(1, seed=7)[0])
         adapter.load_state_dict(state)
         assert same_bits([adapter.step(frame) for frame in frames()[2:]], wanted[2:])
+
+
+def test_a_frame_that_is_only_predicted_leaves_the_memory_alone_and_adapting_then_predicting_is_a_step():
+    frames = [torch.randn(3, 32, 48) for _ in range(4)]
+    net = model(Recurrent())
+    with StreamAdapter(net, MAEBranch.attach(net, "0"), config=CONFIG) as adapter:
+        wanted = [adapter.step(frame) for frame in frames]
+        adapter.reset()
+        found = []
+        for frame in frames:
+            adapter.predict(frames[-1])
+            adapter.forward(frames[0][None])
+            adapter.adapt(frame)
+            adapter.predict(frames[-2].clone())
+            found.append(adapter.predict(frame))
+            adapter.predict(frame)
+        assert same_bits(found, wanted)
+
+
+def test_a_recording_engine_predicts_eagerly_where_a_module_around_the_model_of_the_branch_keeps_something(monkeypatch):
+    class Around(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner, self.calls = inner, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.inner(x) * self.calls
+
+    torch.manual_seed(1)
+    inner = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU()), nn.Conv2d(8, 5, 1)).eval()
+    frames, whole = [torch.randn(3, 32, 48) for _ in range(6)], Around(inner).eval()
+    plain = copy.deepcopy(whole)
+    with torch.no_grad():
+        wanted = [plain(frame[None]) for frame in frames]
+    monkeypatch.setattr("ttt_adapt.adapter.choose_engine", lambda step, _optimizer: GraphEngine(step, TapeRecorder()))
+    with StreamAdapter(whole, MAEBranch.attach(inner, "0"), config=CONFIG.replace(lr=0.0, weight_decay=0.0)) as adapter:
+        assert same_bits([adapter.step(frame) for frame in frames], wanted)
+
+
+class Kept:
+    """What a model keeps outside of its modules."""
+
+    def __init__(self) -> None:
+        self.before: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        mixed = x if self.before is None else 0.5 * x + 0.5 * self.before
+        self.before = mixed.detach()
+        return mixed
+
+
+@dataclass(slots=True)
+class Slim:
+    before: Tensor | None = None
+
+
+class Elsewhere(nn.Module):
+    """Keeps the frame before in an object that `make` makes, and lets `call` use it."""
+
+    def __init__(self, make: Callable[[], Any], call: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.kept, self.call = make(), call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(self.kept, x)
+
+
+def mixed_in(kept: Any, x: Tensor) -> Tensor:
+    return Kept.__call__(kept, x)
+
+
+def nested() -> Any:
+    outer: Any = SimpleHolder()
+    outer.inner = SimpleHolder()
+    outer.inner.inner = SimpleHolder()
+    outer.inner.inner.inner = Kept()
+    return outer
+
+
+class SimpleHolder:
+    """Holds another object."""
+
+
+HIDDEN = {
+    "an object in a list": lambda: Elsewhere(lambda: [Kept(), Kept()], lambda kept, x: kept[1](x)),
+    "an object in a dict": lambda: Elsewhere(lambda: {"a": Kept()}, lambda kept, x: kept["a"](x)),
+    "a dataclass with slots": lambda: Elsewhere(Slim, mixed_in),
+    "an object that can be called": lambda: Elsewhere(Kept, mixed_in),
+    "an object four deep": lambda: Elsewhere(nested, lambda kept, x: kept.inner.inner.inner(x)),
+    "a module in a plain list": lambda: Elsewhere(lambda: [Recurrent()], lambda kept, x: kept[0](x)),
+    "a random generator": lambda: Elsewhere(
+        lambda: torch.Generator().manual_seed(0), lambda kept, x: x + torch.randn(x.shape, generator=kept)
+    ),
+    "a counter": lambda: Elsewhere(itertools.count, lambda kept, x: x * (1 + 0.1 * next(kept))),
+}
+
+
+class KeyFrame(nn.Module):
+    """Adds the features of every fifth pass to those that follow."""
+
+    def __init__(self, buffer: bool) -> None:
+        super().__init__()
+        self.calls, self.buffer = 0, buffer
+        if buffer:
+            self.register_buffer("key", torch.zeros(8, 1, 1))
+        else:
+            self.key = torch.zeros(8, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, self.calls = x + self.key, self.calls + 1
+        if self.calls % 5 == 0:
+            key = x.detach().mean((0, 2, 3))[:, None, None]
+            self.key = self.key.copy_(key) if self.buffer else key
+        return x
+
+
+class NewCache(nn.Module):
+    """Makes the object that it keeps its frames in with the first of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.cache is None:
+            self.cache = SimpleHolder()
+            self.cache.frames = []
+        self.cache.frames.append(x.detach())
+        return x + self.cache.frames[max(len(self.cache.frames) - 2, 0)]
+
+
+class SometimesFails(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.inner(x)
+        if float(x.detach()[0, 0, 0, 0]) == 7.0:
+            raise RuntimeError("a bad frame")
+        return out
+
+
+MADE_LATE = {"a key in a buffer": lambda: KeyFrame(True), "a key in an attribute": lambda: KeyFrame(False)}
+
+
+@pytest.mark.parametrize("kind", [*HIDDEN, *MADE_LATE, "an object that is made anew"])
+@pytest.mark.parametrize("place", ["encoder", "head"])
+def test_what_a_model_keeps_in_any_place_and_writes_at_any_time_belongs_to_its_video(kind, place):
+    make = {**HIDDEN, **MADE_LATE, "an object that is made anew": NewCache}[kind]
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return SometimesFails(model(make()) if place == "encoder" else WithHead(make())).eval()
+
+    def plain(video: list[Tensor]) -> list[Tensor]:
+        net = build()
+        with torch.no_grad():
+            return [net(frame[None]) for frame in video]
+
+    def goes(step: Callable[[Tensor], Tensor], video: list[Tensor]) -> list[Tensor]:
+        outputs = []
+        for i, frame in enumerate(video):
+            if i in (3, 6):
+                with pytest.raises(RuntimeError, match="a bad frame"):
+                    step(torch.cat([torch.full((3, 1, 48), 7.0), frame[:, 1:]], 1))
+            outputs.append(step(frame))
+        return outputs
+
+    videos = [[torch.randn(3, 32, 48) for _ in range(8)] for _ in range(2)]
+    wanted, net = [plain(video) for video in videos], build()
+    encoder = "inner.0" if place == "encoder" else "inner.backbone"
+    config = StreamConfig(window=2, batch_size=1, lr=0.0, weight_decay=0.0)
+    with StreamAdapter(net, MAEBranch.attach(net, encoder), config=config) as adapter:
+        for _ in range(2):
+            assert same_bits(goes(adapter.step, videos[0]), wanted[0])
+            adapter.reset()
+        one, other = adapter.open_stream("one"), adapter.open_stream("other")
+        found = [(one.step(a), other.step(b)) for a, b in zip(*videos, strict=True)]
+        assert same_bits([list(each) for each in zip(*found, strict=True)], wanted)
+    with torch.no_grad():
+        assert same_bits([net(frame[None]) for frame in videos[0]], wanted[0])
+
+
+def test_places_where_equal_values_are_put_at_every_pass_and_those_that_others_write_between_passes_stay():
+    class Notes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.size, self.scale = (0, 0), 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.size = tuple(1000 + n for n in x.shape)
+            return x * self.scale
+
+    net = model(Notes())
+    with StreamAdapter(net, MAEBranch.attach(net, "0"), config=CONFIG) as adapter:
+        for _ in range(4):
+            adapter.step(torch.randn(3, 32, 48))
+        net[0][2].scale = 2.0
+        adapter.step(torch.randn(3, 32, 48))
+        adapter.reset()
+        assert net[0][2].scale == 2.0

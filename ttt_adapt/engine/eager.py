@@ -15,6 +15,7 @@ from ttt_adapt.engine.precision import both_passes, forward_pass
 from ttt_adapt.engine.recompute import recomputing
 from ttt_adapt.errors import EncoderError, MemoryLimitError
 from ttt_adapt.model.frames import TakenFrame
+from ttt_adapt.model.model_memory import ModelMemory
 from ttt_adapt.model.outside_changes import REPLACED
 from ttt_adapt.objectives.base import SplitLoss
 from ttt_adapt.stream.optimizer import StreamOptimizer, decides_on_device, laid_out_alike, step_if
@@ -25,6 +26,10 @@ Gradients = tuple[Tensor | None, ...]
 
 class EagerEngine:
     """Runs everything as it is called.
+
+    Attributes:
+        memory: what the predicted model, which may hold the model of the branch, keeps of the video; None where nobody
+            looks after it.
 
     Args:
         step: what is differentiated.
@@ -37,6 +42,7 @@ class EagerEngine:
 
     def __init__(self, step: GradientStep, reason: str = "asked for") -> None:
         self.gradient_step, self.reason = step, reason
+        self.memory: ModelMemory | None = None
 
     def note(self, remark: str) -> None:
         """Add a remark to the reason, once."""

@@ -175,7 +175,7 @@ class GraphEngine(EagerEngine):
         """As in `EagerEngine`, replayed."""
         # counted here: inside of `around`, statistics of the frame replace those of the model
         key = self.gradient_step.replacements()
-        if self.gradient_step.pass_state.changing:
+        if self.memory is not None and self.memory.changes:
             self.note("predictions run eagerly: the model keeps something of the frame before, in Python")
             return super().predict(predict, taken, around)
         if self._predicts_eagerly or taken.context:

@@ -7,6 +7,7 @@ before anything changes.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ttt_adapt.errors import CheckpointError
 from ttt_adapt.model.fingerprint import fingerprint
-from ttt_adapt.model.slots import Absent, Slot, is_container, is_plain_object, slots
+from ttt_adapt.model.slots import Absent, Slot, count_of, is_container, is_plain_object, slots
 from ttt_adapt.schema import DEPTH, check_fields, dict_of, shown, text
 
 _PLAIN = (bool, int, float, str, bytes)
@@ -82,6 +83,7 @@ class _Places:
     def __init__(self, model: nn.Module) -> None:
         self._slots = {(slot.path, slot.buffer): slot for slot in slots(model)}
         self._owners: dict[str, Any] = {p: s.value for (p, _), s in self._slots.items() if is_plain_object(s.value)}
+        self._owners |= {p.removesuffix(f".{s.name}"): s.owner for (p, _), s in self._slots.items() if "." in p}
         self._owners |= dict(model.named_modules())
 
     def find(self, path: str, buffer: bool, value: Any) -> tuple[Slot, Any]:
@@ -115,7 +117,15 @@ class _Places:
 
 def _is_kept(value: Any) -> bool:
     """Whether passes may keep something in the place of a value: it is no layer, function or other object."""
-    return value is Absent or value is None or isinstance(value, _PLAIN) or _is_tensor(value) or is_container(value)
+    counts = type(value) is itertools.count
+    return (
+        counts
+        or value is Absent
+        or value is None
+        or isinstance(value, _PLAIN)
+        or _is_tensor(value)
+        or is_container(value)
+    )
 
 
 def _is_tensor(value: Any) -> bool:
@@ -151,6 +161,8 @@ def _packed(value: Any, home: torch.device, depth: int = 0) -> Any:
             return {name: inside(value)}
     if type(value) is deque:
         return {"deque": inside(value), "most": value.maxlen}
+    if type(value) is itertools.count:
+        return {"count": inside(count_of(value))}
     if isinstance(value, torch.dtype | torch.device):
         return {type(value).__name__: str(value).removeprefix("torch.")}
     raise TypeError(f"a {type(value).__module__}.{type(value).__qualname__}")
@@ -181,6 +193,7 @@ _KINDS: dict[str, Callable[[Any, Mapping[str, Any], torch.device], Any]] = {
     "array": lambda tensor, _saved, _home: tensor.cpu().numpy().copy(),
     "number": lambda tensor, _saved, _home: tensor.cpu().numpy()[()],
     "deque": lambda items, saved, home: deque((_unpacked(item, home) for item in items), saved["most"]),
+    "count": lambda items, _saved, home: itertools.count(*(_unpacked(item, home) for item in items)),
     "dtype": lambda name, _saved, _home: getattr(torch, name),
     "device": lambda name, _saved, _home: torch.device(name),
 }

@@ -1,7 +1,7 @@
-"""What a model keeps of the video that it predicts: found by looking at its first predictions, put back, moved, saved.
+"""What a model keeps of the video that it predicts: found by looking at its predictions, put back, moved, saved.
 
 A recurrent model keeps a state, one that shifts features in time keeps those of the frame before, some count their
-calls. This belongs to the video, as the window does. A model that keeps nothing costs nothing after its first frames.
+calls. This belongs to the video, as the window does. For a model that keeps nothing, a frame costs two looks (`watch`).
 """
 
 from __future__ import annotations
@@ -16,31 +16,23 @@ from torch import Tensor, nn
 from ttt_adapt.errors import StateError
 from ttt_adapt.model.memory_file import pack_memory, unpack_memory
 from ttt_adapt.model.pass_state import Change, PassState
-from ttt_adapt.model.slots import Absent, Slot, alike, copy_of, same_value, slots, structure
+from ttt_adapt.model.slots import Slot, alike, copy_of
 from ttt_adapt.model.start_state import StartState, rewritten
 from ttt_adapt.model.wrappers import unwrapped
 
 LOOKS = 2
-"""How many predictions are looked at whole. A second one may change what the first one made."""
+"""How many predictions are compared by value too: writes that PyTorch does not count show there."""
 
 Values = Sequence[tuple[Slot, Any]]
 """What a model keeps of a video: places, and copies of what is there."""
 
 
 class _Before(NamedTuple):
-    """A place before a pass: the object in it, a copy, and the number of writes to it where it is a tensor."""
+    """A place before a pass, the object in it, and a copy."""
 
     slot: Slot
     value: Any
     copy: Any
-    version: int
-
-    @property
-    def changed(self) -> bool:
-        """Whether the pass wrote to the place, maybe the value that it had: another pass may write another."""
-        now = self.slot.value
-        replaced = isinstance(self.value, Tensor) and now is not self.value
-        return replaced or not same_value(now, self.copy) or _version(now) != self.version
 
     def put_back(self) -> None:
         """Make the place what it was, in the same object where that is a tensor that can be written."""
@@ -66,6 +58,7 @@ class ModelMemory:
         inside = unwrapped(model)
         self._passes = passes if passes.model is inside else PassState(inside)
         self._adapted = {id(tensor): tensor for tensor in adapted}
+        self._passes.ignore(adapted)
         self._looks = {True: LOOKS, False: LOOKS}
         self.start = StartState(model, self._passes, adapted)
 
@@ -81,55 +74,35 @@ class ModelMemory:
         Args:
             stays: whether what it changes stays otherwise; False: it is no prediction of the video.
         """
-        looks, done = self._looks[stays] > 0, False
-        if not looks and not self.changes:
-            yield
-            return
-        self._looks[stays] -= looks
+        done, whole = False, self._looks[stays] > 0
+        self._looks[stays] -= whole
         with torch.inference_mode(False):
-            built = structure(self._passes.model) if looks else []
-            before = self._before(looks)
+            self._passes.watch.settle()
+            before = self._before()
         try:
             yield
             done = True
         finally:
-            self._after(before, built, looks, done and stays)
+            self._after(before, whole, done and stays)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _after(self, before: list[_Before], built: list[Any], looks: bool, stays: bool) -> None:
-        """Learn what a pass changed, if it was looked at, and put it back unless it stays."""
-        model = self._passes.model
-        grown = looks and structure(model) != built  # layers that a model makes in its first pass stay, and its notes
-        changed = [each for each in before if each.changed] if looks else before
-        new = [] if grown or not looks else self._new(before)
-        if looks and not grown:
-            found = [Change(each.slot, each.copy, alike(each.slot.value, each.copy)) for each in changed]
-            self._passes.learn([*found, *(Change(slot, Absent, False) for slot in new)])
+    def _after(self, before: list[_Before], whole: bool, stays: bool) -> None:
+        """Put back what a pass changed, unless it stays, and learn what else it changed."""
         if not stays:
-            for each in changed:
-                if not grown or each.slot.buffer:
-                    each.put_back()
-            for slot in new:
-                slot.put(Absent)
+            for each in before:
+                each.put_back()
+        self._passes.look(stays, whole)
 
-    def _before(self, everything: bool) -> list[_Before]:
-        found = slots(self._passes.model) if everything else (change.slot for change in self._passes.changes)
+    def _before(self) -> list[_Before]:
         memo: dict[int, Any] = {}
-        pairs = ((slot, slot.value) for slot in found)
-        return [_Before(s, v, copy_of(v, memo), _version(v)) for s, v in pairs if id(v) not in self._adapted]
-
-    def _new(self, before: list[_Before]) -> list[Slot]:
-        """Places that a pass made, of modules and objects that were there."""
-        known = {each.slot.key for each in before}
-        owners = {id(each.slot.owner) for each in before} | {id(module) for module in self._passes.model.modules()}
-        found = [slot for slot in slots(self._passes.model) if slot.key not in known and id(slot.owner) in owners]
-        return [slot for slot in found if id(slot.value) not in self._adapted]
+        pairs = ((change.slot, change.slot.value) for change in self._passes.places())
+        return [_Before(s, v, copy_of(v, memo)) for s, v in pairs if id(v) not in self._adapted]
 
     def values(self) -> Values:
         """Copies of all that predictions are known to change, as it is."""
         memo: dict[int, Any] = {}
-        return [(change.slot, copy_of(change.slot.value, memo)) for change in self._passes.changes]
+        return [(change.slot, copy_of(change.slot.value, memo)) for change in self._passes.places()]
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -182,11 +155,6 @@ class ModelMemory:
     def _home(self) -> torch.device:
         """Where the model is."""
         return next((p.device for p in self._passes.model.parameters()), torch.device("cpu"))
-
-
-def _version(value: Any) -> int:
-    """How often a tensor was written, as PyTorch counts it; it does not count writes to tensors of inference mode."""
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else -1
 
 
 def _written(tensor: Tensor, values: Tensor) -> Tensor:

@@ -11,9 +11,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
-from ttt_adapt.model.slots import Absent, Slot, alike, copy_of, same_value, slots, structure, written
+from ttt_adapt.model.slots import Absent, Slot, alike, below, copy_of, same_value, slots, structure, written
+from ttt_adapt.model.watch import Watch
 from ttt_adapt.model.wrappers import unwrapped
 
 
@@ -47,22 +49,81 @@ class PassState:
     def __init__(self, model: nn.Module) -> None:
         self.model = unwrapped(model)
         self._known: dict[bool, list[Change]] = {}
+        self._ignored: dict[int, Any] = {}
+        self._watch: Watch | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy watches its own model."""
+        return {**vars(self), "_watch": None, "_ignored": {}}
+
+    @property
+    def watch(self) -> Watch:
+        """What finds changes in other places; made when it is first asked for."""
+        if self._watch is None:
+            with torch.inference_mode(False):
+                self._watch = Watch(self.model, self._ignored.keys())
+                self._watch.leave(change.slot.key for change in self.changes)
+        return self._watch
+
+    def ignore(self, tensors: Iterable[Any]) -> None:
+        """Leave tensors to somebody else who looks after them."""
+        self._ignored |= {id(tensor): tensor for tensor in tensors}
+        self._watch = None
 
     @property
     def changes(self) -> list[Change]:
         """What a pass in evaluation mode was seen to change; empty before the first one."""
         return self._known.get(False, [])
 
+    def places(self, training: bool = False) -> list[Change]:
+        """What passes are known to change, as it is now: also in objects that the model put there since."""
+        known = self._known.get(training, [])
+        paths = [change.slot.path + "." for change in known if not change.slot.buffer]
+        inside = [any(change.slot.path.startswith(path) for path in paths) for change in known]
+        there = [change for change, within in zip(known, inside, strict=True) if not within]
+        firsts = {change.slot.key: change for change in known}
+        found = {change.slot.key: change for change in there}
+        for change in there:
+            for slot in below(change.slot):
+                found.setdefault(slot.key, firsts.get(slot.key) or Change(slot, copy_of(slot.value, {}), True))
+        return list(found.values())
+
     @property
     def changing(self) -> list[str]:
         """The names of these places."""
         return [change.slot.name for change in self.changes]
 
-    def learn(self, changes: Iterable[Change]) -> None:
-        """Add what else passes in evaluation mode change."""
-        known = self._known.setdefault(False, [])
+    def learn(self, changes: Iterable[Change], training: bool = False) -> None:
+        """Add what else passes change, in evaluation mode or in training mode."""
+        known = self._known.setdefault(training, [])
         keys = {change.slot.key for change in known}
-        known += [change for change in changes if change.slot.key not in keys]
+        new = [change for change in changes if change.slot.key not in keys]
+        if new and self._watch is not None and not training:
+            inside = [seen for change in new for seen in self._watch.below(change.slot.path)]
+            new += [Change(seen.slot, seen.copy, True) for seen in inside]
+        known += {change.slot.key: change for change in reversed(new)}.values()
+        if new and self._watch is not None and not training:
+            self._watch.leave(change.slot.key for change in new)
+
+    def look(self, stays: bool, whole: bool = False, training: bool = False) -> None:
+        """After a pass: learn what else it changed, and put that back unless it stays.
+
+        Args:
+            stays: whether it stays.
+            whole: compare all values; see `Watch.found`.
+            training: the mode of the model in the pass.
+        """
+        changed, new, grown = self.watch.found(whole)
+        steady = [alike(seen.slot.value, seen.copy) for seen in changed]
+        if not stays:
+            for seen in changed:
+                if not grown or seen.slot.buffer:
+                    seen.slot.put(seen.original)
+            for slot in new:
+                slot.put(Absent)
+        if not grown and (changed or new):
+            found = [Change(seen.slot, seen.copy, same) for seen, same in zip(changed, steady, strict=True)]
+            self.learn([*found, *(Change(slot, Absent, False) for slot in new)], training)
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -78,15 +139,18 @@ class PassState:
             yield from _watched(self.model, found)
             self._known[training] = found
             return
+        self.watch.settle()
         memo: dict[int, Any] = {}
-        before = [(change.slot, change.slot.value) for change in known]
-        for (slot, first, steady), (_, now) in zip(known, before, strict=True):
+        places = self.places(training)
+        before = [(change.slot, change.slot.value) for change in places]
+        for (slot, first, steady), (_, now) in zip(places, before, strict=True):
             slot.put(copy_of(now if steady else first, memo))
         try:
             yield
         finally:
             for slot, value in before:
                 slot.put(value)
+            self.look(stays=False, training=training)
 
     @contextmanager
     def undone(self) -> Iterator[None]:

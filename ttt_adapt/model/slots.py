@@ -5,6 +5,11 @@ A place is a buffer of a module, or an attribute of a module or of an object tha
 
 from __future__ import annotations
 
+import ast
+import enum
+import itertools
+import sys
+import types
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -39,56 +44,115 @@ class Slot(NamedTuple):
         return id(self.owner), self.buffer, self.name
 
     @property
-    def table(self) -> dict[str, Any]:
-        """Where the value is, under its name."""
-        return self.owner._buffers if self.buffer else vars(self.owner)
+    def derived(self) -> bool:
+        """Whether it is the state of a random generator, which is another tensor each time that it is asked for."""
+        return isinstance(self.owner, torch.Generator)
+
+    @property
+    def table(self) -> dict[str, Any] | None:
+        """Where the value is, under its name; None for a generator, and where it is in one of `__slots__`."""
+        if self.buffer:
+            return self.owner._buffers
+        return None if self.derived or self.name in _slotted(type(self.owner)) else vars(self.owner)
 
     @property
     def value(self) -> Any:
         """What is there now; `Absent` where there is nothing."""
-        return self.table.get(self.name, Absent)
+        table = self.table
+        if table is not None:
+            return table.get(self.name, Absent)
+        return self.owner.get_state() if self.derived else getattr(self.owner, self.name, Absent)
 
     def put(self, value: Any) -> None:
         """Write a value, or with `Absent` none, past `__setattr__`."""
-        if value is Absent:
-            self.table.pop(self.name, None)
+        table = self.table
+        if self.derived:
+            self.owner.set_state(value)
+        elif table is None:
+            if value is not Absent:
+                object.__setattr__(self.owner, self.name, value)
+            elif hasattr(self.owner, self.name):
+                object.__delattr__(self.owner, self.name)
+        elif value is Absent:
+            table.pop(self.name, None)
         else:
-            self.table[self.name] = value
+            table[self.name] = value
 
 
 _CONTAINERS = (list, tuple, dict, OrderedDict, set, deque)
-_OWN = frozenset(vars(nn.Module()))  # what every module has: parameters, buffers, children, hooks
-_DEPTH = 2  # objects inside of objects that are looked into
+OWN = frozenset(vars(nn.Module()))
+"""What every module has: parameters, buffers, children, hooks."""
+_SEARCHED = 4096  # items of a container, up to which objects are searched in it
 
 
 def slots(model: nn.Module) -> Iterator[Slot]:
-    """All buffers and attributes of a model's modules, and the attributes of plain objects that these hold."""
-    seen: set[int] = set()
-    for path, module in model.named_modules():
-        start = f"{path}." if path else ""
-        yield from (Slot(module, True, name, start + name) for name in module._buffers)
-        yield from _attributes(module, start, seen, 0)
+    """All buffers and attributes of a model's modules, and those of all objects, modules and generators they hold."""
+    modules = dict(model.named_modules())
+    seen = {id(module) for module in modules.values()}
+    for path, module in modules.items():
+        yield from _own_slots(module, f"{path}." if path else "", seen)
 
 
-def _attributes(owner: Any, start: str, seen: set[int], depth: int) -> Iterator[Slot]:
-    for name, value in list(vars(owner).items()):
-        if depth == 0 and name in _OWN:
-            continue
-        yield Slot(owner, False, name, start + name)
-        if depth < _DEPTH and is_plain_object(value) and id(value) not in seen:
-            seen.add(id(value))
-            yield from _attributes(value, f"{start}{name}.", seen, depth + 1)
+def below(slot: Slot) -> Iterator[Slot]:
+    """The places of all objects that the value of a place holds."""
+    return _held(slot.value, slot.path, {id(slot.owner)})
+
+
+def _own_slots(owner: Any, start: str, seen: set[int]) -> Iterator[Slot]:
+    """The places of an object, and of those that it holds."""
+    module = isinstance(owner, nn.Module)
+    if module:
+        yield from (Slot(owner, True, name, start + name) for name in owner._buffers)
+    names = [name for name in getattr(owner, "__dict__", ()) if not (module and name in OWN)]
+    for name in [*names, *_slotted(type(owner))]:
+        slot = Slot(owner, False, name, start + name)
+        yield slot
+        yield from _held(slot.value, start + name, seen)
+
+
+def _held(value: Any, path: str, seen: set[int]) -> Iterator[Slot]:
+    """The places of a value that is an object of its own, or of such objects in containers."""
+    if isinstance(value, str | int | float | Tensor) or value is None or id(value) in seen:
+        return
+    if isinstance(value, list | tuple | dict | set | deque):
+        seen.add(id(value))
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in list(items) if len(value) <= _SEARCHED else ():
+            yield from _held(item, f"{path}.{key}", seen)
+    elif isinstance(value, torch.Generator):
+        seen.add(id(value))
+        yield Slot(value, False, "state", f"{path}.state")
+    elif isinstance(value, nn.Module):  # one that is not registered
+        for name, module in value.named_modules(prefix=path):
+            if id(module) not in seen:
+                seen.add(id(module))
+                yield from _own_slots(module, f"{name}.", seen)
+    elif is_plain_object(value):
+        seen.add(id(value))
+        yield from _own_slots(value, f"{path}.", seen)
+
+
+_SLOTTED: dict[type, tuple[str, ...]] = {}  # class -> what `_slotted` found
+
+
+def _slotted(kind: type) -> tuple[str, ...]:
+    """The names of `__slots__` of a class and the classes that it extends."""
+    if kind not in _SLOTTED:
+        named = [vars(each).get("__slots__", ()) for each in kind.__mro__[:-1]]
+        names = [n for some in named for n in ((some,) if isinstance(some, str) else some)]
+        _SLOTTED[kind] = tuple(n for n in names if isinstance(getattr(kind, n, None), types.MemberDescriptorType))
+    return _SLOTTED[kind]
 
 
 def is_plain_object(value: Any) -> bool:
     """Whether a value is an object of a model's own, such as a cache, that passes may write attributes of."""
-    if (
-        isinstance(value, Tensor | nn.Module | type)
-        or callable(value)
-        or isinstance(getattr(value, "__dict__", 0), int)
-    ):
+    kind = type(value)
+    if isinstance(value, Tensor | nn.Module | type | enum.Enum) or not (hasattr(value, "__dict__") or _slotted(kind)):
         return False
-    return type(value).__module__.partition(".")[0] not in ("torch", "numpy", "builtins", "collections", "functools")
+    return kind.__module__.partition(".")[0] not in _FOREIGN
+
+
+_FOREIGN = frozenset({*sys.stdlib_module_names, "torch", "numpy", "ttt_adapt"}) - {"__main__"}
 
 
 def is_container(value: Any) -> bool:
@@ -125,6 +189,8 @@ def copy_of(value: Any, memo: dict[int, Any]) -> Any:
         copy = type(value)._make(copy_of(item, memo) for item in value)
     elif isinstance(value, np.ndarray):
         copy = value.copy()
+    elif type(value) is itertools.count:
+        copy = itertools.count(*count_of(value))
     else:
         return value
     memo[id(value)] = copy
@@ -147,7 +213,15 @@ def same_value(now: Any, was: Any) -> bool:
         return len(now) == len(was) and all(map(same_value, now, was))
     if isinstance(now, np.ndarray | np.generic):
         return bool(now.shape == was.shape and now.dtype == was.dtype and np.array_equal(now, was))
+    if type(now) is itertools.count:
+        return count_of(now) == count_of(was)
     return isinstance(now, bool | int | float | str | bytes) and now == was
+
+
+def count_of(counter: itertools.count[Any]) -> tuple[Any, ...]:
+    """The next value and the step of a counter, as it says them itself: no other way leaves it as it is."""
+    found = ast.literal_eval(repr(counter).removeprefix("count"))
+    return found if isinstance(found, tuple) else (found,)
 
 
 def same_values(now: Tensor, was: Tensor) -> bool:

@@ -53,6 +53,7 @@ class FrameSteps:
         self.engine, self._gradient, self.config = engine, engine.gradient_step, engine.gradient_step.config
         self._predict, self._correction, self._limit = predict, correction, limit
         self._memory, self._outside = memory, outside
+        engine.memory = memory
         self._norms = norm_layers(self._gradient.objective.model)
         self._answer: tuple[TakenFrame, Any] | None = None
         self._guarding = Guarding(engine, memory)
@@ -113,13 +114,18 @@ class FrameSteps:
                 state.weights.moved = True
         return numbers, sketch, () if steps == wanted else ("max_ms",)
 
-    def predict(self, taken: TakenFrame) -> Any:
-        """Predict a frame with the weights that are in the model."""
+    def predict(self, taken: TakenFrame, stays: bool = True) -> Any:
+        """Predict a frame with the weights that are in the model.
+
+        Args:
+            taken: the frame.
+            stays: whether it belongs to the video: what the model's own pass keeps of it stays.
+        """
         answer = self._answer
         if answer is not None and answer[0] is taken:
             self._answer = None
             return answer[1]
-        with torch.no_grad(), explained_memory_errors(self.config), self._memory.predicting():
+        with torch.no_grad(), explained_memory_errors(self.config), self._memory.predicting(stays):
             output = self.engine.predict(self._predict, taken, self.statistics())
         self._outside.accept_modes()
         return output

@@ -35,6 +35,7 @@ class OneVideo(Uncopied):
 
     def __init__(self, shared: SharedModel, state: StreamState) -> None:
         self._shared, self._held, self._lock = shared, state, shared.lock
+        self._adapted: tuple[StreamState, Any] | None = None  # the frame that `adapt` took, until it is predicted
 
     @property
     def _state(self) -> StreamState:
@@ -97,6 +98,7 @@ class OneVideo(Uncopied):
                 beginning of a video those of the source.
         """
         state, begun = self._state, self._state.tally.clock()
+        self._adapted = None
         with state.frame_time():
             taken = self._shared.take(state, frame)
             with self._shared.explained(taken), self._shared.undone_if_it_fails():
@@ -113,22 +115,35 @@ class OneVideo(Uncopied):
                 report = self._shared.steps.adapt(self._state, taken)
                 self._state.tally.count(report)
         self._shared.steps.forget_answer()  # `predict` is asked for it anew
+        self._adapted = self._state, frame
         return report
 
     @one_at_a_time
     def predict(self, frame: Any) -> Any:
-        """Predict a frame with the weights as they are; it does not enter the stream."""
-        with self._state.call_time():
-            taken = self._shared.take(self._state, frame)
+        """Predict a frame with the weights as they are; it does not enter the stream.
+
+        What the model's own pass keeps of it (a recurrent state, a count) is put back. The first call with the frame
+        object that `adapt` took last is the other half of `step`: what its pass keeps stays.
+        """
+        state = self._state
+        half = self._adapted is not None and self._adapted[0] is state and self._adapted[1] is frame
+        with state.call_time():
+            taken = self._shared.take(state, frame)
             with self._shared.explained(taken):
-                return self._shared.steps.predict(taken)
+                output = self._shared.steps.predict(taken, stays=half)
+        if half:
+            self._adapted = None
+        return output
 
     @one_at_a_time
     def forward(self, x: Tensor) -> Any:
-        """What the model (or `predict`) returns for x [1, 3, H, W], as it takes it, of any size; x is not checked."""
+        """What the model (or `predict`) returns for x [1, 3, H, W], as it takes it, of any size; x is not checked.
+
+        It does not enter the stream: what the model's own pass keeps of it is put back.
+        """
         with self._state.call_time():
             self._shared.enter(self._state)
-            return self._shared.steps.predict(TakenFrame(x))
+            return self._shared.steps.predict(TakenFrame(x), stays=False)
 
     @contextmanager
     def statistics(self) -> Iterator[None]:
@@ -162,6 +177,7 @@ class OneVideo(Uncopied):
             StateError: somebody else changed precision, device, or weights that the stream does not adapt.
         """
         self._shared.reset(self._state)
+        self._adapted = None
 
     @one_at_a_time
     def state_dict(self) -> dict[str, Any]:
@@ -185,6 +201,7 @@ class OneVideo(Uncopied):
             StateError: somebody else changed the model, as for `reset`.
         """
         self._shared.load(self._state, state)
+        self._adapted = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the stream's state into a .safetensors file, without pickle: `state_dict` as a file.
