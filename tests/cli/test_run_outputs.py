@@ -239,8 +239,11 @@ def test_overwrite_replaces_all_of_an_earlier_run_and_nothing_else(model, frames
     labels, film = tmp_path / "labels", tmp_path / "o.mp4"
     run(frames, model, f"--labels-out={labels}", f"--out={film}")
     (labels / "notes.txt").write_text("mine")
+    (labels / "my picture.png").write_bytes(b"mine, too")
     run(frames, model, f"--labels-out={labels}", f"--out={film}", "--limit=2", "--overwrite")
-    assert {path.name for path in labels.iterdir()} == {"a.png", "b 1.png", "run.json", "notes.txt"}
+    assert {path.name for path in labels.iterdir()} == {
+        "a.png", "b 1.png", "run.json", "notes.txt", "my picture.png",
+    }  # fmt: skip
     assert video(film)[0] == 2
 
 

@@ -197,8 +197,10 @@ class Outputs:
         """Remove files of the run that this one replaces, or what is newer than the state; say that a run goes on."""
         kept = {self._name(index) for index in range(self.count)}
         for folder in self._targets.folders.values():
+            names = _names_in(folder / ABOUT)
             for file in files_in(folder, {".png", ".npz"}):
-                if file.stem not in kept:
+                is_frame = file.stem.isdigit() if names is None else file.stem in names
+                if is_frame and file.stem not in kept:  # what somebody else put there stays
                     file.unlink()
         self._describe()
 
@@ -210,6 +212,7 @@ class Outputs:
         }
         for name, folder in self._targets.folders.items():
             about = {"made_by": MAKER, "contents": contents[name], **self._about, "complete": self._finished}
+            about["names"] = None if self._names is None else list(self._names)
             if self.count:
                 about["frames"] = self.count
             with atomic_write(folder / ABOUT) as part:
@@ -258,3 +261,12 @@ class Outputs:
         kept += [(folder, self.count) for folder in self._targets.folders.values()]
         for path, number in kept:
             notice(f"kept in {path}: {counted(number, 'frame')}{'' if self._total is None else f' of {self._total}'}")
+
+
+def _names_in(about: Path) -> set[str] | None:
+    """Names of the frames that a run wrote, by its description; None: they were numbers, or nothing is there."""
+    try:
+        names = json.loads(about.read_text(encoding="utf-8")).get("names")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return set(map(str, names)) if isinstance(names, list) else None

@@ -22,7 +22,7 @@ from ttt_adapt.sharing.frame import FrameSteps
 from ttt_adapt.sharing.parking import Parking
 from ttt_adapt.stream.check_saved import FORMAT, check_compatible, check_source, current_format
 from ttt_adapt.stream.frame_look import thumbnail
-from ttt_adapt.stream.state import StreamState, swap
+from ttt_adapt.stream.state import StreamState, check_same_model, swap
 
 
 @dataclass(eq=False)
@@ -111,9 +111,9 @@ class SharedModel:
         self.outside.check()
         if state is self.present:
             return
-        if isinstance(state, StreamState):  # what else may come, `swap` refuses
-            with explained_memory_errors(self.config):
-                self.parking.fetch(state)
+        check_same_model(self.present, state)
+        with explained_memory_errors(self.config):
+            self.parking.fetch(state)
         self._exchange(state)
         self.parking.make_room(state)
 
@@ -127,7 +127,7 @@ class SharedModel:
             with explained_memory_errors(self.config):
                 swap(before, state)
         finally:
-            self.present = state if isinstance(state, StreamState) and state.inside else before
+            self.present = before if before.inside or not state.inside else state
             self.outside.accept()
 
     def _finish_undo(self) -> None:

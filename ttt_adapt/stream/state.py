@@ -326,6 +326,16 @@ def _writing() -> Iterator[None]:
         yield
 
 
+def check_same_model(old: StreamState, new: Any) -> None:
+    """Refuse what is no video of the same model.
+
+    Raises:
+        StateError: it is not.
+    """
+    if not isinstance(new, StreamState) or not new.weights.shares_model_with(old.weights):
+        raise StateError("this is no state of this adapter: expected one from new_state() or swap() of this adapter")
+
+
 def swap(old: StreamState, new: StreamState) -> None:
     """Put the weights and the memory of another video into the model, in place of those that are there.
 
@@ -334,8 +344,7 @@ def swap(old: StreamState, new: StreamState) -> None:
     Raises:
         StateError: the videos are not of the same model.
     """
-    if not isinstance(new, StreamState) or not new.weights.shares_model_with(old.weights):
-        raise StateError("this is no state of this adapter: expected one from new_state() or swap() of this adapter")
+    check_same_model(old, new)
     if old is new:
         return
     with ExitStack() as undo:
