@@ -34,8 +34,8 @@ def missing_part(path: Path, sizes: Sequence[int], joined: bool) -> Path | None:
         sizes: bytes of its parts; of the film, if they were joined.
         joined: whether the parts were joined: the film is at `path`, or is the first part of one that went on.
     """
-    if joined and _has(path, sizes[0]):
-        return None
+    if joined:
+        return None if _has(path, sizes[0]) or _has(part_path(path, 0), sizes[0]) else path
     parts = [part_path(path, number) for number in range(len(sizes))]
     if joined and not parts[0].exists():
         return path
