@@ -37,8 +37,6 @@ def missing_part(path: Path, sizes: Sequence[int], joined: bool) -> Path | None:
     if joined:
         return None if _has(path, sizes[0]) or _has(part_path(path, 0), sizes[0]) else path
     parts = [part_path(path, number) for number in range(len(sizes))]
-    if joined and not parts[0].exists():
-        return path
     return next((part for part, size in zip(parts, sizes, strict=True) if not _has(part, size)), None)
 
 
