@@ -18,7 +18,7 @@ from ttt_adapt import Calibration, MAEBranch, StreamAdapter, StreamConfig, Train
 from ttt_adapt.errors import CheckpointError, ConfigError, DataError, TTTAdaptError
 from ttt_adapt.evaluation.model_info import inspect_model
 from ttt_adapt.evaluation.report import Report
-from ttt_adapt.file_kind import RUN_STATE, kind_of
+from ttt_adapt.file_kind import HEADER, RUN_STATE, kind_of
 from ttt_adapt.files import read_small
 from ttt_adapt.sharing.state_file import write_state
 from ttt_adapt.tasks.calibrate import calibration_target
@@ -187,6 +187,14 @@ def test_what_has_no_end_or_more_than_a_memory_is_not_read(tmp_path):
         read_small(pipe, DataError)
     with pytest.raises(DataError, match="it is not there"):
         read_small(tmp_path / "none", DataError)
+
+
+def test_an_archive_that_unpacks_to_far_more_than_it_holds_is_not_unpacked(tmp_path):
+    file = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(HEADER + 1))
+    assert file.stat().st_size < HEADER / 100
+    assert kind_of(file).name == "unknown"
 
 
 def test_a_stream_that_is_given_another_kind_of_state_names_it(files):

@@ -191,13 +191,15 @@ def _of_archive(path: Path) -> FileKind:
     """The kind of a zip archive: torch.save and np.savez write such."""
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+            unpacked = {each.filename: each.file_size for each in archive.infolist()}
     except Exception:  # a broken file can raise any error
         return UNKNOWN
+    names = list(unpacked)
     if any(name.endswith("/constants.pkl") for name in names):
         return FileKind("torchscript", "a model of TorchScript", "this library takes models that are PyTorch modules")
-    if any(name.endswith("/data.pkl") for name in names):
-        return _of_torch(path, mmap=True)
+    described = [size for name, size in unpacked.items() if name.endswith("/data.pkl")]
+    if described:  # names and shapes, which are read whole; the tensors are files of their own
+        return _of_torch(path, mmap=True) if max(described) <= HEADER else UNKNOWN
     if any(name.endswith(".npy") for name in names):
         return ARRAYS
     return FileKind("zip", "a zip archive", "unpack it first")
