@@ -365,3 +365,16 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match='expected "cpu", or a folder'):
         attached(PRESETS["online"], resident=1, park=tmp_path / "file")
+
+
+def test_no_other_stream_can_be_called_inside_of_the_statistics_of_one():
+    adapter = attached(PRESETS["ema"])
+    one, two = adapter.open_stream("one"), adapter.open_stream("two")
+    with one.statistics():
+        one.predict(clip(1)[0])
+        with pytest.raises(StateError, match=r"inside of `with stream\.statistics\(\)`"):
+            two.predict(clip(1)[0])
+    two.predict(clip(1)[0])
+    adapter.detach()
+    with pytest.raises(StateError, match="detached"), adapter.statistics():
+        pass

@@ -54,6 +54,7 @@ class SharedModel:
     source: Callable[[], Mapping[str, str]]
     parking: Parking = field(default_factory=Parking)
     ownership: Ownership = field(init=False)
+    _staying: StreamState | None = field(init=False, default=None)
     _drifts: WeakKeyDictionary[StreamState, Tensor] = field(init=False, default_factory=WeakKeyDictionary)
 
     def check_attached(self) -> None:
@@ -107,6 +108,8 @@ class SharedModel:
                 has changed.
         """
         self.check_attached()
+        if self._staying is not None and state is not self._staying:
+            raise StateError("another stream is called inside of `with stream.statistics()`: call it behind the block")
         self._finish_undo()
         self.outside.check()
         if state is self.present:
@@ -116,6 +119,22 @@ class SharedModel:
             self.parking.fetch(state)
         self._exchange(state)
         self.parking.make_room(state)
+
+    @contextmanager
+    def staying(self, state: StreamState) -> Iterator[None]:
+        """Inside the block, this video is in the model, and no other can be put in.
+
+        Raises:
+            StateError: as for `enter`.
+        """
+        self.check_attached()
+        if state is not self.present:
+            self.enter(state)
+        before, self._staying = self._staying, state
+        try:
+            yield
+        finally:
+            self._staying = before
 
     def _exchange(self, state: StreamState) -> None:
         """Put a video into the model, in place of the one that is there; where it fails, that one stays."""

@@ -150,12 +150,12 @@ class OneVideo(Uncopied):
         """Inside the block, the model normalises a frame as `predict` does: for code that calls the model itself.
 
         Other threads that call the adapter wait for the end of the block.
+
+        Raises:
+            StateError: the adapter is detached; or, inside the block, another stream of it is called.
         """
-        with self._lock:
-            if self._shared.present is not self._state:
-                self._shared.enter(self._state)
-            with self._shared.steps.statistics():
-                yield
+        with self._lock, self._shared.staying(self._state), self._shared.steps.statistics():
+            yield
 
     def stream(self, frames: Iterable[Any]) -> Iterator[Any]:
         """Predictions for `frames`, one by one as they come: lazy, only the window is kept.
