@@ -51,10 +51,11 @@ class PassState:
         self._known: dict[bool, list[Change]] = {}
         self._ignored: dict[int, Any] = {}
         self._watch: Watch | None = None
+        self._inside = False  # whether a block of `kept` is open
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy watches its own model."""
-        return {**vars(self), "_watch": None, "_ignored": {}}
+        return {**vars(self), "_watch": None, "_ignored": {}, "_inside": False}
 
     @property
     def watch(self) -> Watch:
@@ -139,18 +140,23 @@ class PassState:
             yield from _watched(self.model, found)
             self._known[training] = found
             return
-        self.watch.settle()
+        outermost = not self._inside
+        if outermost:  # what is switched around an inner block is no change of a pass
+            self.watch.settle()
         memo: dict[int, Any] = {}
         places = self.places(training)
         before = [(change.slot, change.slot.value) for change in places]
         for (slot, first, steady), (_, now) in zip(places, before, strict=True):
             slot.put(copy_of(now if steady else first, memo))
+        self._inside = True
         try:
             yield
         finally:
             for slot, value in before:
                 slot.put(value)
-            self.look(stays=False, training=training)
+            if outermost:
+                self._inside = False
+                self.look(stays=False, training=training)
 
     @contextmanager
     def undone(self) -> Iterator[None]:
