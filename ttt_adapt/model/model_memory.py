@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ttt_adapt.errors import StateError
 from ttt_adapt.model.memory_file import pack_memory, unpack_memory
+from ttt_adapt.model.norms import norm_layers
 from ttt_adapt.model.pass_state import Change, PassState
 from ttt_adapt.model.slots import Slot, alike, copy_of
 from ttt_adapt.model.start_state import StartState, rewritten
@@ -58,7 +59,9 @@ class ModelMemory:
         inside = unwrapped(model)
         self._passes = passes if passes.model is inside else PassState(inside)
         self._adapted = {id(tensor): tensor for tensor in adapted}
-        self._passes.ignore(adapted)
+        # running statistics are looked after by `norms`; a replayed pass counts as a write to them
+        statistics = [buffer for norm in norm_layers(self._passes.model) for buffer in norm.buffers()]
+        self._passes.ignore([*adapted, *statistics])
         self._looks = {True: LOOKS, False: LOOKS}
         self.start = StartState(model, self._passes, adapted)
 
