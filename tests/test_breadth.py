@@ -224,3 +224,10 @@ def test_models_that_are_named_are_shown_and_not_saved(sweep, tmp_path, capsys):
     assert run(tmp_path, "--only", "good") == {}
     assert capsys.readouterr().out.startswith("good: as suggested")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_reasons_do_not_say_where_a_machine_keeps_its_files():
+    from sweeps.checks import without_folders
+
+    told = without_folders('file "/home/me/lib/configs/a.py" of https://a.org/b/c and models/x.py, at /opt/x/y.py:3')
+    assert told == 'file ".../configs/a.py" of https://a.org/b/c and models/x.py, at .../x/y.py:3'

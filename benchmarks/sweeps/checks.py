@@ -8,6 +8,7 @@ library raises its own error for every path. It *does not build* if its own libr
 
 from __future__ import annotations
 
+import re
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -248,11 +249,16 @@ def told(error: BaseException) -> str:
         return f"refused: {error}"
     if isinstance(error, Broken):
         return str(error)
-    text = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+    text = f"{type(error).__name__}: {without_folders(' '.join(str(error).split()))[:400]}"
     if isinstance(error, TTTAdaptError):
         return text
     place = traceback.extract_tb(error.__traceback__)[-1:]
     return text + "".join(f" (at {'/'.join(p.filename.split('/')[-3:])}:{p.lineno})" for p in place)
+
+
+def without_folders(text: str) -> str:
+    """A text in which absolute paths have their last two parts only: where a machine keeps its files tells nobody."""
+    return re.sub(r"(?<![\w.:/])(?:/[\w.+-]+)+(/[\w.+-]+/[\w.+-]+)", r"...\1", text)
 
 
 def finite(output: Any) -> None:
